@@ -1,0 +1,46 @@
+"""One rank's mistake is everyone's: all ranks leave together, for the same reason."""
+
+import contextlib
+from collections.abc import Iterator
+
+from hvdkit import collectives, world
+from hvdkit.errors import ReplicasDiverged, UsageError
+
+
+@contextlib.contextmanager
+def together() -> Iterator[None]:
+    """Ends a block on all ranks with the `UsageError` of the first rank that had one.
+
+    The block must not contain a collective: a rank that fails before it would leave the others waiting. All ranks must
+    pass through the same blocks.
+    """
+    mistake: UsageError | None = None
+    try:
+        yield
+    except UsageError as error:
+        mistake = error
+    if not world.is_initialized():  # the mistake is in the flags or the launch, and so the same on all ranks
+        if mistake:
+            raise mistake
+        return
+    messages = collectives.allgather_object(None if mistake is None else str(mistake), name="together")
+    first = next((m for m in messages if m is not None), None)
+    if first is not None:
+        raise UsageError(first) from mistake
+
+
+def check_equal(digests: dict[str, str]) -> None:
+    """Compares named digests over all ranks.
+
+    Raises:
+        ReplicasDiverged: they differ; the message names the ranks and the first name that differs.
+    """
+    everyone = collectives.allgather_object(digests, name="digests")
+    for name in digests:
+        strangers = [rank for rank, other in enumerate(everyone) if other.get(name) != everyone[0].get(name)]
+        if strangers:
+            raise ReplicasDiverged(
+                f"The replicas' weights differ: {name} on rank(s) {', '.join(map(str, strangers))} is not that of rank "
+                f"0 (of {world.size()} ranks). A model trained so is {world.size()} models. Wrap the optimizer with "
+                f"hvdkit.DistributedOptimizer and add hvdkit.callbacks.standard()."
+            )

@@ -1,0 +1,106 @@
+"""What a run leaves behind: its folder, its logs, its results and its curves. Each file is whole, or not there."""
+
+import json
+import logging
+import os
+import platform
+from collections.abc import Mapping, Sequence
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+from hvdkit.errors import UsageError
+from hvdkit.world import World
+
+
+def make_workdir(path: Path, *, overwrite: bool) -> None:
+    """Makes the run's folder on this host and sees that it can be written to.
+
+    Raises:
+        UsageError: it cannot, or it has a finished run and `overwrite` is off.
+    """
+    try:
+        (path / "logs").mkdir(parents=True, exist_ok=True)
+        probe = path / "logs" / f".probe-{os.getpid()}"
+        probe.touch()
+        probe.unlink()
+    except OSError as error:
+        raise UsageError(
+            f"The workdir {path} cannot be written to ({error.strerror}). Choose another with --workdir=DIR."
+        ) from None
+    if (path / "result.json").exists() and not overwrite:
+        raise UsageError(
+            f"The workdir {path} has a finished run. Choose another with --workdir=DIR, or replace it with --overwrite."
+        )
+
+
+def log_to(path: Path, world: World) -> logging.Handler:
+    """Sends this rank's log to `path/logs/rank-NNNN.log`; rank 0 also shows it."""
+    logger = logging.getLogger("hvdkit")
+    logger.setLevel(logging.INFO)
+    logger.propagate = False
+    to_file = logging.FileHandler(path / "logs" / f"rank-{world.rank:04d}.log", mode="w", encoding="utf-8")
+    to_file.setFormatter(
+        logging.Formatter(f"%(asctime)s %(levelname)s rank {world.rank}@{world.host} %(name)s: %(message)s")
+    )
+    logger.addHandler(to_file)
+    if world.is_root:
+        to_screen = logging.StreamHandler()
+        to_screen.setFormatter(logging.Formatter("%(message)s"))
+        logger.addHandler(to_screen)
+    return to_file
+
+
+def write_json(path: Path, content: Mapping[str, Any]) -> None:
+    """Writes a JSON file aside and renames it: a reader sees all of it or nothing."""
+    aside = path.with_name(f".{path.name}.{os.getpid()}")
+    try:
+        with aside.open("w", encoding="utf-8") as file:
+            json.dump(content, file, indent=2)
+            file.write("\n")
+            file.flush()
+            os.fsync(file.fileno())
+        aside.replace(path)
+    finally:
+        aside.unlink(missing_ok=True)
+
+
+def save_model(model: Any, path: Path) -> None:
+    """Saves a Keras model aside and renames it. It opens in plain Keras."""
+    aside = path.with_name(f".{path.stem}.{os.getpid()}.keras")
+    try:
+        model.save(aside)
+        aside.replace(path)
+    finally:
+        aside.unlink(missing_ok=True)
+
+
+def plot_curves(history: Mapping[str, Sequence[float]], path: Path, title: str) -> None:
+    """Draws each metric by epoch, training and validation in one panel, into a PNG file."""
+    import matplotlib.figure  # the figure alone: no window system, no global state
+    from matplotlib.ticker import MaxNLocator
+
+    names = [n for n in history if not n.startswith("val_")]
+    figure = matplotlib.figure.Figure(figsize=(4 * len(names), 3.2), layout="constrained")
+    for axes, name in zip(figure.subplots(1, len(names), squeeze=False)[0], names, strict=True):
+        for key, label in ((name, "training"), (f"val_{name}", "test")):
+            if key in history:
+                axes.plot(range(1, len(history[key]) + 1), history[key], marker="o", markersize=3, label=label)
+        axes.set(xlabel="epoch", title=name)
+        axes.xaxis.set_major_locator(MaxNLocator(integer=True))
+        axes.grid(alpha=0.3)
+        axes.legend()
+    figure.suptitle(title)
+    figure.savefig(path, dpi=120)
+
+
+def versions() -> dict[str, str]:
+    """Versions of everything that decides a run's numbers."""
+    packages = ("hvdkit", "horovod", "tensorflow", "keras", "numpy", "tensorflow-datasets", "scikit-learn")
+    found = {"python": platform.python_version()}
+    for package in packages:
+        try:
+            found[package] = metadata.version(package)
+        except metadata.PackageNotFoundError:
+            found[package] = "not installed"
+    return found

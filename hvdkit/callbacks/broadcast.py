@@ -1,0 +1,67 @@
+"""`BroadcastGlobalVariablesCallback`: all ranks start from the root rank's state."""
+
+import logging
+from collections.abc import Sequence
+from typing import Any
+
+import keras
+
+from hvdkit import collectives, world
+
+_log = logging.getLogger(__name__)
+
+
+class BroadcastGlobalVariablesCallback(keras.callbacks.Callback):
+    """Gives all ranks the root rank's weights, optimizer slots and non-trainable state before the first step.
+
+    Horovod's callback of this name does so after the first batch, which is then taken on unequal weights. Random
+    seeds are broadcast too and then made different again from rank to rank, in a reproducible way: ranks with equal
+    seeds would drop the same units of different examples.
+
+    Args:
+        root_rank: the rank whose values are taken.
+        device: accepted for Horovod's sake; the values travel from where they are.
+        local_variables: variables that each rank keeps for itself.
+
+    Example: `model.fit(dataset, callbacks=[hvd.callbacks.BroadcastGlobalVariablesCallback(0)])`
+    """
+
+    def __init__(self, root_rank: int = 0, device: str = "", local_variables: Sequence[Any] | Any | None = None) -> None:
+        super().__init__()
+        self.root_rank = root_rank
+        self.device = device
+        local = [] if local_variables is None else local_variables
+        self._local = {id(v) for v in (local if isinstance(local, (list, tuple)) else [local])}
+
+    def register_local_var(self, var: Any) -> None:
+        """Keeps `var` out of the broadcast: each rank has its own."""
+        self._local.add(id(var))
+
+    def set_model(self, model: keras.Model) -> None:
+        """Turns XLA off for the training step, before `fit` makes it: XLA cannot compile Horovod's exchange."""
+        super().set_model(model)
+        if getattr(model, "jit_compile", False) and world.size() > 1:
+            _log.warning("jit_compile is turned off: XLA cannot compile the exchange of gradients between ranks.")
+            model.jit_compile = False
+
+    def on_train_begin(self, logs: dict | None = None) -> None:
+        """Broadcasts. `fit` has built the model by now; the optimizer it would only build at the first step."""
+        model = self.model
+        if not model.built:
+            raise RuntimeError(
+                f"The model {model.name!r} has no variables yet when training begins, so they cannot be broadcast. "
+                f"Build it first: model.build(input_shape), or call the model on one batch."
+            )
+        if not model.optimizer.built:
+            model.optimizer.build(model.trainable_variables)
+        variables = [*model.variables, *model.optimizer.variables]
+        collectives.broadcast_variables([v for v in variables if id(v) not in self._local], self.root_rank)
+        _tell_seeds_apart(model)
+
+
+def _tell_seeds_apart(model: keras.Model) -> None:
+    for variable in model.variables:
+        if variable.path.endswith("seed_generator_state"):  # [seed, counter]
+            seed = keras.ops.convert_to_numpy(variable)
+            seed[0] += world.rank()
+            variable.assign(seed)

@@ -1,0 +1,109 @@
+"""`LearningRateScheduleCallback`: the learning rate as a multiple of its initial value, by epoch."""
+
+from collections.abc import Callable
+from typing import Any
+
+import keras
+
+
+class LearningRateScheduleCallback(keras.callbacks.Callback):
+    """Sets the learning rate to `initial_lr * multiplier(epoch)` from `start_epoch` to `end_epoch`.
+
+    Args:
+        initial_lr: the rate that is multiplied; None takes the optimizer's when training begins.
+        multiplier: a function of the epoch, or a number `m` that stands for `m ** (epoch - start_epoch)`.
+        start_epoch: the first epoch (from 0) to which it applies.
+        end_epoch: the first to which it no longer applies; None for no end.
+        staircase: adjust at the beginning of each epoch, with the epoch as an integer; otherwise before each batch (or
+            each execution of several), with the fraction of the epoch that is done.
+        momentum_correction: scale the accumulated velocity of SGD and RMSprop by the change of rate.
+        steps_per_epoch: needed if `staircase` is off and `fit` does not know it.
+
+    Momentum correction is equation (10) of P. Goyal et al., "Accurate, Large Minibatch SGD", 2017,
+    https://arxiv.org/abs/1706.02677: Horovod multiplies the momentum coefficient for one step, which Keras 3 has baked
+    into its graph as a constant; scaling the velocity itself is the same update.
+
+    Raises:
+        ValueError: the optimizer's rate is itself a schedule, or the number of steps an epoch is not known.
+    """
+
+    def __init__(
+        self,
+        initial_lr: float | None,
+        multiplier: float | Callable[[float], float],
+        start_epoch: int = 0,
+        end_epoch: float | None = None,
+        staircase: bool = True,
+        momentum_correction: bool = True,
+        steps_per_epoch: int | None = None,
+    ) -> None:
+        super().__init__()
+        self.initial_lr = initial_lr
+        self.start_epoch = start_epoch
+        self.end_epoch = end_epoch
+        self.staircase = staircase
+        self.momentum_correction = momentum_correction
+        self.steps_per_epoch = steps_per_epoch
+        self.multiplier: Callable[[float], float] = (
+            multiplier if callable(multiplier) else lambda epoch: multiplier ** (epoch - start_epoch)
+        )
+        self._epoch = 0
+
+    def on_train_begin(self, logs: dict | None = None) -> None:
+        """Checks that the rate can be set, and learns the number of steps."""
+        _refuse_schedule(self.model.optimizer)
+        if self.initial_lr is None:
+            self.initial_lr = float(self.model.optimizer.learning_rate)
+        self.steps_per_epoch = self.steps_per_epoch or self.params.get("steps")
+        if not self.staircase and not self.steps_per_epoch:
+            raise ValueError(
+                f"{type(self).__name__} does not know how many steps an epoch has, because the data set has no known "
+                f"length: pass steps_per_epoch=..., here or to fit."
+            )
+
+    def on_epoch_begin(self, epoch: int, logs: dict | None = None) -> None:
+        """Adjusts the rate of a staircase."""
+        self._epoch = epoch
+        if self.staircase:
+            self._adjust(epoch)
+
+    def on_train_batch_begin(self, batch: int, logs: dict | None = None) -> None:
+        """Adjusts the rate of a smooth schedule."""
+        if not self.staircase:
+            self._adjust(self._epoch + batch / self.steps_per_epoch)
+
+    def on_epoch_end(self, epoch: int, logs: dict | None = None) -> None:
+        """Logs the rate, as `lr`."""
+        if logs is not None:
+            logs["lr"] = float(self.model.optimizer.learning_rate)
+
+    def _adjust(self, epoch: float) -> None:
+        if self.start_epoch <= epoch and (self.end_epoch is None or epoch < self.end_epoch):
+            self._set(self.multiplier(epoch))
+
+    def _set(self, multiple: float) -> None:
+        optimizer = self.model.optimizer
+        old = float(optimizer.learning_rate)
+        new = float(self.initial_lr * multiple)
+        optimizer.learning_rate = new
+        if self.momentum_correction and old > 0 and new != old:
+            for velocity in _velocities(optimizer):
+                velocity.assign(velocity * (new / old))
+
+
+def _velocities(optimizer: Any) -> list[Any]:
+    """The slots in which SGD and RMSprop sum up `learning_rate * gradient`, if they have momentum at all."""
+    optimizer = getattr(optimizer, "inner_optimizer", optimizer)
+    if not optimizer.built or not getattr(optimizer, "momentum", 0):
+        return []
+    return [v for v in optimizer.variables if "momentum" in v.path.rsplit("/", 1)[-1]]
+
+
+def _refuse_schedule(optimizer: Any) -> None:
+    inner = getattr(optimizer, "inner_optimizer", optimizer)
+    rate = getattr(inner, "_learning_rate", None)
+    if isinstance(rate, keras.optimizers.schedules.LearningRateSchedule):
+        raise ValueError(
+            f"The optimizer's learning rate is a {type(rate).__name__}, which sets itself at every step, so a callback "
+            f"cannot set it too. Give the optimizer a number, or leave the callback out."
+        )

@@ -1,0 +1,84 @@
+"""`MetricAverageCallback`: the metrics that callbacks see are those of all ranks together, exactly."""
+
+from typing import Any
+
+import keras
+import numpy as np
+
+from hvdkit import collectives, world
+
+
+class MetricAverageCallback(keras.callbacks.Callback):
+    """Replaces the epoch's metrics by their exact values over all ranks.
+
+    Averaging results is wrong where ranks saw different numbers of examples, and for metrics such as AUC that are not
+    means. So the *states* of the metrics are added up (totals, counts, confusion matrices), and the result is
+    computed from the sum. Values that no metric of the model stands behind (logs of a custom `train_step`) are averaged.
+
+    Put it before callbacks that decide by metrics, such as `EarlyStopping` and `ReduceLROnPlateau`: then all ranks
+    decide alike.
+
+    Args:
+        device: accepted for Horovod's sake.
+    """
+
+    def __init__(self, device: str = "") -> None:
+        super().__init__()
+        self.device = device
+        self._in_epoch = False
+        self._train: dict[str, float] | None = None
+        self._validation: dict[str, float] = {}
+
+    def on_epoch_begin(self, epoch: int, logs: dict | None = None) -> None:
+        """Forgets the last epoch."""
+        self._in_epoch = True
+        self._train, self._validation = None, {}
+
+    def on_test_begin(self, logs: dict | None = None) -> None:
+        """Takes the training metrics: a validation pass inside of `fit` is about to reset them."""
+        if self._in_epoch:
+            self._train = exact_metrics(self.model)
+
+    def on_test_end(self, logs: dict | None = None) -> None:
+        """Takes the validation metrics, and puts them into the logs that later callbacks get."""
+        results = exact_metrics(self.model)
+        if self._in_epoch:
+            self._validation = {f"val_{name}": value for name, value in results.items()}
+        if logs is not None:
+            logs.update(_complete(logs, results))
+
+    def on_epoch_end(self, epoch: int, logs: dict | None = None) -> None:
+        """Puts the exact values into the epoch's logs."""
+        train = exact_metrics(self.model) if self._train is None else self._train
+        if logs is not None:
+            logs.update(_complete(logs, {**train, **self._validation}))
+        self._in_epoch = False
+
+
+def exact_metrics(model: keras.Model) -> dict[str, float]:
+    """Adds up the states of the model's metrics over all ranks and returns the results.
+
+    Afterwards the metrics hold the summed state on every rank, until `reset_metrics`.
+    """
+    if world.size() > 1:
+        variables = [v for metric in model.metrics for v in metric.variables]
+        values = [np.asarray(keras.ops.convert_to_numpy(v), np.float64) for v in variables]
+        if values:
+            flat = collectives.allreduce_sum(np.concatenate([v.ravel() for v in values]), name="metrics")
+            parts = np.split(flat, np.cumsum([v.size for v in values])[:-1])
+            for variable, part, value in zip(variables, parts, values, strict=True):
+                mean = getattr(variable, "aggregation", "sum") == "mean"
+                variable.assign((part / world.size() if mean else part).reshape(value.shape))
+    return {name: float(value) for name, value in _flat(model.get_metrics_result()).items()}
+
+
+def _complete(logs: dict[str, Any], exact: dict[str, float]) -> dict[str, float]:
+    others = sorted(name for name, value in logs.items() if name not in exact and np.isscalar(value))
+    if others and world.size() > 1:
+        total = collectives.allreduce_sum(np.asarray([logs[name] for name in others], np.float64), name="logs")
+        exact = {**exact, **dict(zip(others, (total / world.size()).tolist(), strict=True))}
+    return {name: exact[name] for name in logs if name in exact}
+
+
+def _flat(results: dict[str, Any]) -> dict[str, Any]:
+    return {k: v for k, v in results.items() if np.ndim(keras.ops.convert_to_numpy(v)) == 0}

@@ -1,0 +1,27 @@
+"""`StopAtStepCallback`: training ends after a number of steps that is no whole number of epochs."""
+
+import keras
+
+
+class StopAtStepCallback(keras.callbacks.Callback):
+    """Stops `fit` after step `steps`, counted over all epochs; every rank stops at the same step.
+
+    Args:
+        steps: steps to train in all.
+        steps_per_epoch: steps of a whole epoch.
+    """
+
+    def __init__(self, steps: int, steps_per_epoch: int) -> None:
+        super().__init__()
+        self._steps = steps
+        self._steps_per_epoch = steps_per_epoch
+        self._epoch = 0
+
+    def on_epoch_begin(self, epoch: int, logs: dict | None = None) -> None:
+        """Remembers the epoch."""
+        self._epoch = epoch
+
+    def on_train_batch_end(self, batch: int, logs: dict | None = None) -> None:
+        """Stops."""
+        if self._epoch * self._steps_per_epoch + batch + 1 >= self._steps:
+            self.model.stop_training = True

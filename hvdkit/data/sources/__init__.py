@@ -1,0 +1,48 @@
+"""Where examples come from: one file a kind of source, one small interface, and `open_source` that chooses."""
+
+from pathlib import Path
+
+from hvdkit.data.sources.arrays import ArraySource, load_digits, synthetic
+from hvdkit.data.sources.base import Source
+from hvdkit.data.sources.table import load_table
+from hvdkit.data.sources.tfds import TfdsSource, open_image_folder, open_named, open_prepared
+from hvdkit.errors import UsageError
+
+__all__ = ["ArraySource", "Source", "TfdsSource", "open_source"]
+
+
+def open_source(
+    dataset: str, data_dir: str | None = None, *, download: bool = False, image_size: int | None = None
+) -> Source:
+    """Opens a data set by what the user wrote.
+
+    Args:
+        dataset: one of
+
+            - `digits`: 1,797 real handwritten digits, 8×8 pixels, that come with scikit-learn;
+            - `synthetic:HxWxC:CLASSES:EXAMPLES`: random images of any shape;
+            - a path to a prepared TFDS directory (with `dataset_info.json`);
+            - a path to a folder of images, `train/CLASS/*.png` and `test/CLASS/*.png`;
+            - a path to a `.csv` or `.tsv` file with a text and a label column;
+            - the name of a TFDS data set, prepared under `data_dir` or, if allowed, downloaded.
+        data_dir: where TFDS data sets lie; by default TFDS' own `~/tensorflow_datasets`.
+        download: whether a data set that is not there may be downloaded and prepared.
+        image_size: height and width to which images of differing sizes are resized.
+
+    Raises:
+        UsageError: there is no such data set, or it is not what it should be.
+    """
+    if dataset == "digits":
+        return load_digits()
+    if dataset.startswith("synthetic"):
+        return synthetic(dataset)
+    path = Path(dataset).expanduser()
+    if path.suffix in (".csv", ".tsv"):
+        return load_table(path)
+    if path.is_dir():
+        if (path / "dataset_info.json").exists():
+            return open_prepared(path, image_size)
+        return open_image_folder(path, image_size)
+    if "/" in dataset and path.parts[0] in ("/", ".", "..", "~"):
+        raise UsageError(f"The data set {dataset} is not there. Give the path of a directory or of a .csv or .tsv file.")
+    return open_named(dataset, data_dir, download=download, image_size=image_size)

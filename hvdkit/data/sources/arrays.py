@@ -1,0 +1,94 @@
+"""Sources that lie in memory: scikit-learn's digits, synthetic images, and texts from a table."""
+
+import re
+from typing import Any
+
+import numpy as np
+import tensorflow as tf
+
+from hvdkit.errors import UsageError
+
+_HELD_OUT = 0.2  # the part of the examples that is the test split, where a source has none of its own
+
+
+class ArraySource:
+    """Examples in NumPy arrays; see `Source` for the attributes.
+
+    Args:
+        name: what the user calls it.
+        kind: `image` or `text`.
+        label_names: a name for each class.
+        splits: for `train` and `test` the inputs (uint8 images, or strings) and the labels.
+    """
+
+    def __init__(
+        self, name: str, kind: str, label_names: list[str], splits: dict[str, tuple[np.ndarray, np.ndarray]]
+    ) -> None:
+        self.name = name
+        self.kind = kind
+        self.label_names = label_names
+        self.shape = splits["train"][0].shape[1:] if kind == "image" else None
+        self._splits = splits
+
+    def size(self, split: str) -> int:
+        """Number of examples in split `train` or `test`."""
+        return len(self._splits[split][1])
+
+    def read(self, split: str, start: int, stop: int) -> tf.data.Dataset:
+        """Examples `start` to `stop` of a split."""
+        inputs, labels = self._splits[split]
+        return tf.data.Dataset.from_tensor_slices((inputs[start:stop], labels[start:stop].astype(np.int64)))
+
+    def decode(self, encoded: Any) -> tf.Tensor:
+        """Nothing is encoded."""
+        return encoded
+
+
+def load_digits() -> ArraySource:
+    """The 1,797 handwritten digits (8×8, 10 classes) that come with scikit-learn, 20 % of them held out for the test.
+
+    Source: E. Alpaydin and C. Kaynak, "Optical recognition of handwritten digits", UCI repository, 1998; pixel values
+    0 to 16 are scaled to 0 to 255.
+    """
+    from sklearn.datasets import load_digits as load
+
+    images, labels = load(return_X_y=True)
+    pixels = np.round(images.reshape(-1, 8, 8, 1) * (255 / 16)).astype(np.uint8)
+    return ArraySource("digits", "image", [str(d) for d in range(10)], hold_out(pixels, labels))
+
+
+def synthetic(spec: str) -> ArraySource:
+    """Random images, each class with a mean of its own so that a model can learn; the test split is a fifth as large.
+
+    Args:
+        spec: `synthetic`, or `synthetic:HxWxC`, `:CLASSES` and `:EXAMPLES` behind it (28x28x1, 10 and 4096).
+    """
+    match = re.fullmatch(r"synthetic(?::(\d+)x(\d+)x(\d+))?(?::(\d+))?(?::(\d+))?", spec)
+    if not match or "0" in match.groups():
+        raise UsageError(
+            f"The data set {spec!r} is not of the form synthetic:HEIGHTxWIDTHxCHANNELS:CLASSES:EXAMPLES, "
+            f"for example synthetic:224x224x3:1000:512."
+        )
+    height, width, channels, classes, examples = (
+        int(given or default) for given, default in zip(match.groups(), (28, 28, 1, 10, 4096), strict=True)
+    )
+    generator = np.random.default_rng(0)
+    means = generator.integers(64, 192, size=(classes, 1, 1, channels))
+    splits = {}
+    for split, count in (("train", examples), ("test", max(1, examples // 5))):
+        labels = generator.integers(classes, size=count)
+        noise = generator.integers(-64, 64, size=(count, height, width, channels), dtype=np.int16)
+        splits[split] = ((noise + means[labels]).astype(np.uint8), labels)
+    return ArraySource(spec, "image", [str(c) for c in range(classes)], splits)
+
+
+def hold_out(inputs: np.ndarray, labels: np.ndarray) -> dict[str, tuple[np.ndarray, np.ndarray]]:
+    """Splits examples into `train` and `test`, the same way at every call, each class in proportion."""
+    from sklearn.model_selection import train_test_split
+
+    places = np.arange(len(labels))
+    rare = np.bincount(labels)[labels].min() < 2  # a class with one example cannot be on both sides
+    train, test = train_test_split(
+        places, test_size=_HELD_OUT, random_state=0, shuffle=True, stratify=None if rare else labels
+    )
+    return {"train": (inputs[train], labels[train]), "test": (inputs[test], labels[test])}

@@ -1,0 +1,30 @@
+"""What every source of examples offers."""
+
+from typing import Any, Protocol
+
+import tensorflow as tf
+
+
+class Source(Protocol):
+    """Labelled examples in a train and a test split, still encoded.
+
+    Attributes:
+        name: what the user calls it.
+        kind: `image` or `text`.
+        label_names: a name for each class; labels are integers below their number.
+        shape: shape of a decoded image, (height, width, channels); None for text.
+    """
+
+    name: str
+    kind: str
+    label_names: list[str]
+    shape: tuple[int, int, int] | None
+
+    def size(self, split: str) -> int:
+        """Number of examples in split `train` or `test`."""
+
+    def read(self, split: str, start: int, stop: int) -> tf.data.Dataset:
+        """Examples `start` to `stop` of a split, in a fixed order, as (encoded input, int64 label)."""
+
+    def decode(self, encoded: Any) -> tf.Tensor:
+        """Graph function from an encoded input to a uint8 image of `shape`, or to the text itself (a string)."""

@@ -1,0 +1,153 @@
+"""Sources read by TensorFlow Datasets: catalogue names, prepared directories, and folders of images."""
+
+from pathlib import Path
+from typing import Any
+
+import tensorflow as tf
+
+from hvdkit.errors import UsageError
+
+_HELD_OUT = 0.2  # the part of `train` that is the test split, where a data set has none
+
+
+class TfdsSource:
+    """A prepared TFDS data set; see `Source` for the attributes.
+
+    Images are read undecoded, so that a shuffle buffer or a cache holds compressed bytes.
+
+    Args:
+        name: what the user calls it.
+        builder: a `tfds.core.DatasetBuilder` whose data are on disk.
+        image_size: height and width to resize to; needed where the images differ in size.
+
+    Raises:
+        UsageError: it has no train split, no label, or neither an image nor a text.
+    """
+
+    def __init__(self, name: str, builder: Any, image_size: int | None) -> None:
+        self.name = name
+        self._builder = builder
+        self._ranges = _ranges(name, builder)
+        self._input, self._label = _keys(name, builder)
+        feature = builder.info.features[self._input]
+        self.kind = "image" if "Image" in type(feature).__name__ else "text"
+        self.label_names = list(builder.info.features[self._label].names)
+        self._resize = image_size
+        self._feature = feature
+        self.shape = self._image_shape(feature) if self.kind == "image" else None
+
+    def size(self, split: str) -> int:
+        """Number of examples in split `train` or `test`."""
+        _, start, stop = self._ranges[split]
+        return stop - start
+
+    def read(self, split: str, start: int, stop: int) -> tf.data.Dataset:
+        """Examples `start` to `stop` of a split, images as encoded bytes."""
+        import tensorflow_datasets as tfds
+
+        decoders = {self._input: tfds.decode.SkipDecoding()} if self.kind == "image" else None
+        of, offset, _ = self._ranges[split]
+        dataset = self._builder.as_dataset(
+            split=f"{of}[{offset + start}:{offset + stop}]",
+            decoders=decoders,
+            shuffle_files=False,  # the order is hvdkit's business: a function of the seed, the epoch and the share
+        )
+        return dataset.map(lambda example: (example[self._input], example[self._label]))
+
+    def decode(self, encoded: Any) -> tf.Tensor:
+        """Decodes an image into uint8; text is not encoded."""
+        if self.kind == "text":
+            return encoded
+        image = self._feature.decode_example(encoded)
+        if self._resize:
+            image = tf.image.resize(image, [self._resize, self._resize], antialias=True)
+            image = tf.cast(tf.round(tf.clip_by_value(image, 0, 255)), tf.uint8)
+        return tf.ensure_shape(image, self.shape)
+
+    def _image_shape(self, feature: Any) -> tuple[int, int, int]:
+        height, width, channels = feature.shape
+        if self._resize:
+            height = width = self._resize
+        if height is None or width is None:
+            raise UsageError(
+                f"The images of {self.name} differ in size, and a batch needs one: choose it with --image_size=224, say."
+            )
+        return height, width, channels or 3
+
+
+def open_prepared(path: Path, image_size: int | None) -> TfdsSource:
+    """Opens a prepared TFDS directory: the one that holds `dataset_info.json`."""
+    import tensorflow_datasets as tfds
+
+    return TfdsSource(path.parent.name, tfds.builder_from_directory(str(path)), image_size)
+
+
+def open_image_folder(path: Path, image_size: int | None) -> TfdsSource:
+    """Opens a folder of images, `SPLIT/CLASS/*.jpg` or `.png`, or `CLASS/*.jpg` alone (a fifth is then held out)."""
+    import tensorflow_datasets as tfds
+
+    for split in ("train", "test"):
+        empty = [d.name for d in sorted(path.glob(f"{split}/*/")) if not any(d.iterdir())]
+        if empty:
+            raise UsageError(f"{path}/{split}: no images in {', '.join(empty)}. Remove the folder, or fill it.")
+    if not (path / "train").is_dir():
+        raise UsageError(
+            f"{path} is neither a prepared TFDS directory (it has no dataset_info.json) nor a folder of images "
+            f"(it has no train/CLASS/*.png)."
+        )
+    builder = tfds.ImageFolder(str(path))
+    if not builder.info.splits["train"].num_examples:
+        raise UsageError(f"{path}/train has no .jpg, .jpeg or .png images in its class folders.")
+    return TfdsSource(path.name, builder, image_size)
+
+
+def open_named(name: str, data_dir: str | None, *, download: bool, image_size: int | None) -> TfdsSource:
+    """Opens a data set by its TFDS name: prepared under `data_dir`, or downloaded if that is allowed."""
+    import tensorflow_datasets as tfds
+
+    root = Path(data_dir or tfds.core.constants.DATA_DIR).expanduser()
+    versions = sorted(root.glob(f"{name}/**/dataset_info.json"), key=lambda p: p.parent.name)
+    if versions:
+        return TfdsSource(name, tfds.builder_from_directory(str(versions[-1].parent)), image_size)
+    if not download:
+        there = sorted({p.relative_to(root).parts[0] for p in root.glob("*/**/dataset_info.json")}) or ["none"]
+        raise UsageError(
+            f"The data set {name!r} is not under {root} (there: {', '.join(there)}). Say where it is with "
+            f"--data_dir=DIR, let TFDS fetch it with --download, or use --dataset=digits, which needs nothing."
+        )
+    try:
+        builder = tfds.builder(name, data_dir=str(root))
+    except tfds.core.registered.DatasetNotFoundError:
+        raise UsageError(f"TFDS {tfds.__version__} knows no data set {name!r}; see `tfds.list_builders()`.") from None
+    builder.download_and_prepare()
+    return TfdsSource(name, builder, image_size)
+
+
+def _ranges(name: str, builder: Any) -> dict[str, tuple[str, int, int]]:
+    """For train and test the split they come from and their range in it."""
+    sizes = {split: info.num_examples for split, info in builder.info.splits.items()}
+    if "train" not in sizes:
+        raise UsageError(f"The data set {name!r} has no split named train, only: {', '.join(sizes) or 'none'}.")
+    for test in ("test", "validation"):
+        if sizes.get(test):
+            return {"train": ("train", 0, sizes["train"]), "test": (test, 0, sizes[test])}
+    cut = round(sizes["train"] * (1 - _HELD_OUT))
+    return {"train": ("train", 0, cut), "test": ("train", cut, sizes["train"])}
+
+
+def _keys(name: str, builder: Any) -> tuple[str, str]:
+    """The names of the input and the label feature: the supervised pair, or the only candidates."""
+    features = builder.info.features
+    if builder.info.supervised_keys and len(builder.info.supervised_keys) == 2:
+        keys = builder.info.supervised_keys
+    else:
+        inputs = [k for k in ("image", "text", "sentence") if k in features]
+        labels = [k for k in features if type(features[k]).__name__ == "ClassLabel"]
+        keys = (inputs[0] if inputs else "", labels[0] if labels else "")
+    wrong = not all(k in features for k in keys) or type(features[keys[1]]).__name__ != "ClassLabel"
+    if wrong or not any(kind in type(features[keys[0]]).__name__ for kind in ("Image", "Text")):
+        raise UsageError(
+            f"The data set {name!r} has no pair of image or text and class label, which hvdkit trains on; its features "
+            f"are: {', '.join(features)}."
+        )
+    return keys[0], keys[1]

@@ -1,0 +1,66 @@
+"""Texts to token numbers, by one vocabulary that is the same on all ranks."""
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import keras
+import tensorflow as tf
+
+from hvdkit.data.sources import Source
+
+
+class Vocabulary:
+    """Turns texts into token numbers of a fixed length: 0 for padding, 1 for unknown words, 2 the most frequent word.
+
+    Args:
+        tokens: the words, by falling frequency, without the entries for padding and unknown.
+        sequence_length: tokens a text; longer ones are cut, shorter ones padded at the end.
+    """
+
+    def __init__(self, tokens: Sequence[str], sequence_length: int) -> None:
+        self.tokens = list(tokens)
+        self.sequence_length = sequence_length
+        self._layer = _vectorizer(len(self.tokens) + 2, sequence_length)
+        self._layer.set_vocabulary(self.tokens)
+
+    @property
+    def size(self) -> int:
+        """Number of different token numbers."""
+        return len(self.tokens) + 2
+
+    def encode(self, text: Any) -> tf.Tensor:
+        """Graph function from a text (string) to token numbers, int32 [sequence_length]."""
+        return tf.ensure_shape(tf.cast(self._layer(text), tf.int32), [self.sequence_length])
+
+    def save(self, path: Path) -> None:
+        """Writes the words, one a line, by falling frequency."""
+        path.write_text("".join(f"{token}\n" for token in self.tokens), encoding="utf-8")
+
+
+def learn_tokens(source: Source, max_tokens: int) -> list[str]:
+    """The most frequent words of the train split, by falling frequency.
+
+    Words are lower-cased and split at white space and around punctuation (each mark is a word).
+
+    Args:
+        source: a source of texts.
+        max_tokens: size of the vocabulary, padding and unknown included.
+    """
+    texts = source.read("train", 0, source.size("train")).map(lambda text, _: source.decode(text))
+    layer = _vectorizer(max_tokens, None)
+    layer.adapt(texts.batch(1024))
+    return layer.get_vocabulary(include_special_tokens=False)
+
+
+@keras.saving.register_keras_serializable("hvdkit")
+def standardize(text: Any) -> tf.Tensor:
+    """Lower-cases a text and puts spaces around punctuation, so that each mark is a token of its own."""
+    text = tf.strings.lower(text)
+    text = tf.strings.regex_replace(text, r"([^\p{L}\p{N}\s'])", r" \1 ")
+    return tf.strings.regex_replace(text, r"'", " '")
+
+
+def _vectorizer(max_tokens: int, length: int | None) -> keras.layers.TextVectorization:
+    # The layer runs in the input pipeline, on the host's CPU, not in the model: the model takes token numbers.
+    return keras.layers.TextVectorization(max_tokens=max_tokens, standardize=standardize, output_sequence_length=length)

@@ -1,0 +1,65 @@
+"""What the launcher shows of the ranks' output, and what it makes of the runner's own."""
+
+import re
+import sys
+import threading
+from collections.abc import Iterator
+from typing import IO
+
+_OF_A_RANK = re.compile(r"\[(?:\d+,)?(\d+)\]<(?:stdout|stderr)>:(.*)", re.DOTALL)
+_FIRST_TO_FAIL = re.compile(r"Process name: (\d+)\s+Exit code: (-?\d+)")
+# TensorFlow writes these at every import, whatever TF_CPP_MIN_LOG_LEVEL says; the last one where there is no GPU driver.
+_NOTICES = re.compile(
+    r"WARNING: All log messages before absl::InitializeLog\(\)"
+    r"|I\d{4} .*(?:port|cpu_feature_guard|cudart_stub)\.cc:\d+\]"
+    r"|To enable the following instructions: "
+    r"|E\d{4} .*failed call to cuInit: .*\(303\)"
+)
+
+
+class Console:
+    """Copies the runner's output to this process's, rank by rank, and remembers what the runner itself said."""
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._of_the_runner: list[str] = []
+
+    def copy(self, source: IO[bytes], target: IO[str]) -> None:
+        """Copies until the source ends; a carriage return is passed on at once, so progress bars move."""
+        for text in _pieces(source):
+            with self._lock:
+                self._show(text, target)
+
+    def conclude(self, code: int) -> int:
+        """Says which rank failed first, and returns its exit code; `code` is the runner's."""
+        if code == 0:
+            return 0
+        said = "".join(self._of_the_runner)
+        first = _FIRST_TO_FAIL.search(said)
+        if not first:  # the runner failed by itself: what it said is all there is
+            print(said, file=sys.stderr, end="")
+            return code if code > 0 else 128 - code
+        rank, failed_with = int(first[1]), int(first[2])
+        if failed_with != 2:  # a rank that leaves with 2 has said what the user can mend
+            print(f"hvdkit.launch: rank {rank} was the first to fail, with exit code {failed_with}.", file=sys.stderr)
+        return failed_with if failed_with > 0 else 128 - failed_with
+
+    def _show(self, text: str, target: IO[str]) -> None:
+        match = _OF_A_RANK.fullmatch(text)
+        if not match:
+            self._of_the_runner.append(text)
+            return
+        rank, line = int(match[1]), match[2]
+        if not _NOTICES.match(line):
+            target.write(line if rank == 0 else f"[{rank}] {line}")
+            target.flush()
+
+
+def _pieces(source: IO[bytes]) -> Iterator[str]:
+    """Pieces of a stream that end in a line feed or a carriage return."""
+    rest = b""
+    while chunk := source.read1(65536):  # type: ignore[attr-defined]
+        *whole, rest = re.split(rb"(?<=[\n\r])", rest + chunk)
+        yield from (piece.decode(errors="replace") for piece in whole)
+    if rest:
+        yield rest.decode(errors="replace")

@@ -1,0 +1,148 @@
+"""From `--model` to a compiled Keras model: one of the recipes' models, or any function that returns one."""
+
+import ast
+import dataclasses
+import importlib.util
+import inspect
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import keras
+import tensorflow as tf
+
+import hvdkit_models
+from hvdkit.errors import UsageError
+from hvdkit_models.recipe import Recipe
+
+
+@dataclasses.dataclass(frozen=True)
+class ModelSource:
+    """A function that builds a model, and the defaults to train it with.
+
+    Attributes:
+        name: a short name, fit for a folder.
+        build: returns a Keras model, compiled or not. It is given those of `input_shape`, `num_classes`,
+            `vocabulary_size` and `sequence_length` that it has parameters for.
+        recipes: the defaults, one a data set.
+    """
+
+    name: str
+    build: Callable[..., keras.Model]
+    recipes: tuple[Recipe, ...]
+
+    def recipe_for(self, dataset: str) -> Recipe:
+        """The recipe for a data set, by its name; the first one for a data set that has none."""
+        return next((recipe for recipe in self.recipes if recipe.dataset == dataset), self.recipes[0])
+
+
+def find_model(model: str) -> ModelSource:
+    """Finds a model by name, or a user's function by `path/to/file.py:function`.
+
+    Raises:
+        UsageError: there is no such model, file or function, or the file cannot be imported.
+    """
+    if ".py" not in model:
+        if model not in hvdkit_models.names():
+            raise UsageError(
+                f"There is no model {model!r}. Choose one of {', '.join(hvdkit_models.names())}, or give your own as "
+                f"path/to/file.py:function."
+            )
+        module = hvdkit_models.load(model)
+        return ModelSource(model, module.build, module.RECIPES)
+    file, _, function = model.partition(":")
+    path = Path(file).expanduser()
+    if not path.is_file() or not function:
+        missing = "names no function" if path.is_file() else f"names the file {path}, which is not there"
+        raise UsageError(f"--model={model} {missing}. The form is path/to/file.py:function.")
+    build = getattr(_import_file(path), function, None)
+    if not callable(build):
+        raise UsageError(f"{path} has no function {function!r} that --model={model} could call.")
+    return ModelSource(path.stem, build, (Recipe(),))
+
+
+def build_model(source: ModelSource, given: dict[str, Any]) -> keras.Model:
+    """Calls the build function with those of the arguments `given` that it takes.
+
+    Raises:
+        UsageError: it needs another argument, or what it returns is not a Keras model.
+    """
+    parameters = inspect.signature(source.build).parameters
+    unknown = [
+        name
+        for name, p in parameters.items()
+        if p.default is p.empty and p.kind in (p.POSITIONAL_OR_KEYWORD, p.KEYWORD_ONLY) and name not in given
+    ]
+    if unknown:
+        raise UsageError(
+            f"The model {source.name} needs the argument {unknown[0]!r}, which this data set has not: it gives "
+            f"{', '.join(given)}. Choose another data set, or give the parameter a default."
+        )
+    model = source.build(**{name: value for name, value in given.items() if name in parameters})
+    if not isinstance(model, keras.Model):
+        raise UsageError(
+            f"The model {source.name} is a {type(model).__module__}.{type(model).__name__}, not a Keras 3 model "
+            f"(keras.Model). A model of tf_keras or PyTorch has to be rewritten in Keras 3."
+        )
+    return model
+
+
+def make_optimizer(spec: str, learning_rate: float) -> keras.optimizers.Optimizer:
+    """Makes a Keras optimizer from a name with optional arguments, such as `sgd:momentum=0.9,nesterov=True`.
+
+    Raises:
+        UsageError: Keras has no such optimizer, or it takes no such argument.
+    """
+    name, _, arguments = spec.partition(":")
+    try:
+        config = {k.strip(): ast.literal_eval(v.strip()) for k, v in (a.split("=") for a in arguments.split(",") if a)}
+        optimizer = keras.optimizers.get({"class_name": name, "config": {"learning_rate": learning_rate, **config}})
+    except (ValueError, TypeError, SyntaxError) as error:
+        raise UsageError(
+            f"--optimizer={spec} is not a Keras optimizer ({str(error).splitlines()[0]}). The form is "
+            f"name:argument=value,argument=value, for example sgd:momentum=0.9,nesterov=True."
+        ) from None
+    return optimizer
+
+
+def ends_in_probabilities(model: keras.Model) -> bool:
+    """Whether the model's last layer has a softmax, so that the loss must not apply one again."""
+    last = model.layers[-1] if model.layers else None
+    return isinstance(last, keras.layers.Softmax) or getattr(last, "activation", None) is keras.activations.softmax
+
+
+def check_output(model: keras.Model, spec: tf.TensorSpec, num_classes: int, name: str) -> None:
+    """Runs the model's shapes through and compares its output with the number of classes.
+
+    Raises:
+        UsageError: the model cannot take such an input, or does not give a value a class.
+    """
+    dtype = "float32" if spec.dtype == tf.uint8 else spec.dtype.name
+    try:
+        output = model(keras.KerasTensor((None, *spec.shape), dtype))
+    except Exception as error:  # whatever a user's layers raise on a shape that they were not made for
+        raise UsageError(
+            f"The model {name} cannot take examples of shape {tuple(spec.shape)} "
+            f"({str(error).strip().splitlines()[0]}). Choose another data set, resize images with --image_size, or "
+            f"build the model with the argument input_shape."
+        ) from error
+    shape = getattr(output, "shape", None)
+    if model.compiled or shape is None:
+        return
+    if len(shape) != 2 or shape[-1] != num_classes:
+        raise UsageError(
+            f"The model {name} gives {shape}, but {num_classes} classes need (batch, {num_classes}). Build it with the "
+            f"argument num_classes, or compile it with a loss of its own."
+        )
+
+
+def _import_file(path: Path) -> Any:
+    spec = importlib.util.spec_from_file_location(f"user_model_{path.stem}", path)
+    if spec is None or spec.loader is None:
+        raise UsageError(f"{path} cannot be imported as Python.")
+    module = importlib.util.module_from_spec(spec)
+    try:
+        spec.loader.exec_module(module)
+    except Exception as error:
+        raise UsageError(f"{path} cannot be imported: {type(error).__name__}: {error}.") from error
+    return module

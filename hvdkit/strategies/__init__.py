@@ -1,0 +1,27 @@
+"""How gradients meet: one small protocol, one file a strategy, and `create` that chooses by name."""
+
+from hvdkit.errors import UsageError
+from hvdkit.strategies.base import Strategy
+from hvdkit.strategies.horovod import HorovodStrategy
+from hvdkit.strategies.mirrored import MirroredStrategy
+from hvdkit.strategies.single import SingleStrategy
+
+__all__ = ["HorovodStrategy", "MirroredStrategy", "SingleStrategy", "Strategy", "create"]
+
+_BY_NAME = {"single": SingleStrategy, "horovod": HorovodStrategy, "mirrored": MirroredStrategy}
+
+
+def create(name: str, replicas: int | None = None) -> Strategy:
+    """Makes a strategy and takes its devices; call it before TensorFlow makes its first tensor.
+
+    Args:
+        name: `single`, `horovod` or `mirrored`.
+        replicas: for `mirrored`, how many devices (default: all GPUs, or 2 logical CPUs); for `single`, how many ranks
+            to imitate in the order of the data; `horovod` takes it from the launcher.
+
+    Raises:
+        UsageError: the name is unknown, or does not fit how the process was launched.
+    """
+    if name not in _BY_NAME:
+        raise UsageError(f"There is no strategy {name!r}. Choose one of: {', '.join(_BY_NAME)}.")
+    return _BY_NAME[name](replicas)

@@ -1,0 +1,55 @@
+"""`horovod`: one process a replica, on any number of GPUs and hosts, started by `horovodrun` or `mpirun`."""
+
+import contextlib
+from typing import Any
+
+import keras
+import tensorflow as tf
+
+from hvdkit import callbacks, world
+from hvdkit.callbacks.average_state import average_state
+from hvdkit.callbacks.metric_average import exact_metrics
+from hvdkit.errors import UsageError
+from hvdkit.optimizer import DistributedOptimizer
+
+
+class HorovodStrategy:
+    """Data parallelism by Horovod; see `Strategy` for the attributes.
+
+    Args:
+        replicas: if given, the number of ranks that must have been started.
+    """
+
+    name = "horovod"
+
+    def __init__(self, replicas: int | None = None) -> None:
+        self.world = world.init()
+        self.size = self.world.size
+        self.shares = [self.world.rank]
+        if replicas not in (None, self.size):
+            raise UsageError(
+                f"--replicas={replicas}, but {self.size} rank(s) were started. With --strategy=horovod the launcher "
+                f"decides: leave --replicas out, or start {replicas} ranks (-np {replicas})."
+            )
+
+    def scope(self) -> contextlib.AbstractContextManager[Any]:
+        """No context is needed: each process has its own model."""
+        return contextlib.nullcontext()
+
+    def distribute(self, optimizer: keras.optimizers.Optimizer, **options: Any) -> keras.optimizers.Optimizer:
+        """A `DistributedOptimizer`."""
+        return DistributedOptimizer(optimizer, **options)
+
+    def callbacks(self) -> list[keras.callbacks.Callback]:
+        """Broadcast, exact metrics, common state, and silence on all ranks but 0."""
+        return callbacks.standard()
+
+    def evaluate(self, model: keras.Model, batches: tf.data.Dataset) -> dict[str, float]:
+        """Each rank evaluates its own batches, however many; then the states of the metrics are added up."""
+        average_state(model)
+        model.evaluate(batches, verbose=0)
+        return exact_metrics(model)
+
+    def evaluation_batch(self, examples: int, global_batch: int) -> int:
+        """The local batch."""
+        return max(1, global_batch // self.size)

@@ -1,0 +1,87 @@
+"""`mirrored`: one process, one replica a device of this host, by `tf.distribute.MirroredStrategy`."""
+
+from contextlib import AbstractContextManager
+from typing import Any
+
+import keras
+import tensorflow as tf
+
+from hvdkit import world
+from hvdkit.errors import UsageError
+from hvdkit.strategies.base import refuse_many_processes
+
+_LOGICAL_CPUS = 2  # replicas where there is no GPU and the user named no number
+
+
+class MirroredStrategy:
+    """Data parallelism inside one process; see `Strategy` for the attributes.
+
+    Args:
+        replicas: how many of this host's GPUs; without a GPU, how many logical CPUs to divide the CPU into.
+    """
+
+    name = "mirrored"
+
+    def __init__(self, replicas: int | None = None) -> None:
+        refuse_many_processes(self.name)
+        self.world = world.enter(world.World.single())
+        devices = _devices(replicas)
+        self.size = len(devices)
+        self.shares = range(self.size)
+        # One way to reduce for any device: what the others copy to it is added up there, in a fixed order.
+        self._strategy = tf.distribute.MirroredStrategy(
+            devices, cross_device_ops=None if "GPU" in devices[0] else tf.distribute.ReductionToOneDevice()
+        )
+
+    def scope(self) -> AbstractContextManager[Any]:
+        """The strategy's scope: variables made in it are mirrored."""
+        return self._strategy.scope()
+
+    def distribute(self, optimizer: keras.optimizers.Optimizer, **options: Any) -> keras.optimizers.Optimizer:
+        """The optimizer itself: Keras exchanges gradients through `tf.distribute`.
+
+        Raises:
+            UsageError: options were given that only Horovod's exchange has.
+        """
+        if options:
+            raise UsageError(f"--strategy=mirrored has no {', '.join(options)}: nothing leaves the host. Leave it out.")
+        return optimizer
+
+    def callbacks(self) -> list[keras.callbacks.Callback]:
+        """None are needed: variables are mirrored and metrics are summed by `tf.distribute`."""
+        return []
+
+    def evaluate(self, model: keras.Model, batches: tf.data.Dataset) -> dict[str, float]:
+        """`Model.evaluate`, which divides each batch over the devices."""
+        return model.evaluate(batches, verbose=0, return_dict=True)
+
+    def evaluation_batch(self, examples: int, global_batch: int) -> int:
+        """The largest batch up to the global one of which every piece gives each device an example.
+
+        `tf.distribute` divides a last, smaller batch by rounding up; a device that gets none of it would compute the
+        mean of nothing, and NaN would be the result of all.
+        """
+        for batch in range(global_batch, self.size - 1, -1):
+            rest = examples % batch
+            if batch % self.size == 0 and (rest == 0 or -(-rest // self.size) * (self.size - 1) < rest):
+                return batch
+        raise UsageError(
+            f"{examples} test examples cannot be divided over {self.size} devices so that each gets one of every batch. "
+            f"Use fewer replicas."
+        )
+
+
+def _devices(replicas: int | None) -> list[str]:
+    gpus = tf.config.list_physical_devices("GPU")
+    if not gpus:
+        replicas = replicas or _LOGICAL_CPUS
+        world.share_cores(tf, 1)
+        cpu = tf.config.list_physical_devices("CPU")[0]
+        tf.config.set_logical_device_configuration(cpu, [tf.config.LogicalDeviceConfiguration()] * replicas)
+        return [f"CPU:{n}" for n in range(replicas)]
+    replicas = replicas or len(gpus)
+    if replicas > len(gpus):
+        raise UsageError(f"--replicas={replicas}, but this host has {len(gpus)} GPU(s). Use at most {len(gpus)}.")
+    for gpu in gpus:
+        tf.config.experimental.set_memory_growth(gpu, True)
+    return [f"GPU:{n}" for n in range(replicas)]

@@ -1,0 +1,305 @@
+"""The main job: trains a Keras model on real data, on any number of ranks.
+
+    python -m hvdkit.train --strategy=single --model=mnist_mlp --dataset=digits
+    launch/local.sh -np 2 --model=cifar_cnn --dataset=cifar10 --data_dir=DIR --workdir=DIR
+
+`--help` lists all flags. The training code is the same for every strategy: what differs is behind `strategies`.
+"""
+
+import logging
+import math
+import os
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+# TensorFlow's start-up notices, once a rank, would bury what the job says.
+os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
+
+import keras
+import numpy as np
+import tensorflow as tf
+
+from hvdkit import artifacts, callbacks, collectives, strategies, train_flags, world
+from hvdkit.agreement import check_equal, together
+from hvdkit.compression import Compression
+from hvdkit.data import balance, checks, pipeline
+from hvdkit.data.sources import Source, open_source
+from hvdkit.data.vocabulary import Vocabulary, learn_tokens
+from hvdkit.errors import ReplicasDiverged, UsageError
+from hvdkit.model import (
+    ModelSource,
+    build_model,
+    check_output,
+    ends_in_probabilities,
+    find_model,
+    make_optimizer,
+)
+from hvdkit.strategies import Strategy
+from hvdkit.train_flags import Config
+from hvdkit_models.recipe import Recipe
+
+_log = logging.getLogger("hvdkit.train")  # not __name__: the job runs as __main__
+
+
+def run(config: Config) -> dict[str, Any]:
+    """Trains, evaluates and writes the artefacts; returns the content of `result.json`.
+
+    Raises:
+        UsageError: on all ranks, before training starts, if anything that the user gave is wrong.
+        ReplicasDiverged: at the end, if the ranks' weights differ.
+    """
+    # ---- Who am I -------------------------------------------------------------------------------------------------
+    if config.threads:
+        os.environ["TF_NUM_INTRAOP_THREADS"] = os.environ["TF_NUM_INTEROP_THREADS"] = str(config.threads)
+    with together():
+        strategy = strategies.create(config.strategy, config.replicas)
+
+    # ---- What to train, on what -----------------------------------------------------------------------------------
+    with together():
+        model_source = find_model(config.model)
+        dataset = config.dataset or model_source.recipes[0].dataset
+        source = open_source(dataset, config.data_dir, download=config.download, image_size=config.image_size)
+        recipe = model_source.recipe_for(source.name)
+        config = train_flags.resolve(config, recipe, strategy.size)
+    keras.utils.set_random_seed(config.seed)
+    keras.config.set_dtype_policy(config.precision)
+
+    # ---- Where to write -------------------------------------------------------------------------------------------
+    workdir = _make_workdir(config, model_source, source)
+    artifacts.log_to(workdir, strategy.world)
+    if strategy.world.is_root:
+        artifacts.write_json(workdir / "config.json", {**vars(config), "versions": artifacts.versions()})
+
+    # ---- Data -----------------------------------------------------------------------------------------------------
+    vocabulary = _make_vocabulary(source, recipe, workdir) if source.kind == "text" else None
+    shares, counts, steps_per_epoch, sampling = _read_training_data(config, strategy, source, vocabulary)
+    steps = config.steps or config.epochs * steps_per_epoch
+    batches = pipeline.training_batches(
+        shares,
+        local_batch=config.local_batch,
+        steps_per_epoch=steps_per_epoch,
+        seed=config.seed,
+        sampling=sampling,
+        class_weights=balance.class_weights(counts) if config.class_weights else None,
+    )
+    test_batches = _read_test_data(config, strategy, source, vocabulary)
+
+    # ---- Model ----------------------------------------------------------------------------------------------------
+    with together(), strategy.scope():
+        model = _compile(config, strategy, model_source, source, vocabulary, checks.input_spec(shares[0]))
+    model.steps_per_execution = config.steps_per_execution or _steps_per_execution(steps, steps_per_epoch)
+
+    # ---- Training -------------------------------------------------------------------------------------------------
+    progress = callbacks.ProgressCallback(steps, steps_per_epoch, config.global_batch, show=strategy.world.is_root)
+    began = time.perf_counter()
+    history = model.fit(
+        batches,
+        epochs=math.ceil(steps / steps_per_epoch),
+        steps_per_epoch=min(steps, steps_per_epoch),
+        validation_data=test_batches if config.eval_every else None,
+        validation_freq=config.eval_every or 1,
+        callbacks=[*strategy.callbacks(), *_callbacks(config, strategy, steps, steps_per_epoch, workdir), progress],
+        shuffle=False,  # the batches are shuffled already
+        verbose=0,
+    )
+    train_seconds = time.perf_counter() - began
+
+    # ---- Results --------------------------------------------------------------------------------------------------
+    test = strategy.evaluate(model, test_batches)
+    check_equal({w.path: collectives.digest([w]) for w in model.weights})
+    result = {
+        "model": model_source.name,
+        "dataset": source.name,
+        "strategy": strategy.name,
+        "size": strategy.size,
+        "global_batch": config.global_batch,
+        "epochs": math.ceil(steps / steps_per_epoch),
+        "steps": steps,
+        "train_seconds": round(train_seconds, 3),
+        "samples_per_second": round(progress.samples_per_second, 1),
+        "test_accuracy": test.get("accuracy"),
+        "test_loss": test["loss"],
+        "train_loss": [float(v) for v in history.history["loss"]],
+        "weights_sha256": collectives.digest(model.weights),
+        "versions": artifacts.versions(),
+    }
+    if strategy.world.is_root:
+        _write_artifacts(workdir, model, history.history, result)
+    collectives.barrier()  # nobody leaves before the artefacts are there: a launcher ends the job with the first to go
+    return result
+
+
+def _make_workdir(config: Config, model: ModelSource, source: Source) -> Path:
+    name = f"{model.name}-{source.name.split(':')[0]}-{time.strftime('%Y%m%d-%H%M%S')}"
+    workdir = Path(collectives.broadcast_object(config.workdir or f"runs/{name}", name="workdir")).expanduser()
+    with together():
+        artifacts.make_workdir(workdir, overwrite=config.overwrite)
+    return workdir
+
+
+def _make_vocabulary(source: Source, recipe: Recipe, workdir: Path) -> Vocabulary:
+    """The root learns the vocabulary, all take it."""
+    tokens = learn_tokens(source, recipe.max_tokens) if world.rank() == 0 else None
+    vocabulary = Vocabulary(
+        collectives.broadcast_object(tokens, name="vocabulary"), recipe.sequence_length
+    )
+    if world.rank() == 0:
+        vocabulary.save(workdir / "vocabulary.txt")
+        _log.info("vocabulary: %d tokens, texts of %d tokens", vocabulary.size, vocabulary.sequence_length)
+    return vocabulary
+
+
+def _read_training_data(
+    config: Config, strategy: Strategy, source: Source, vocabulary: Vocabulary | None
+) -> tuple[list[pipeline.Share], np.ndarray, int, balance.Sampling]:
+    """Reads and checks this process's shares; the class counts and the steps are those of all processes."""
+    with together():
+        examples = source.size("train")
+        if examples < strategy.size:
+            raise UsageError(
+                f"{source.name} has {examples} training examples, fewer than {strategy.size} replicas. Start fewer."
+            )
+        limit = pipeline.memory_limit(strategy.world.local_size, len(strategy.shares))
+        encode = vocabulary.encode if vocabulary else None
+        shares = [
+            pipeline.read_share(source, "train", share, strategy.size, encode=encode, memory_limit=limit)
+            for share in strategy.shares
+        ]
+        by_share = [checks.check_share(share, "train", len(source.label_names)) for share in shares]
+    everyone = [c for process in collectives.allgather_object(by_share, name="counts") for c in process]
+    counts = np.sum(everyone, axis=0)
+    sampling = balance.Sampling(config.sampling, counts)
+    with together():
+        smallest = min(sampling.size(c) for c in everyone)
+        steps_per_epoch = smallest // config.local_batch
+        if not steps_per_epoch:
+            raise UsageError(
+                f"A local batch of {config.local_batch} is larger than a share of {smallest} training examples "
+                f"({source.name} divided over {strategy.size}). Use a smaller batch, or fewer replicas."
+            )
+    _describe_data(config, source, counts, sum(map(sampling.size, everyone)), steps_per_epoch)
+    return shares, counts, steps_per_epoch, sampling
+
+
+def _describe_data(config: Config, source: Source, counts: np.ndarray, examples: int, steps_per_epoch: int) -> None:
+    _log.info("%s: %d training examples: %s", source.name, counts.sum(), balance.describe(counts, source.label_names))
+    empty = checks.empty_classes(counts, source.label_names)
+    if empty:
+        _log.warning("No training example in %d class(es): %s", len(empty), ", ".join(empty[:10]))
+    if config.class_weights:
+        weights = ", ".join(f"{w:.3g}" for w in balance.class_weights(counts)[:12])
+        _log.info("class weights: %s%s", weights, ", ..." if len(counts) > 12 else "")
+    left = examples - steps_per_epoch * config.global_batch
+    _log.info(
+        "%d steps an epoch, of %d examples each over %d replica(s)%s",
+        steps_per_epoch, config.global_batch, config.replicas,
+        f"; {left} examples, others each epoch, do not fill a batch" if left else "",
+    )  # fmt: skip
+
+
+def _read_test_data(
+    config: Config, strategy: Strategy, source: Source, vocabulary: Vocabulary | None
+) -> tf.data.Dataset:
+    """This process's part of the test split: every example once, over all processes."""
+    me = strategy.world
+    with together():
+        share = pipeline.read_share(
+            source, "test", me.rank, me.size,
+            encode=vocabulary.encode if vocabulary else None,
+            memory_limit=pipeline.memory_limit(me.local_size, 1),
+        )  # fmt: skip
+        checks.check_share(share, "test", len(source.label_names))
+        batch = strategy.evaluation_batch(share.size, config.global_batch)
+    return pipeline.evaluation_batches(share, batch)
+
+
+def _compile(
+    config: Config,
+    strategy: Strategy,
+    model_source: ModelSource,
+    source: Source,
+    vocabulary: Vocabulary | None,
+    spec: tf.TensorSpec,
+) -> keras.Model:
+    given: dict[str, Any] = {"input_shape": tuple(spec.shape), "num_classes": len(source.label_names)}
+    if vocabulary:
+        given |= {"vocabulary_size": vocabulary.size, "sequence_length": vocabulary.sequence_length}
+    model = build_model(model_source, given)
+    check_output(model, spec, given["num_classes"], model_source.name)
+    options = {} if config.compression == "none" else {"compression": getattr(Compression, config.compression)}
+    if model.compiled:
+        model.optimizer = strategy.distribute(model.optimizer, **options)
+        return model
+    optimizer = make_optimizer(config.optimizer, config.learning_rate)
+    model.compile(
+        strategy.distribute(optimizer, **options),
+        loss=keras.losses.SparseCategoricalCrossentropy(from_logits=not ends_in_probabilities(model)),
+        metrics=[keras.metrics.SparseCategoricalAccuracy(name="accuracy")],
+        jit_compile=False,  # XLA compiles neither Horovod's exchange nor tf.distribute's
+    )
+    return model
+
+
+def _callbacks(
+    config: Config, strategy: Strategy, steps: int, steps_per_epoch: int, workdir: Path
+) -> list[keras.callbacks.Callback]:
+    chosen: list[keras.callbacks.Callback] = []
+    if config.warmup_epochs and strategy.size > 1:
+        chosen.append(callbacks.LearningRateWarmupCallback(None, config.warmup_epochs, size=strategy.size))
+    if config.lr_schedule == "cosine":
+        multiplier = _cosine(config.warmup_epochs, steps / steps_per_epoch)
+        start = math.ceil(config.warmup_epochs) if strategy.size > 1 else 0
+        chosen.append(callbacks.LearningRateScheduleCallback(None, multiplier, start_epoch=start, staircase=False))
+    if steps % steps_per_epoch and steps > steps_per_epoch:
+        chosen.append(callbacks.StopAtStepCallback(steps, steps_per_epoch))
+    if strategy.world.is_root:
+        chosen.append(keras.callbacks.CSVLogger(workdir / "history.csv"))
+        if config.tensorboard:
+            chosen.append(keras.callbacks.TensorBoard(workdir / "tensorboard", write_graph=False))
+    return chosen
+
+
+def _cosine(start: float, end: float) -> Callable[[float], float]:
+    """From 1 at epoch `start` to 0 at epoch `end` (I. Loshchilov and F. Hutter, "SGDR", 2017, without restarts)."""
+    return lambda epoch: 0.5 * (1 + math.cos(math.pi * min(1.0, max(0.0, epoch - start) / (end - start))))
+
+
+def _steps_per_execution(steps: int, steps_per_epoch: int, most: int = 16) -> int:
+    """The most steps that run in one call of the graph and divide an epoch (and the last, shorter one) evenly."""
+    common = math.gcd(min(steps, steps_per_epoch), steps % steps_per_epoch)
+    return max(n for n in range(1, most + 1) if common % n == 0)
+
+
+def _write_artifacts(workdir: Path, model: keras.Model, history: dict[str, Any], result: dict[str, Any]) -> None:
+    artifacts.save_model(model, workdir / "model.keras")
+    title = f"{result['model']} on {result['dataset']}, {result['strategy']}, {result['size']} replica(s)"
+    artifacts.plot_curves(history, workdir / "curves.png", title)
+    artifacts.write_json(workdir / "result.json", result)
+    accuracy = result["test_accuracy"]
+    _log.info(
+        "%s: test accuracy %s, test loss %.4f; %d steps in %.1f s, %s samples/s; weights %s on all %d replica(s)",
+        title, "unknown" if accuracy is None else f"{accuracy:.2%}", result["test_loss"], result["steps"],
+        result["train_seconds"], f"{result['samples_per_second']:,.0f}", result["weights_sha256"][:12], result["size"],
+    )  # fmt: skip
+    _log.info("written to %s: %s", workdir, ", ".join(sorted(p.name for p in workdir.iterdir())))
+
+
+def main(argv: list[str]) -> int:
+    """Runs the job; 0 if it trained, 2 if the user can mend what went wrong, 1 if the replicas diverged."""
+    try:
+        run(train_flags.parse(argv))
+    except (UsageError, ReplicasDiverged) as error:
+        logging.getLogger("hvdkit").debug("left with", exc_info=True)
+        if world.launched_rank() == 0:  # all ranks leave with the same sentence; one is enough
+            print(f"hvdkit.train: {error}", file=sys.stderr, flush=True)
+        return 2 if isinstance(error, UsageError) else 1
+    finally:
+        world.shutdown()
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv))

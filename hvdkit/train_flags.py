@@ -1,0 +1,177 @@
+"""The flags of the main job: their groups, their help, and what can be checked without loading TensorFlow."""
+
+import dataclasses
+import sys
+from typing import Any
+
+from absl import flags
+
+from hvdkit.errors import UsageError
+from hvdkit_models.recipe import Recipe
+
+STRATEGIES = ("single", "horovod", "mirrored")
+_WHAT, _HOW, _MACHINE, _OUTPUT = "What to train", "How to train it", "On which machine", "What to write"
+
+
+@dataclasses.dataclass(frozen=True)
+class Config:
+    """The flags' values; None where the recipe or the job decides. `config.json` holds them as they were used."""
+
+    model: str
+    dataset: str | None
+    data_dir: str | None
+    download: bool
+    image_size: int | None
+    strategy: str
+    replicas: int | None
+    epochs: int | None
+    steps: int | None
+    global_batch: int | None
+    local_batch: int | None
+    optimizer: str | None
+    learning_rate: float | None
+    lr_schedule: str | None
+    warmup_epochs: float | None
+    compression: str
+    precision: str
+    sampling: str
+    class_weights: bool
+    seed: int
+    threads: int | None
+    steps_per_execution: int | None
+    workdir: str | None
+    overwrite: bool
+    eval_every: int
+    tensorboard: bool
+
+
+def define() -> None:
+    """Defines the flags, in groups."""
+
+    def add(define_flag: Any, group: str, name: str, default: Any, text: str, *choices: Any, **limits: Any) -> None:
+        define_flag(name, default, *choices, text, module_name=group, **limits)
+
+    string, integer, number, boolean, enum = (
+        flags.DEFINE_string, flags.DEFINE_integer, flags.DEFINE_float, flags.DEFINE_boolean, flags.DEFINE_enum,
+    )  # fmt: skip
+    add(string, _WHAT, "model", "mnist_mlp", "a model of the folder models/, or your own: path/to/file.py:function")
+    add(string, _WHAT, "dataset", None, "digits (embedded), a TFDS name, the path of a prepared TFDS directory, of a "
+        "folder train/CLASS/*.png, or of a .csv/.tsv with columns text and label; or "
+        "synthetic:HxWxC:CLASSES:EXAMPLES [the recipe's]")  # fmt: skip
+    add(string, _WHAT, "data_dir", None, "where TFDS data sets lie [~/tensorflow_datasets]")
+    add(boolean, _WHAT, "download", False, "let TFDS download a data set that is not there")
+    add(integer, _WHAT, "image_size", None, "resize images to this height and width", lower_bound=1)
+
+    add(enum, _HOW, "strategy", "horovod", "how gradients meet", STRATEGIES)
+    add(integer, _HOW, "replicas", None, "mirrored: devices to use [all GPUs, or 2 logical CPUs]; single: ranks to "
+        "imitate in the order of the data", lower_bound=1)  # fmt: skip
+    add(integer, _HOW, "epochs", None, "passes over the training split [the recipe's]", lower_bound=1)
+    add(integer, _HOW, "steps", None, "steps in all, instead of epochs", lower_bound=1)
+    add(integer, _HOW, "global_batch", None, "examples a step over all replicas [the recipe's]", lower_bound=1)
+    add(integer, _HOW, "local_batch", None, "examples a step of each replica, instead of global_batch", lower_bound=1)
+    add(string, _HOW, "optimizer", None, "a Keras optimizer: adam, or sgd:momentum=0.9,nesterov=True [the recipe's]")
+    add(number, _HOW, "learning_rate", None, "for the global batch as it is; without this flag the recipe's rate, times "
+        "global_batch over the recipe's (linear scaling)", lower_bound=0.0)  # fmt: skip
+    add(enum, _HOW, "lr_schedule", None, "constant, or cosine to zero [the recipe's]", ("constant", "cosine"))
+    add(number, _HOW, "warmup_epochs", None, "epochs in which the rate rises from 1/replicas of it [the recipe's; a tenth "
+        "of all, 5 at most, where the rate was scaled up]", lower_bound=0.0)  # fmt: skip
+    add(enum, _HOW, "compression", "none", "gradients on the wire (horovod)", ("none", "fp16", "bf16"))
+    add(enum, _HOW, "precision", "float32", "Keras' dtype policy", ("float32", "mixed_float16", "mixed_bfloat16"))
+    add(enum, _HOW, "sampling", "none", "draw small classes more often (over), or large ones less (under)",
+        ("none", "over", "under"))  # fmt: skip
+    add(boolean, _HOW, "class_weights", False, "weigh examples so that every class counts alike")
+    add(integer, _HOW, "seed", 0, "of weights, order and dropout", lower_bound=0)
+
+    add(integer, _MACHINE, "threads", None, "TensorFlow threads of each rank [its share of the cores]", lower_bound=1)
+    add(integer, _MACHINE, "steps_per_execution", None, "steps that run without returning to Python [the largest divisor "
+        "of an epoch's steps up to 16]", lower_bound=1)  # fmt: skip
+
+    add(string, _OUTPUT, "workdir", None, "where this run writes [runs/MODEL-DATASET-TIME]")
+    add(boolean, _OUTPUT, "overwrite", False, "write into a workdir that has a finished run")
+    add(integer, _OUTPUT, "eval_every", 0, "evaluate on the test split every N epochs too, not only at the end",
+        lower_bound=0)  # fmt: skip
+    add(boolean, _OUTPUT, "tensorboard", True, "write TensorBoard logs")
+
+
+def parse(argv: list[str]) -> Config:
+    """Parses the command line. Prints the help and leaves with 0 for `--help`.
+
+    Raises:
+        UsageError: a flag or a value is wrong, or two exclude each other.
+    """
+    if not flags.FLAGS.find_module_defining_flag("model"):
+        define()
+    if any(a in ("--help", "-h", "-help", "--helpfull") for a in argv[1:]):
+        print(help_text())
+        sys.exit(0)
+    try:
+        rest = flags.FLAGS(argv)[1:]
+    except flags.Error as error:
+        raise UsageError(f"{str(error).rstrip('.')}. `--help` lists all flags.") from None
+    if rest:
+        raise UsageError(f"{rest[0]!r} is not a flag; flags have the form --name=value. `--help` lists all.")
+    config = Config(**{field.name: flags.FLAGS[field.name].value for field in dataclasses.fields(Config)})
+    for one, other in (("epochs", "steps"), ("global_batch", "local_batch")):
+        if getattr(config, one) is not None and getattr(config, other) is not None:
+            raise UsageError(f"--{one} and --{other} exclude each other: give one of them.")
+    return config
+
+
+def resolve(config: Config, recipe: Recipe, replicas: int) -> Config:
+    """Fills in what the flags left open, from the recipe and the number of replicas.
+
+    Raises:
+        UsageError: the global batch cannot be divided over the replicas.
+    """
+    global_batch = config.local_batch * replicas if config.local_batch else config.global_batch or recipe.global_batch
+    if global_batch % replicas:
+        below = global_batch - global_batch % replicas
+        raise UsageError(
+            f"A global batch of {global_batch} cannot be divided evenly over {replicas} replicas. Use --global_batch="
+            f"{below or replicas} or {below + replicas}, or give --local_batch instead."
+        )
+    scale = 1.0 if config.learning_rate is not None else global_batch / recipe.global_batch
+    rate = recipe.learning_rate * scale if config.learning_rate is None else config.learning_rate
+    epochs = config.epochs or recipe.epochs
+    warmup = config.warmup_epochs
+    if warmup is None:
+        warmup = recipe.warmup_epochs or (min(5.0, epochs / 10) if scale > 1 else 0.0)
+    return dataclasses.replace(
+        config,
+        dataset=config.dataset or recipe.dataset,
+        optimizer=config.optimizer or recipe.optimizer,
+        lr_schedule=config.lr_schedule or recipe.lr_schedule,
+        learning_rate=rate,
+        warmup_epochs=warmup,
+        epochs=epochs,
+        replicas=replicas,
+        global_batch=global_batch,
+        local_batch=global_batch // replicas,
+    )
+
+
+def help_text() -> str:
+    """All flags by group, with their defaults."""
+    lines = ["Trains a Keras 3 model on real data: python -m hvdkit.train [flags], or launch/local.sh -np N [flags]", ""]
+    for group in (_WHAT, _HOW, _MACHINE, _OUTPUT):
+        lines += [f"{group}:"]
+        for flag in flags.FLAGS.get_flags_for_module(group):
+            default = "" if flag.default is None else f" [{flag.default_as_str.strip(chr(39))}]"
+            choices = f" ({'|'.join(flag.parser.enum_values)})" if hasattr(flag.parser, "enum_values") else ""
+            lines += [f"  --{flag.name}{choices}", f"      {flag.help}{default}"]
+        lines += [""]
+    return "\n".join(lines)
+
+
+def main(argv: list[str]) -> int:
+    """Checks flags before any rank has started: `python -m hvdkit.train_flags [flags]`, exit code 2 if one is wrong."""
+    try:
+        parse(argv)
+    except UsageError as error:
+        print(f"hvdkit.train: {error}", file=sys.stderr)
+        return 2
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv))

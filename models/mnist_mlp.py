@@ -1,0 +1,28 @@
+"""A multilayer perceptron: 784 -> 128 ReLU -> 64 ReLU -> 10.
+
+    launch/local.sh -np 2 --model=mnist_mlp --dataset=mnist --data_dir=DIR
+"""
+
+import keras
+
+from .recipe import Recipe
+
+RECIPES = (
+    Recipe(dataset="digits", global_batch=32, optimizer="adam", learning_rate=2e-3, epochs=5, accuracy=0.95),
+    Recipe(dataset="mnist", global_batch=128, optimizer="adam", learning_rate=2e-3, epochs=5, accuracy=0.975),
+)
+
+
+def build(input_shape: tuple[int, int, int], num_classes: int) -> keras.Model:
+    """Returns the model from raw pixels (0 to 255, [batch, height, width, channels]) to logits [batch, num_classes]."""
+    return keras.Sequential(
+        [
+            keras.layers.Input(input_shape),
+            keras.layers.Rescaling(1 / 255),
+            keras.layers.Flatten(),
+            keras.layers.Dense(128, activation="relu"),
+            keras.layers.Dense(64, activation="relu"),
+            keras.layers.Dense(num_classes, dtype="float32"),
+        ],
+        name="mnist_mlp",
+    )
