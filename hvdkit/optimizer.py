@@ -11,7 +11,7 @@ learning-rate callbacks and attribute access work as before.
 """
 
 import sys
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import keras
@@ -27,7 +27,36 @@ Average = "Average"
 Sum = "Sum"
 
 
-class DistributedOptimizer(wrapt.ObjectProxy):
+class ExchangingOptimizer(wrapt.ObjectProxy):
+    """A Keras optimizer whose gradients pass through `exchange` on their way to `apply`.
+
+    Args:
+        optimizer: the optimizer that everything else is left to.
+        exchange: maps this replica's gradients (`tf.Tensor`, `tf.IndexedSlices` or None) to those that are applied.
+    """
+
+    def __init__(self, optimizer: keras.optimizers.Optimizer, exchange: Callable[[list[Gradient]], list[Gradient]]) -> None:
+        super().__init__(optimizer)
+        self._self_exchange = exchange
+
+    def apply(self, grads: Sequence[Gradient], trainable_variables: Sequence[Any] | None = None) -> None:
+        """Exchanges `grads` with the other replicas and applies the result.
+
+        Args:
+            grads: this replica's gradients: `tf.Tensor`, `tf.IndexedSlices` or None, one a variable.
+            trainable_variables: their variables; by default those that the optimizer was built with.
+        """
+        _refuse_inner_place()
+        self.__wrapped__.apply(self._self_exchange(list(grads)), trainable_variables)
+
+    def apply_gradients(self, grads_and_vars: Iterable[tuple[Gradient, Any]]) -> Any:
+        """Exchanges and applies `(gradient, variable)` pairs, and returns the iteration counter."""
+        grads, variables = zip(*grads_and_vars, strict=True)
+        self.apply(grads, list(variables))
+        return self.iterations
+
+
+class DistributedOptimizer(ExchangingOptimizer):
     """Wraps a Keras optimizer so that gradients are averaged over all ranks before they are applied.
 
     Args:
@@ -59,30 +88,14 @@ class DistributedOptimizer(wrapt.ObjectProxy):
         process_set: Any = None,
     ) -> None:
         _check(optimizer, op)
-        super().__init__(_with_loss_scale(optimizer))
-        self._self_exchange = GradientExchange(
+        exchange = GradientExchange(
             name=name or f"Distributed{optimizer.name}",
             compression=compression,
             sparse_as_dense=sparse_as_dense,
             average=op == Average,
             process_set=process_set,
         )
-
-    def apply(self, grads: Sequence[Gradient], trainable_variables: Sequence[Any] | None = None) -> None:
-        """Averages `grads` over all ranks and applies them.
-
-        Args:
-            grads: this rank's gradients: `tf.Tensor`, `tf.IndexedSlices` or None, one a variable.
-            trainable_variables: their variables; by default those that the optimizer was built with.
-        """
-        _refuse_inner_place()
-        self.__wrapped__.apply(self._self_exchange(list(grads)), trainable_variables)
-
-    def apply_gradients(self, grads_and_vars: Iterable[tuple[Gradient, Any]]) -> Any:
-        """Averages and applies `(gradient, variable)` pairs, and returns the iteration counter."""
-        grads, variables = zip(*grads_and_vars, strict=True)
-        self.apply(grads, list(variables))
-        return self.iterations
+        super().__init__(with_loss_scale(optimizer), exchange)
 
 
 class GradientExchange:
@@ -144,7 +157,7 @@ def scaled(learning_rate: float) -> float:
 
 
 def _check(optimizer: Any, op: str) -> None:
-    if isinstance(optimizer, DistributedOptimizer):
+    if isinstance(optimizer, ExchangingOptimizer):
         raise TypeError(
             f"The optimizer {optimizer.name!r} is a DistributedOptimizer already; wrapping it twice would average "
             f"twice. Pass the optimizer that is inside."
@@ -159,7 +172,8 @@ def _check(optimizer: Any, op: str) -> None:
         raise ValueError(f"op must be hvdkit.Average or hvdkit.Sum, but is {op!r}.")
 
 
-def _with_loss_scale(optimizer: keras.optimizers.Optimizer) -> keras.optimizers.Optimizer:
+def with_loss_scale(optimizer: keras.optimizers.Optimizer) -> keras.optimizers.Optimizer:
+    """Puts an optimizer into a `LossScaleOptimizer` if the global dtype policy is `mixed_float16`."""
     half = keras.config.dtype_policy().name == "mixed_float16"
     if half and not isinstance(optimizer, keras.optimizers.LossScaleOptimizer):
         return keras.optimizers.LossScaleOptimizer(optimizer)

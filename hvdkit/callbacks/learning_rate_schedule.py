@@ -53,7 +53,7 @@ class LearningRateScheduleCallback(keras.callbacks.Callback):
         """Checks that the rate can be set, and learns the number of steps."""
         _refuse_schedule(self.model.optimizer)
         if self.initial_lr is None:
-            self.initial_lr = float(self.model.optimizer.learning_rate)
+            self.initial_lr = learning_rate_of(self.model.optimizer)
         self.steps_per_epoch = self.steps_per_epoch or self.params.get("steps")
         if not self.staircase and not self.steps_per_epoch:
             raise ValueError(
@@ -75,7 +75,7 @@ class LearningRateScheduleCallback(keras.callbacks.Callback):
     def on_epoch_end(self, epoch: int, logs: dict | None = None) -> None:
         """Logs the rate, as `lr`."""
         if logs is not None:
-            logs["lr"] = float(self.model.optimizer.learning_rate)
+            logs["lr"] = learning_rate_of(self.model.optimizer)
 
     def _adjust(self, epoch: float) -> None:
         if self.start_epoch <= epoch and (self.end_epoch is None or epoch < self.end_epoch):
@@ -83,12 +83,17 @@ class LearningRateScheduleCallback(keras.callbacks.Callback):
 
     def _set(self, multiple: float) -> None:
         optimizer = self.model.optimizer
-        old = float(optimizer.learning_rate)
+        old = learning_rate_of(optimizer)
         new = float(self.initial_lr * multiple)
         optimizer.learning_rate = new
         if self.momentum_correction and old > 0 and new != old:
             for velocity in _velocities(optimizer):
                 velocity.assign(velocity * (new / old))
+
+
+def learning_rate_of(optimizer: Any) -> float:
+    """The optimizer's learning rate as a number, whatever kind of variable holds it."""
+    return float(keras.ops.convert_to_numpy(optimizer.learning_rate))
 
 
 def _velocities(optimizer: Any) -> list[Any]:

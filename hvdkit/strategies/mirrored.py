@@ -8,6 +8,7 @@ import tensorflow as tf
 
 from hvdkit import world
 from hvdkit.errors import UsageError
+from hvdkit.optimizer import ExchangingOptimizer, Gradient, with_loss_scale
 from hvdkit.strategies.base import refuse_many_processes
 
 _LOGICAL_CPUS = 2  # replicas where there is no GPU and the user named no number
@@ -38,14 +39,27 @@ class MirroredStrategy:
         return self._strategy.scope()
 
     def distribute(self, optimizer: keras.optimizers.Optimizer, **options: Any) -> keras.optimizers.Optimizer:
-        """The optimizer itself: Keras exchanges gradients through `tf.distribute`.
+        """The optimizer, with the sum over the replicas taken before anything else.
+
+        Keras takes it after clipping, so that each replica clips its own part of the gradient, and after the decision
+        of `LossScaleOptimizer`: another model than one process trains, and another than Horovod's.
 
         Raises:
-            UsageError: options were given that only Horovod's exchange has.
+            UsageError: options were given that only Horovod's exchange has, or the optimizer does something that
+                `tf.distribute` cannot: Keras exchanges inside a condition, and `merge_call` is not allowed there.
         """
+        for name in ("gradient_accumulation_steps", "ema_overwrite_frequency"):
+            if getattr(optimizer, name, None):
+                raise UsageError(
+                    f"The optimizer's {name} does not work under tf.distribute.MirroredStrategy (Keras exchanges inside "
+                    f"a condition). Leave it out, or use --strategy=horovod."
+                )
         if options:
             raise UsageError(f"--strategy=mirrored has no {', '.join(options)}: nothing leaves the host. Leave it out.")
-        return optimizer
+        optimizer = with_loss_scale(optimizer)
+        for part in _parts(optimizer):
+            part._all_reduce_sum_gradients = list  # it has been done, when Keras comes to it
+        return ExchangingOptimizer(optimizer, _sum_over_replicas)
 
     def callbacks(self) -> list[keras.callbacks.Callback]:
         """None are needed: variables are mirrored and metrics are summed by `tf.distribute`."""
@@ -69,6 +83,26 @@ class MirroredStrategy:
             f"{examples} test examples cannot be divided over {self.size} devices so that each gets one of every batch. "
             f"Use fewer replicas."
         )
+
+
+def _sum_over_replicas(grads: list[Gradient]) -> list[Gradient]:
+    """Sums gradients over the replicas; Keras has divided the loss by their number."""
+    replica = tf.distribute.get_replica_context()
+    places = [i for i, g in enumerate(grads) if g is not None]
+    if replica is None or replica.num_replicas_in_sync == 1 or not places:
+        return grads
+    result = list(grads)
+    for place, reduced in zip(
+        places, replica.all_reduce(tf.distribute.ReduceOp.SUM, [grads[i] for i in places]), strict=True
+    ):
+        result[place] = reduced
+    return result
+
+
+def _parts(optimizer: keras.optimizers.Optimizer) -> list[keras.optimizers.Optimizer]:
+    """An optimizer and those inside of it (`LossScaleOptimizer`, `MultiOptimizer`)."""
+    inside = [*getattr(optimizer, "optimizers", []), *filter(None, [getattr(optimizer, "inner_optimizer", None)])]
+    return [optimizer, *(part for i in inside for part in _parts(i))]
 
 
 def _devices(replicas: int | None) -> list[str]:

@@ -1,0 +1,120 @@
+"""Fixtures for all tests: ranks started for real, the shared data, and a watch over what a test leaves behind."""
+
+import json
+import os
+import pickle
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import psutil
+import pytest
+
+# Loaded once, before any test: TensorFlow sets environment variables of its own when it is imported.
+os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
+import keras
+import tensorflow_datasets  # noqa: F401 - sets some, too
+
+ROOT = Path(__file__).resolve().parent.parent
+RANK_MAIN = Path(__file__).parent / "parallel" / "rank_main.py"
+
+
+@pytest.fixture(autouse=True)
+def nothing_left_behind():
+    """Fails a test that leaves environment variables changed or processes running."""
+    environment = dict(os.environ)
+    yield
+    left = [p for p in psutil.Process().children(recursive=True) if p.status() != psutil.STATUS_ZOMBIE]
+    changed = {k for k in environment.keys() | os.environ.keys() if environment.get(k) != os.environ.get(k)}
+    changed -= {"PYTEST_CURRENT_TEST"}
+    for name in changed:
+        os.environ.pop(name, None)
+        if name in environment:
+            os.environ[name] = environment[name]
+    for process in left:
+        process.kill()
+    assert not left, f"the test left processes running: {left}"
+    assert not changed, f"the test left environment variables changed: {sorted(changed)}"
+
+
+class Ended:
+    """How a command ended: its exit code and all that it printed."""
+
+    def __init__(self, code, output):
+        self.code = code
+        self.output = output
+
+
+def run_command(command, *, timeout, env=None, cwd=None):
+    """Runs a command with a hard time limit, and ends it with all its children when the limit is hit."""
+    process = subprocess.Popen(
+        [str(part) for part in command],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        stdin=subprocess.DEVNULL,
+        text=True,
+        errors="replace",
+        env={**os.environ, **(env or {})},
+        cwd=cwd,
+    )
+    try:
+        output, _ = process.communicate(timeout=timeout)
+    except subprocess.TimeoutExpired:
+        family = [process, *psutil.Process(process.pid).children(recursive=True)]
+        for member in family:
+            try:
+                member.send_signal(signal.SIGKILL)
+            except psutil.NoSuchProcess:
+                continue
+        output, _ = process.communicate()
+        pytest.fail(f"not done after {timeout} s: {' '.join(map(str, command))}\n{output}")
+    return Ended(process.returncode, output)
+
+
+@pytest.fixture
+def ranks(tmp_path):
+    """Calls a module-level function on N ranks, and returns what each returned: `ranks(2, function, key=value)`."""
+
+    def start(number, function, *, timeout=240, env=None, fails=False, **arguments):
+        results = tmp_path / f"ranks-{len(list(tmp_path.iterdir()))}"
+        results.mkdir()
+        call = {"file": function.__code__.co_filename, "function": function.__name__, "arguments": arguments}
+        (results / "call.json").write_text(json.dumps(call))
+        ended = run_command(
+            [sys.executable, "-m", "hvdkit.launch", "-np", number, "--", sys.executable, RANK_MAIN, results],
+            timeout=timeout,
+            env={"TF_CPP_MIN_LOG_LEVEL": "2", **(env or {})},
+        )
+        if fails:
+            assert ended.code != 0, f"{number} ranks of {function.__name__} were to fail, but did not:\n{ended.output}"
+            return ended
+        if ended.code != 0:
+            pytest.fail(f"{number} ranks of {function.__name__} ended with {ended.code}; their output:\n{ended.output}")
+        return [pickle.loads((results / f"{rank}.pickle").read_bytes()) for rank in range(number)]
+
+    return start
+
+
+@pytest.fixture
+def train(tmp_path):
+    """Runs `python -m hvdkit.train` on N ranks (0: without a launcher): `train(2, "--model=...")`."""
+
+    def start(number, *flags, timeout=300, cwd=None, env=None):
+        launcher = [sys.executable, "-m", "hvdkit.launch", "-np", number, "--"] if number else []
+        command = [*launcher, sys.executable, "-m", "hvdkit.train", *flags]
+        return run_command(command, timeout=timeout, cwd=cwd or tmp_path, env=env)
+
+    return start
+
+
+@pytest.fixture(scope="session")
+def shared_data():
+    """The directory of prepared TFDS data sets beside the checkout: MNIST, CIFAR-10 and sentence polarity."""
+    path = Path(os.environ.get("HVDKIT_TEST_DATA", ROOT.parent / "shared" / "tfds"))
+    if not (path / "mnist").is_dir():
+        pytest.skip(
+            f"no prepared TFDS data sets under {path}: set HVDKIT_TEST_DATA to a data_dir that has mnist, cifar10 and "
+            f"sentence_polarity"
+        )
+    return path

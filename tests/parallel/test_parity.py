@@ -1,0 +1,172 @@
+"""N ranks with local batch B train the model that one process trains with global batch N·B, step for step."""
+
+import numpy as np
+import pytest
+
+STEPS = 10
+LOCAL_BATCH = 8
+
+# Every optimizer that Keras has, with momentum, weight decay, clipping and EMA spread over them so that each is there.
+OPTIMIZERS = {
+    "SGD": {"momentum": 0.9, "nesterov": True, "weight_decay": 1e-2},
+    "RMSprop": {"momentum": 0.9, "centered": True, "clipvalue": 0.05},
+    "Adam": {"amsgrad": True, "global_clipnorm": 0.1, "use_ema": True, "ema_momentum": 0.9},
+    "AdamW": {"weight_decay": 1e-2, "clipnorm": 0.1},
+    "Adadelta": {"learning_rate": 1.0, "weight_decay": 1e-2, "use_ema": True, "ema_overwrite_frequency": 4},
+    "Adagrad": {"clipnorm": 0.1},
+    "Adamax": {"weight_decay": 1e-2},
+    "Adafactor": {"global_clipnorm": 0.1},
+    "Nadam": {"clipvalue": 0.05},
+    "Ftrl": {"l2_regularization_strength": 1e-3},
+    "Lion": {"weight_decay": 1e-2},
+    "Lamb": {"weight_decay": 1e-2, "clipnorm": 0.1},
+    "Muon": {"weight_decay": 1e-2},
+    "ScheduleFreeAdamW": {"weight_decay": 1e-2},
+    "LossScaleOptimizer": {},
+    "MultiOptimizer": {},
+}
+
+
+# Keras overwrites weights with their average inside a condition, where tf.distribute cannot exchange.
+_UNDER_MIRRORED = sorted(name for name, arguments in OPTIMIZERS.items() if "ema_overwrite_frequency" not in arguments)
+
+
+def _examples(kind, replicas):
+    """Global batches [STEPS, replicas * LOCAL_BATCH, ...]: the part of replica r is the r-th."""
+    generator = np.random.default_rng(7)
+    count = [STEPS, replicas * LOCAL_BATCH]
+    if kind == "dense":
+        return generator.normal(size=[*count, 6]).astype("float32"), generator.integers(3, size=count)
+    return generator.integers(50, size=[*count, 4]), generator.integers(3, size=count)
+
+
+def _model(kind, optimizer):
+    import keras
+
+    keras.utils.set_random_seed(1)
+    body = (
+        [keras.layers.Input([6]), keras.layers.Dense(16, activation="tanh")]
+        if kind == "dense"
+        else [keras.layers.Input([4], dtype="int32"), keras.layers.Embedding(50, 8), keras.layers.Flatten()]
+    )
+    model = keras.Sequential([*body, keras.layers.Dense(3)])
+    loss = keras.losses.SparseCategoricalCrossentropy(from_logits=True)
+    model.compile(optimizer, loss=loss, jit_compile=False)
+    return model
+
+
+def _optimizer(name):
+    import keras
+
+    if name == "LossScaleOptimizer":
+        return keras.optimizers.LossScaleOptimizer(keras.optimizers.Adam(1e-2), initial_scale=128.0)
+    if name == "MultiOptimizer":
+        choice = {".*kernel": keras.optimizers.SGD(1e-2, momentum=0.9)}
+        return keras.optimizers.MultiOptimizer(keras.optimizers.OptimizerMap(keras.optimizers.Adam(1e-2), choice))
+    return getattr(keras.optimizers, name)(**{"learning_rate": 1e-2, **OPTIMIZERS[name]})
+
+
+def _train(model, inputs, labels):
+    """The weights after each step, flattened, [STEPS, parameters]."""
+    path = []
+    for x, y in zip(inputs, labels, strict=True):
+        model.train_on_batch(x, y)
+        path.append(_flat(model))
+    return np.stack(path)
+
+
+def _flat(model):
+    return np.concatenate([np.ravel(w) for w in model.get_weights()])
+
+
+def _difference(ours, reference):
+    """The largest relative difference of the weights after any step, in the Euclidean norm."""
+    return float(np.max(np.linalg.norm(ours - reference, axis=1) / np.linalg.norm(reference, axis=1)))
+
+
+def horovod_against_one_process(kind, names):
+    import hvdkit as hvd
+
+    world = hvd.init()
+    inputs, labels = _examples(kind, world.size)
+    mine = slice(world.rank * LOCAL_BATCH, (world.rank + 1) * LOCAL_BATCH)
+    differences = {}
+    for name in names:
+        reference = _train(_model(kind, _optimizer(name)), inputs, labels)
+        wrapped = _model(kind, hvd.DistributedOptimizer(_optimizer(name), name=name))
+        ours = _train(wrapped, inputs[:, mine], labels[:, mine])
+        alone = _train(_model(kind, _optimizer(name)), inputs[:, mine], labels[:, mine])
+        differences[name] = _difference(ours, reference), _difference(alone, reference)
+    return differences
+
+
+def mirrored_against_one_process(kind, names):
+    import keras
+    import tensorflow as tf
+
+    from hvdkit import strategies
+
+    strategy = strategies.create("mirrored", 2)
+    inputs, labels = _examples(kind, strategy.size)
+    differences = {}
+    for name in names:
+        reference = _train(_model(kind, _optimizer(name)), inputs, labels)
+        with strategy.scope():
+            model = _model(kind, strategy.distribute(_optimizer(name)))
+        # `fit`, because `train_on_batch` does not divide a batch over replicas.
+        path = []
+        watch = keras.callbacks.LambdaCallback(on_train_batch_end=lambda *_: path.append(_flat(model)))
+        model.fit(tf.data.Dataset.from_tensor_slices((inputs, labels)), verbose=0, shuffle=False, callbacks=[watch])
+        differences[name] = _difference(np.stack(path), reference)
+    return differences
+
+
+def test_every_optimizer_of_keras_is_in_the_table():
+    import keras
+
+    built_in = {
+        name
+        for name, value in vars(keras.optimizers).items()
+        if isinstance(value, type) and issubclass(value, keras.optimizers.Optimizer) and name != "Optimizer"
+    }
+    assert built_in == set(OPTIMIZERS)
+
+
+@pytest.mark.parametrize("kind", ["dense", "sparse"])
+def test_two_ranks_equal_one_process(ranks, kind):
+    for rank, differences in enumerate(ranks(2, horovod_against_one_process, kind=kind, names=sorted(OPTIMIZERS))):
+        for name, (ours, alone) in differences.items():
+            assert ours < 1e-5 * STEPS, f"{name}, rank {rank}: weights differ from one process's by {ours:.2g}"
+            assert alone > 1e-3, f"{name}: training on the own share alone should differ, or this test proves nothing"
+
+
+@pytest.mark.parametrize("kind", ["dense", "sparse"])
+def test_three_ranks_equal_one_process(ranks, kind):
+    for differences in ranks(3, horovod_against_one_process, kind=kind, names=["SGD", "Adam", "LossScaleOptimizer"]):
+        assert all(ours < 1e-5 * STEPS < 1e-3 < alone for ours, alone in differences.values()), differences
+
+
+@pytest.mark.parametrize("kind", ["dense", "sparse"])
+def test_mirrored_equals_one_process(ranks, kind):
+    (differences,) = ranks(1, mirrored_against_one_process, kind=kind, names=_UNDER_MIRRORED)
+    assert {name: d for name, d in differences.items() if not d < 1e-5 * STEPS} == {}
+
+
+def mirrored_with_what_it_cannot_do():
+    import keras
+
+    from hvdkit import UsageError, strategies
+
+    strategy = strategies.create("mirrored", 2)
+    messages = []
+    for arguments in ({"gradient_accumulation_steps": 2}, {"use_ema": True, "ema_overwrite_frequency": 2}):
+        try:
+            strategy.distribute(keras.optimizers.Adam(**arguments))
+        except UsageError as error:
+            messages.append(str(error))
+    return messages
+
+
+def test_mirrored_refuses_what_tf_distribute_cannot_do(ranks):
+    (messages,) = ranks(1, mirrored_with_what_it_cannot_do)
+    assert [m.split()[2] for m in messages] == ["gradient_accumulation_steps", "ema_overwrite_frequency"]
