@@ -41,7 +41,7 @@ class Vocabulary:
 def learn_tokens(source: Source, max_tokens: int) -> list[str]:
     """The most frequent words of the train split, by falling frequency.
 
-    Words are lower-cased and split at white space and around punctuation (each mark is a word).
+    Words are lower-cased; of the punctuation, only ! and ? are kept, each as a word.
 
     Args:
         source: a source of texts.
@@ -55,10 +55,10 @@ def learn_tokens(source: Source, max_tokens: int) -> list[str]:
 
 @keras.saving.register_keras_serializable("hvdkit")
 def standardize(text: Any) -> tf.Tensor:
-    """Lower-cases a text and puts spaces around punctuation, so that each mark is a token of its own."""
+    """Lower-cases a text and keeps words, numbers, apostrophes inside of words, and the marks ! and ?."""
     text = tf.strings.lower(text)
-    text = tf.strings.regex_replace(text, r"([^\p{L}\p{N}\s'])", r" \1 ")
-    return tf.strings.regex_replace(text, r"'", " '")
+    text = tf.strings.regex_replace(text, r"[^\p{L}\p{N}'!?]+|'([^\p{L}]|$)", r" \1")
+    return tf.strings.regex_replace(text, r"([!?])", r" \1 ")
 
 
 def _vectorizer(max_tokens: int, length: int | None) -> keras.layers.TextVectorization:

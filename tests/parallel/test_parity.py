@@ -75,6 +75,17 @@ def _train(model, inputs, labels):
     return np.stack(path)
 
 
+def _fit(model, inputs, labels, callbacks):
+    """As `_train`, with `fit`, because `train_on_batch` does not divide a batch over replicas."""
+    import keras
+    import tensorflow as tf
+
+    path = []
+    watch = keras.callbacks.LambdaCallback(on_train_batch_end=lambda batch, logs=None: path.append(_flat(model)))
+    model.fit(tf.data.Dataset.from_tensor_slices((inputs, labels)), verbose=0, shuffle=False, callbacks=[*callbacks, watch])
+    return np.stack(path)
+
+
 def _flat(model):
     return np.concatenate([np.ravel(w) for w in model.get_weights()])
 
@@ -101,9 +112,6 @@ def horovod_against_one_process(kind, names):
 
 
 def mirrored_against_one_process(kind, names):
-    import keras
-    import tensorflow as tf
-
     from hvdkit import strategies
 
     strategy = strategies.create("mirrored", 2)
@@ -113,11 +121,7 @@ def mirrored_against_one_process(kind, names):
         reference = _train(_model(kind, _optimizer(name)), inputs, labels)
         with strategy.scope():
             model = _model(kind, strategy.distribute(_optimizer(name)))
-        # `fit`, because `train_on_batch` does not divide a batch over replicas.
-        path = []
-        watch = keras.callbacks.LambdaCallback(on_train_batch_end=lambda *_: path.append(_flat(model)))
-        model.fit(tf.data.Dataset.from_tensor_slices((inputs, labels)), verbose=0, shuffle=False, callbacks=[watch])
-        differences[name] = _difference(np.stack(path), reference)
+        differences[name] = _difference(_fit(model, inputs, labels, strategy.callbacks()), reference)
     return differences
 
 

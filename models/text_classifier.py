@@ -1,0 +1,38 @@
+"""Sentences: token numbers, embedding, convolutions of widths 3, 4 and 5, maximum over time, dropout, dense.
+
+    launch/local.sh -np 2 --model=text_classifier --dataset=sentence_polarity --data_dir=DIR        77 to 78 % in 20 s
+
+Y. Kim, "Convolutional neural networks for sentence classification", 2014, https://arxiv.org/abs/1408.5882, with an
+embedding learnt from scratch.
+"""
+
+import keras
+from keras import layers
+
+from .recipe import Recipe
+
+RECIPES = (
+    Recipe(
+        "sentence_polarity",
+        global_batch=128,
+        optimizer="adam",
+        learning_rate=2e-3,
+        lr_schedule="cosine",
+        epochs=3,
+        max_tokens=20_000,
+        sequence_length=48,
+        accuracy=0.74,
+    ),
+)
+
+
+def build(vocabulary_size: int, sequence_length: int, num_classes: int) -> keras.Model:
+    """Returns the model from token numbers (int [batch, sequence_length]) to logits [batch, num_classes]."""
+    tokens = layers.Input([sequence_length], dtype="int32")
+    embedded = layers.Embedding(vocabulary_size, 128)(tokens)
+    features = [
+        layers.GlobalMaxPooling1D()(layers.Conv1D(64, width, padding="same", activation="relu")(embedded))
+        for width in (3, 4, 5)
+    ]
+    joined = layers.Dropout(0.5)(layers.Concatenate()(features))
+    return keras.Model(tokens, layers.Dense(num_classes, dtype="float32")(joined), name="text_classifier")

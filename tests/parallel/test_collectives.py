@@ -1,0 +1,120 @@
+"""The collectives, against closed forms in the rank."""
+
+import numpy as np
+import pytest
+
+
+def collectives_of_all_kinds():
+    import keras
+    import tensorflow as tf
+
+    import hvdkit as hvd
+    from hvdkit import collectives
+
+    world = hvd.init()
+    process_set = hvd.world.horovod().global_process_set
+    mine = world.rank + 1
+    found = {
+        "sum": collectives.allreduce_sum(np.full([3], mine, np.int64), "test").tolist(),
+        "gathered": hvd.allgather_object({"rank": world.rank}),
+        "broadcast": hvd.broadcast_object("from the root" if world.rank == 1 else None, root_rank=1),
+    }
+    variables = [
+        keras.Variable(np.full([2], mine), dtype=dtype)
+        for dtype in ("float32", "bfloat16", "float16", "int64", "uint32", "int8")
+    ]
+    hvd.broadcast_variables(variables, root_rank=world.size - 1)
+    found["variables"] = [keras.ops.convert_to_numpy(keras.ops.cast(v, "float32")).tolist() for v in variables]
+
+    weight, same = keras.Variable([float(mine), 0.0]), keras.Variable([0.1, 0.2, 0.3])
+    hvd.average_variables([weight, same])
+    found["averaged"] = np.asarray(weight).tolist(), np.asarray(same).tolist()
+
+    tensors = [tf.fill([5], float(mine)), tf.fill([2, 2], tf.cast(mine, tf.bfloat16)), tf.ones([1], tf.float64)]
+    graph = tf.function(lambda: collectives.average_dense(tensors, "test", average=True, process_set=process_set))
+    found["dense"] = [tf.cast(t, tf.float32).numpy().tolist() for t in graph()]
+    found["rows"] = collectives.gather_rows(tf.fill([mine, 2], mine), "rows", process_set).numpy().tolist()
+    hvd.barrier()
+    return found
+
+
+@pytest.mark.parametrize("size", [2, 3])
+def test_collectives(ranks, size):
+    total = size * (size + 1) // 2
+    mean = total / size
+    for found in ranks(size, collectives_of_all_kinds):
+        assert found["sum"] == [total] * 3
+        assert found["gathered"] == [{"rank": r} for r in range(size)]
+        assert found["broadcast"] == "from the root"
+        assert found["variables"] == [[size, size]] * 6
+        assert found["averaged"] == ([mean, 0.0], np.float32([0.1, 0.2, 0.3]).tolist())
+        assert found["dense"] == [[mean] * 5, [[mean] * 2] * 2, [1.0]]
+        assert found["rows"] == [[r + 1] * 2 for r in range(size) for _ in range(r + 1)]
+
+
+def compressed_gradients(kind):
+    import keras
+    import tensorflow as tf
+
+    import hvdkit as hvd
+    from hvdkit.optimizer import GradientExchange
+
+    world = hvd.init()
+    exchange = GradientExchange("test", getattr(hvd.Compression, kind), False, True, None)
+    generator = np.random.default_rng(5)
+    everyone = generator.normal(size=[world.size, 1001]).astype("float32")
+    rows = generator.normal(size=[world.size, 4, 3]).astype("float32")
+    mine = tf.constant(everyone[world.rank])
+    slices = tf.IndexedSlices(tf.constant(rows[world.rank]), tf.constant([0, 2, 2, world.rank]), tf.constant([9, 3]))
+    dense, none, sparse = tf.function(lambda: exchange([mine, None, slices]))()
+    assert none is None
+    reference = np.zeros([9, 3])
+    for rank in range(world.size):
+        np.add.at(reference, [0, 2, 2, rank], rows[rank] / world.size)
+    errors = np.abs(dense.numpy() - everyone.mean(0)).max(), np.abs(tf.convert_to_tensor(sparse) - reference).max()
+    return [float(e) for e in errors], type(sparse).__name__, dense.dtype.name, keras.ops.convert_to_numpy(dense).tobytes()
+
+
+@pytest.mark.parametrize(("kind", "bound"), [("none", 1e-6), ("fp16", 4e-3), ("bf16", 3e-2)])
+def test_compression_keeps_the_mean_and_the_kind_of_gradient(ranks, kind, bound):
+    results = ranks(3, compressed_gradients, kind=kind)
+    for (dense, sparse), name, dtype, bits in results:
+        assert max(dense, sparse) < bound
+        assert kind == "none" or dense > 1e-5, "a compression that loses nothing has not been used"
+        assert (name, dtype) == ("IndexedSlices", "float32")
+        assert bits == results[0][3], "all ranks must get the same bits"
+
+
+def different_models():
+    import keras
+
+    import hvdkit as hvd
+
+    world = hvd.init()
+    model = keras.Sequential([keras.layers.Input([4]), keras.layers.Dense(2 + world.rank)])
+    try:
+        hvd.broadcast_variables(model.weights)
+    except ValueError as error:
+        return str(error)
+
+
+def test_different_models_are_named(ranks):
+    for message in ranks(2, different_models):
+        assert "kernel (4, 2) float32 where rank 1 has" in message
+        assert "kernel (4, 3) float32" in message
+
+
+def failing_on_one_rank():
+    import hvdkit as hvd
+
+    world = hvd.init()
+    if world.rank == 1:
+        raise ValueError("this rank has a problem")
+    hvd.barrier()
+
+
+def test_a_rank_that_fails_ends_the_job(ranks):
+    ended = ranks(2, failing_on_one_rank, fails=True, timeout=120)
+    assert ended.code == 1
+    assert "[1] ValueError: this rank has a problem" in ended.output
+    assert "hvdkit.launch: rank 1 was the first to fail, with exit code 1." in ended.output
