@@ -240,6 +240,9 @@ def _compile(
         metrics=[keras.metrics.SparseCategoricalAccuracy(name="accuracy")],
         jit_compile=False,  # XLA compiles neither Horovod's exchange nor tf.distribute's
     )
+    # Keras would build it while it traces the first step, and slots that start from the weights' values
+    # (ScheduleFreeAdamW's) would start from 0.
+    model.optimizer.build(model.trainable_variables)
     return model
 
 

@@ -62,8 +62,8 @@ class MirroredStrategy:
         return ExchangingOptimizer(optimizer, _sum_over_replicas)
 
     def callbacks(self) -> list[keras.callbacks.Callback]:
-        """One that builds the optimizer; variables are mirrored and metrics are summed by `tf.distribute`."""
-        return [_BuildOptimizerCallback()]
+        """None are needed: variables are mirrored and metrics are summed by `tf.distribute`."""
+        return []
 
     def evaluate(self, model: keras.Model, batches: tf.data.Dataset) -> dict[str, float]:
         """`Model.evaluate`, which divides each batch over the devices."""
@@ -83,19 +83,6 @@ class MirroredStrategy:
             f"{examples} test examples cannot be divided over {self.size} devices so that each gets one of every batch. "
             f"Use fewer replicas."
         )
-
-
-class _BuildOptimizerCallback(keras.callbacks.Callback):
-    """Builds the optimizer before the first step.
-
-    Keras would build it while it traces the step, on every replica: slots that start from the weights' values, as those of
-    `ScheduleFreeAdamW` do, are then set again at every step.
-    """
-
-    def on_train_begin(self, logs: dict | None = None) -> None:
-        if not self.model.optimizer.built:
-            with self.model.distribute_strategy.scope():
-                self.model.optimizer.build(self.model.trainable_variables)
 
 
 def _sum_over_replicas(grads: list[Gradient]) -> list[Gradient]:
