@@ -8,12 +8,12 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import hvdkit_models
 import keras
 import tensorflow as tf
-
-import hvdkit_models
-from hvdkit.errors import UsageError
 from hvdkit_models.recipe import Recipe
+
+from hvdkit.errors import UsageError
 
 
 @dataclasses.dataclass(frozen=True)

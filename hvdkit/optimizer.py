@@ -12,6 +12,7 @@ learning-rate callbacks and attribute access work as before.
 
 import sys
 from collections.abc import Callable, Iterable, Sequence
+from types import FrameType
 from typing import Any
 
 import keras
@@ -35,7 +36,9 @@ class ExchangingOptimizer(wrapt.ObjectProxy):
         exchange: maps this replica's gradients (`tf.Tensor`, `tf.IndexedSlices` or None) to those that are applied.
     """
 
-    def __init__(self, optimizer: keras.optimizers.Optimizer, exchange: Callable[[list[Gradient]], list[Gradient]]) -> None:
+    def __init__(
+        self, optimizer: keras.optimizers.Optimizer, exchange: Callable[[list[Gradient]], list[Gradient]]
+    ) -> None:
         super().__init__(optimizer)
         self._self_exchange = exchange
 
@@ -114,7 +117,7 @@ class GradientExchange:
 
     def __call__(self, grads: list[Gradient]) -> list[Gradient]:
         """Returns the gradients' average over all ranks, in the order given."""
-        if self._process_set.size() == 1:
+        if world.size() == 1 or self._process_set.size() == 1:
             return grads
         if self._sparse_as_dense:
             grads = [tf.convert_to_tensor(g) if isinstance(g, tf.IndexedSlices) else g for g in grads]
@@ -184,12 +187,15 @@ def _refuse_inner_place() -> None:
     """Stops a hang before it happens: an exchange inside `LossScaleOptimizer`'s branch "gradients are finite".
 
     A rank whose gradients overflow would not take that branch, and the others would wait for it for ever. Only the
-    call stack tells: the outer optimizer leaves no trace on the inner one. In a graph this runs once, when it is traced.
+    call stack tells: the outer optimizer leaves no mark on the inner one. In a graph this runs once, at its tracing.
     """
-    frame = sys._getframe(2)
+    frame: FrameType | None = sys._getframe(2)
     while frame is not None:
         caller = frame.f_locals.get("self")
-        if type(caller) is keras.optimizers.LossScaleOptimizer and frame.f_code.co_name == "_stateful_handle_finite_grads":
+        if (
+            type(caller) is keras.optimizers.LossScaleOptimizer
+            and frame.f_code.co_name == "_stateful_handle_finite_grads"
+        ):
             raise RuntimeError(_INNER_PLACE)
         frame = frame.f_back
 

@@ -21,6 +21,7 @@ os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
 import keras
 import numpy as np
 import tensorflow as tf
+from hvdkit_models.recipe import Recipe
 
 from hvdkit import artifacts, callbacks, collectives, strategies, train_flags, world
 from hvdkit.agreement import check_equal, together
@@ -38,8 +39,7 @@ from hvdkit.model import (
     make_optimizer,
 )
 from hvdkit.strategies import Strategy
-from hvdkit.train_flags import Config
-from hvdkit_models.recipe import Recipe
+from hvdkit.train_flags import Config, Settings
 
 _log = logging.getLogger("hvdkit.train")  # not __name__: the job runs as __main__
 
@@ -63,45 +63,45 @@ def run(config: Config) -> dict[str, Any]:
         dataset = config.dataset or model_source.recipes[0].dataset
         source = open_source(dataset, config.data_dir, download=config.download, image_size=config.image_size)
         recipe = model_source.recipe_for(source.name)
-        config = train_flags.resolve(config, recipe, strategy.size)
-    keras.utils.set_random_seed(config.seed)
-    keras.config.set_dtype_policy(config.precision)
+        settings = train_flags.resolve(config, recipe, strategy.size)
+    keras.utils.set_random_seed(settings.seed)
+    keras.config.set_dtype_policy(settings.precision)
 
     # ---- Where to write -------------------------------------------------------------------------------------------
-    workdir = _make_workdir(config, model_source, source)
+    workdir = _make_workdir(settings, model_source, source)
     artifacts.log_to(workdir, strategy.world)
     if strategy.world.is_root:
-        artifacts.write_json(workdir / "config.json", {**vars(config), "versions": artifacts.versions()})
+        artifacts.write_json(workdir / "config.json", {**vars(settings), "versions": artifacts.versions()})
 
     # ---- Data -----------------------------------------------------------------------------------------------------
     vocabulary = _make_vocabulary(source, recipe, workdir) if source.kind == "text" else None
-    shares, counts, steps_per_epoch, sampling = _read_training_data(config, strategy, source, vocabulary)
-    steps = config.steps or config.epochs * steps_per_epoch
+    shares, counts, steps_per_epoch, sampling = _read_training_data(settings, strategy, source, vocabulary)
+    steps = settings.steps or settings.epochs * steps_per_epoch
     batches = pipeline.training_batches(
         shares,
-        local_batch=config.local_batch,
+        local_batch=settings.local_batch,
         steps_per_epoch=steps_per_epoch,
-        seed=config.seed,
+        seed=settings.seed,
         sampling=sampling,
-        class_weights=balance.class_weights(counts) if config.class_weights else None,
+        class_weights=balance.class_weights(counts) if settings.class_weights else None,
     )
-    test_batches = _read_test_data(config, strategy, source, vocabulary)
+    test_batches = _read_test_data(settings, strategy, source, vocabulary)
 
     # ---- Model ----------------------------------------------------------------------------------------------------
     with together(), strategy.scope():
-        model = _compile(config, strategy, model_source, source, vocabulary, checks.input_spec(shares[0]))
-    model.steps_per_execution = config.steps_per_execution or _steps_per_execution(steps, steps_per_epoch)
+        model = _compile(settings, strategy, model_source, source, vocabulary, checks.input_spec(shares[0]))
+    model.steps_per_execution = settings.steps_per_execution or _steps_per_execution(steps, steps_per_epoch)
 
     # ---- Training -------------------------------------------------------------------------------------------------
-    progress = callbacks.ProgressCallback(steps, steps_per_epoch, config.global_batch, show=strategy.world.is_root)
+    progress = callbacks.ProgressCallback(steps, steps_per_epoch, settings.global_batch, show=strategy.world.is_root)
     began = time.perf_counter()
     history = model.fit(
         batches,
         epochs=math.ceil(steps / steps_per_epoch),
         steps_per_epoch=min(steps, steps_per_epoch),
-        validation_data=test_batches if config.eval_every else None,
-        validation_freq=config.eval_every or 1,
-        callbacks=[*strategy.callbacks(), *_callbacks(config, strategy, steps, steps_per_epoch, workdir), progress],
+        validation_data=test_batches if settings.eval_every else None,
+        validation_freq=settings.eval_every or 1,
+        callbacks=[*strategy.callbacks(), *_callbacks(settings, strategy, steps, steps_per_epoch, workdir), progress],
         shuffle=False,  # the batches are shuffled already
         verbose=0,
     )
@@ -115,7 +115,7 @@ def run(config: Config) -> dict[str, Any]:
         "dataset": source.name,
         "strategy": strategy.name,
         "size": strategy.size,
-        "global_batch": config.global_batch,
+        "global_batch": settings.global_batch,
         "epochs": math.ceil(steps / steps_per_epoch),
         "steps": steps,
         "train_seconds": round(train_seconds, 3),
@@ -132,20 +132,18 @@ def run(config: Config) -> dict[str, Any]:
     return result
 
 
-def _make_workdir(config: Config, model: ModelSource, source: Source) -> Path:
+def _make_workdir(settings: Settings, model: ModelSource, source: Source) -> Path:
     name = f"{model.name}-{source.name.split(':')[0]}-{time.strftime('%Y%m%d-%H%M%S')}"
-    workdir = Path(collectives.broadcast_object(config.workdir or f"runs/{name}", name="workdir")).expanduser()
+    workdir = Path(collectives.broadcast_object(settings.workdir or f"runs/{name}", name="workdir")).expanduser()
     with together():
-        artifacts.make_workdir(workdir, overwrite=config.overwrite)
+        artifacts.make_workdir(workdir, overwrite=settings.overwrite)
     return workdir
 
 
 def _make_vocabulary(source: Source, recipe: Recipe, workdir: Path) -> Vocabulary:
     """The root learns the vocabulary, all take it."""
     tokens = learn_tokens(source, recipe.max_tokens) if world.rank() == 0 else None
-    vocabulary = Vocabulary(
-        collectives.broadcast_object(tokens, name="vocabulary"), recipe.sequence_length
-    )
+    vocabulary = Vocabulary(collectives.broadcast_object(tokens, name="vocabulary"), recipe.sequence_length)
     if world.rank() == 0:
         vocabulary.save(workdir / "vocabulary.txt")
         _log.info("vocabulary: %d tokens, texts of %d tokens", vocabulary.size, vocabulary.sequence_length)
@@ -153,7 +151,7 @@ def _make_vocabulary(source: Source, recipe: Recipe, workdir: Path) -> Vocabular
 
 
 def _read_training_data(
-    config: Config, strategy: Strategy, source: Source, vocabulary: Vocabulary | None
+    settings: Settings, strategy: Strategy, source: Source, vocabulary: Vocabulary | None
 ) -> tuple[list[pipeline.Share], np.ndarray, int, balance.Sampling]:
     """Reads and checks this process's shares; the class counts and the steps are those of all processes."""
     with together():
@@ -171,37 +169,37 @@ def _read_training_data(
         by_share = [checks.check_share(share, "train", len(source.label_names)) for share in shares]
     everyone = [c for process in collectives.allgather_object(by_share, name="counts") for c in process]
     counts = np.sum(everyone, axis=0)
-    sampling = balance.Sampling(config.sampling, counts)
+    sampling = balance.Sampling(settings.sampling, counts)
     with together():
         smallest = min(sampling.size(c) for c in everyone)
-        steps_per_epoch = smallest // config.local_batch
+        steps_per_epoch = smallest // settings.local_batch
         if not steps_per_epoch:
             raise UsageError(
-                f"A local batch of {config.local_batch} is larger than a share of {smallest} training examples "
+                f"A local batch of {settings.local_batch} is larger than a share of {smallest} training examples "
                 f"({source.name} divided over {strategy.size}). Use a smaller batch, or fewer replicas."
             )
-    _describe_data(config, source, counts, sum(map(sampling.size, everyone)), steps_per_epoch)
+    _describe_data(settings, source, counts, sum(map(sampling.size, everyone)), steps_per_epoch)
     return shares, counts, steps_per_epoch, sampling
 
 
-def _describe_data(config: Config, source: Source, counts: np.ndarray, examples: int, steps_per_epoch: int) -> None:
+def _describe_data(settings: Settings, source: Source, counts: np.ndarray, examples: int, steps_per_epoch: int) -> None:
     _log.info("%s: %d training examples: %s", source.name, counts.sum(), balance.describe(counts, source.label_names))
     empty = checks.empty_classes(counts, source.label_names)
     if empty:
         _log.warning("No training example in %d class(es): %s", len(empty), ", ".join(empty[:10]))
-    if config.class_weights:
+    if settings.class_weights:
         weights = ", ".join(f"{w:.3g}" for w in balance.class_weights(counts)[:12])
         _log.info("class weights: %s%s", weights, ", ..." if len(counts) > 12 else "")
-    left = examples - steps_per_epoch * config.global_batch
+    left = examples - steps_per_epoch * settings.global_batch
     _log.info(
         "%d steps an epoch, of %d examples each over %d replica(s)%s",
-        steps_per_epoch, config.global_batch, config.replicas,
+        steps_per_epoch, settings.global_batch, settings.replicas,
         f"; {left} examples, others each epoch, do not fill a batch" if left else "",
     )  # fmt: skip
 
 
 def _read_test_data(
-    config: Config, strategy: Strategy, source: Source, vocabulary: Vocabulary | None
+    settings: Settings, strategy: Strategy, source: Source, vocabulary: Vocabulary | None
 ) -> tf.data.Dataset:
     """This process's part of the test split: every example once, over all processes."""
     me = strategy.world
@@ -212,12 +210,12 @@ def _read_test_data(
             memory_limit=pipeline.memory_limit(me.local_size, 1),
         )  # fmt: skip
         checks.check_share(share, "test", len(source.label_names))
-        batch = strategy.evaluation_batch(share.size, config.global_batch)
+        batch = strategy.evaluation_batch(share.size, settings.global_batch)
     return pipeline.evaluation_batches(share, batch)
 
 
 def _compile(
-    config: Config,
+    settings: Settings,
     strategy: Strategy,
     model_source: ModelSource,
     source: Source,
@@ -229,11 +227,11 @@ def _compile(
         given |= {"vocabulary_size": vocabulary.size, "sequence_length": vocabulary.sequence_length}
     model = build_model(model_source, given)
     check_output(model, spec, given["num_classes"], model_source.name)
-    options = {} if config.compression == "none" else {"compression": getattr(Compression, config.compression)}
+    options = {} if settings.compression == "none" else {"compression": getattr(Compression, settings.compression)}
     if model.compiled:
         model.optimizer = strategy.distribute(model.optimizer, **options)
         return model
-    optimizer = make_optimizer(config.optimizer, config.learning_rate)
+    optimizer = make_optimizer(settings.optimizer, settings.learning_rate)
     model.compile(
         strategy.distribute(optimizer, **options),
         loss=keras.losses.SparseCategoricalCrossentropy(from_logits=not ends_in_probabilities(model)),
@@ -247,20 +245,20 @@ def _compile(
 
 
 def _callbacks(
-    config: Config, strategy: Strategy, steps: int, steps_per_epoch: int, workdir: Path
+    settings: Settings, strategy: Strategy, steps: int, steps_per_epoch: int, workdir: Path
 ) -> list[keras.callbacks.Callback]:
     chosen: list[keras.callbacks.Callback] = []
-    if config.warmup_epochs and strategy.size > 1:
-        chosen.append(callbacks.LearningRateWarmupCallback(None, config.warmup_epochs, size=strategy.size))
-    if config.lr_schedule == "cosine":
-        multiplier = _cosine(config.warmup_epochs, steps / steps_per_epoch)
-        start = math.ceil(config.warmup_epochs) if strategy.size > 1 else 0
+    if settings.warmup_epochs and strategy.size > 1:
+        chosen.append(callbacks.LearningRateWarmupCallback(None, settings.warmup_epochs, size=strategy.size))
+    if settings.lr_schedule == "cosine":
+        multiplier = _cosine(settings.warmup_epochs, steps / steps_per_epoch)
+        start = math.ceil(settings.warmup_epochs) if strategy.size > 1 else 0
         chosen.append(callbacks.LearningRateScheduleCallback(None, multiplier, start_epoch=start, staircase=False))
     if steps % steps_per_epoch and steps > steps_per_epoch:
         chosen.append(callbacks.StopAtStepCallback(steps, steps_per_epoch))
     if strategy.world.is_root:
         chosen.append(keras.callbacks.CSVLogger(workdir / "history.csv"))
-        if config.tensorboard:
+        if settings.tensorboard:
             chosen.append(keras.callbacks.TensorBoard(workdir / "tensorboard", write_graph=False))
     return chosen
 

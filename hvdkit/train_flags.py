@@ -5,9 +5,9 @@ import sys
 from typing import Any
 
 from absl import flags
+from hvdkit_models.recipe import Recipe
 
 from hvdkit.errors import UsageError
-from hvdkit_models.recipe import Recipe
 
 STRATEGIES = ("single", "horovod", "mirrored")
 _WHAT, _HOW, _MACHINE, _OUTPUT = "What to train", "How to train it", "On which machine", "What to write"
@@ -70,11 +70,11 @@ def define() -> None:
     add(integer, _HOW, "global_batch", None, "examples a step over all replicas [the recipe's]", lower_bound=1)
     add(integer, _HOW, "local_batch", None, "examples a step of each replica, instead of global_batch", lower_bound=1)
     add(string, _HOW, "optimizer", None, "a Keras optimizer: adam, or sgd:momentum=0.9,nesterov=True [the recipe's]")
-    add(number, _HOW, "learning_rate", None, "for the global batch as it is; without this flag the recipe's rate, times "
+    add(number, _HOW, "learning_rate", None, "for the global batch as it is; without this flag the recipe's rate times "
         "global_batch over the recipe's (linear scaling)", lower_bound=0.0)  # fmt: skip
     add(enum, _HOW, "lr_schedule", None, "constant, or cosine to zero [the recipe's]", ("constant", "cosine"))
-    add(number, _HOW, "warmup_epochs", None, "epochs in which the rate rises from 1/replicas of it [the recipe's; a tenth "
-        "of all, 5 at most, where the rate was scaled up]", lower_bound=0.0)  # fmt: skip
+    add(number, _HOW, "warmup_epochs", None, "epochs in which the rate rises from 1/replicas of it [the recipe's; a "
+        "tenth of all, 5 at most, where the rate was scaled up]", lower_bound=0.0)  # fmt: skip
     add(enum, _HOW, "compression", "none", "gradients on the wire (horovod)", ("none", "fp16", "bf16"))
     add(enum, _HOW, "precision", "float32", "Keras' dtype policy", ("float32", "mixed_float16", "mixed_bfloat16"))
     add(enum, _HOW, "sampling", "none", "draw small classes more often (over), or large ones less (under)",
@@ -83,8 +83,8 @@ def define() -> None:
     add(integer, _HOW, "seed", 0, "of weights, order and dropout", lower_bound=0)
 
     add(integer, _MACHINE, "threads", None, "TensorFlow threads of each rank [its share of the cores]", lower_bound=1)
-    add(integer, _MACHINE, "steps_per_execution", None, "steps that run without returning to Python [the largest divisor "
-        "of an epoch's steps up to 16]", lower_bound=1)  # fmt: skip
+    add(integer, _MACHINE, "steps_per_execution", None, "steps that run without returning to Python [the largest "
+        "divisor of an epoch's steps up to 16]", lower_bound=1)  # fmt: skip
 
     add(string, _OUTPUT, "workdir", None, "where this run writes [runs/MODEL-DATASET-TIME]")
     add(boolean, _OUTPUT, "overwrite", False, "write into a workdir that has a finished run")
@@ -117,7 +117,22 @@ def parse(argv: list[str]) -> Config:
     return config
 
 
-def resolve(config: Config, recipe: Recipe, replicas: int) -> Config:
+@dataclasses.dataclass(frozen=True)
+class Settings(Config):
+    """A `Config` in which nothing is left open that training needs."""
+
+    dataset: str
+    replicas: int
+    epochs: int
+    global_batch: int
+    local_batch: int
+    optimizer: str
+    learning_rate: float
+    lr_schedule: str
+    warmup_epochs: float
+
+
+def resolve(config: Config, recipe: Recipe, replicas: int) -> Settings:
     """Fills in what the flags left open, from the recipe and the number of replicas.
 
     Raises:
@@ -136,23 +151,26 @@ def resolve(config: Config, recipe: Recipe, replicas: int) -> Config:
     warmup = config.warmup_epochs
     if warmup is None:
         warmup = recipe.warmup_epochs or (min(5.0, epochs / 10) if scale > 1 else 0.0)
-    return dataclasses.replace(
-        config,
-        dataset=config.dataset or recipe.dataset,
-        optimizer=config.optimizer or recipe.optimizer,
-        lr_schedule=config.lr_schedule or recipe.lr_schedule,
-        learning_rate=rate,
-        warmup_epochs=warmup,
-        epochs=epochs,
-        replicas=replicas,
-        global_batch=global_batch,
-        local_batch=global_batch // replicas,
-    )
+    decided = {
+        "dataset": config.dataset or recipe.dataset,
+        "optimizer": config.optimizer or recipe.optimizer,
+        "lr_schedule": config.lr_schedule or recipe.lr_schedule,
+        "learning_rate": rate,
+        "warmup_epochs": warmup,
+        "epochs": epochs,
+        "replicas": replicas,
+        "global_batch": global_batch,
+        "local_batch": global_batch // replicas,
+    }
+    return Settings(**{**vars(config), **decided})
 
 
 def help_text() -> str:
     """All flags by group, with their defaults."""
-    lines = ["Trains a Keras 3 model on real data: python -m hvdkit.train [flags], or launch/local.sh -np N [flags]", ""]
+    lines = [
+        "Trains a Keras 3 model on real data: python -m hvdkit.train [flags], or launch/local.sh -np N [flags]",
+        "",
+    ]
     for group in (_WHAT, _HOW, _MACHINE, _OUTPUT):
         lines += [f"{group}:"]
         for flag in flags.FLAGS.get_flags_for_module(group):

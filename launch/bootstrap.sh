@@ -15,7 +15,7 @@
 # CXX, CXXFLAGS, CUDA_HOME, MAKEFLAGS and TMPDIR mean what they always mean.
 #
 # The first run takes about five minutes, the next ones under 3 s. An interrupted run is carried on by the next one.
-# Exit code: 0 ready; 1 a step failed, and its log is shown; 2 something you can mend is wrong, and one sentence says what.
+# Exit code: 0 ready; 1 a step failed, and its log is shown; 2 something is wrong that one sentence tells how to mend.
 
 set -euo pipefail
 
@@ -53,12 +53,12 @@ parse_arguments() {
 check_prefix() {
   if [[ $mode == into ]]; then
     [[ -x $prefix/bin/python && (-e $prefix/pyvenv.cfg || -d $prefix/conda-meta) ]] ||
-      die "--into was given '$prefix', and expects a venv or conda environment (bin/python with pyvenv.cfg or conda-meta);" \
-        "make one with: python3 -m venv '$prefix'"
+      die "--into was given '$prefix', and expects a venv or conda environment (bin/python with pyvenv.cfg or" \
+        "conda-meta); make one with: python3 -m venv '$prefix'"
     prefix=$(cd "$prefix" && pwd)
     PATH=$prefix/bin:$PATH  # a conda environment may bring its own mpicxx, nvcc, cmake and compiler
   elif [[ -d $prefix && ! -e $prefix/pyvenv.cfg && $(ls -A "$prefix") != @(|bootstrap.log) ]]; then
-    die "$prefix is there and is no venv (it has no pyvenv.cfg); move it away, or name an environment with --into PREFIX"
+    die "$prefix is there and is no venv (it has no pyvenv.cfg); move it away, or name an environment with --into"
   fi
 }
 
@@ -70,8 +70,8 @@ detect() {
   if [[ $mpi != no ]]; then mpicxx=$(command -v mpicxx) || mpicxx=''; fi
   if [[ -e /dev/nvidiactl || -e /dev/dxg ]]; then driver=yes; fi
   [[ $gpu != yes || $nvcc ]] ||
-    die "--gpu yes needs nvcc, the CUDA compiler, and it is neither on PATH nor in CUDA_HOME/bin; install a CUDA toolkit" \
-      "of version 12 or newer (Debian/Ubuntu: nvidia-cuda-toolkit), or say --gpu no"
+    die "--gpu yes needs nvcc, the CUDA compiler, and it is neither on PATH nor in CUDA_HOME/bin; install a CUDA" \
+      "toolkit of version 12 or newer (Debian/Ubuntu: nvidia-cuda-toolkit), or say --gpu no"
   if [[ $gpu == yes || ($gpu == auto && $driver == yes && $nvcc) ]]; then nccl=yes; fi
   engines=gloo${mpicxx:++mpi}
   if [[ $nccl == yes ]]; then engines+=+nccl; fi
@@ -107,8 +107,8 @@ is_ready() {
 
 # ----------------------------------------------------------------------------------------------------- running a stage
 
-# stage WHAT COMMAND...: says what it does and for how long; the command's output goes to the log. The command gets its own
-# process group, so that whatever ends this script (Ctrl-C, a cancelled job) can end compilers and ranks with it.
+# stage WHAT COMMAND...: says what it does and for how long; the command's output goes to the log. The command gets a
+# process group of its own, so that what ends this script (Ctrl-C, a cancelled job) ends compilers and ranks with it.
 stage() {
   local what=$1 start=$SECONDS from=1 beat=30 status=0
   shift
@@ -146,12 +146,12 @@ explain_failure() {  # WHAT STATUS SECONDS FIRST_LINE_IN_LOG
 
 known_causes() {  # a pattern in the log, a tab, what to tell
   printf '%s\t%s\n' \
-    'no space left on device' 'the disk is full: 4 GB are needed; TMPDIR, HVDKIT_CACHE and PIP_CACHE_DIR move parts elsewhere.' \
+    'no space left on device' 'the disk is full (it takes 4 GB); TMPDIR, HVDKIT_CACHE and PIP_CACHE_DIR move parts.' \
     'Killed signal|internal compiler error' 'memory ran out: compile with fewer jobs, as in MAKEFLAGS=-j1.' \
-    'name resolution|NewConnectionError|ConnectTimeout|unreachable' 'the package index cannot be reached.' \
-    'ResolutionImpossible|conflicting dep' "what the environment has stands against hvdkit's ranges in pyproject.toml." \
+    'name resolution|NewConnectionError|ConnectTimeout|unreachable|from versions: none' 'the package index cannot be reached.' \
+    'ResolutionImpossible|conflicting dep' "the environment's versions are outside hvdkit's ranges (pyproject.toml)." \
     'CMAKE_CXX_COMPILER|cannot find -lstdc\+\+' 'the system package g++ (dnf: gcc-c++) is missing or broken.' \
-    'Could NOT find MPI' 'the system packages libopenmpi-dev openmpi-bin (dnf: openmpi-devel) are missing or incomplete.' \
+    'Could NOT find MPI' 'the system packages libopenmpi-dev openmpi-bin (dnf: openmpi-devel) are incomplete.' \
     'unsupported GNU version' 'nvcc does not take this g++: install an older one and name it, as in CXX=g++-12.'
 }
 
@@ -227,7 +227,8 @@ if sys.version_info < (3, 10):  # check_environment() turns it down
 import importlib.metadata as metadata, pathlib
 
 version = {d.metadata["Name"]: d.version for d in metadata.distributions()}
-tensorflow = next((name for name in ("tensorflow", "tensorflow-cpu", "tensorflow-rocm", "tf-nightly") if name in version), "")
+names = ("tensorflow", "tensorflow-cpu", "tensorflow-rocm", "tf-nightly")
+tensorflow = next((name for name in names if name in version), "")
 kept = [f"{name}=={version[name]}\n" for name in (tensorflow, "keras", "numpy") if name in version]
 pathlib.Path(sys.argv[1]).write_text("".join(kept))
 library = tensorflow and metadata.distribution(tensorflow).locate_file("tensorflow/libtensorflow_framework.so.2")
@@ -258,7 +259,7 @@ install_tensorflow() {
   say unfinished >"$prefix/.hvdkit-bootstrap"
   if [[ $own_tf == no ]]; then
     sed -n 's/^tensorflow==/pins /p' "$ROOT/requirements.txt" >>"$prefix/.hvdkit-bootstrap"
-    # With a driver TensorFlow gets its CUDA libraries even where Horovod goes without NCCL: one GPU is worth using, too.
+    # With a driver TensorFlow gets its CUDA libraries even where Horovod goes without NCCL: one GPU is of use, too.
     local cuda=()
     if [[ $nccl == yes || ($gpu == auto && $driver == yes) ]]; then cuda=('tensorflow[and-cuda]'); fi
     stage "Installing TensorFlow, Keras and the rest of requirements.txt (about 2 min)" \
@@ -289,7 +290,7 @@ wheel_key() {
       "$compiler" --version
       printf '%s\n' "${CFLAGS:-}" "${CXXFLAGS:-}" "${CPPFLAGS:-}" "${LDFLAGS:-}" "$tf_dist $tf_size"
       if [[ $mpicxx ]]; then say "$mpicxx" && "$mpicxx" -show; fi
-      if [[ $nccl == yes ]]; then "$nvcc" --version && grep -E 'define NCCL_(MAJOR|MINOR)' "$(nccl_home)/include/nccl.h"; fi
+      if [[ $nccl == yes ]]; then "$nvcc" --version && grep -E 'define NCCL_M' "$(nccl_home)/include/nccl.h"; fi
       declare -f patch_source build_wheel
     } | sha256sum)"
 }
@@ -303,7 +304,7 @@ obtain_wheel() {  # sets $entry, the folder in the cache that holds the wheel
   else
     if [[ -e $entry ]]; then say "==> $entry is damaged, and is built anew"; fi
     stage "Fetching the source of Horovod $VERSION and its build tools" fetch_source
-    stage "Compiling Horovod with $engines (about 2 min on two cores)" build_wheel
+    stage "Compiling Horovod with $engines (on two cores 2 min, with NCCL 5)" build_wheel
     # Made aside, then renamed: what stands under its name is whole.
     rm -rf "$entry" "$entry.new"
     mv "$tmp/wheel" "$entry.new"
@@ -404,7 +405,7 @@ total = float(hvd.allreduce(tf.constant(hvd.rank() + 1.0), op=hvd.Sum))
 if hvd.size() != 2 or total != 3.0:
     raise SystemExit(f"rank {hvd.rank()} of {hvd.size()}: the sum of 1 and 2 came out as {total}")
 built = "+".join(name for name in ("gloo", "mpi", "nccl") if getattr(hvd, name + "_built")())
-untried = "" if mine or not hvd.nccl_built() else "; NCCL is linked and loads, but trying it takes a driver and two GPUs"
+untried = "" if mine or not hvd.nccl_built() else "; NCCL is linked and loads; trying it takes a driver and two GPUs"
 print(f"proof: Horovod with {built} sums right on", ("GPUs" if mine else "the CPU") + untried)
 PY
   # horovodrun takes a library that does not load for one built without Gloo: the loader's own words say more.

@@ -12,7 +12,9 @@ from keras import layers
 from .recipe import Recipe
 
 RECIPES = (
-    Recipe("mnist", global_batch=128, optimizer="adam", learning_rate=4e-3, lr_schedule="cosine", epochs=3, accuracy=0.988),
+    Recipe(
+        "mnist", global_batch=128, optimizer="adam", learning_rate=4e-3, lr_schedule="cosine", epochs=3, accuracy=0.988
+    ),
     Recipe("digits", global_batch=32, optimizer="adam", learning_rate=4e-3, lr_schedule="cosine", epochs=5),
 )
 

@@ -13,7 +13,9 @@ from keras import layers
 from .recipe import Recipe
 
 RECIPES = (
-    Recipe("cifar10", global_batch=64, optimizer="sgd:momentum=0.9", learning_rate=0.05, lr_schedule="cosine", epochs=60),
+    Recipe(
+        "cifar10", global_batch=64, optimizer="sgd:momentum=0.9", learning_rate=0.05, lr_schedule="cosine", epochs=60
+    ),
 )
 
 
@@ -45,9 +47,7 @@ def resnet50(input_shape: tuple[int, int, int], num_classes: int) -> keras.Model
 
 
 def _conv(x: keras.KerasTensor, filters: int, size: int, strides: int = 1) -> keras.KerasTensor:
-    x = layers.Conv2D(
-        filters, size, strides, padding="same", use_bias=False, kernel_initializer="he_normal"
-    )(x)
+    x = layers.Conv2D(filters, size, strides, padding="same", use_bias=False, kernel_initializer="he_normal")(x)
     return layers.BatchNormalization()(x)
 
 

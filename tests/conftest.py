@@ -13,7 +13,6 @@ import pytest
 
 # Loaded once, before any test: TensorFlow sets environment variables of its own when it is imported.
 os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
-import keras
 import tensorflow_datasets  # noqa: F401 - sets some, too
 
 ROOT = Path(__file__).resolve().parent.parent

@@ -1,4 +1,4 @@
-"""Keras callbacks that make `Model.fit` right on many ranks: one class a file, `standard()` for all that a run needs."""
+"""Keras callbacks that make `Model.fit` right on many ranks: one class a file; `standard()` for all a run needs."""
 
 import keras
 

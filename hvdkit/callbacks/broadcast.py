@@ -26,7 +26,9 @@ class BroadcastGlobalVariablesCallback(keras.callbacks.Callback):
     Example: `model.fit(dataset, callbacks=[hvd.callbacks.BroadcastGlobalVariablesCallback(0)])`
     """
 
-    def __init__(self, root_rank: int = 0, device: str = "", local_variables: Sequence[Any] | Any | None = None) -> None:
+    def __init__(
+        self, root_rank: int = 0, device: str = "", local_variables: Sequence[Any] | Any | None = None
+    ) -> None:
         super().__init__()
         self.root_rank = root_rank
         self.device = device

@@ -70,7 +70,7 @@ class LearningRateScheduleCallback(keras.callbacks.Callback):
     def on_train_batch_begin(self, batch: int, logs: dict | None = None) -> None:
         """Adjusts the rate of a smooth schedule."""
         if not self.staircase:
-            self._adjust(self._epoch + batch / self.steps_per_epoch)
+            self._adjust(self._epoch + batch / (self.steps_per_epoch or 1))
 
     def on_epoch_end(self, epoch: int, logs: dict | None = None) -> None:
         """Logs the rate, as `lr`."""
@@ -84,7 +84,7 @@ class LearningRateScheduleCallback(keras.callbacks.Callback):
     def _set(self, multiple: float) -> None:
         optimizer = self.model.optimizer
         old = learning_rate_of(optimizer)
-        new = float(self.initial_lr * multiple)
+        new = float((self.initial_lr or 0.0) * multiple)
         optimizer.learning_rate = new
         if self.momentum_correction and old > 0 and new != old:
             for velocity in _velocities(optimizer):

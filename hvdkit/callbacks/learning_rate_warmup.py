@@ -35,20 +35,16 @@ class LearningRateWarmupCallback(LearningRateScheduleCallback):
         verbose: int = 0,
         size: int | None = None,
     ) -> None:
-        def multiplier(epoch: float) -> float:
-            replicas = size or world.size()
-            # One step ahead, as Horovod does: the last step of an epoch then has the round number.
-            done = min(1.0, (epoch + 1 / self.steps_per_epoch) / warmup_epochs)
-            return (1 + done * (replicas - 1)) / replicas
-
         super().__init__(
             initial_lr,
-            multiplier,
+            self._multiplier,
             end_epoch=warmup_epochs,
             staircase=False,
             momentum_correction=momentum_correction,
             steps_per_epoch=steps_per_epoch,
         )
+        self.warmup_epochs = warmup_epochs
+        self.size = size
         self.verbose = verbose
 
     def on_train_begin(self, logs: dict | None = None) -> None:
@@ -56,15 +52,24 @@ class LearningRateWarmupCallback(LearningRateScheduleCallback):
         super().on_train_begin(logs)
         self._reached = False
 
+    def _multiplier(self, epoch: float) -> float:
+        replicas = self.size or world.size()
+        # One step ahead, as Horovod does: the last step of an epoch then has the round number.
+        done = min(1.0, self._ahead(epoch) / self.warmup_epochs)
+        return (1 + done * (replicas - 1)) / replicas
+
+    def _ahead(self, epoch: float) -> float:
+        return epoch + 1 / (self.steps_per_epoch or 1)
+
     def _adjust(self, epoch: float) -> None:
         # The step that reaches the end is taken once, even where several steps an execution jump over it; then the
         # rate is left to others.
         if not self._reached:
-            self._reached = epoch + 1 / self.steps_per_epoch >= self.end_epoch
+            self._reached = self._ahead(epoch) >= self.warmup_epochs
             self._set(self.multiplier(epoch))
 
     def on_epoch_end(self, epoch: int, logs: dict | None = None) -> None:
         """Logs the rate, and the end of the warm-up."""
         super().on_epoch_end(epoch, logs)
-        if self.verbose and epoch < self.end_epoch <= epoch + 1:
+        if self.verbose and epoch < self.warmup_epochs <= epoch + 1:
             _log.info("Epoch %d: finished gradual learning rate warm-up to %g.", epoch + 1, self.initial_lr)

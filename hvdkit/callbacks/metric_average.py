@@ -13,7 +13,7 @@ class MetricAverageCallback(keras.callbacks.Callback):
 
     Averaging results is wrong where ranks saw different numbers of examples, and for metrics such as AUC that are not
     means. So the *states* of the metrics are added up (totals, counts, confusion matrices), and the result is
-    computed from the sum. Values that no metric of the model stands behind (logs of a custom `train_step`) are averaged.
+    computed from the sum. Values behind which the model has no metric (logs of a custom `train_step`) are averaged.
 
     Put it before callbacks that decide by metrics, such as `EarlyStopping` and `ReduceLROnPlateau`: then all ranks
     decide alike.

@@ -15,7 +15,7 @@ class Sampling:
 
     Attributes:
         mode: `none`, each example once; `over`, examples of small classes are drawn again until all classes are as
-            large as the largest; `under`, large classes are cut to the size of the smallest, by another draw each epoch.
+            large as the largest; `under`, large classes are cut to the size of the smallest, by another draw an epoch.
         counts: examples of each class in the whole split, int64 [classes].
     """
 
@@ -72,7 +72,9 @@ def describe(counts: np.ndarray, names: list[str], most: int = 12) -> str:
     order = np.argsort(counts, kind="stable")
     shown = order if len(order) <= most else np.concatenate([order[: most // 2], order[-most // 2 :]])
     parts = [f"{names[c]} {counts[c]:,}" for c in sorted(shown)]
-    return ", ".join(parts) + ("" if len(order) <= most else f" (of {len(order)} classes, the rarest and most frequent)")
+    return ", ".join(parts) + (
+        "" if len(order) <= most else f" (of {len(order)} classes, the rarest and most frequent)"
+    )
 
 
 def _draw(places: np.ndarray, target: int, generator: np.random.Generator) -> np.ndarray:

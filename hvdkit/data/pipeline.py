@@ -157,7 +157,7 @@ def _resident_batches(
 
     def orders() -> Iterator[np.ndarray]:
         for epoch in itertools.count(start_epoch):
-            order = sampling.order(share.labels, _generator(seed, epoch, share))
+            order = sampling.order(share.labels, _generator(seed, epoch, share))  # type: ignore[arg-type]
             yield order[: steps * local_batch].reshape(steps, local_batch)
 
     inputs, labels = tf.constant(share.inputs), tf.constant(share.labels)

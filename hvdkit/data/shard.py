@@ -36,8 +36,8 @@ def shard(dataset: tf.data.Dataset, rank: int | None = None, size: int | None = 
         length = _count(dataset)
     if length < size:
         raise ValueError(
-            f"A data set of {length} element(s) cannot be divided over {size} ranks: each needs one. A batched data set is "
-            f"divided by batches: use a smaller batch, or fewer ranks."
+            f"A data set of {length} element(s) cannot be divided over {size} ranks: each needs one. A batched "
+            f"data set is divided by batches: use a smaller batch, or fewer ranks."
         )
     if length % size:
         _log.warning(

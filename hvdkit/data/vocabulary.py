@@ -57,7 +57,9 @@ def learn_tokens(source: Source, max_tokens: int) -> list[str]:
 def standardize(text: Any) -> tf.Tensor:
     """Lower-cases a text and keeps words, numbers, apostrophes inside of words, and the marks ! and ?."""
     text = tf.strings.lower(text)
-    text = tf.strings.regex_replace(text, r"[^\p{L}\p{N}'!?]+|'([^\p{L}]|$)", r" \1")
+    text = tf.strings.regex_replace(text, r"[^\p{L}\p{N}'!?]+", " ")
+    text = tf.strings.regex_replace(text, r"(^|[^\p{L}\p{N}])'+", r"\1 ")  # quotes before a word ...
+    text = tf.strings.regex_replace(text, r"'+([^\p{L}\p{N}]|$)", r" \1")  # ... and after one
     return tf.strings.regex_replace(text, r"([!?])", r" \1 ")
 
 

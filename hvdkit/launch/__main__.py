@@ -2,8 +2,8 @@
 
     python -m hvdkit.launch -np 2 -- python train_mine.py
 
-Horovod's runner does the work. What this adds: rank 0's output as the program wrote it, other ranks' with their number in
-front, TensorFlow's start-up notices left out, and, when a rank fails, its number and exit code in place of the
+Horovod's runner does the work. What this adds: rank 0's output as the program wrote it, other ranks' with their number
+in front, TensorFlow's start-up notices left out, and, when a rank fails, its number and exit code in place of the
 runner's own traceback and exit code 1.
 """
 
@@ -23,7 +23,9 @@ def main(argv: list[str]) -> int:
     arguments = _parse(argv)
     runner = Path(sys.executable).with_name("horovodrun")
     if not runner.exists():
-        print(f"hvdkit.launch: {runner} is not there; launch/bootstrap.sh builds and installs Horovod.", file=sys.stderr)
+        print(
+            f"hvdkit.launch: {runner} is not there; launch/bootstrap.sh builds and installs Horovod.", file=sys.stderr
+        )
         return 2
     hosts = ["-H", arguments.hosts] if arguments.hosts else []
     # Ranks write to a pipe, so only the launcher knows whether a person is watching.

@@ -8,7 +8,7 @@ from typing import IO
 
 _OF_A_RANK = re.compile(r"\[(?:\d+,)?(\d+)\]<(?:stdout|stderr)>:(.*)", re.DOTALL)
 _FIRST_TO_FAIL = re.compile(r"Process name: (\d+)\s+Exit code: (-?\d+)")
-# TensorFlow writes these at every import, whatever TF_CPP_MIN_LOG_LEVEL says; the last one where there is no GPU driver.
+# TensorFlow writes these at every import, whatever TF_CPP_MIN_LOG_LEVEL says; the last where there is no GPU driver.
 _NOTICES = re.compile(
     r"WARNING: All log messages before absl::InitializeLog\(\)"
     r"|I\d{4} .*(?:port|cpu_feature_guard|cudart_stub)\.cc:\d+\]"

@@ -1,5 +1,7 @@
 """How gradients meet: one small protocol, one file a strategy, and `create` that chooses by name."""
 
+from collections.abc import Callable
+
 from hvdkit.errors import UsageError
 from hvdkit.strategies.base import Strategy
 from hvdkit.strategies.horovod import HorovodStrategy
@@ -8,7 +10,11 @@ from hvdkit.strategies.single import SingleStrategy
 
 __all__ = ["HorovodStrategy", "MirroredStrategy", "SingleStrategy", "Strategy", "create"]
 
-_BY_NAME = {"single": SingleStrategy, "horovod": HorovodStrategy, "mirrored": MirroredStrategy}
+_BY_NAME: dict[str, Callable[[int | None], Strategy]] = {
+    "single": SingleStrategy,
+    "horovod": HorovodStrategy,
+    "mirrored": MirroredStrategy,
+}
 
 
 def create(name: str, replicas: int | None = None) -> Strategy:

@@ -1,6 +1,7 @@
 """`horovod`: one process a replica, on any number of GPUs and hosts, started by `horovodrun` or `mpirun`."""
 
 import contextlib
+from collections.abc import Sequence
 from typing import Any
 
 import keras
@@ -25,7 +26,7 @@ class HorovodStrategy:
     def __init__(self, replicas: int | None = None) -> None:
         self.world = world.init()
         self.size = self.world.size
-        self.shares = [self.world.rank]
+        self.shares: Sequence[int] = [self.world.rank]
         if replicas not in (None, self.size):
             raise UsageError(
                 f"--replicas={replicas}, but {self.size} rank(s) were started. With --strategy=horovod the launcher "

@@ -1,5 +1,6 @@
 """`mirrored`: one process, one replica a device of this host, by `tf.distribute.MirroredStrategy`."""
 
+from collections.abc import Sequence
 from contextlib import AbstractContextManager
 from typing import Any
 
@@ -28,7 +29,7 @@ class MirroredStrategy:
         self.world = world.enter(world.World.single())
         devices = _devices(replicas)
         self.size = len(devices)
-        self.shares = range(self.size)
+        self.shares: Sequence[int] = range(self.size)
         # One way to reduce for any device: what the others copy to it is added up there, in a fixed order.
         self._strategy = tf.distribute.MirroredStrategy(
             devices, cross_device_ops=None if "GPU" in devices[0] else tf.distribute.ReductionToOneDevice()
@@ -51,8 +52,8 @@ class MirroredStrategy:
         for name in ("gradient_accumulation_steps", "ema_overwrite_frequency"):
             if getattr(optimizer, name, None):
                 raise UsageError(
-                    f"The optimizer's {name} does not work under tf.distribute.MirroredStrategy (Keras exchanges inside "
-                    f"a condition). Leave it out, or use --strategy=horovod."
+                    f"The optimizer's {name} does not work under tf.distribute.MirroredStrategy (Keras exchanges "
+                    f"inside a condition). Leave it out, or use --strategy=horovod."
                 )
         if options:
             raise UsageError(f"--strategy=mirrored has no {', '.join(options)}: nothing leaves the host. Leave it out.")
@@ -80,8 +81,8 @@ class MirroredStrategy:
             if batch % self.size == 0 and (rest == 0 or -(-rest // self.size) * (self.size - 1) < rest):
                 return batch
         raise UsageError(
-            f"{examples} test examples cannot be divided over {self.size} devices so that each gets one of every batch. "
-            f"Use fewer replicas."
+            f"{examples} test examples cannot be divided over {self.size} devices so that each gets one of every "
+            f"batch. Use fewer replicas."
         )
 
 

@@ -1,6 +1,7 @@
 """`single`: one process, one replica. The yardstick for the others."""
 
 import contextlib
+from collections.abc import Sequence
 from typing import Any
 
 import keras
@@ -24,7 +25,7 @@ class SingleStrategy:
         refuse_many_processes(self.name)
         self.world = world.enter(world.World.single())
         self.size = replicas or 1
-        self.shares = range(self.size)
+        self.shares: Sequence[int] = range(self.size)
 
     def scope(self) -> contextlib.AbstractContextManager[Any]:
         """No context is needed."""

@@ -72,7 +72,12 @@ def compressed_gradients(kind):
     for rank in range(world.size):
         np.add.at(reference, [0, 2, 2, rank], rows[rank] / world.size)
     errors = np.abs(dense.numpy() - everyone.mean(0)).max(), np.abs(tf.convert_to_tensor(sparse) - reference).max()
-    return [float(e) for e in errors], type(sparse).__name__, dense.dtype.name, keras.ops.convert_to_numpy(dense).tobytes()
+    return (
+        [float(e) for e in errors],
+        type(sparse).__name__,
+        dense.dtype.name,
+        keras.ops.convert_to_numpy(dense).tobytes(),
+    )
 
 
 @pytest.mark.parametrize(("kind", "bound"), [("none", 1e-6), ("fp16", 4e-3), ("bf16", 3e-2)])

@@ -52,8 +52,8 @@ def _model(kind, optimizer):
     model = keras.Sequential([*body, keras.layers.Dense(3)])
     loss = keras.losses.SparseCategoricalCrossentropy(from_logits=True)
     model.compile(optimizer, loss=loss, jit_compile=False)
-    # Built here, because a slot that starts from the weights (ScheduleFreeAdamW's) starts from 0 if Keras builds it while
-    # it traces the first step.
+    # Built here, because a slot that starts from the weights (ScheduleFreeAdamW's) starts from 0 if Keras builds it
+    # while it traces the first step.
     model.optimizer.build(model.trainable_variables)
     return model
 

@@ -4,11 +4,12 @@ from pathlib import Path
 
 from hvdkit.data.sources.arrays import ArraySource, load_digits, synthetic
 from hvdkit.data.sources.base import Source
+from hvdkit.data.sources.folder import FolderSource
 from hvdkit.data.sources.table import load_table
-from hvdkit.data.sources.tfds import TfdsSource, open_image_folder, open_named, open_prepared
+from hvdkit.data.sources.tfds import TfdsSource, open_named, open_prepared
 from hvdkit.errors import UsageError
 
-__all__ = ["ArraySource", "Source", "TfdsSource", "open_source"]
+__all__ = ["ArraySource", "FolderSource", "Source", "TfdsSource", "open_source"]
 
 
 def open_source(
@@ -42,7 +43,14 @@ def open_source(
     if path.is_dir():
         if (path / "dataset_info.json").exists():
             return open_prepared(path, image_size)
-        return open_image_folder(path, image_size)
+        if (path / "train").is_dir():
+            return FolderSource(path, image_size)
+        raise UsageError(
+            f"{path} is neither a prepared TFDS directory (it has no dataset_info.json) nor a folder of images "
+            f"(it has no train/CLASS/*.png)."
+        )
     if "/" in dataset and path.parts[0] in ("/", ".", "..", "~"):
-        raise UsageError(f"The data set {dataset} is not there. Give the path of a directory or of a .csv or .tsv file.")
+        raise UsageError(
+            f"The data set {dataset} is not there. Give the path of a directory or of a .csv or .tsv file."
+        )
     return open_named(dataset, data_dir, download=download, image_size=image_size)

@@ -44,9 +44,7 @@ def _read(path: Path) -> tuple[list[str], list[str]]:
     with path.open(newline="", encoding="utf-8") as file:
         rows = csv.DictReader(file, delimiter="\t" if path.suffix == ".tsv" else ",")
         columns = {name.strip().lower(): name for name in rows.fieldnames or []}
-        text, label = (
-            next((columns[n] for n in names if n in columns), None) for names in (_TEXT_NAMES, _LABEL_NAMES)
-        )
+        text, label = (next((columns[n] for n in names if n in columns), None) for names in (_TEXT_NAMES, _LABEL_NAMES))
         if text is None or label is None:
             raise UsageError(
                 f"{path} needs a header line with a text column ({', '.join(_TEXT_NAMES)}) and a label column "
@@ -55,7 +53,9 @@ def _read(path: Path) -> tuple[list[str], list[str]]:
         texts, labels = [], []
         for row in rows:
             if not (row[text] or "").strip() or not (row[label] or "").strip():
-                raise UsageError(f"{path}, line {rows.line_num}: the text or the label is empty. Fill it, or remove the row.")
+                raise UsageError(
+                    f"{path}, line {rows.line_num}: the text or the label is empty. Fill it, or remove the row."
+                )
             texts.append(row[text])
             labels.append(row[label].strip())
     if not texts:

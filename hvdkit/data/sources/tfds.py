@@ -1,10 +1,11 @@
-"""Sources read by TensorFlow Datasets: catalogue names, prepared directories, and folders of images."""
+"""Sources read by TensorFlow Datasets: catalogue names and prepared directories."""
 
 from pathlib import Path
 from typing import Any
 
 import tensorflow as tf
 
+from hvdkit.data.sources.folder import resize
 from hvdkit.errors import UsageError
 
 _HELD_OUT = 0.2  # the part of `train` that is the test split, where a data set has none
@@ -60,8 +61,7 @@ class TfdsSource:
             return encoded
         image = self._feature.decode_example(encoded)
         if self._resize:
-            image = tf.image.resize(image, [self._resize, self._resize], antialias=True)
-            image = tf.cast(tf.round(tf.clip_by_value(image, 0, 255)), tf.uint8)
+            image = resize(image, self._resize)
         return tf.ensure_shape(image, self.shape)
 
     def _image_shape(self, feature: Any) -> tuple[int, int, int]:
@@ -70,7 +70,8 @@ class TfdsSource:
             height = width = self._resize
         if height is None or width is None:
             raise UsageError(
-                f"The images of {self.name} differ in size, and a batch needs one: choose it with --image_size=224, say."
+                f"The images of {self.name} differ in size, and a batch needs one: choose it with --image_size=224, "
+                f"say."
             )
         return height, width, channels or 3
 
@@ -80,25 +81,6 @@ def open_prepared(path: Path, image_size: int | None) -> TfdsSource:
     import tensorflow_datasets as tfds
 
     return TfdsSource(path.parent.name, tfds.builder_from_directory(str(path)), image_size)
-
-
-def open_image_folder(path: Path, image_size: int | None) -> TfdsSource:
-    """Opens a folder of images, `SPLIT/CLASS/*.jpg` or `.png`, or `CLASS/*.jpg` alone (a fifth is then held out)."""
-    import tensorflow_datasets as tfds
-
-    for split in ("train", "test"):
-        empty = [d.name for d in sorted(path.glob(f"{split}/*/")) if not any(d.iterdir())]
-        if empty:
-            raise UsageError(f"{path}/{split}: no images in {', '.join(empty)}. Remove the folder, or fill it.")
-    if not (path / "train").is_dir():
-        raise UsageError(
-            f"{path} is neither a prepared TFDS directory (it has no dataset_info.json) nor a folder of images "
-            f"(it has no train/CLASS/*.png)."
-        )
-    builder = tfds.ImageFolder(str(path))
-    if not builder.info.splits["train"].num_examples:
-        raise UsageError(f"{path}/train has no .jpg, .jpeg or .png images in its class folders.")
-    return TfdsSource(path.name, builder, image_size)
 
 
 def open_named(name: str, data_dir: str | None, *, download: bool, image_size: int | None) -> TfdsSource:

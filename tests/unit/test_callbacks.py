@@ -1,0 +1,144 @@
+import keras
+import numpy as np
+import pytest
+
+import hvdkit as hvd
+from hvdkit import callbacks, world
+
+STEPS = 4
+
+
+def fit(optimizer, *chosen, epochs=3, steps_per_execution=1):
+    """The learning rate at each step of a training of `epochs` epochs of 4 steps, and the model."""
+    model = keras.Sequential([keras.layers.Input([2]), keras.layers.Dense(1)])
+    model.compile(optimizer, loss="mse", steps_per_execution=steps_per_execution)
+    rates = []
+
+    class Watch(keras.callbacks.Callback):
+        def on_train_batch_end(self, batch, logs=None):
+            rates.append(float(keras.ops.convert_to_numpy(self.model.optimizer.learning_rate)))
+
+    x = np.arange(16.0).reshape(8, 2) / 16
+    history = model.fit(x, x[:, :1], batch_size=2, epochs=epochs, verbose=0, callbacks=[*chosen, Watch()])
+    return rates, history.history, model
+
+
+def test_warmup_rises_from_one_rank_to_all():
+    warmup = callbacks.LearningRateWarmupCallback(initial_lr=0.8, warmup_epochs=2, size=4)
+    rates, history, _ = fit(keras.optimizers.SGD(0.8), warmup)
+    expected = [0.8 / 4 * (1 + (step + 1) / STEPS * 3 / 2) for step in range(2 * STEPS)] + [0.8] * STEPS
+    assert rates == pytest.approx(expected)
+    assert history["lr"] == pytest.approx([0.5, 0.8, 0.8])
+
+
+def test_warmup_takes_the_size_of_the_job():
+    world.enter(world.World(0, 2, 0, 2, 0, 1, "h1"))
+    warmup = callbacks.LearningRateWarmupCallback(initial_lr=None, warmup_epochs=1)
+    model = keras.Sequential([keras.layers.Input([2]), keras.layers.Dense(1)])
+    model.compile(keras.optimizers.SGD(1.0))
+    warmup.set_model(model)
+    warmup.set_params({"steps": STEPS})
+    warmup.on_train_begin()
+    warmup.on_epoch_begin(0)
+    warmup.on_train_batch_begin(0)
+    assert float(keras.ops.convert_to_numpy(model.optimizer.learning_rate)) == pytest.approx(0.5 * (1 + 1 / STEPS))
+
+
+def test_warmup_ends_at_the_rate_where_executions_jump_over_the_last_step():
+    warmup = callbacks.LearningRateWarmupCallback(initial_lr=0.8, warmup_epochs=0.6, size=4)
+    rates, _, _ = fit(keras.optimizers.SGD(0.8), warmup, steps_per_execution=4)
+    assert rates[-1] == pytest.approx(0.8)
+
+
+def test_warmup_leaves_the_rate_to_others_afterwards():
+    class Reduce(keras.callbacks.Callback):
+        def on_epoch_begin(self, epoch, logs=None):
+            if epoch == 1:
+                self.model.optimizer.learning_rate = 0.1
+
+    warmup = callbacks.LearningRateWarmupCallback(initial_lr=0.8, warmup_epochs=1, size=4)
+    rates, _, _ = fit(keras.optimizers.SGD(0.8), warmup, Reduce())
+    assert rates[STEPS:] == pytest.approx([0.1] * 2 * STEPS)
+
+
+def test_a_staircase_by_a_number_and_by_a_function():
+    decay = callbacks.LearningRateScheduleCallback(1.0, multiplier=0.5, start_epoch=1)
+    rates, _, _ = fit(keras.optimizers.SGD(1.0), decay)
+    assert rates == pytest.approx([1.0] * 8 + [0.5] * 4)
+    smooth = callbacks.LearningRateScheduleCallback(1.0, lambda epoch: 1 / (1 + epoch), staircase=False, end_epoch=2)
+    rates, _, _ = fit(keras.optimizers.SGD(1.0), smooth)
+    assert rates == pytest.approx([1 / (1 + s / STEPS) for s in range(8)] + [1 / (1 + 7 / STEPS)] * 4)
+
+
+@pytest.mark.parametrize("correct", [True, False])
+def test_momentum_correction_scales_the_velocity(correct):
+    model = keras.Sequential([keras.layers.Input([2]), keras.layers.Dense(1)])
+    model.compile(keras.optimizers.SGD(1.0, momentum=0.9), loss="mse")
+    model.optimizer.build(model.trainable_variables)
+    for velocity in model.optimizer.momentums:
+        velocity.assign(np.ones(velocity.shape))
+    schedule = callbacks.LearningRateScheduleCallback(1.0, lambda epoch: 0.5, momentum_correction=correct)
+    schedule.set_model(model)
+    schedule.set_params({"steps": STEPS})
+    schedule.on_train_begin()
+    schedule.on_epoch_begin(0)
+    assert all(np.all(np.asarray(v) == (0.5 if correct else 1.0)) for v in model.optimizer.momentums)
+
+
+def test_a_rate_that_is_a_schedule_is_refused():
+    schedule = keras.optimizers.schedules.CosineDecay(0.1, 10)
+    with pytest.raises(ValueError, match="learning rate is a CosineDecay, which sets itself at every step"):
+        fit(keras.optimizers.SGD(schedule), callbacks.LearningRateWarmupCallback(None))
+
+
+def test_an_unknown_number_of_steps_is_refused():
+    schedule = callbacks.LearningRateScheduleCallback(1.0, lambda epoch: 1.0, staircase=False)
+    schedule.set_model(keras.Sequential([keras.layers.Input([1])]))
+    schedule.model.compile(keras.optimizers.SGD(1.0))
+    schedule.set_params({})
+    with pytest.raises(ValueError, match="pass steps_per_epoch"):
+        schedule.on_train_begin()
+
+
+def test_stop_at_step():
+    rates, _, _ = fit(keras.optimizers.SGD(0.1), callbacks.StopAtStepCallback(6, STEPS))
+    assert len(rates) == 6
+
+
+def test_other_ranks_than_0_are_silent(capsys):
+    world.enter(world.World(1, 2, 1, 2, 0, 1, "h1"))
+    model = keras.Sequential([keras.layers.Input([2]), keras.layers.Dense(1)])
+    model.compile("sgd", loss="mse")
+    model.fit(np.ones([2, 2]), np.ones([2, 1]), verbose=2, callbacks=[callbacks.RootOutputCallback()])
+    assert "loss" not in capsys.readouterr().out
+    world.enter(world.World.single())
+    model.fit(np.ones([2, 2]), np.ones([2, 1]), verbose=2, callbacks=[callbacks.RootOutputCallback()])
+    assert "loss" in capsys.readouterr().out
+
+
+def test_a_model_without_variables_cannot_be_broadcast():
+    model = keras.Sequential([keras.layers.Dense(1)])
+    callback = callbacks.BroadcastGlobalVariablesCallback(0)
+    callback.set_model(model)
+    with pytest.raises(RuntimeError, match=r"Build it first: model\.build"):
+        callback.on_train_begin()
+
+
+def test_standard_has_what_a_run_needs_in_the_right_order():
+    names = [type(c).__name__ for c in hvd.callbacks.standard(warmup_epochs=2)]
+    assert names == [
+        "BroadcastGlobalVariablesCallback",
+        "AverageStateCallback",
+        "MetricAverageCallback",
+        "RootOutputCallback",
+        "LearningRateWarmupCallback",
+    ]
+
+
+def test_progress_measures_and_shows(capfd):
+    progress = callbacks.ProgressCallback(steps=12, steps_per_epoch=STEPS, global_batch=2)
+    fit(keras.optimizers.SGD(0.1), progress)
+    assert progress.samples_per_second > 0
+    lines = capfd.readouterr().err.splitlines()
+    assert [line.split(":")[0] for line in lines if line] == ["epoch 1/3", "epoch 2/3", "epoch 3/3"]
+    assert "samples/s, 00:00 left" in lines[-1]

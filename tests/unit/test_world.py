@@ -1,0 +1,96 @@
+import subprocess
+import sys
+
+import pytest
+
+import hvdkit as hvd
+from hvdkit import world
+
+
+def test_a_rank_must_lie_below_its_size():
+    with pytest.raises(ValueError, match=r"rank/size = 2/2, cross_rank/cross_size = -1/1 in World\(rank=2"):
+        world.World(2, 2, 0, 1, -1, 1, "h1")
+
+
+def test_the_single_world_is_the_root_of_itself():
+    alone = world.World.single()
+    assert (alone.rank, alone.size, alone.is_root) == (0, 1, True)
+    assert not world.World(1, 2, 1, 2, 0, 1, "h1").is_root
+
+
+def test_without_init_there_is_no_world():
+    world._world = None
+    with pytest.raises(RuntimeError, match=r"call hvdkit\.init\(\)"):
+        hvd.rank()
+    assert not hvd.is_initialized()
+
+
+def test_the_launcher_says_how_many_processes_there_are(monkeypatch):
+    assert (world.launched_rank(), world.launched_size()) == (0, 1)
+    monkeypatch.setenv("OMPI_COMM_WORLD_SIZE", "4")
+    monkeypatch.setenv("OMPI_COMM_WORLD_RANK", "3")
+    assert (world.launched_rank(), world.launched_size()) == (3, 4)
+
+
+def run(program, **environment):
+    import os
+
+    ended = subprocess.run(
+        [sys.executable, "-c", program], capture_output=True, text=True, check=False, env={**os.environ, **environment}
+    )
+    assert ended.returncode == 0, ended.stderr
+    return ended.stdout.split()
+
+
+def test_init_shares_the_cores():
+    program = """
+import hvdkit as hvd, tensorflow as tf
+print(hvd.init().size, hvd.init() is hvd.init(), tf.config.threading.get_intra_op_parallelism_threads())
+hvd.shutdown(); print(hvd.is_initialized())
+"""
+    assert run(program) == ["1", "True", str(world.usable_cores()), "False"]
+
+
+def test_a_user_who_sets_threads_keeps_them():
+    program = """
+import hvdkit as hvd, tensorflow as tf
+hvd.init()
+print(tf.config.threading.get_intra_op_parallelism_threads())
+"""
+    assert run(program, TF_NUM_INTRAOP_THREADS="7") == ["0"]  # 0: TensorFlow decides, by the variable
+
+
+def test_init_after_tensorflows_start_warns():
+    program = """
+import logging, sys
+logging.basicConfig(stream=sys.stdout, format="%(message)s")
+import tensorflow as tf, hvdkit as hvd
+tf.zeros(1)
+hvd.init()
+"""
+    assert "call hvdkit.init() before the first tensor" in " ".join(run(program))
+
+
+def test_without_horovod_the_error_says_how_to_get_it():
+    program = """
+import sys
+sys.modules["horovod"] = None
+import hvdkit as hvd
+try:
+    hvd.init()
+except ImportError as error:
+    print(error)
+"""
+    assert "launch/bootstrap.sh --into PREFIX" in " ".join(run(program))
+
+
+def test_importing_hvdkit_does_not_load_tensorflow():
+    assert run(
+        "import sys, hvdkit, hvdkit.launch.__main__, hvdkit.train_flags; print('tensorflow' in sys.modules)"
+    ) == ["False"]
+
+
+def test_every_public_name_exists():
+    assert all(getattr(hvd, name) is not None for name in hvd.__all__)
+    with pytest.raises(AttributeError, match="has no attribute 'nonsense'"):
+        _ = hvd.nonsense
