@@ -1,5 +1,6 @@
 """What a run leaves behind: its folder, its logs, its results and its curves. Each file is whole, or not there."""
 
+import csv
 import json
 import logging
 import os
@@ -75,23 +76,32 @@ def save_model(model: Any, path: Path) -> None:
         aside.unlink(missing_ok=True)
 
 
-def plot_curves(history: Mapping[str, Sequence[float]], path: Path, title: str) -> None:
-    """Draws each metric by epoch, training and validation in one panel, into a PNG file."""
+def plot_curves(workdir: Path, history: Mapping[str, Sequence[float]], steps_per_epoch: int, title: str) -> None:
+    """Draws `curves.png`: each metric by epoch, training and test in one panel, and the loss by step behind it.
+
+    Args:
+        workdir: the run's folder; `loss.csv` is read there.
+        history: what `fit` returned, by metric.
+        steps_per_epoch: puts the steps on the epochs' axis.
+        title: the figure's.
+    """
     import matplotlib.figure  # the figure alone: no window system, no global state
-    from matplotlib.ticker import MaxNLocator
 
     names = [n for n in history if not n.startswith("val_")]
     figure = matplotlib.figure.Figure(figsize=(4 * len(names), 3.2), layout="constrained")
+    with (workdir / "loss.csv").open(encoding="utf-8") as file:
+        by_step = [(int(row["step"]) / steps_per_epoch, float(row["loss"])) for row in csv.DictReader(file)]
     for axes, name in zip(figure.subplots(1, len(names), squeeze=False)[0], names, strict=True):
+        if name == "loss":
+            axes.plot(*zip(*by_step, strict=True), linewidth=0.6, alpha=0.5, color="gray", label="by step, rank 0")
         for key, label in ((name, "training"), (f"val_{name}", "test")):
             if key in history:
                 axes.plot(range(1, len(history[key]) + 1), history[key], marker="o", markersize=3, label=label)
         axes.set(xlabel="epoch", title=name)
-        axes.xaxis.set_major_locator(MaxNLocator(integer=True))
         axes.grid(alpha=0.3)
         axes.legend()
     figure.suptitle(title)
-    figure.savefig(path, dpi=120)
+    figure.savefig(workdir / "curves.png", dpi=120)
 
 
 def versions() -> dict[str, str]:

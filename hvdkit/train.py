@@ -127,7 +127,7 @@ def run(config: Config) -> dict[str, Any]:
         "versions": artifacts.versions(),
     }
     if strategy.world.is_root:
-        _write_artifacts(workdir, model, history.history, result)
+        _write_artifacts(workdir, model, history.history, steps_per_epoch, result)
     collectives.barrier()  # nobody leaves before the artefacts are there: a launcher ends the job with the first to go
     return result
 
@@ -258,6 +258,7 @@ def _callbacks(
         chosen.append(callbacks.StopAtStepCallback(steps, steps_per_epoch))
     if strategy.world.is_root:
         chosen.append(keras.callbacks.CSVLogger(workdir / "history.csv"))
+        chosen.append(callbacks.StepLossCallback(workdir / "loss.csv", steps_per_epoch))
         if settings.tensorboard:
             chosen.append(keras.callbacks.TensorBoard(workdir / "tensorboard", write_graph=False))
     return chosen
@@ -274,10 +275,12 @@ def _steps_per_execution(steps: int, steps_per_epoch: int, most: int = 16) -> in
     return max(n for n in range(1, most + 1) if common % n == 0)
 
 
-def _write_artifacts(workdir: Path, model: keras.Model, history: dict[str, Any], result: dict[str, Any]) -> None:
+def _write_artifacts(
+    workdir: Path, model: keras.Model, history: dict[str, Any], steps_per_epoch: int, result: dict[str, Any]
+) -> None:
     artifacts.save_model(model, workdir / "model.keras")
     title = f"{result['model']} on {result['dataset']}, {result['strategy']}, {result['size']} replica(s)"
-    artifacts.plot_curves(history, workdir / "curves.png", title)
+    artifacts.plot_curves(workdir, history, steps_per_epoch, title)
     artifacts.write_json(workdir / "result.json", result)
     accuracy = result["test_accuracy"]
     _log.info(

@@ -9,6 +9,7 @@ from hvdkit.callbacks.learning_rate_warmup import LearningRateWarmupCallback
 from hvdkit.callbacks.metric_average import MetricAverageCallback
 from hvdkit.callbacks.progress import ProgressCallback
 from hvdkit.callbacks.root_output import RootOutputCallback
+from hvdkit.callbacks.step_loss import StepLossCallback
 from hvdkit.callbacks.stop_at_step import StopAtStepCallback
 
 __all__ = [
@@ -19,6 +20,7 @@ __all__ = [
     "MetricAverageCallback",
     "ProgressCallback",
     "RootOutputCallback",
+    "StepLossCallback",
     "StopAtStepCallback",
     "standard",
 ]

@@ -1,0 +1,45 @@
+"""`StepLossCallback`: the loss by steps, for curves finer than an epoch."""
+
+import csv
+from pathlib import Path
+
+import keras
+
+
+class StepLossCallback(keras.callbacks.Callback):
+    """Writes a CSV file of `step,loss`: a line an execution, with the mean loss since the line before.
+
+    Keras' own logs hold the mean since the epoch began. The loss is that of this rank's examples.
+
+    Args:
+        path: the file to write.
+        steps_per_epoch: steps an epoch.
+
+    Attributes:
+        losses: pairs of the number of steps taken and the mean loss since the pair before.
+    """
+
+    def __init__(self, path: Path, steps_per_epoch: int) -> None:
+        super().__init__()
+        self.losses: list[tuple[int, float]] = []
+        self._path = path
+        self._steps_per_epoch = steps_per_epoch
+        self._epoch = 0
+        self._sum = 0.0  # of the losses of this epoch's steps so far
+        self._count = 0
+
+    def on_epoch_begin(self, epoch: int, logs: dict | None = None) -> None:
+        """Keras begins a new mean."""
+        self._epoch, self._sum, self._count = epoch, 0.0, 0
+
+    def on_train_batch_end(self, batch: int, logs: dict | None = None) -> None:
+        """Takes the mean's change."""
+        count = batch + 1
+        total = (logs or {})["loss"] * count
+        self.losses.append((self._epoch * self._steps_per_epoch + count, (total - self._sum) / (count - self._count)))
+        self._sum, self._count = total, count
+
+    def on_epoch_end(self, epoch: int, logs: dict | None = None) -> None:
+        """Writes what there is."""
+        with self._path.open("w", newline="", encoding="utf-8") as file:
+            csv.writer(file).writerows([("step", "loss"), *self.losses])
