@@ -86,7 +86,7 @@ def average_variables(variables: Sequence[Any]) -> None:
     differing = [v for number, v in enumerate(variables) if len({d[number] for d in digests}) > 1]
     for number, variable in enumerate(differing):
         total = allreduce_sum(np.asarray(variable, dtype=np.float64), name=f"average.{number}")
-        variable.assign((total / world.size()).astype(np.float32))
+        variable.assign(total / world.size())
 
 
 def digest(variables: Sequence[Any]) -> str:

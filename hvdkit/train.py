@@ -75,21 +75,13 @@ def run(config: Config) -> dict[str, Any]:
 
     # ---- Data -----------------------------------------------------------------------------------------------------
     vocabulary = _make_vocabulary(source, recipe, workdir) if source.kind == "text" else None
-    shares, counts, steps_per_epoch, sampling = _read_training_data(settings, strategy, source, vocabulary)
+    batches, steps_per_epoch, spec = _read_training_data(settings, strategy, source, vocabulary)
     steps = settings.steps or settings.epochs * steps_per_epoch
-    batches = pipeline.training_batches(
-        shares,
-        local_batch=settings.local_batch,
-        steps_per_epoch=steps_per_epoch,
-        seed=settings.seed,
-        sampling=sampling,
-        class_weights=balance.class_weights(counts) if settings.class_weights else None,
-    )
     test_batches = _read_test_data(settings, strategy, source, vocabulary)
 
     # ---- Model ----------------------------------------------------------------------------------------------------
     with together(), strategy.scope():
-        model = _compile(settings, strategy, model_source, source, vocabulary, checks.input_spec(shares[0]))
+        model = _compile(settings, strategy, model_source, source, vocabulary, spec)
     model.steps_per_execution = settings.steps_per_execution or _steps_per_execution(steps, steps_per_epoch)
 
     # ---- Training -------------------------------------------------------------------------------------------------
@@ -118,18 +110,26 @@ def run(config: Config) -> dict[str, Any]:
         "global_batch": settings.global_batch,
         "epochs": math.ceil(steps / steps_per_epoch),
         "steps": steps,
-        "train_seconds": round(train_seconds, 3),
-        "samples_per_second": round(progress.samples_per_second, 1),
-        "test_accuracy": test.get("accuracy"),
-        "test_loss": test["loss"],
-        "train_loss": [float(v) for v in history.history["loss"]],
-        "weights_sha256": collectives.digest(model.weights),
-        "versions": artifacts.versions(),
+        **_measured(model, history.history, progress.samples_per_second, train_seconds, test),
     }
     if strategy.world.is_root:
         _write_artifacts(workdir, model, history.history, steps_per_epoch, result)
     collectives.barrier()  # nobody leaves before the artefacts are there: a launcher ends the job with the first to go
     return result
+
+
+def _measured(
+    model: keras.Model, history: dict[str, Any], samples_per_second: float, seconds: float, test: dict[str, float]
+) -> dict[str, Any]:
+    return {
+        "train_seconds": round(seconds, 3),
+        "samples_per_second": round(samples_per_second, 1),
+        "test_accuracy": test.get("accuracy"),
+        "test_loss": test["loss"],
+        "train_loss": [float(v) for v in history["loss"]],
+        "weights_sha256": collectives.digest(model.weights),
+        "versions": artifacts.versions(),
+    }
 
 
 def _make_workdir(settings: Settings, model: ModelSource, source: Source) -> Path:
@@ -152,8 +152,8 @@ def _make_vocabulary(source: Source, recipe: Recipe, workdir: Path) -> Vocabular
 
 def _read_training_data(
     settings: Settings, strategy: Strategy, source: Source, vocabulary: Vocabulary | None
-) -> tuple[list[pipeline.Share], np.ndarray, int, balance.Sampling]:
-    """Reads and checks this process's shares; the class counts and the steps are those of all processes."""
+) -> tuple[tf.data.Dataset, int, tf.TensorSpec]:
+    """Reads and checks this process's shares; returns its batches, the common steps an epoch, and an input's spec."""
     with together():
         examples = source.size("train")
         if examples < strategy.size:
@@ -179,7 +179,15 @@ def _read_training_data(
                 f"({source.name} divided over {strategy.size}). Use a smaller batch, or fewer replicas."
             )
     _describe_data(settings, source, counts, sum(map(sampling.size, everyone)), steps_per_epoch)
-    return shares, counts, steps_per_epoch, sampling
+    batches = pipeline.training_batches(
+        shares,
+        local_batch=settings.local_batch,
+        steps_per_epoch=steps_per_epoch,
+        seed=settings.seed,
+        sampling=sampling,
+        class_weights=balance.class_weights(counts) if settings.class_weights else None,
+    )
+    return batches, steps_per_epoch, checks.input_spec(shares[0])
 
 
 def _describe_data(settings: Settings, source: Source, counts: np.ndarray, examples: int, steps_per_epoch: int) -> None:
@@ -204,6 +212,10 @@ def _read_test_data(
     """This process's part of the test split: every example once, over all processes."""
     me = strategy.world
     with together():
+        if source.size("test") < me.size:
+            raise UsageError(
+                f"{source.name} has {source.size('test')} test examples, fewer than {me.size} ranks. Start fewer."
+            )
         share = pipeline.read_share(
             source, "test", me.rank, me.size,
             encode=vocabulary.encode if vocabulary else None,

@@ -165,18 +165,17 @@ def cross_size() -> int:
 
 def launched_size() -> int:
     """How many processes the launcher started, before any library is loaded: 1 where there was no launcher."""
-    for variable in ("HOROVOD_SIZE", "OMPI_COMM_WORLD_SIZE", "PMI_SIZE"):
-        if os.environ.get(variable, "").isdigit():
-            return int(os.environ[variable])
-    return 1
+    return _launched("SIZE", 1)
 
 
 def launched_rank() -> int:
     """The rank that the launcher gave this process, before any library is loaded: 0 where there was no launcher."""
-    for variable in ("HOROVOD_RANK", "OMPI_COMM_WORLD_RANK", "PMI_RANK"):
-        if os.environ.get(variable, "").isdigit():
-            return int(os.environ[variable])
-    return 0
+    return _launched("RANK", 0)
+
+
+def _launched(what: str, alone: int) -> int:
+    launchers = (f"HOROVOD_{what}", f"OMPI_COMM_WORLD_{what}", f"PMI_{what}")
+    return next((int(os.environ[v]) for v in launchers if os.environ.get(v, "").isdigit()), alone)
 
 
 def usable_cores() -> int:

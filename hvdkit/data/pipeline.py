@@ -145,11 +145,6 @@ def evaluation_batches(share: Share, batch: int) -> tf.data.Dataset:
     return _finish(batches.map(_as_input), None)
 
 
-def steps_per_epoch(examples: int, shares: int, local_batch: int) -> int:
-    """Whole batches that every share can fill: the smallest share decides, so all ranks take as many steps."""
-    return examples // shares // local_batch
-
-
 def _resident_batches(
     share: Share, local_batch: int, steps: int, seed: int, sampling: balance.Sampling, start_epoch: int
 ) -> tf.data.Dataset:

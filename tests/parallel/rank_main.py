@@ -7,6 +7,8 @@ import pickle
 import sys
 from pathlib import Path
 
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))  # for `tests.conftest`, as pytest has it
+
 
 def main(results):
     call = json.loads((results / "call.json").read_text())

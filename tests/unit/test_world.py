@@ -32,6 +32,31 @@ def test_the_launcher_says_how_many_processes_there_are(monkeypatch):
     assert (world.launched_rank(), world.launched_size()) == (3, 4)
 
 
+class FakeTensorFlow:
+    """The calls that pin a GPU, for machines that have none."""
+
+    def __init__(self):
+        self.visible, self.growing = [], []
+        self.config = self.experimental = self
+        self.set_visible_devices = lambda device, kind: self.visible.append((device, kind))
+        self.set_memory_growth = lambda device, on: self.growing.append((device, on))
+
+
+@pytest.mark.parametrize(("gpus", "hidden", "expected"), [(["g0", "g1"], "", "g1"), (["g1"], "1", "g1")])
+def test_a_rank_takes_the_gpu_of_its_local_rank(monkeypatch, gpus, hidden, expected):
+    if hidden:  # the launcher has left one GPU visible
+        monkeypatch.setenv("CUDA_VISIBLE_DEVICES", hidden)
+    tensorflow = FakeTensorFlow()
+    world._pin_gpu(tensorflow, gpus, world.World(1, 2, 1, 2, 0, 1, "h1"))
+    assert tensorflow.visible == [(expected, "GPU")]
+    assert tensorflow.growing == [(expected, True)]
+
+
+def test_more_ranks_than_gpus_are_refused():
+    with pytest.raises(hvd.UsageError, match=r"3 ranks were started on host h1, which shows 2 GPU\(s\)"):
+        world._pin_gpu(FakeTensorFlow(), ["g0", "g1"], world.World(2, 3, 2, 3, 0, 1, "h1"))
+
+
 def run(program, **environment):
     import os
 
