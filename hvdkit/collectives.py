@@ -65,7 +65,9 @@ def broadcast_variables(variables: Sequence[Any], root_rank: int = 0) -> None:
     if world.size() == 1 or not variables:
         return
     native = [getattr(v, "value", v) if not isinstance(v, tf.Variable) else v for v in variables]
-    _check_same_signature([f"{_label(v)} {tuple(v.shape)} {v.dtype.name}" for v in native])
+    _check_same_signature(
+        [f"{_label(v)} {tuple(n.shape)} {n.dtype.name}" for v, n in zip(variables, native, strict=True)]
+    )
     hvd = world.horovod()
 
     @tf.function

@@ -54,7 +54,8 @@ def define() -> None:
     string, integer, number, boolean, enum = (
         flags.DEFINE_string, flags.DEFINE_integer, flags.DEFINE_float, flags.DEFINE_boolean, flags.DEFINE_enum,
     )  # fmt: skip
-    add(string, _WHAT, "model", "mnist_mlp", "a model of the folder models/, or your own: path/to/file.py:function")
+    add(string, _WHAT, "model", "mnist_mlp", "a model of the folder models/, or your own: path/to/file.py:function; "
+        "images reach it as float32, 0 to 255")  # fmt: skip
     add(string, _WHAT, "dataset", None, "digits (embedded), a TFDS name, the path of a prepared TFDS directory, of a "
         "folder train/CLASS/*.png, or of a .csv/.tsv with columns text and label; or "
         "synthetic:HxWxC:CLASSES:EXAMPLES [the recipe's]")  # fmt: skip
