@@ -54,12 +54,12 @@ def test_a_folder_of_images(tmp_path):
 
 
 def test_folders_that_are_not_what_they_should_be(tmp_path):
-    with pytest.raises(UsageError, match="neither a prepared TFDS directory"):
+    with pytest.raises(UsageError, match="is neither a prepared TFDS directory nor a folder of images"):
         open_source(str(tmp_path))
     (tmp_path / "train" / "cat").mkdir(parents=True)
     with pytest.raises(UsageError, match="no images in cat .* Fill the folder"):
         open_source(str(tmp_path))
-    with pytest.raises(UsageError, match="is not there"):
+    with pytest.raises(UsageError, match=r"/no/such/path is not there\. Give the path"):
         open_source("/no/such/path")
 
 

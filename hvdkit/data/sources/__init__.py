@@ -40,17 +40,14 @@ def open_source(
     path = Path(dataset).expanduser()
     if path.suffix in (".csv", ".tsv"):
         return load_table(path)
-    if path.is_dir():
-        if (path / "dataset_info.json").exists():
-            return open_prepared(path, image_size)
-        if (path / "train").is_dir():
-            return FolderSource(path, image_size)
+    if (path / "dataset_info.json").is_file():
+        return open_prepared(path, image_size)
+    if (path / "train").is_dir():
+        return FolderSource(path, image_size)
+    if "/" in dataset:
+        what = "is neither a prepared TFDS directory nor a folder of images" if path.is_dir() else "is not there"
         raise UsageError(
-            f"{path} is neither a prepared TFDS directory (it has no dataset_info.json) nor a folder of images "
-            f"(it has no train/CLASS/*.png)."
-        )
-    if "/" in dataset and path.parts[0] in ("/", ".", "..", "~"):
-        raise UsageError(
-            f"The data set {dataset} is not there. Give the path of a directory or of a .csv or .tsv file."
+            f"The data set {dataset} {what}. Give the path of a directory with dataset_info.json, of one with "
+            f"train/CLASS/*.png, or of a .csv or .tsv file."
         )
     return open_named(dataset, data_dir, download=download, image_size=image_size)
