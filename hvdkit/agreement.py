@@ -1,7 +1,7 @@
 """One rank's mistake is everyone's: all ranks leave together, for the same reason."""
 
 import contextlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
 from hvdkit import collectives, world
 from hvdkit.errors import ReplicasDiverged, UsageError
@@ -29,18 +29,22 @@ def together() -> Iterator[None]:
         raise UsageError(first) from mistake
 
 
-def check_equal(digests: dict[str, str]) -> None:
-    """Compares named digests over all ranks.
+def check_equal(names: Sequence[str], digests: Sequence[str]) -> None:
+    """Compares digests over all ranks, position by position.
+
+    Args:
+        names: what each digest is of, for the message.
+        digests: as `collectives.digest` makes them.
 
     Raises:
         ReplicasDiverged: they differ; the message names the ranks and the first name that differs.
     """
-    everyone = collectives.allgather_object(digests, name="digests")
-    for name in digests:
-        strangers = [rank for rank, other in enumerate(everyone) if other.get(name) != everyone[0].get(name)]
+    everyone = collectives.allgather_object(list(digests), name="digests")
+    for place, name in enumerate(names):
+        strangers = [rank for rank, other in enumerate(everyone) if other[place] != everyone[0][place]]
         if strangers:
             raise ReplicasDiverged(
                 f"The replicas' weights differ: {name} on rank(s) {', '.join(map(str, strangers))} is not that of rank "
-                f"0 (of {world.size()} ranks). A model trained so is {world.size()} models. Wrap the optimizer with "
-                f"hvdkit.DistributedOptimizer and add hvdkit.callbacks.standard()."
+                f"0 (of {world.size()} ranks), so they are several models. A layer that changes weights by itself, or "
+                f"code that one rank alone runs, does this: look at what makes {name}."
             )

@@ -5,6 +5,7 @@ import json
 import logging
 import os
 import platform
+import shutil
 from collections.abc import Mapping, Sequence
 from importlib import metadata
 from pathlib import Path
@@ -12,6 +13,21 @@ from typing import Any
 
 from hvdkit.errors import UsageError
 from hvdkit.world import World
+
+
+def clear(workdir: Path) -> None:
+    """Removes what an earlier run has left in the folder, so that nothing of it passes for this run's."""
+    for name in (
+        "result.json",
+        "config.json",
+        "model.keras",
+        "curves.png",
+        "loss.csv",
+        "history.csv",
+        "vocabulary.txt",
+    ):
+        (workdir / name).unlink(missing_ok=True)
+    shutil.rmtree(workdir / "tensorboard", ignore_errors=True)
 
 
 def make_workdir(path: Path, *, overwrite: bool) -> None:
@@ -35,11 +51,14 @@ def make_workdir(path: Path, *, overwrite: bool) -> None:
         )
 
 
-def log_to(path: Path, world: World) -> logging.Handler:
-    """Sends this rank's log to `path/logs/rank-NNNN.log`; rank 0 also shows it."""
+def log_to(path: Path, world: World) -> None:
+    """Sends this rank's log to `path/logs/rank-NNNN.log`, instead of where it went before; rank 0 also shows it."""
     logger = logging.getLogger("hvdkit")
     logger.setLevel(logging.INFO)
     logger.propagate = False
+    for handler in list(logger.handlers):
+        logger.removeHandler(handler)
+        handler.close()
     to_file = logging.FileHandler(path / "logs" / f"rank-{world.rank:04d}.log", mode="w", encoding="utf-8")
     to_file.setFormatter(
         logging.Formatter(f"%(asctime)s %(levelname)s rank {world.rank}@{world.host} %(name)s: %(message)s")
@@ -49,7 +68,6 @@ def log_to(path: Path, world: World) -> logging.Handler:
         to_screen = logging.StreamHandler()
         to_screen.setFormatter(logging.Formatter("%(message)s"))
         logger.addHandler(to_screen)
-    return to_file
 
 
 def write_json(path: Path, content: Mapping[str, Any]) -> None:
@@ -76,13 +94,16 @@ def save_model(model: Any, path: Path) -> None:
         aside.unlink(missing_ok=True)
 
 
-def plot_curves(workdir: Path, history: Mapping[str, Sequence[float]], steps_per_epoch: int, title: str) -> None:
+def plot_curves(
+    workdir: Path, history: Mapping[str, Sequence[float]], steps_per_epoch: int, eval_every: int, title: str
+) -> None:
     """Draws `curves.png`: each metric by epoch, training and test in one panel, and the loss by step behind it.
 
     Args:
         workdir: the run's folder; `loss.csv` is read there.
         history: what `fit` returned, by metric.
         steps_per_epoch: puts the steps on the epochs' axis.
+        eval_every: epochs between two evaluations on the test split.
         title: the figure's.
     """
     import matplotlib.figure  # the figure alone: no window system, no global state
@@ -94,9 +115,10 @@ def plot_curves(workdir: Path, history: Mapping[str, Sequence[float]], steps_per
     for axes, name in zip(figure.subplots(1, len(names), squeeze=False)[0], names, strict=True):
         if name == "loss":
             axes.plot(*zip(*by_step, strict=True), linewidth=0.6, alpha=0.5, color="gray", label="by step, rank 0")
-        for key, label in ((name, "training"), (f"val_{name}", "test")):
+        for key, label, every in ((name, "training", 1), (f"val_{name}", "test", eval_every)):
             if key in history:
-                axes.plot(range(1, len(history[key]) + 1), history[key], marker="o", markersize=3, label=label)
+                epochs = [every * (place + 1) for place in range(len(history[key]))]
+                axes.plot(epochs, history[key], marker="o", markersize=3, label=label)
         axes.set(xlabel="epoch", title=name)
         axes.grid(alpha=0.3)
         axes.legend()

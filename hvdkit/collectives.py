@@ -65,9 +65,7 @@ def broadcast_variables(variables: Sequence[Any], root_rank: int = 0) -> None:
     if world.size() == 1 or not variables:
         return
     native = [getattr(v, "value", v) if not isinstance(v, tf.Variable) else v for v in variables]
-    _check_same_signature(
-        [f"{_label(v)} {tuple(n.shape)} {n.dtype.name}" for v, n in zip(variables, native, strict=True)]
-    )
+    _check_same_shapes(variables, native)
     hvd = world.horovod()
 
     @tf.function
@@ -168,21 +166,22 @@ def _from_wire(tensor: tf.Tensor, dtype: tf.DType) -> tf.Tensor:
     return tensor if dtype.name in _HOROVOD_DTYPES else tf.bitcast(tensor, dtype)
 
 
-def _label(variable: Any) -> str:
-    return getattr(variable, "path", None) or variable.name
-
-
-def _check_same_signature(signature: list[str]) -> None:
-    everyone = allgather_object(signature, name="signature")
+def _check_same_shapes(variables: Sequence[Any], native: Sequence[tf.Variable]) -> None:
+    """By position: names are numbered, differently on a rank that has made one more model."""
+    mine = [
+        (f"{tuple(n.shape)} {n.dtype.name}", getattr(v, "path", n.name)) for v, n in zip(variables, native, strict=True)
+    ]
+    everyone = allgather_object(mine, name="shapes")
     for rank, other in enumerate(everyone):
-        if other == everyone[0]:
+        pairs = zip(everyone[0], other, strict=False)
+        differing = next(((a, b) for a, b in pairs if a[0] != b[0]), None)
+        if differing:
+            (shape, path), (other_shape, _) = differing
+            difference = f"{path} is {shape} on rank 0 and {other_shape} on rank {rank}"
+        elif len(other) != len(everyone[0]):
+            difference = f"rank 0 has {len(everyone[0])} variables and rank {rank} has {len(other)}"
+        else:
             continue
-        differing = [(a, b) for a, b in zip(everyone[0], other, strict=False) if a != b]
-        difference = (
-            f"rank 0 has {differing[0][0]} where rank {rank} has {differing[0][1]}"
-            if differing
-            else f"rank 0 has {len(everyone[0])} variables and rank {rank} has {len(other)}"
-        )
         raise ValueError(
             f"Ranks cannot share their variables, because their models differ: {difference}. "
             f"Build the same model, with the same trainable layers, on every rank."

@@ -4,6 +4,8 @@ import ast
 import dataclasses
 import importlib.util
 import inspect
+import sys
+import traceback
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -65,7 +67,7 @@ def build_model(source: ModelSource, given: dict[str, Any]) -> keras.Model:
     """Calls the build function with those of the arguments `given` that it takes.
 
     Raises:
-        UsageError: it needs another argument, or what it returns is not a Keras model.
+        UsageError: it needs another argument, fails, or returns something else than a Keras model.
     """
     parameters = inspect.signature(source.build).parameters
     unknown = [
@@ -78,7 +80,10 @@ def build_model(source: ModelSource, given: dict[str, Any]) -> keras.Model:
             f"The model {source.name} needs the argument {unknown[0]!r}, which this data set has not: it gives "
             f"{', '.join(given)}. Choose another data set, or give the parameter a default."
         )
-    model = source.build(**{name: value for name, value in given.items() if name in parameters})
+    try:
+        model = source.build(**{name: value for name, value in given.items() if name in parameters})
+    except Exception as error:  # whatever a user's function raises
+        raise UsageError(f"The model {source.name} cannot be built: {_describe(error)}.") from error
     if not isinstance(model, keras.Model):
         raise UsageError(
             f"The model {source.name} is a {type(model).__module__}.{type(model).__name__}, not a Keras 3 model "
@@ -141,8 +146,17 @@ def _import_file(path: Path) -> Any:
     if spec is None or spec.loader is None:
         raise UsageError(f"{path} cannot be imported as Python.")
     module = importlib.util.module_from_spec(spec)
+    sys.modules[spec.name] = module  # dataclasses, pickle and autograph look there
+    sys.path.insert(0, str(path.resolve().parent))  # as `python file.py` has it, for modules beside the file
     try:
         spec.loader.exec_module(module)
     except Exception as error:
-        raise UsageError(f"{path} cannot be imported: {type(error).__name__}: {error}.") from error
+        raise UsageError(f"{path} cannot be imported: {_describe(error)}.") from error
     return module
+
+
+def _describe(error: Exception) -> str:
+    """An error in a sentence, with the place where it was raised."""
+    last = traceback.extract_tb(error.__traceback__)[-1]
+    message = (str(error).strip().splitlines() or ["no message"])[0].rstrip(".")
+    return f"{type(error).__name__}: {message} (line {last.lineno} of {last.filename})"

@@ -92,7 +92,8 @@ class DistributedOptimizer(ExchangingOptimizer):
     ) -> None:
         _check(optimizer, op)
         exchange = GradientExchange(
-            name=name or f"Distributed{optimizer.name}",
+            # By class: Keras numbers the optimizers' names, differently on a rank that has made one more.
+            name=name or f"Distributed{type(optimizer).__name__}",
             compression=compression,
             sparse_as_dense=sparse_as_dense,
             average=op == Average,

@@ -61,7 +61,10 @@ def run(config: Config) -> dict[str, Any]:
     with together():
         model_source = find_model(config.model)
         dataset = config.dataset or model_source.recipes[0].dataset
-        source = open_source(dataset, config.data_dir, download=config.download, image_size=config.image_size)
+        if config.download and strategy.world.local_rank == 0:  # one rank a host; the others wait at the block's end
+            open_source(dataset, config.data_dir, download=True, image_size=config.image_size)
+    with together():
+        source = open_source(dataset, config.data_dir, image_size=config.image_size)
         recipe = model_source.recipe_for(source.name)
         settings = train_flags.resolve(config, recipe, strategy.size)
     keras.utils.set_random_seed(settings.seed)
@@ -70,8 +73,6 @@ def run(config: Config) -> dict[str, Any]:
     # ---- Where to write -------------------------------------------------------------------------------------------
     workdir = _make_workdir(settings, model_source, source)
     artifacts.log_to(workdir, strategy.world)
-    if strategy.world.is_root:
-        artifacts.write_json(workdir / "config.json", {**vars(settings), "versions": artifacts.versions()})
 
     # ---- Data -----------------------------------------------------------------------------------------------------
     vocabulary = _make_vocabulary(source, recipe, workdir) if source.kind == "text" else None
@@ -81,8 +82,10 @@ def run(config: Config) -> dict[str, Any]:
 
     # ---- Model ----------------------------------------------------------------------------------------------------
     with together(), strategy.scope():
-        model = _compile(settings, strategy, model_source, source, vocabulary, spec)
-    model.steps_per_execution = settings.steps_per_execution or _steps_per_execution(steps, steps_per_epoch)
+        model, settings = _compile(config, settings, strategy, model_source, source, vocabulary, spec)
+        model.steps_per_execution = _steps_per_execution(settings.steps_per_execution, steps, steps_per_epoch)
+    if strategy.world.is_root:
+        artifacts.write_json(workdir / "config.json", {**vars(settings), "versions": artifacts.versions()})
 
     # ---- Training -------------------------------------------------------------------------------------------------
     progress = callbacks.ProgressCallback(steps, steps_per_epoch, settings.global_batch, show=strategy.world.is_root)
@@ -101,7 +104,7 @@ def run(config: Config) -> dict[str, Any]:
 
     # ---- Results --------------------------------------------------------------------------------------------------
     test = strategy.evaluate(model, test_batches)
-    check_equal({w.path: collectives.digest([w]) for w in model.weights})
+    check_equal([w.path for w in model.weights], [collectives.digest([w]) for w in model.weights])
     result = {
         "model": model_source.name,
         "dataset": source.name,
@@ -110,20 +113,19 @@ def run(config: Config) -> dict[str, Any]:
         "global_batch": settings.global_batch,
         "epochs": math.ceil(steps / steps_per_epoch),
         "steps": steps,
-        **_measured(model, history.history, progress.samples_per_second, train_seconds, test),
+        "train_seconds": round(train_seconds, 3),
+        # Too few steps for a rate without the first execution: then with all that it takes to begin.
+        "samples_per_second": round(progress.samples_per_second or steps * settings.global_batch / train_seconds, 1),
+        **_measured(model, history.history, test),
     }
     if strategy.world.is_root:
-        _write_artifacts(workdir, model, history.history, steps_per_epoch, result)
+        _write_artifacts(workdir, model, history.history, steps_per_epoch, settings.eval_every, result)
     collectives.barrier()  # nobody leaves before the artefacts are there: a launcher ends the job with the first to go
     return result
 
 
-def _measured(
-    model: keras.Model, history: dict[str, Any], samples_per_second: float, seconds: float, test: dict[str, float]
-) -> dict[str, Any]:
+def _measured(model: keras.Model, history: dict[str, Any], test: dict[str, float]) -> dict[str, Any]:
     return {
-        "train_seconds": round(seconds, 3),
-        "samples_per_second": round(samples_per_second, 1),
         "test_accuracy": test.get("accuracy"),
         "test_loss": test["loss"],
         "train_loss": [float(v) for v in history["loss"]],
@@ -137,6 +139,8 @@ def _make_workdir(settings: Settings, model: ModelSource, source: Source) -> Pat
     workdir = Path(collectives.broadcast_object(settings.workdir or f"runs/{name}", name="workdir")).expanduser()
     with together():
         artifacts.make_workdir(workdir, overwrite=settings.overwrite)
+    if world.rank() == 0:
+        artifacts.clear(workdir)
     return workdir
 
 
@@ -160,10 +164,10 @@ def _read_training_data(
             raise UsageError(
                 f"{source.name} has {examples} training examples, fewer than {strategy.size} replicas. Start fewer."
             )
-        limit = pipeline.memory_limit(strategy.world.local_size, len(strategy.shares))
         encode = vocabulary.encode if vocabulary else None
+        cache = settings.cache_gb * 1e9
         shares = [
-            pipeline.read_share(source, "train", share, strategy.size, encode=encode, memory_limit=limit)
+            pipeline.read_share(source, "train", share, strategy.size, encode=encode, cache_bytes=cache)
             for share in strategy.shares
         ]
         by_share = [checks.check_share(share, "train", len(source.label_names)) for share in shares]
@@ -219,7 +223,7 @@ def _read_test_data(
         share = pipeline.read_share(
             source, "test", me.rank, me.size,
             encode=vocabulary.encode if vocabulary else None,
-            memory_limit=pipeline.memory_limit(me.local_size, 1),
+            cache_bytes=settings.cache_gb * 1e9,
         )  # fmt: skip
         checks.check_share(share, "test", len(source.label_names))
         batch = strategy.evaluation_batch(share.size, settings.global_batch)
@@ -227,13 +231,15 @@ def _read_test_data(
 
 
 def _compile(
+    config: Config,
     settings: Settings,
     strategy: Strategy,
     model_source: ModelSource,
     source: Source,
     vocabulary: Vocabulary | None,
     spec: tf.TensorSpec,
-) -> keras.Model:
+) -> tuple[keras.Model, Settings]:
+    """Builds and compiles the model; the settings are then those that it really has."""
     given: dict[str, Any] = {"input_shape": tuple(spec.shape), "num_classes": len(source.label_names)}
     if vocabulary:
         given |= {"vocabulary_size": vocabulary.size, "sequence_length": vocabulary.sequence_length}
@@ -241,31 +247,36 @@ def _compile(
     check_output(model, spec, given["num_classes"], model_source.name)
     options = {} if settings.compression == "none" else {"compression": getattr(Compression, settings.compression)}
     if model.compiled:
+        rate = float(keras.ops.convert_to_numpy(model.optimizer.learning_rate))
+        settings = train_flags.leave_optimizer_to_model(config, settings, model_source.name, rate)
         model.optimizer = strategy.distribute(model.optimizer, **options)
-        return model
-    optimizer = make_optimizer(settings.optimizer, settings.learning_rate)
-    model.compile(
-        strategy.distribute(optimizer, **options),
-        loss=keras.losses.SparseCategoricalCrossentropy(from_logits=not ends_in_probabilities(model)),
-        metrics=[keras.metrics.SparseCategoricalAccuracy(name="accuracy")],
-        jit_compile=False,  # XLA compiles neither Horovod's exchange nor tf.distribute's
-    )
+    else:
+        model.compile(
+            strategy.distribute(make_optimizer(settings.optimizer, settings.learning_rate), **options),
+            loss=keras.losses.SparseCategoricalCrossentropy(from_logits=not ends_in_probabilities(model)),
+            metrics=[keras.metrics.SparseCategoricalAccuracy(name="accuracy")],
+            jit_compile=False,  # XLA compiles neither Horovod's exchange nor tf.distribute's
+        )
     # Keras would build it while it traces the first step, and slots that start from the weights' values
     # (ScheduleFreeAdamW's) would start from 0.
-    model.optimizer.build(model.trainable_variables)
-    return model
+    if not model.optimizer.built:
+        model.optimizer.build(model.trainable_variables)
+    return model, settings
 
 
 def _callbacks(
     settings: Settings, strategy: Strategy, steps: int, steps_per_epoch: int, workdir: Path
 ) -> list[keras.callbacks.Callback]:
     chosen: list[keras.callbacks.Callback] = []
-    if settings.warmup_epochs and strategy.size > 1:
-        chosen.append(callbacks.LearningRateWarmupCallback(None, settings.warmup_epochs, size=strategy.size))
+    epochs = steps / steps_per_epoch
+    warmup = min(settings.warmup_epochs, epochs / 2)
+    if warmup < settings.warmup_epochs:
+        _log.info("the warm-up is cut to %.3g epochs, half of the training", warmup)
+    if warmup:
+        chosen.append(callbacks.LearningRateWarmupCallback(None, warmup, size=strategy.size))
     if settings.lr_schedule == "cosine":
-        multiplier = _cosine(settings.warmup_epochs, steps / steps_per_epoch)
-        start = math.ceil(settings.warmup_epochs) if strategy.size > 1 else 0
-        chosen.append(callbacks.LearningRateScheduleCallback(None, multiplier, start_epoch=start, staircase=False))
+        multiplier = _cosine(warmup, epochs)
+        chosen.append(callbacks.LearningRateScheduleCallback(None, multiplier, start_epoch=warmup, staircase=False))
     if steps % steps_per_epoch and steps > steps_per_epoch:
         chosen.append(callbacks.StopAtStepCallback(steps, steps_per_epoch))
     if strategy.world.is_root:
@@ -281,18 +292,33 @@ def _cosine(start: float, end: float) -> Callable[[float], float]:
     return lambda epoch: 0.5 * (1 + math.cos(math.pi * min(1.0, max(0.0, epoch - start) / (end - start))))
 
 
-def _steps_per_execution(steps: int, steps_per_epoch: int, most: int = 16) -> int:
-    """The most steps that run in one call of the graph and divide an epoch (and the last, shorter one) evenly."""
+def _steps_per_execution(wanted: int | None, steps: int, steps_per_epoch: int, most: int = 16) -> int:
+    """Steps that run in one call of the graph: they must divide an epoch, and the last, shorter one, evenly.
+
+    Keras would run whole executions beyond an epoch's end otherwise.
+    """
     common = math.gcd(min(steps, steps_per_epoch), steps % steps_per_epoch)
-    return max(n for n in range(1, most + 1) if common % n == 0)
+    chosen = wanted or max(n for n in range(1, most + 1) if common % n == 0)
+    if common % chosen:
+        fitting = ", ".join(str(n) for n in range(1, common + 1) if common % n == 0)
+        raise UsageError(
+            f"--steps_per_execution={wanted} does not divide an epoch of {steps_per_epoch} steps in a training of "
+            f"{steps}. Use one of {fitting}, or leave it out."
+        )
+    return chosen
 
 
 def _write_artifacts(
-    workdir: Path, model: keras.Model, history: dict[str, Any], steps_per_epoch: int, result: dict[str, Any]
+    workdir: Path,
+    model: keras.Model,
+    history: dict[str, Any],
+    steps_per_epoch: int,
+    eval_every: int,
+    result: dict[str, Any],
 ) -> None:
     artifacts.save_model(model, workdir / "model.keras")
     title = f"{result['model']} on {result['dataset']}, {result['strategy']}, {result['size']} replica(s)"
-    artifacts.plot_curves(workdir, history, steps_per_epoch, title)
+    artifacts.plot_curves(workdir, history, steps_per_epoch, eval_every, title)
     artifacts.write_json(workdir / "result.json", result)
     accuracy = result["test_accuracy"]
     _log.info(

@@ -38,6 +38,7 @@ class Config:
     class_weights: bool
     seed: int
     threads: int | None
+    cache_gb: float
     steps_per_execution: int | None
     workdir: str | None
     overwrite: bool
@@ -81,9 +82,11 @@ def define() -> None:
     add(enum, _HOW, "sampling", "none", "draw small classes more often (over), or large ones less (under)",
         ("none", "over", "under"))  # fmt: skip
     add(boolean, _HOW, "class_weights", False, "weigh examples so that every class counts alike")
-    add(integer, _HOW, "seed", 0, "of weights, order and dropout", lower_bound=0)
+    add(integer, _HOW, "seed", 0, "of weights, order and dropout", lower_bound=0, upper_bound=2**31)
 
     add(integer, _MACHINE, "threads", None, "TensorFlow threads of each rank [its share of the cores]", lower_bound=1)
+    add(number, _MACHINE, "cache_gb", 2.0, "a rank's decoded examples stay in memory up to this size; a larger share "
+        "is read again each epoch", lower_bound=0.0)  # fmt: skip
     add(integer, _MACHINE, "steps_per_execution", None, "steps that run without returning to Python [the largest "
         "divisor of an epoch's steps up to 16]", lower_bound=1)  # fmt: skip
 
@@ -150,7 +153,9 @@ def resolve(config: Config, recipe: Recipe, replicas: int) -> Settings:
     rate = recipe.learning_rate * scale if config.learning_rate is None else config.learning_rate
     epochs = config.epochs or recipe.epochs
     warmup = config.warmup_epochs
-    if warmup is None:
+    if replicas == 1:
+        warmup = 0.0  # there is nothing to rise to
+    elif warmup is None:
         warmup = recipe.warmup_epochs or (min(5.0, epochs / 10) if scale > 1 else 0.0)
     decided = {
         "dataset": config.dataset or recipe.dataset,
@@ -164,6 +169,24 @@ def resolve(config: Config, recipe: Recipe, replicas: int) -> Settings:
         "local_batch": global_batch // replicas,
     }
     return Settings(**{**vars(config), **decided})
+
+
+def leave_optimizer_to_model(config: Config, settings: Settings, model: str, rate: float) -> Settings:
+    """The settings for a model that its function has compiled: its optimizer and learning rate are its own.
+
+    Raises:
+        UsageError: a flag was given that would change them.
+    """
+    names = ("optimizer", "learning_rate", "lr_schedule", "warmup_epochs")
+    given = [name for name in names if getattr(config, name) is not None]
+    if given:
+        raise UsageError(
+            f"--{given[0]} was given, but the model {model} is compiled by its function, with an optimizer of its own. "
+            f"Leave the flag out, or return the model uncompiled."
+        )
+    return dataclasses.replace(
+        settings, optimizer="the model's", learning_rate=rate, lr_schedule="constant", warmup_epochs=0.0
+    )
 
 
 def help_text() -> str:

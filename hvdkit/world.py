@@ -70,7 +70,8 @@ def init(*args: Any, **kwargs: Any) -> World:
 
     Call it before TensorFlow makes its first tensor: devices and threads are fixed from then on. With GPUs, the one
     whose number is the local rank is made the only visible one, with memory growth. Without, TensorFlow's
-    intra-op threads are set to this rank's share of the cores that the process may use.
+    intra-op threads are set to this rank's share of the cores that the process may use. If a rank waits for others in
+    an exchange for ten minutes, the job ends (`HOROVOD_STALL_SHUTDOWN_TIME_SECONDS` sets another limit).
 
     Args:
         *args: passed to `horovod.tensorflow.init` (process sets, for example).
@@ -85,6 +86,8 @@ def init(*args: Any, **kwargs: Any) -> World:
     """
     global _world
     if _world is None:
+        # Horovod would only warn of a rank that the others wait for. 0 switches the limit off.
+        os.environ.setdefault("HOROVOD_STALL_SHUTDOWN_TIME_SECONDS", "600")
         hvd = horovod()
         hvd.init(*args, **kwargs)
         world = World(

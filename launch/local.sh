@@ -12,12 +12,14 @@ np='' flags=()
 default=2
 while (($#)); do
   case $1 in
-    -np)                            np=${2:?-np needs the number of ranks}; shift ;;
-    --strategy=single|--strategy=mirrored) default=1; flags+=("$1") ;;  # these train in one process
-    *)                              flags+=("$1") ;;
+    -np)        np=${2:?-np needs the number of ranks}; shift ;;
+    --strategy) flags+=("--strategy=${2:?--strategy needs a name}"); shift ;;
+    *)          flags+=("$1") ;;
   esac
   shift
 done
+
+case " ${flags[*]-} " in *' --strategy=single '*|*' --strategy=mirrored '*) default=1 ;; esac  # one process trains
 
 "$root/launch/bootstrap.sh"
 case " ${flags[*]-} " in *' --help '*|*' -h '*) exec "$python" -m hvdkit.train_flags --help ;; esac

@@ -6,6 +6,7 @@ import pickle
 import signal
 import subprocess
 import sys
+import uuid
 from pathlib import Path
 
 import psutil
@@ -22,9 +23,10 @@ RANK_MAIN = Path(__file__).parent / "parallel" / "rank_main.py"
 @pytest.fixture(autouse=True)
 def nothing_left_behind():
     """Fails a test that leaves environment variables changed or processes running."""
+    os.environ["HVDKIT_TEST"] = mark = str(uuid.uuid4())  # all that a test starts inherits it
     environment = dict(os.environ)
     yield
-    left = [p for p in psutil.Process().children(recursive=True) if p.status() != psutil.STATUS_ZOMBIE]
+    left = [p for p in psutil.process_iter() if p.pid != os.getpid() and _environment(p).get("HVDKIT_TEST") == mark]
     changed = {k for k in environment.keys() | os.environ.keys() if environment.get(k) != os.environ.get(k)}
     changed -= {"PYTEST_CURRENT_TEST"}
     for name in changed:
@@ -35,6 +37,13 @@ def nothing_left_behind():
         process.kill()
     assert not left, f"the test left processes running: {left}"
     assert not changed, f"the test left environment variables changed: {sorted(changed)}"
+
+
+def _environment(process):
+    try:
+        return process.environ()
+    except psutil.Error:  # gone by now, or a zombie, or somebody else's
+        return {}
 
 
 class Ended:

@@ -31,7 +31,7 @@ class LearningRateScheduleCallback(keras.callbacks.Callback):
         self,
         initial_lr: float | None,
         multiplier: float | Callable[[float], float],
-        start_epoch: int = 0,
+        start_epoch: float = 0,
         end_epoch: float | None = None,
         staircase: bool = True,
         momentum_correction: bool = True,

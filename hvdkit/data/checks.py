@@ -3,6 +3,7 @@
 import numpy as np
 import tensorflow as tf
 
+from hvdkit.data import pipeline
 from hvdkit.data.pipeline import Share
 from hvdkit.errors import UsageError
 
@@ -24,14 +25,17 @@ def check_share(share: Share, split: str, num_classes: int) -> np.ndarray:
         The examples of each class, int64 [num_classes].
 
     Raises:
-        UsageError: a label out of range, a NaN or Inf, an input of another shape; with the example's place.
+        UsageError: a label out of range, a NaN or Inf, an input that cannot be read or has another shape; and where.
     """
     if share.inputs is not None and share.labels is not None:
         inputs, labels = share.inputs, share.labels
     else:
-        labels = np.fromiter((y for _, y in share.stream.as_numpy_iterator()), np.int64)
+        labels = np.fromiter(share.stream.map(lambda _, y: y).as_numpy_iterator(), np.int64)
         head = share.stream.take(_LOOKED_AT).map(lambda x, y: share.prepare(x))
-        inputs = np.stack(list(head.as_numpy_iterator()))
+        try:
+            inputs = np.stack(list(head.as_numpy_iterator()))
+        except tf.errors.InvalidArgumentError as error:
+            raise pipeline.unreadable(split, share.start, share.start + _LOOKED_AT, error) from error
     _check_labels(labels, split, share.start, num_classes)
     _check_inputs(inputs, split, share.start)
     return np.bincount(labels, minlength=num_classes)

@@ -4,7 +4,8 @@ A *share* is one of N even parts of a split. A rank feeds its own share; a proce
 (`mirrored`, or `single` told to imitate N ranks) feeds all of them side by side, so that step t of every strategy sees
 the same examples: the global batch is always the concatenation of the shares' local batches.
 
-The order of a share is a function of (seed, epoch, share, number of shares) and of nothing else.
+The order of a share is a function of (seed, epoch, share, number of shares), for a share in memory and, by another
+function, for one that is read again each epoch; which of the two it is depends on its size and `cache_bytes` alone.
 """
 
 import dataclasses
@@ -15,18 +16,18 @@ from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import numpy as np
-import psutil
 import tensorflow as tf
 
 from hvdkit.data import balance
 from hvdkit.data.shard import even_share
 from hvdkit.data.sources import Source
+from hvdkit.errors import UsageError
 
 _log = logging.getLogger(__name__)
 
 Encode = Callable[[Any], tf.Tensor]
 
-_MEMORY_PART = 0.25  # of the host's free memory may hold decoded examples, over all of its ranks
+_READ_AT_ONCE = 1024  # examples
 _SHUFFLE_BYTES = 256 << 20  # of encoded examples in the shuffle buffer of a share that does not fit
 
 
@@ -56,9 +57,9 @@ class Share:
 
 
 def read_share(
-    source: Source, split: str, share: int, shares: int, *, encode: Encode | None = None, memory_limit: float
+    source: Source, split: str, share: int, shares: int, *, encode: Encode | None = None, cache_bytes: float
 ) -> Share:
-    """Reads a share of a split, decoded, into memory if it fits into `memory_limit` bytes.
+    """Reads a share of a split, decoded, into memory if it fits.
 
     Args:
         source: where the examples come from.
@@ -66,7 +67,10 @@ def read_share(
         share: number of the share.
         shares: number of shares.
         encode: graph function applied after decoding (texts to token numbers).
-        memory_limit: bytes that the decoded share may take.
+        cache_bytes: what a decoded share may take; the same for all, since it also decides how they are shuffled.
+
+    Raises:
+        UsageError: an example cannot be decoded, or has another shape.
     """
     start, stop = even_share(source.size(split), share, shares)
     stream = source.read(split, start, stop)
@@ -75,26 +79,39 @@ def read_share(
         decoded = source.decode(encoded)
         return decoded if encode is None else encode(decoded)
 
+    largest = -(-source.size(split) // shares)
+    spec = stream.map(lambda x, _: prepare(x)).element_spec
     inputs = labels = None
-    decoded = stream.map(lambda x, y: (prepare(x), y), num_parallel_calls=tf.data.AUTOTUNE, deterministic=True)
-    spec = decoded.element_spec[0]
-    if (stop - start) * spec.shape.num_elements() * spec.dtype.size <= memory_limit:
+    where = "read again each epoch"
+    if largest * spec.shape.num_elements() * spec.dtype.size <= cache_bytes:
         began = time.monotonic()
-        batches = list(decoded.batch(1024).as_numpy_iterator())
-        inputs = np.concatenate([x for x, _ in batches]) if batches else np.zeros([0, *spec.shape], spec.dtype.name)
-        labels = np.concatenate([y for _, y in batches]) if batches else np.zeros([0], np.int64)
-        _log.info(
-            "%s: share %d of %d, %d examples, %.0f MB in memory, read in %.1f s",
-            split, share, shares, len(labels), inputs.nbytes / 1e6, time.monotonic() - began,
-        )  # fmt: skip
-    else:
-        _log.info("%s: share %d of %d, %d examples, read again each epoch", split, share, shares, stop - start)
+        inputs, labels = _read_all(stream, prepare, spec, split, start, stop - start)
+        where = f"{inputs.nbytes / 1e6:.0f} MB in memory, read in {time.monotonic() - began:.1f} s"
+    _log.info("%s: share %d of %d, %d examples, %s", split, share, shares, stop - start, where)
     return Share(share, shares, start, stop - start, inputs, labels, stream, prepare)
 
 
-def memory_limit(processes: int, shares: int) -> float:
-    """Bytes that one share may take in memory, on a host that runs `processes`, each with `shares` shares."""
-    return psutil.virtual_memory().available * _MEMORY_PART / processes / shares
+def _read_all(
+    stream: tf.data.Dataset, prepare: Encode, spec: tf.TensorSpec, split: str, start: int, size: int
+) -> tuple[np.ndarray, np.ndarray]:
+    inputs, labels, done = np.empty([size, *spec.shape], spec.dtype.as_numpy_dtype), np.empty([size], np.int64), 0
+    prepared = stream.map(lambda x, y: (prepare(x), y), num_parallel_calls=tf.data.AUTOTUNE, deterministic=True)
+    try:
+        for x, y in prepared.batch(_READ_AT_ONCE).as_numpy_iterator():
+            inputs[done : done + len(y)], labels[done : done + len(y)] = x, y
+            done += len(y)
+    except tf.errors.InvalidArgumentError as error:
+        raise unreadable(split, start + done, start + min(done + _READ_AT_ONCE, size), error) from error
+    return inputs, labels
+
+
+def unreadable(split: str, start: int, stop: int, error: Exception) -> UsageError:
+    """What to say of examples that TensorFlow cannot decode, or that have another shape than the others."""
+    reason = next((line for line in str(error).splitlines() if line.strip()), type(error).__name__).split("[Op:")[0]
+    return UsageError(
+        f"An example of split {split!r}, between number {start} and {stop}, cannot be read ({reason.strip()[:200]}). "
+        f"Repair or remove it; images of differing size need --image_size."
+    )
 
 
 def training_batches(
@@ -155,7 +172,8 @@ def _resident_batches(
             order = sampling.order(share.labels, _generator(seed, epoch, share))  # type: ignore[arg-type]
             yield order[: steps * local_batch].reshape(steps, local_batch)
 
-    inputs, labels = tf.constant(share.inputs), tf.constant(share.labels)
+    with tf.device("CPU:0"):  # the input pipeline's place: a GPU's memory is for the model
+        inputs, labels = tf.constant(share.inputs), tf.constant(share.labels)
     indices = tf.data.Dataset.from_generator(
         orders, output_signature=tf.TensorSpec([steps, local_batch], tf.int64)
     ).unbatch()

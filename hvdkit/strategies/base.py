@@ -42,6 +42,14 @@ class Strategy(Protocol):
         """Batch size in which a process with `examples` test examples evaluates."""
 
 
+def refuse_options(strategy: str, options: dict[str, Any]) -> None:
+    """Raises a `UsageError` if options of Horovod's exchange are given to a strategy that has none."""
+    if options:
+        raise UsageError(
+            f"--strategy={strategy} has no {', '.join(options)}: nothing leaves the process. Leave it out."
+        )
+
+
 def refuse_many_processes(strategy: str) -> None:
     """Raises a `UsageError` if a launcher started several processes, where the strategy trains with one."""
     processes = launched_size()

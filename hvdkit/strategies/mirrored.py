@@ -10,7 +10,7 @@ import tensorflow as tf
 from hvdkit import world
 from hvdkit.errors import UsageError
 from hvdkit.optimizer import ExchangingOptimizer, Gradient, with_loss_scale
-from hvdkit.strategies.base import refuse_many_processes
+from hvdkit.strategies.base import refuse_many_processes, refuse_options
 
 _LOGICAL_CPUS = 2  # replicas where there is no GPU and the user named no number
 
@@ -49,14 +49,13 @@ class MirroredStrategy:
             UsageError: options were given that only Horovod's exchange has, or the optimizer does something that
                 `tf.distribute` cannot: Keras exchanges inside a condition, and `merge_call` is not allowed there.
         """
+        refuse_options(self.name, options)
         for name in ("gradient_accumulation_steps", "ema_overwrite_frequency"):
             if getattr(optimizer, name, None):
                 raise UsageError(
                     f"The optimizer's {name} does not work under tf.distribute.MirroredStrategy (Keras exchanges "
                     f"inside a condition). Leave it out, or use --strategy=horovod."
                 )
-        if options:
-            raise UsageError(f"--strategy=mirrored has no {', '.join(options)}: nothing leaves the host. Leave it out.")
         optimizer = with_loss_scale(optimizer)
         for part in _parts(optimizer):
             part._all_reduce_sum_gradients = list  # it has been done, when Keras comes to it

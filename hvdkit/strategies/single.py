@@ -8,7 +8,7 @@ import keras
 import tensorflow as tf
 
 from hvdkit import world
-from hvdkit.strategies.base import refuse_many_processes
+from hvdkit.strategies.base import refuse_many_processes, refuse_options
 
 
 class SingleStrategy:
@@ -32,7 +32,8 @@ class SingleStrategy:
         return contextlib.nullcontext()
 
     def distribute(self, optimizer: keras.optimizers.Optimizer, **options: Any) -> keras.optimizers.Optimizer:
-        """The optimizer itself: there is nobody to exchange gradients with."""
+        """The optimizer itself: there is nobody to exchange gradients with, and nothing to compress."""
+        refuse_options(self.name, options)
         return optimizer
 
     def callbacks(self) -> list[keras.callbacks.Callback]:

@@ -26,6 +26,10 @@ def test_the_quick_start_has_two_commands():
     assert re.findall(r"```sh\n(.*?)\n```", section) == ["launch/local.sh", "tests/run.sh"]
 
 
+def test_nothing_is_left_to_fill_in():
+    assert not re.findall(r"@[A-Z]+@|TODO|TBD", README)
+
+
 def test_the_number_of_optimizers_is_right():
     from tests.parallel.test_parity import OPTIMIZERS
 

@@ -10,6 +10,7 @@ from tests.conftest import ROOT, run_command
 BOOTSTRAP = ROOT / "launch" / "bootstrap.sh"
 
 
+@pytest.mark.timeout(1300)
 def test_bootstrap_has_nothing_to_do_twice():
     assert run_command([BOOTSTRAP], timeout=1200).code == 0
     ended = run_command([BOOTSTRAP], timeout=60)

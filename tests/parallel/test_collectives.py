@@ -105,8 +105,29 @@ def different_models():
 
 def test_different_models_are_named(ranks):
     for message in ranks(2, different_models):
-        assert "kernel (4, 2) float32 where rank 1 has" in message
-        assert "kernel (4, 3) float32" in message
+        assert "kernel is (4, 2) float32 on rank 0 and (4, 3) float32 on rank 1" in message
+
+
+def diverged():
+    import keras
+
+    import hvdkit as hvd
+    from hvdkit.agreement import check_equal
+
+    world = hvd.init()
+    check_equal(["same"], ["x"])
+    weights = [keras.Variable([1.0]), keras.Variable([float(world.rank == 2)])]
+    try:
+        check_equal(["first", "second"], [hvd.collectives.digest([w]) for w in weights])
+    except hvd.ReplicasDiverged as error:
+        return str(error)
+
+
+def test_replicas_that_differ_are_named(ranks):
+    for message in ranks(3, diverged):
+        assert message.startswith(
+            "The replicas' weights differ: second on rank(s) 2 is not that of rank 0 (of 3 ranks)"
+        )
 
 
 def failing_on_one_rank():

@@ -135,6 +135,24 @@ def test_all_state_is_common_before_the_first_step_and_dropout_differs(ranks):
     assert moving == other_moving, "moving statistics are averaged at the end"
 
 
+def trained_where_rank_0_made_another_model_first():
+    import keras
+
+    import hvdkit as hvd
+
+    world = hvd.init()
+    if world.is_root:  # Keras now numbers this rank's models and optimizers differently
+        _model(seed=7).compile(keras.optimizers.Adam())
+    model = _model(seed=world.rank)
+    _fit(model, hvd.DistributedOptimizer(keras.optimizers.Adam(1e-2)), world.rank, hvd.callbacks.standard(), epochs=1)
+    return _checksum(model)
+
+
+def test_ranks_need_not_have_made_as_many_models(ranks):
+    first, second = ranks(2, trained_where_rank_0_made_another_model_first, timeout=120)
+    assert first == second
+
+
 def exact_metrics():
     import keras
 

@@ -21,7 +21,7 @@ def source(examples=23, labels=None, inputs=None):
 
 
 def share_of(examples, share, shares, limit=EVERYTHING):
-    return pipeline.read_share(source(examples), "train", share, shares, memory_limit=limit)
+    return pipeline.read_share(source(examples), "train", share, shares, cache_bytes=limit)
 
 
 def seen(batches, steps):
@@ -132,7 +132,7 @@ def test_counts_are_described():
 @pytest.mark.parametrize("limit", [EVERYTHING, 0])
 def test_labels_out_of_range_are_found(limit):
     labels = [0, 1, 1, 7, 0, -1]
-    share = pipeline.read_share(source(6, labels), "train", 0, 1, memory_limit=limit)
+    share = pipeline.read_share(source(6, labels), "train", 0, 1, cache_bytes=limit)
     with pytest.raises(
         UsageError, match=r"2 of 6 in this share of split 'train', the first is 7 at example 3; 2 classes"
     ):
@@ -142,13 +142,13 @@ def test_labels_out_of_range_are_found(limit):
 def test_nan_is_found():
     inputs = np.zeros([5, 1, 1, 1], np.float32)
     inputs[3] = np.inf
-    share = pipeline.read_share(source(inputs=inputs), "test", 0, 1, memory_limit=EVERYTHING)
+    share = pipeline.read_share(source(inputs=inputs), "test", 0, 1, cache_bytes=EVERYTHING)
     with pytest.raises(UsageError, match="NaN or Inf in 1 of 5 inputs of split 'test', first at example 3"):
         checks.check_share(share, "test", 2)
 
 
 def test_classes_are_counted_and_empty_ones_named():
-    share = pipeline.read_share(source(5, [0, 0, 0, 2, 2]), "train", 0, 1, memory_limit=EVERYTHING)
+    share = pipeline.read_share(source(5, [0, 0, 0, 2, 2]), "train", 0, 1, cache_bytes=EVERYTHING)
     counts = checks.check_share(share, "train", 3)
     assert counts.tolist() == [3, 0, 2]
     assert checks.empty_classes(counts, ["a", "b", "c"]) == ["b"]

@@ -110,6 +110,9 @@ def greedy(input_shape, colour):
 
 def nothing():
     return 3
+
+def broken():
+    return keras.Sequential(12)
 """
 
 
@@ -122,6 +125,8 @@ def test_a_users_own_model(tmp_path):
     assert build_model(source, given).count_params() == 650
     with pytest.raises(UsageError, match="needs the argument 'colour'"):
         build_model(find_model(f"{path}:greedy"), given)
+    with pytest.raises(UsageError, match=r"The model mine cannot be built: TypeError: .* \(line \d+ of "):
+        build_model(find_model(f"{path}:broken"), given)
     with pytest.raises(UsageError, match=r"is a builtins\.int, not a Keras 3 model"):
         build_model(find_model(f"{path}:nothing"), given)
 
@@ -186,9 +191,50 @@ def test_every_device_gets_an_example_of_every_evaluation_batch(examples, size, 
     ("steps", "steps_per_epoch", "expected"), [(220, 44, 11), (1872, 468, 13), (200, 781, 10), (7, 5, 1)]
 )
 def test_steps_per_execution_divides_every_epoch(steps, steps_per_epoch, expected):
-    chosen = train._steps_per_execution(steps, steps_per_epoch)
+    chosen = train._steps_per_execution(None, steps, steps_per_epoch)
     assert chosen == expected
     assert min(steps, steps_per_epoch) % chosen == 0 == (steps % steps_per_epoch) % chosen
+
+
+def test_steps_per_execution_that_would_run_over_an_epochs_end_are_refused():
+    assert train._steps_per_execution(4, 220, 44) == 4
+    with pytest.raises(
+        UsageError, match="--steps_per_execution=16 does not divide an epoch of 44 .* 1, 2, 4, 11, 22, 44"
+    ):
+        train._steps_per_execution(16, 220, 44)
+
+
+def test_a_compiled_models_optimizer_is_its_own():
+    settings = train_flags.resolve(_with(), Recipe(lr_schedule="cosine", warmup_epochs=1), 2)
+    left = train_flags.leave_optimizer_to_model(_with(), settings, "mine", 0.25)
+    assert (left.optimizer, left.learning_rate, left.lr_schedule, left.warmup_epochs) == (
+        "the model's",
+        0.25,
+        "constant",
+        0,
+    )
+    with pytest.raises(UsageError, match="--learning_rate was given, but the model mine is compiled by its function"):
+        train_flags.leave_optimizer_to_model(_with(learning_rate=0.1), settings, "mine", 0.25)
+
+
+def test_the_cosine_begins_where_the_warmup_ends():
+    multiplier = train._cosine(0.5, 2.0)
+    assert [multiplier(e) for e in (0.0, 0.5, 1.25, 2.0)] == pytest.approx([1.0, 1.0, 0.5, 0.0])
+    assert train_flags.resolve(_with(warmup_epochs=3.0), Recipe(), 1).warmup_epochs == 0
+
+
+@pytest.mark.parametrize("strategy", ["single"])
+def test_compression_without_an_exchange_is_refused(strategy):
+    with pytest.raises(UsageError, match="--strategy=single has no compression: nothing leaves the process"):
+        create(strategy).distribute(keras.optimizers.Adam(), compression=None)
+
+
+def test_an_old_run_is_cleared_away(tmp_path):
+    for name in ("result.json", "model.keras", "logs"):
+        (tmp_path / name).touch()
+    (tmp_path / "tensorboard" / "train").mkdir(parents=True)
+    artifacts.clear(tmp_path)
+    assert [p.name for p in tmp_path.iterdir()] == ["logs"]
 
 
 def test_json_is_whole_or_not_there(tmp_path):

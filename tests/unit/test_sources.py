@@ -49,8 +49,24 @@ def test_a_folder_of_images(tmp_path):
     source = open_source(str(tmp_path), image_size=5)
     assert (source.label_names, source.size("train"), source.size("test")) == (["cat", "dog"], 6, 2)
     assert first(source, "test")[0].shape == (5, 5, 3)
-    share = pipeline.read_share(source, "train", 1, 2, memory_limit=1e9)
+    share = pipeline.read_share(source, "train", 1, 2, cache_bytes=1e9)
     assert share.inputs.shape == (3, 5, 5, 3)
+
+
+def test_an_image_that_cannot_be_read_is_located(tmp_path):
+    write_images(tmp_path, "train", ["cat", "dog"], count=8)
+    write_images(tmp_path, "test", ["cat", "dog"], count=1)
+    broken = tmp_path / "train" / "dog" / "7.png"
+    broken.write_bytes(broken.read_bytes()[:60])
+    source = open_source(str(tmp_path), image_size=4)
+    with pytest.raises(UsageError, match=r"An example of split 'train', between number 0 and 16, cannot be read"):
+        pipeline.read_share(source, "train", 0, 1, cache_bytes=1e9)
+
+
+def test_few_examples_of_many_classes_are_split_all_the_same(tmp_path):
+    write_images(tmp_path, "train", ["a", "b", "c"], count=3)
+    source = open_source(str(tmp_path))
+    assert (source.size("train"), source.size("test")) == (7, 2)
 
 
 def test_folders_that_are_not_what_they_should_be(tmp_path):
@@ -63,8 +79,8 @@ def test_folders_that_are_not_what_they_should_be(tmp_path):
         open_source("/no/such/path")
 
 
-def write(path, text):
-    path.write_text(text, encoding="utf-8")
+def write(path, text, encoding="utf-8"):
+    path.write_text(text, encoding=encoding)
     return str(path)
 
 
@@ -100,6 +116,29 @@ def test_a_table_with_a_test_file_beside_it(tmp_path):
 def test_tables_that_are_not_what_they_should_be(tmp_path, content, message):
     with pytest.raises(UsageError, match=message):
         open_source(write(tmp_path / "x.csv", content))
+
+
+def test_a_spreadsheets_byte_order_mark_and_another_encoding(tmp_path):
+    rows = "text,label\ncaf\u00e9,a\nbar,b\nclub,a\npub,b\n"
+    assert open_source(write(tmp_path / "bom.csv", rows, "utf-8-sig")).label_names == ["a", "b"]
+    with pytest.raises(UsageError, match=r"is not UTF-8 text \(at byte 14\)"):
+        open_source(write(tmp_path / "latin.csv", rows, "latin-1"))
+
+
+def test_names_choose_versions_and_configurations(shared_data, tmp_path):
+    assert open_source("mnist:3.0.1", str(shared_data)).name == "mnist"
+    with pytest.raises(UsageError, match="'mnist:9.9.9' is not under"):
+        open_source("mnist:9.9.9", str(shared_data))
+    for version in ("one/1.0.0", "two/1.0.0"):
+        (tmp_path / "thing" / version).mkdir(parents=True)
+        (tmp_path / "thing" / version / "dataset_info.json").touch()
+    with pytest.raises(UsageError, match="several configurations of thing: choose one of thing/one, thing/two"):
+        open_source("thing", str(tmp_path))
+
+
+def test_a_download_that_fails_is_a_sentence(tmp_path):
+    with pytest.raises(UsageError, match="knows no data set 'no_such_set'"):
+        open_source("no_such_set", str(tmp_path), download=True)
 
 
 def test_a_dataset_that_is_not_there_is_not_downloaded(tmp_path):

@@ -44,7 +44,9 @@ def open_source(
         return open_prepared(path, image_size)
     if (path / "train").is_dir():
         return FolderSource(path, image_size)
-    if "/" in dataset:
+    if dataset.startswith(("/", "./", "../", "~")) or (
+        "/" in dataset and path.is_dir()
+    ):  # TFDS names have slashes, too
         what = "is neither a prepared TFDS directory nor a folder of images" if path.is_dir() else "is not there"
         raise UsageError(
             f"The data set {dataset} {what}. Give the path of a directory with dataset_info.json, of one with "

@@ -83,12 +83,20 @@ def synthetic(spec: str) -> ArraySource:
 
 
 def hold_out(inputs: np.ndarray, labels: np.ndarray) -> dict[str, tuple[np.ndarray, np.ndarray]]:
-    """Splits examples into `train` and `test`, the same way at every call, each class in proportion."""
+    """Splits examples into `train` and `test`, the same way at every call, each class in proportion if it can be.
+
+    Raises:
+        UsageError: there are fewer than two examples.
+    """
+    if len(labels) < 2:
+        raise UsageError(f"{len(labels)} example(s) cannot be split into a train and a test part. Give more.")
     from sklearn.model_selection import train_test_split
 
     places = np.arange(len(labels))
-    rare = np.bincount(labels)[labels].min() < 2  # a class with one example cannot be on both sides
+    counts = np.bincount(labels)
+    # In proportion only where each class can be on both sides.
+    each = counts[counts > 0].min() >= 2 and len(labels) * _HELD_OUT >= (counts > 0).sum()
     train, test = train_test_split(
-        places, test_size=_HELD_OUT, random_state=0, shuffle=True, stratify=None if rare else labels
+        places, test_size=_HELD_OUT, random_state=0, shuffle=True, stratify=labels if each else None
     )
     return {"train": (inputs[train], labels[train]), "test": (inputs[test], labels[test])}

@@ -1,6 +1,7 @@
 """Texts and labels from a CSV or TSV file."""
 
 import csv
+import io
 from pathlib import Path
 
 import numpy as np
@@ -41,7 +42,11 @@ def load_table(path: Path) -> ArraySource:
 def _read(path: Path) -> tuple[list[str], list[str]]:
     if not path.is_file():
         raise UsageError(f"The data set {path} is not there. Give the path of a .csv or .tsv file.")
-    with path.open(newline="", encoding="utf-8") as file:
+    try:
+        content = path.read_text(encoding="utf-8-sig")  # spreadsheets put a byte order mark in front
+    except UnicodeDecodeError as error:
+        raise UsageError(f"{path} is not UTF-8 text (at byte {error.start}). Save it as UTF-8.") from None
+    with io.StringIO(content, newline="") as file:
         rows = csv.DictReader(file, delimiter="\t" if path.suffix == ".tsv" else ",")
         columns = {name.strip().lower(): name for name in rows.fieldnames or []}
         text, label = (next((columns[n] for n in names if n in columns), None) for names in (_TEXT_NAMES, _LABEL_NAMES))

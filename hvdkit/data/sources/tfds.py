@@ -84,25 +84,50 @@ def open_prepared(path: Path, image_size: int | None) -> TfdsSource:
 
 
 def open_named(name: str, data_dir: str | None, *, download: bool, image_size: int | None) -> TfdsSource:
-    """Opens a data set by its TFDS name: prepared under `data_dir`, or downloaded if that is allowed."""
+    """Opens a data set by its TFDS name, with config and version if wanted (`name/config:1.0.0`).
+
+    It is taken from `data_dir`, the newest version if there are several, or downloaded if that is allowed.
+    """
     import tensorflow_datasets as tfds
 
     root = Path(data_dir or tfds.core.constants.DATA_DIR).expanduser()
-    versions = sorted(root.glob(f"{name}/**/dataset_info.json"), key=lambda p: p.parent.name)
-    if versions:
-        return TfdsSource(name, tfds.builder_from_directory(str(versions[-1].parent)), image_size)
-    if not download:
+    directory = _find_prepared(root, name)
+    if directory is None and not download:
         there = sorted({p.relative_to(root).parts[0] for p in root.glob("*/**/dataset_info.json")}) or ["none"]
         raise UsageError(
             f"The data set {name!r} is not under {root} (there: {', '.join(there)}). Say where it is with "
             f"--data_dir=DIR, let TFDS fetch it with --download, or use --dataset=digits, which needs nothing."
         )
+    builder = tfds.builder_from_directory(str(directory)) if directory else _download(name, root)
+    return TfdsSource(name.partition(":")[0], builder, image_size)
+
+
+def _find_prepared(root: Path, name: str) -> Path | None:
+    from packaging.version import Version
+
+    base, _, version = name.partition(":")
+    found = [p.parent for p in root.glob(f"{base}/**/dataset_info.json") if version in ("", p.parent.name)]
+    configs = sorted({str(p.parent.relative_to(root)) for p in found})
+    if len(configs) > 1:
+        raise UsageError(f"{root} has several configurations of {base}: choose one of {', '.join(configs)}.")
+    return max(found, key=lambda p: Version(p.name), default=None)
+
+
+def _download(name: str, root: Path) -> Any:
+    import tensorflow_datasets as tfds
+
     try:
         builder = tfds.builder(name, data_dir=str(root))
+        builder.download_and_prepare()
     except tfds.core.registered.DatasetNotFoundError:
         raise UsageError(f"TFDS {tfds.__version__} knows no data set {name!r}; see `tfds.list_builders()`.") from None
-    builder.download_and_prepare()
-    return TfdsSource(name, builder, image_size)
+    except Exception as error:  # whatever a builder's own code, the network or the disk raises
+        reason = (str(error).splitlines() or ["no message"])[0][:200]
+        raise UsageError(
+            f"TFDS could not download and prepare {name!r} into {root} ({type(error).__name__}: {reason}). Check the "
+            f"network and the space on the disk, or prepare it elsewhere and give its directory with --data_dir."
+        ) from error
+    return builder
 
 
 def _ranges(name: str, builder: Any) -> dict[str, tuple[str, int, int]]:
