@@ -1,5 +1,7 @@
 """The collectives, against closed forms in the rank."""
 
+import re
+
 import numpy as np
 import pytest
 
@@ -143,4 +145,5 @@ def test_a_rank_that_fails_ends_the_job(ranks):
     ended = ranks(2, failing_on_one_rank, fails=True, timeout=120)
     assert ended.code == 1
     assert "[1] ValueError: this rank has a problem" in ended.output
-    assert "hvdkit.launch: rank 1 was the first to fail, with exit code 1." in ended.output
+    # Rank 0 loses its partner at the same moment: either may be gone first.
+    assert re.search(r"hvdkit.launch: rank [01] was the first to fail, with exit code 1\.", ended.output)

@@ -71,9 +71,11 @@ def test_a_run_leaves_everything_behind(train, tmp_path):
 
 def test_a_users_own_models(train, tmp_path):
     (tmp_path / "mine.py").write_text(USER_MODELS)
-    for function in ("plain", "compiled"):
+    for function, flags in (("plain", ["--learning_rate=0.01"]), ("compiled", [])):
         workdir = tmp_path / function
-        ended = train(2, f"--model=mine.py:{function}", f"--workdir={workdir}", "--epochs=3", "--learning_rate=0.01")
+        ended = train(
+            2, f"--model=mine.py:{function}", f"--workdir={workdir}", "--epochs=3", "--global_batch=32", *flags
+        )
         assert ended.code == 0, ended.output
         assert result_of(workdir)["test_accuracy"] > 0.5
 
