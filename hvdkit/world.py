@@ -82,10 +82,11 @@ def init(*args: Any, **kwargs: Any) -> World:
 
     Raises:
         ImportError: Horovod is not installed, or was built for another TensorFlow.
-        UsageError: this host has GPUs, but fewer than ranks.
+        UsageError: this host has GPUs, but fewer than ranks; or its own name does not resolve.
     """
     global _world
     if _world is None:
+        _check_own_name()
         # Horovod would only warn of a rank that the others wait for. 0 switches the limit off.
         os.environ.setdefault("HOROVOD_STALL_SHUTDOWN_TIME_SECONDS", "600")
         hvd = horovod()
@@ -197,6 +198,20 @@ def horovod() -> Any:
             f"`launch/bootstrap.sh --into PREFIX`, where PREFIX is this Python environment."
         ) from error
     return hvd
+
+
+def _check_own_name() -> None:
+    """Gloo looks up this host's own name, and ends the process with a segmentation fault if there is no such host."""
+    name = socket.gethostname()
+    try:
+        socket.getaddrinfo(name, None)
+    except OSError:
+        if launched_size() > 1:
+            raise UsageError(
+                f"This host's own name, {name}, does not resolve, and Horovod's Gloo crashes on that. Add its address "
+                f"to /etc/hosts: echo '127.0.0.1 {name}' >> /etc/hosts for a job on this host alone, the address by "
+                f"which other hosts reach it otherwise."
+            ) from None
 
 
 def _take_devices(world: World) -> None:

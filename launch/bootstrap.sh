@@ -148,6 +148,7 @@ known_causes() {  # a pattern in the log, a tab, what to tell
   printf '%s\t%s\n' \
     'no space left on device' 'the disk is full (it takes 4 GB); TMPDIR, HVDKIT_CACHE and PIP_CACHE_DIR move parts.' \
     'Killed signal|internal compiler error' 'memory ran out: compile with fewer jobs, as in MAKEFLAGS=-j1.' \
+    'Exit code: 139' "a crash; Gloo has one where this host's name does not resolve: getent hosts \"\$(hostname)\" tells." \
     'name resolution|NewConnectionError|Timeout|unreachable|versions: none' 'the package index cannot be reached.' \
     'ResolutionImpossible|conflicting dep' "the environment's versions are outside hvdkit's ranges (pyproject.toml)." \
     'CMAKE_CXX_COMPILER|cannot find -lstdc\+\+' 'the system package g++ (dnf: gcc-c++) is missing or broken.' \

@@ -32,6 +32,15 @@ def test_the_launcher_says_how_many_processes_there_are(monkeypatch):
     assert (world.launched_rank(), world.launched_size()) == (3, 4)
 
 
+def test_a_host_whose_own_name_does_not_resolve_is_told_so(monkeypatch):
+    """Found with a real one: `unshare -u sh -c 'hostname nosuchhost; horovodrun -np 2 ...'` ends in exit code 139."""
+    monkeypatch.setattr(world.socket, "gethostname", lambda: "nosuchhost.invalid")
+    world._check_own_name()  # a process that runs alone does not mind
+    monkeypatch.setenv("HOROVOD_SIZE", "2")
+    with pytest.raises(hvd.UsageError, match=r"own name, nosuchhost\.invalid, does not resolve"):
+        world._check_own_name()
+
+
 class FakeTensorFlow:
     """The calls that pin a GPU, for machines that have none."""
 
