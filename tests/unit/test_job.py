@@ -196,6 +196,13 @@ def test_steps_per_execution_divides_every_epoch(steps, steps_per_epoch, expecte
     assert min(steps, steps_per_epoch) % chosen == 0 == (steps % steps_per_epoch) % chosen
 
 
+def test_too_few_test_examples_for_the_devices_are_refused():
+    strategy = object.__new__(MirroredStrategy)
+    strategy.size = 4
+    with pytest.raises(UsageError, match="5 test examples cannot be divided over 4 devices"):
+        strategy.evaluation_batch(5, 8)
+
+
 def test_steps_per_execution_that_would_run_over_an_epochs_end_are_refused():
     assert train._steps_per_execution(4, 220, 44) == 4
     with pytest.raises(

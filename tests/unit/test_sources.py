@@ -169,3 +169,13 @@ def test_texts_become_tokens(tmp_path):
     vocabulary.save(tmp_path / "vocabulary.txt")
     assert (tmp_path / "vocabulary.txt").read_text() == "the\nfilm\n"
     assert source.size("train") > 0
+
+
+def test_classes_that_only_the_test_split_has_are_refused(tmp_path):
+    write(tmp_path / "test.csv", "text,label\nx,c\n")
+    with pytest.raises(UsageError, match=r"test\.csv has classes that train\.csv has not: c"):
+        open_source(write(tmp_path / "train.csv", "text,label\nx,a\ny,b\n"))
+    write_images(tmp_path, "train", ["cat"])
+    write_images(tmp_path, "test", ["cow"])
+    with pytest.raises(UsageError, match="test has classes that train has not: cow"):
+        open_source(str(tmp_path))
