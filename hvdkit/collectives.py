@@ -1,81 +1,164 @@
 """Moving values between ranks: the collectives that the rest of hvdkit is built from.
 
-Every function here must be called by all ranks, in the same order. Each is the identity in a job of one rank. Names
-are given explicitly: Horovod matches tensors by name, and TensorFlow's automatic names differ once one rank has
-traced a function more often than another.
+Every function here must be called by all ranks of the process set. Each is the identity in a job of one rank. The
+ranks' calls are matched by name (see `hvdkit.wire`).
 """
 
 import hashlib
 from collections.abc import Sequence
 from typing import Any
 
+import cloudpickle
 import numpy as np
 import tensorflow as tf
 
-from hvdkit import world
+from hvdkit import watchdog, wire, world
 
 # Horovod moves these; anything else (uint32 seeds, bfloat16 weights, ...) travels as bytes.
 _HOROVOD_DTYPES = {"uint8", "int8", "uint16", "int16", "int32", "int64", "float16", "float32", "float64", "bool"}
 
 
-def allreduce_sum(values: np.ndarray, name: str) -> np.ndarray:
-    """Sums an array over all ranks, outside of any graph.
+def allreduce_sum(values: np.ndarray, name: str, process_set: Any = None) -> np.ndarray:
+    """Sums an array over the ranks, outside of any graph.
 
     Args:
         values: array of any shape; int64 and float64 keep their precision.
         name: what is summed; the same on all ranks.
+        process_set: the Horovod process set that takes part; by default all ranks.
     """
     if world.size() == 1:
         return values
-    hvd = world.horovod()
-    return hvd.allreduce(tf.convert_to_tensor(values), op=hvd.Sum, name=f"hvdkit.{name}").numpy()
+    op = world.horovod().Sum
+    return wire.run("allreduce", [tf.convert_to_tensor(values)], f"hvdkit.{name}", process_set, op=op)[0].numpy()
 
 
-def broadcast_object(obj: Any, root_rank: int = 0, name: str = "object") -> Any:
-    """Returns the root rank's `obj` on all ranks (pickled with cloudpickle, between the ranks of this job only)."""
-    if world.size() == 1:
+def broadcast_object(
+    obj: Any, root_rank: int = 0, session: Any = None, name: str | None = None, process_set: Any = None
+) -> Any:
+    """Returns the root rank's `obj` on all ranks (pickled with cloudpickle, between the ranks of this job only).
+
+    Args:
+        obj: any object that can be pickled; what ranks other than the root pass is not looked at.
+        root_rank: the rank (among all ranks, also with a process set) whose object is taken.
+        session: accepted for Horovod's sake.
+        name: what is broadcast, the same on all ranks; by default the function that calls.
+        process_set: the ranks that take part; by default all.
+
+    Raises:
+        ValueError: there is no such root rank, or this rank is not in the process set.
+    """
+    check_root(root_rank, process_set)
+    if not takes_part(process_set):
         return obj
-    # Horovod's default name is the object's type, which hangs when the other ranks pass None.
-    return world.horovod().broadcast_object(obj, root_rank, name=f"hvdkit.{name}")
+    name = f"hvdkit.{name}" if name else wire.caller("broadcast_object", line=False)
+    mine = cloudpickle.dumps(obj) if world.rank() == root_rank else b""
+    length = tf.constant([len(mine)], tf.int64)
+    (length,) = wire.run("broadcast", [length], f"{name}.length", process_set, root_rank=root_rank)
+    content = _bytes(mine) if mine else tf.zeros(length, tf.uint8)
+    (content,) = wire.run("broadcast", [content], f"{name}.content", process_set, root_rank=root_rank)
+    return obj if mine else cloudpickle.loads(content.numpy().tobytes())
 
 
-def allgather_object(obj: Any, name: str = "object") -> list[Any]:
-    """Returns the objects of all ranks, in the order of the ranks."""
-    if world.size() == 1:
+def allgather_object(obj: Any, session: Any = None, name: str | None = None, process_set: Any = None) -> list[Any]:
+    """Returns the objects of all ranks, in the order of the ranks.
+
+    Args:
+        obj: any object that can be pickled.
+        session: accepted for Horovod's sake.
+        name: what is gathered, the same on all ranks; by default the line that calls.
+        process_set: the ranks that take part; by default all.
+    """
+    if not takes_part(process_set):
         return [obj]
-    return world.horovod().allgather_object(obj, name=f"hvdkit.gather.{name}")
+    name = f"hvdkit.gather.{name}" if name else wire.caller("allgather_object")
+    mine = cloudpickle.dumps(obj)
+    (lengths,) = wire.run("allgather", [tf.constant([len(mine)], tf.int64)], f"{name}.lengths", process_set)
+    (content,) = wire.run("allgather", [_bytes(mine)], f"{name}.content", process_set)
+    parts = np.split(content.numpy(), np.cumsum(lengths.numpy())[:-1])
+    return [cloudpickle.loads(part.tobytes()) for part in parts]
 
 
-def barrier() -> None:
-    """Returns when all ranks have called it."""
-    allreduce_sum(np.zeros(1), name="barrier")  # horovod.tensorflow has none of its own
+def barrier(process_set: Any = None, name: str | None = None) -> None:
+    """Returns when all ranks of the process set have called it.
+
+    Args:
+        process_set: the ranks that wait for each other; by default all.
+        name: tells barriers apart, so that ranks cannot pass different ones together; by default the same for all.
+    """
+    if takes_part(process_set):  # horovod.tensorflow has none of its own
+        op = world.horovod().Sum
+        wire.run("allreduce", [tf.zeros([1])], f"hvdkit.barrier.{name}", process_set, op=op)
 
 
-def broadcast_variables(variables: Sequence[Any], root_rank: int = 0) -> None:
+def broadcast_variables(
+    variables: Sequence[Any], root_rank: int = 0, process_set: Any = None, inplace: bool = False
+) -> None:
     """Assigns the root rank's values to `variables` on all ranks.
 
     Args:
         variables: `keras.Variable`s or `tf.Variable`s of any dtype, in the same order and of the same shapes on all
             ranks.
-        root_rank: the rank whose values are taken.
+        root_rank: the rank (among all ranks, also with a process set) whose values are taken.
+        process_set: the ranks that take part; by default all.
+        inplace: accepted for Horovod's sake, where it saves the memory of a copy.
 
     Raises:
-        ValueError: the ranks' lists differ in length, shape or dtype; the message shows the first difference.
+        ValueError: the ranks' lists differ in length, shape or dtype; the message shows the first difference. Or there
+            is no such root rank.
     """
-    if world.size() == 1 or not variables:
+    check_root(root_rank, process_set)
+    if not takes_part(process_set):
         return
     native = [getattr(v, "value", v) if not isinstance(v, tf.Variable) else v for v in variables]
-    _check_same_shapes(variables, native)
-    hvd = world.horovod()
+    _check_same_shapes(variables, native, process_set)
 
     @tf.function
     def broadcast() -> None:
         for number, variable in enumerate(native):
-            wire = _to_wire(variable.read_value())
-            received = hvd.broadcast(wire, root_rank, name=f"hvdkit.broadcast.{number}")
-            variable.assign(_from_wire(received, variable.dtype))
+            tensor = [to_wire(variable.read_value())]
+            name = f"hvdkit.broadcast.{number}"
+            (received,) = wire.run("broadcast", tensor, name, process_set, root_rank=root_rank)
+            variable.assign(from_wire(received, variable.dtype))
 
-    broadcast()
+    if native:
+        everyone = process_set is None or process_set.process_set_id == 0
+        with watchdog.waiting("hvdkit.broadcast", f"{len(native)} variables", everyone):
+            broadcast()
+
+
+def takes_part(process_set: Any) -> bool:
+    """Whether there is anybody to exchange with: False in a job of one rank.
+
+    Raises:
+        ValueError: the process set is not registered, or this rank is not in it.
+    """
+    if world.size() == 1:
+        return False
+    if process_set is None or process_set.process_set_id == 0:
+        return True
+    if process_set.process_set_id is None:
+        raise ValueError(
+            f"{process_set} is not registered: pass it to hvdkit.init(process_sets=[...]) or, with "
+            f"HOROVOD_DYNAMIC_PROCESS_SETS=1 in the environment, to hvdkit.add_process_set on all ranks."
+        )
+    if not process_set.included():
+        raise ValueError(
+            f"Rank {world.rank()} is not among the ranks {process_set.ranks} of the process set: only those may call. "
+            f"Write `if process_set.included(): ...`."
+        )
+    return True
+
+
+def size_of(process_set: Any) -> int:
+    """Number of ranks that take part."""
+    return world.size() if process_set is None or world.size() == 1 else process_set.size()
+
+
+def check_root(root_rank: int, process_set: Any) -> None:
+    """Raises a `ValueError` if no such rank takes part: Horovod would wait for it, or end the process."""
+    ranks = range(world.size()) if process_set is None or not process_set.process_set_id else process_set.ranks
+    if root_rank not in ranks:
+        raise ValueError(f"root_rank={root_rank} does not take part; the ranks are {list(ranks)}.")
 
 
 def average_variables(variables: Sequence[Any]) -> None:
@@ -99,16 +182,26 @@ def digest(variables: Sequence[Any]) -> str:
     return sha.hexdigest()
 
 
-def average_dense(tensors: Sequence[tf.Tensor], name: str, *, average: bool, process_set: Any) -> list[tf.Tensor]:
-    """Averages (or sums) tensors over the ranks of a process set; in a graph or eagerly.
+def reduce_dense(
+    tensors: Sequence[tf.Tensor],
+    name: str,
+    *,
+    op: Any,
+    process_set: Any,
+    prescale: float = 1.0,
+    postscale: float = 1.0,
+) -> list[tf.Tensor]:
+    """Averages or sums tensors over the ranks of a process set; in a graph or eagerly.
 
     All tensors of one dtype travel as one group, so that Horovod starts on them together and fuses them.
 
     Args:
         tensors: dense tensors, in the same order and of the same shapes on all ranks.
         name: prefix of the exchange's name, the same on all ranks.
-        average: divide by the number of ranks.
+        op: Horovod's `Average` or `Sum`.
         process_set: the Horovod process set that takes part.
+        prescale: factor before the sum; not used for bfloat16, whose sums are taken in float32.
+        postscale: factor after the sum; likewise.
     """
     hvd = world.horovod()
     results: list[tf.Tensor | None] = [None] * len(tensors)
@@ -116,11 +209,17 @@ def average_dense(tensors: Sequence[tf.Tensor], name: str, *, average: bool, pro
         places = [i for i, t in enumerate(tensors) if t.dtype.name == dtype]
         group = [tensors[i] for i in places]
         if dtype == "bfloat16":
+            average = op == hvd.Average
             reduced = _sum_bfloat16(group, f"{name}.bfloat16", average=average, process_set=process_set)
         else:
-            op = hvd.Average if average else hvd.Sum
-            reduced = hvd.grouped_allreduce(
-                group, op=op, name=f"{name}.{dtype}", ignore_name_scope=True, process_set=process_set
+            reduced = wire.run(
+                "grouped_allreduce",
+                group,
+                f"{name}.{dtype}",
+                process_set,
+                op=op,
+                prescale_factor=prescale,
+                postscale_factor=postscale,
             )
         for place, tensor in zip(places, reduced, strict=True):
             results[place] = tf.ensure_shape(tensor, tensors[place].shape)
@@ -129,10 +228,8 @@ def average_dense(tensors: Sequence[tf.Tensor], name: str, *, average: bool, pro
 
 def gather_rows(tensor: tf.Tensor, name: str, process_set: Any) -> tf.Tensor:
     """Concatenates the ranks' tensors along the first dimension, whose length may differ from rank to rank."""
-    hvd = world.horovod()
-    wire = _to_wire(tensor)
-    rows = hvd.allgather(wire, name=name, ignore_name_scope=True, process_set=process_set)
-    return tf.ensure_shape(_from_wire(rows, tensor.dtype), [None, *tensor.shape[1:]])
+    (rows,) = wire.run("allgather", [to_wire(tensor)], name, process_set)
+    return tf.ensure_shape(from_wire(rows, tensor.dtype), [None, *tensor.shape[1:]])
 
 
 def _sum_bfloat16(tensors: list[tf.Tensor], name: str, *, average: bool, process_set: Any) -> list[tf.Tensor]:
@@ -141,45 +238,51 @@ def _sum_bfloat16(tensors: list[tf.Tensor], name: str, *, average: bool, process
     Each rank sends and receives 2 (N - 1) / N times the buffer, as a ring allreduce does, and every rank ends with
     the same bits, because each part is summed and rounded in one place.
     """
-    hvd = world.horovod()
     ranks = process_set.size()
     flat = tf.concat([tf.reshape(t, [-1]) for t in tensors], axis=0)
     length = tf.size(flat)
     part = (length + ranks - 1) // ranks
     padded = tf.reshape(tf.pad(flat, [[0, part * ranks - length]]), [ranks, part])
-    received = hvd.alltoall(_to_wire(padded), name=f"{name}.scatter", ignore_name_scope=True, process_set=process_set)
-    received = received[0] if isinstance(received, tuple) else received
-    summed = tf.reduce_sum(tf.cast(_from_wire(received, tf.bfloat16), tf.float32), axis=0)
+    even = tf.constant([], tf.int32)
+    received, _ = wire.run("alltoall", [to_wire(padded), even], f"{name}.scatter", process_set)
+    summed = tf.reduce_sum(tf.cast(from_wire(received, tf.bfloat16), tf.float32), axis=0)
     mine = tf.cast(summed / ranks if average else summed, tf.bfloat16)
     total = gather_rows(mine[tf.newaxis], f"{name}.gather", process_set)
     parts = tf.split(tf.reshape(total, [-1])[:length], [tf.size(t) for t in tensors])
     return [tf.reshape(p, tf.shape(t)) for p, t in zip(parts, tensors, strict=True)]
 
 
-def _to_wire(tensor: tf.Tensor) -> tf.Tensor:
+def to_wire(tensor: tf.Tensor) -> tf.Tensor:
+    """Returns what Horovod can move: the tensor itself or, of dtypes that it lacks, its bytes."""
     if tensor.dtype.name in _HOROVOD_DTYPES:
         return tensor
     return tf.bitcast(tensor, tf.uint8)  # adds a last dimension of the dtype's size in bytes
 
 
-def _from_wire(tensor: tf.Tensor, dtype: tf.DType) -> tf.Tensor:
+def from_wire(tensor: tf.Tensor, dtype: tf.DType) -> tf.Tensor:
+    """Undoes `to_wire`."""
     return tensor if dtype.name in _HOROVOD_DTYPES else tf.bitcast(tensor, dtype)
 
 
-def _check_same_shapes(variables: Sequence[Any], native: Sequence[tf.Variable]) -> None:
+def _bytes(content: bytes) -> tf.Tensor:
+    return tf.convert_to_tensor(np.frombuffer(content, np.uint8))
+
+
+def _check_same_shapes(variables: Sequence[Any], native: Sequence[tf.Variable], process_set: Any) -> None:
     """By position: names are numbered, differently on a rank that has made one more model."""
     mine = [
         (f"{tuple(n.shape)} {n.dtype.name}", getattr(v, "path", n.name)) for v, n in zip(variables, native, strict=True)
     ]
-    everyone = allgather_object(mine, name="shapes")
-    for rank, other in enumerate(everyone):
+    everyone = allgather_object(mine, name="shapes", process_set=process_set)
+    ranks = range(len(everyone)) if process_set is None or not process_set.process_set_id else process_set.ranks
+    for rank, other in zip(ranks, everyone, strict=True):
         pairs = zip(everyone[0], other, strict=False)
         differing = next(((a, b) for a, b in pairs if a[0] != b[0]), None)
         if differing:
             (shape, path), (other_shape, _) = differing
-            difference = f"{path} is {shape} on rank 0 and {other_shape} on rank {rank}"
+            difference = f"{path} is {shape} on rank {ranks[0]} and {other_shape} on rank {rank}"
         elif len(other) != len(everyone[0]):
-            difference = f"rank 0 has {len(everyone[0])} variables and rank {rank} has {len(other)}"
+            difference = f"rank {ranks[0]} has {len(everyone[0])} variables and rank {rank} has {len(other)}"
         else:
             continue
         raise ValueError(

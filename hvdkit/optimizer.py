@@ -10,22 +10,17 @@ its configuration and its state are the inner one's. So `model.save` writes a pl
 learning-rate callbacks and attribute access work as before.
 """
 
-import sys
+import warnings
 from collections.abc import Callable, Iterable, Sequence
-from types import FrameType
 from typing import Any
 
 import keras
 import tensorflow as tf
 import wrapt
 
-from hvdkit import collectives, world
+from hvdkit import call_stack, loss_scale, world
 from hvdkit.compression import Compression
-
-Gradient = Any  # tf.Tensor, tf.IndexedSlices or None
-
-Average = "Average"
-Sum = "Sum"
+from hvdkit.gradients import Gradient, GradientExchange, weights_of
 
 
 class ExchangingOptimizer(wrapt.ObjectProxy):
@@ -49,7 +44,6 @@ class ExchangingOptimizer(wrapt.ObjectProxy):
             grads: this replica's gradients: `tf.Tensor`, `tf.IndexedSlices` or None, one a variable.
             trainable_variables: their variables; by default those that the optimizer was built with.
         """
-        _refuse_inner_place()
         self.__wrapped__.apply(self._self_exchange(list(grads)), trainable_variables)
 
     def apply_gradients(self, grads_and_vars: Iterable[tuple[Gradient, Any]]) -> Any:
@@ -58,6 +52,16 @@ class ExchangingOptimizer(wrapt.ObjectProxy):
         self.apply(grads, list(variables))
         return self.iterations
 
+    def __getattr__(self, name: str) -> Any:
+        if name in _KERAS_2:
+            raise AttributeError(_KERAS_2[name])
+        return super().__getattr__(name)
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        if name in _KERAS_2:
+            raise AttributeError(_KERAS_2[name])
+        super().__setattr__(name, value)
+
 
 class DistributedOptimizer(ExchangingOptimizer):
     """Wraps a Keras optimizer so that gradients are averaged over all ranks before they are applied.
@@ -65,90 +69,198 @@ class DistributedOptimizer(ExchangingOptimizer):
     Args:
         optimizer: any `keras.optimizers.Optimizer`. Under the global policy `mixed_float16` it is put into a
             `LossScaleOptimizer` first, as `Model.compile` would do around it: the ranks then judge the *averaged*
-            gradients, and skip a step with an overflow together.
-        name: prefix of the exchanges' names; needed only to tell apart two optimizers used in one step.
+            gradients, and skip a step with an overflow together. Where a `LossScaleOptimizer` is put around this one,
+            the ranks agree on an overflow in one more exchange, of three numbers.
+        name: prefix of the exchanges' names.
+        device_dense: accepted for Horovod's sake: gradients travel from where they are.
+        device_sparse: likewise.
         compression: `hvdkit.Compression.none`, `.fp16` or `.bf16`, or a class with the same two methods.
         sparse_as_dense: turns sparse gradients (of embeddings) into dense ones. Off by default: Keras' adaptive
             optimizers update only the rows that a sparse gradient names, so a dense one trains another model.
-        op: `hvdkit.Average` or `hvdkit.Sum`.
-        process_set: the Horovod process set whose ranks take part; by default all.
+        gradient_predivide_factor: divide by this before the sum over ranks, and by size / this after it; for
+            gradients so large that their sum overflows on the wire. Needs `op=hvdkit.Average`.
+        op: `hvdkit.Average` (the default), `hvdkit.Sum` or `hvdkit.Adasum`. The last lets each rank's optimizer take
+            its step, and combines the steps (see `hvdkit.adasum`): slots then are each rank's own.
+        backward_passes_per_step: exchange and apply only every so many calls, and the sum of the gradients in between:
+            Keras' own gradient accumulation, which this switches on in `optimizer`, with one exchange at its end. An
+            optimizer that has `gradient_accumulation_steps` already exchanges as seldom without this argument.
+        average_aggregated_gradients: apply the mean of these gradients instead of their sum.
+        num_groups: old name of `groups`.
+        groups: None to exchange all gradients in one group; a number of groups; or a list of lists of variables that
+            are to travel together, each variable in no list by itself.
+        process_set: the Horovod process set whose ranks take part; by default all. Other ranks exchange nothing.
+        scale_local_gradients: divide the gradients of variables that are kept local by the number of ranks, as the
+            others' average is.
 
     Raises:
-        TypeError: `optimizer` is not a Keras optimizer, or is wrapped already.
-        ValueError: `op` is unknown.
+        TypeError: `optimizer` is not a Keras 3 optimizer, or is wrapped already.
+        ValueError: an argument has a wrong value, or does not go together with another.
 
-    Reference: A. Sergeev and M. Del Balso, "Horovod: fast and easy distributed deep learning in TensorFlow", 2018,
-    https://arxiv.org/abs/1802.05799.
+    References: A. Sergeev and M. Del Balso, "Horovod: fast and easy distributed deep learning in TensorFlow", 2018,
+    https://arxiv.org/abs/1802.05799; the arguments are those of `horovod.tensorflow.keras.DistributedOptimizer` 0.28.1.
     """
 
     def __init__(
         self,
         optimizer: keras.optimizers.Optimizer,
         name: str | None = None,
+        device_dense: str = "",
+        device_sparse: str = "",
         compression: Any = Compression.none,
         sparse_as_dense: bool = False,
-        op: str = Average,
+        gradient_predivide_factor: float = 1.0,
+        op: Any = None,
+        backward_passes_per_step: int = 1,
+        average_aggregated_gradients: bool = False,
+        num_groups: int = 0,
+        groups: int | Sequence[Sequence[Any]] | None = None,
         process_set: Any = None,
+        scale_local_gradients: bool = True,
     ) -> None:
-        _check(optimizer, op)
+        _refuse_what_is_no_optimizer(optimizer)
         exchange = GradientExchange(
             # By class: Keras numbers the optimizers' names, differently on a rank that has made one more.
             name=name or f"Distributed{type(optimizer).__name__}",
             compression=compression,
             sparse_as_dense=sparse_as_dense,
-            average=op == Average,
+            op=op,
             process_set=process_set,
+            gradient_predivide_factor=gradient_predivide_factor,
+            groups=_replace_num_groups(num_groups, groups),
+            scale_local_gradients=scale_local_gradients,
         )
-        super().__init__(with_loss_scale(optimizer), exchange)
+        optimizer = loss_scale.with_loss_scale(optimizer)
+        super().__init__(optimizer, exchange)
+        self._self_gradients = exchange
+        factor = 1 if average_aggregated_gradients else backward_passes_per_step
+        _accumulate(optimizer, backward_passes_per_step)
+        self._self_variables: list[Any] | None = None
+        self._self_exchanges_inside = _accumulates(optimizer) and not exchange.is_adasum()
+        if self._self_exchanges_inside:
+            self._exchange_where_accumulated(optimizer, factor)
+
+    def apply(self, grads: Sequence[Gradient], trainable_variables: Sequence[Any] | None = None) -> None:
+        """Exchanges `grads` with the other ranks and applies the result.
+
+        Args:
+            grads: this rank's gradients: `tf.Tensor`, `tf.IndexedSlices` or None, one a variable.
+            trainable_variables: their variables; by default those that the optimizer was built with.
+        """
+        exchange = self._self_gradients
+        if exchange.is_alone():
+            self.__wrapped__.apply(list(grads), trainable_variables)
+            return
+        call_stack.refuse_xla()
+        loss_scale.refuse_a_branch_of_this_rank(self.__wrapped__, exchange)
+        if trainable_variables is None:
+            trainable_variables = self.__wrapped__._trainable_variables
+        variables = list(trainable_variables)
+        if exchange.is_adasum():
+            self._apply_by_adasum(list(grads), variables)
+        elif self._self_exchanges_inside:
+            self._self_variables = [v for g, v in zip(grads, variables, strict=True) if g is not None]
+            self.__wrapped__.apply(list(grads), variables)
+        else:
+            self.__wrapped__.apply(exchange(list(grads), variables), variables)
+
+    def build(self, variables: Sequence[Any]) -> None:
+        """Builds the optimizer, and tells a `LossScaleOptimizer` around it to judge overflows with all ranks."""
+        outer = call_stack.caller(keras.optimizers.LossScaleOptimizer, "build")
+        if outer is not None:
+            loss_scale.judge_overflow_together(outer, self._self_gradients)
+        self.__wrapped__.build(variables)
+
+    def register_local_var(self, var: Any) -> None:
+        """Keeps the gradient of `var` (a Keras or TensorFlow variable) on this rank: each trains its own.
+
+        Tell `hvdkit.callbacks.BroadcastGlobalVariablesCallback(local_variables=...)` too.
+        """
+        self._self_gradients.register_local(var)
+
+    def keeps_local(self, variable: Any) -> bool:
+        """Whether a weight, or a slot of this optimizer, is each rank's own.
+
+        Slots are under Adasum, and those of local variables; as Keras' slots do not tell whose they are, all slots
+        count as local once one variable does.
+        """
+        exchange = self._self_gradients
+        own_slots = exchange.is_adasum() or exchange.has_local()
+        return exchange.is_local(variable) or (own_slots and any(variable is v for v in self.__wrapped__.variables))
+
+    def _exchange_where_accumulated(self, optimizer: keras.optimizers.Optimizer, factor: float) -> None:
+        """Moves the exchange behind Keras' accumulation: into the branch that is taken every N calls, by all ranks.
+
+        There Keras clips the accumulated gradients, which comes first and must see those of all ranks; there is no
+        public place.
+        """
+        for part in parts_of(optimizer):
+            if isinstance(part, keras.optimizers.LossScaleOptimizer):
+                # It decides at each call whether the branch is reached at all.
+                loss_scale.judge_overflow_together(part, self._self_gradients)
+                continue
+            clip = part._clip_gradients
+
+            def exchange_and_clip(grads: list[Gradient], clip: Callable = clip) -> list[Gradient]:
+                variables = self._self_variables
+                if variables is not None and len(variables) != len(grads):  # a part of a MultiOptimizer's
+                    variables = None
+                grads = self._self_gradients(grads, variables)
+                return clip([g if g is None else g * tf.cast(factor, g.dtype) for g in grads])
+
+            part._clip_gradients = exchange_and_clip
+
+    def _apply_by_adasum(self, grads: list[Gradient], variables: list[Any]) -> None:
+        """Takes this rank's own step and replaces it by the combination of all ranks' steps."""
+        exchange = self._self_gradients
+        shared = [v for v in variables if not exchange.is_local(v)]
+        starts = [tf.identity(v.value) for v in shared]
+        self.__wrapped__.apply(grads, variables)
+        steps = exchange([tf.identity(v.value) - start for v, start in zip(shared, starts, strict=True)])
+        for variable, start, step in zip(shared, starts, steps, strict=True):
+            variable.assign(start + step)
 
 
-class GradientExchange:
-    """Averages a list of gradients over ranks: the function that `DistributedOptimizer` puts before `apply`.
+def PartialDistributedOptimizer(  # noqa: N802 - Horovod's name
+    optimizer: keras.optimizers.Optimizer,
+    name: str | None = None,
+    device_dense: str = "",
+    device_sparse: str = "",
+    compression: Any = Compression.none,
+    sparse_as_dense: bool = False,
+    gradient_predivide_factor: float = 1.0,
+    op: Any = None,
+    groups: int | Sequence[Sequence[Any]] | None = None,
+    process_set: Any = None,
+    local_layers: keras.layers.Layer | Sequence[keras.layers.Layer] | None = None,
+    scale_local_gradients: bool = True,
+) -> DistributedOptimizer:
+    """A `DistributedOptimizer` that leaves the weights of some layers to each rank.
 
-    Dense gradients travel in one group and come back dense. Sparse ones are gathered, rows and indices, and stay
-    `tf.IndexedSlices`. None stays None.
+    Args:
+        local_layers: a layer or layers, built already, whose gradients stay on this rank.
+
+    The other arguments are those of `DistributedOptimizer`.
+
+    Raises:
+        TypeError: `local_layers` holds something else than layers.
+        ValueError: a local layer is not built, so its weights do not exist yet.
     """
-
-    def __init__(self, name: str, compression: Any, sparse_as_dense: bool, average: bool, process_set: Any) -> None:
-        self._name = name
-        self._compression = compression
-        self._sparse_as_dense = sparse_as_dense
-        self._average = average
-        self._process_set = process_set or world.horovod().global_process_set
-
-    def __call__(self, grads: list[Gradient]) -> list[Gradient]:
-        """Returns the gradients' average over all ranks, in the order given."""
-        if world.size() == 1 or self._process_set.size() == 1:
-            return grads
-        if self._sparse_as_dense:
-            grads = [tf.convert_to_tensor(g) if isinstance(g, tf.IndexedSlices) else g for g in grads]
-        # By position: the order of the variables is the order in which the layers were made, the same on all ranks.
-        result = list(grads)
-        dense = [i for i, g in enumerate(grads) if g is not None and not isinstance(g, tf.IndexedSlices)]
-        for place, tensor in zip(dense, self._exchange_dense([grads[i] for i in dense]), strict=True):
-            result[place] = tensor
-        for place, grad in enumerate(grads):
-            if isinstance(grad, tf.IndexedSlices):
-                result[place] = self._exchange_sparse(grad, f"{self._name}.sparse{place}")
-        return result
-
-    def _exchange_dense(self, tensors: list[tf.Tensor]) -> list[tf.Tensor]:
-        if not tensors:
-            return []
-        wires, contexts = zip(*[self._compression.compress(tf.convert_to_tensor(t)) for t in tensors], strict=True)
-        reduced = collectives.average_dense(
-            wires, f"{self._name}.dense", average=self._average, process_set=self._process_set
-        )
-        return [self._compression.decompress(t, c) for t, c in zip(reduced, contexts, strict=True)]
-
-    def _exchange_sparse(self, grad: tf.IndexedSlices, name: str) -> tf.IndexedSlices:
-        wire, context = self._compression.compress(grad.values)
-        values = collectives.gather_rows(wire, f"{name}.values", self._process_set)
-        values = self._compression.decompress(values, context)
-        if self._average:
-            values = values / tf.cast(self._process_set.size(), values.dtype)
-        indices = collectives.gather_rows(grad.indices, f"{name}.indices", self._process_set)
-        return tf.IndexedSlices(values, indices, grad.dense_shape)
+    distributed = DistributedOptimizer(
+        optimizer,
+        name=name,
+        device_dense=device_dense,
+        device_sparse=device_sparse,
+        compression=compression,
+        sparse_as_dense=sparse_as_dense,
+        gradient_predivide_factor=gradient_predivide_factor,
+        op=op,
+        groups=groups,
+        process_set=process_set,
+        scale_local_gradients=scale_local_gradients,
+    )
+    for variable in weights_of(local_layers):
+        distributed.register_local_var(variable)
+    return distributed
 
 
 def scaled(learning_rate: float) -> float:
@@ -160,50 +272,87 @@ def scaled(learning_rate: float) -> float:
     return learning_rate * world.size()
 
 
-def _check(optimizer: Any, op: str) -> None:
-    if isinstance(optimizer, ExchangingOptimizer):
+def parts_of(optimizer: keras.optimizers.Optimizer) -> list[keras.optimizers.Optimizer]:
+    """An optimizer and those inside of it (`LossScaleOptimizer`, `MultiOptimizer`)."""
+    inside = [*getattr(optimizer, "optimizers", []), *filter(None, [getattr(optimizer, "inner_optimizer", None)])]
+    return [optimizer, *(part for i in inside for part in parts_of(i))]
+
+
+def keeps_local(optimizer: Any, variable: Any) -> bool:
+    """Whether a `DistributedOptimizer`, at whatever depth of `optimizer`, leaves a weight or slot to each rank."""
+    if isinstance(optimizer, DistributedOptimizer):
+        return optimizer.keeps_local(variable)
+    inner = getattr(optimizer, "inner_optimizer", None)
+    return inner is not None and keeps_local(inner, variable)
+
+
+_KERAS_2 = {
+    "lr": "Keras 3 has no optimizer.lr: read and set optimizer.learning_rate instead.",
+    "get_gradients": "Keras 3 has no optimizer.get_gradients: take gradients with tf.GradientTape, and hand them to "
+    "optimizer.apply(gradients, variables), which averages them over the ranks.",
+    "compute_gradients": "Keras 3 has no optimizer.compute_gradients: take gradients with tf.GradientTape, and hand "
+    "them to optimizer.apply(gradients, variables), which averages them over the ranks.",
+    "minimize": "Keras 3 has no optimizer.minimize: take gradients with tf.GradientTape, and hand them to "
+    "optimizer.apply(gradients, variables), which averages them over the ranks.",
+}
+
+
+def _refuse_what_is_no_optimizer(optimizer: Any) -> None:
+    if any(isinstance(part, ExchangingOptimizer) for part in _all_parts(optimizer)):
         raise TypeError(
             f"The optimizer {optimizer.name!r} is a DistributedOptimizer already; wrapping it twice would average "
             f"twice. Pass the optimizer that is inside."
         )
-    if not isinstance(optimizer, keras.optimizers.Optimizer):
-        raise TypeError(
-            f"DistributedOptimizer needs a keras.optimizers.Optimizer, but was given {optimizer!r} "
-            f"of type {type(optimizer).__module__}.{type(optimizer).__name__}. Optimizers by name are made with "
-            f"keras.optimizers.get(...); those of Keras 2 (tf_keras) do not work with Keras 3."
+    if isinstance(optimizer, keras.optimizers.Optimizer):
+        return
+    module = type(optimizer).__module__
+    if isinstance(optimizer, str):
+        mend = f"Write keras.optimizers.get({optimizer!r})."
+    elif "legacy" in module or module.split(".")[0] in ("tf_keras", "tensorflow"):
+        mend = (
+            f"That is an optimizer of Keras 2 or TensorFlow; write keras.optimizers.{type(optimizer).__name__}(...), "
+            f"with learning_rate for lr, and a keras.optimizers.schedules schedule for decay."
         )
-    if op not in (Average, Sum):
-        raise ValueError(f"op must be hvdkit.Average or hvdkit.Sum, but is {op!r}.")
+    else:
+        mend = "Pass an instance such as keras.optimizers.Adam(1e-3)."
+    raise TypeError(
+        f"DistributedOptimizer needs a keras.optimizers.Optimizer, but was given {optimizer!r} "
+        f"of type {module}.{type(optimizer).__name__}. {mend}"
+    )
 
 
-def with_loss_scale(optimizer: keras.optimizers.Optimizer) -> keras.optimizers.Optimizer:
-    """Puts an optimizer into a `LossScaleOptimizer` if the global dtype policy is `mixed_float16`."""
-    half = keras.config.dtype_policy().name == "mixed_float16"
-    if half and not isinstance(optimizer, keras.optimizers.LossScaleOptimizer):
-        return keras.optimizers.LossScaleOptimizer(optimizer)
-    return optimizer
+def _all_parts(optimizer: Any) -> list[Any]:
+    return parts_of(optimizer) if isinstance(optimizer, keras.optimizers.Optimizer) else [optimizer]
 
 
-def _refuse_inner_place() -> None:
-    """Stops a hang before it happens: an exchange inside `LossScaleOptimizer`'s branch "gradients are finite".
-
-    A rank whose gradients overflow would not take that branch, and the others would wait for it for ever. Only the
-    call stack tells: the outer optimizer leaves no mark on the inner one. In a graph this runs once, at its tracing.
-    """
-    frame: FrameType | None = sys._getframe(2)
-    while frame is not None:
-        caller = frame.f_locals.get("self")
-        if (
-            type(caller) is keras.optimizers.LossScaleOptimizer
-            and frame.f_code.co_name == "_stateful_handle_finite_grads"
-        ):
-            raise RuntimeError(_INNER_PLACE)
-        frame = frame.f_back
+def _replace_num_groups(num_groups: int, groups: Any) -> Any:
+    if not num_groups:
+        return groups
+    warnings.warn("num_groups is Horovod's old name of groups: write groups.", DeprecationWarning, stacklevel=3)
+    return num_groups if groups is None else groups
 
 
-_INNER_PLACE = (
-    "A DistributedOptimizer is inside a LossScaleOptimizer (Model.compile adds one to a mixed_float16 model), where "
-    "ranks would wait for each other for ever when the gradients of one overflow. Put it outside: "
-    "hvdkit.DistributedOptimizer(keras.optimizers.LossScaleOptimizer(optimizer)), or call "
-    "keras.config.set_dtype_policy('mixed_float16') before the optimizer is made."
-)
+def _accumulate(optimizer: keras.optimizers.Optimizer, passes: int) -> None:
+    """Switches Keras' gradient accumulation on in each part that takes steps."""
+    if isinstance(passes, bool) or not isinstance(passes, int) or passes < 1:
+        raise ValueError(f"backward_passes_per_step must be 1 or more, but is {passes!r}.")
+    if passes == 1:
+        return
+    for part in parts_of(optimizer):
+        if part.gradient_accumulation_steps:
+            raise ValueError(
+                f"backward_passes_per_step={passes} and gradient_accumulation_steps={part.gradient_accumulation_steps} "
+                f"of {type(part).__name__} are two names of one thing: give one of them."
+            )
+        if part.built:
+            raise ValueError(
+                f"backward_passes_per_step={passes} adds slots to the optimizer, but {type(part).__name__} is built "
+                f"already: wrap it before it is used, or give it gradient_accumulation_steps={passes} when it is made."
+            )
+    for part in parts_of(optimizer):
+        if not hasattr(part, "inner_optimizer") and not hasattr(part, "optimizers"):
+            part.gradient_accumulation_steps = passes
+
+
+def _accumulates(optimizer: keras.optimizers.Optimizer) -> bool:
+    return any(part.gradient_accumulation_steps for part in parts_of(optimizer))

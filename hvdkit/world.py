@@ -6,6 +6,7 @@ It does not move tensors: see `hvdkit.collectives`.
 
 import dataclasses
 import logging
+import math
 import os
 import socket
 import sys
@@ -63,6 +64,7 @@ class World:
 
 
 _world: World | None = None
+_has_devices = False  # TensorFlow takes them once a process, also where `init` is called again
 
 
 def init(*args: Any, **kwargs: Any) -> World:
@@ -71,7 +73,8 @@ def init(*args: Any, **kwargs: Any) -> World:
     Call it before TensorFlow makes its first tensor: devices and threads are fixed from then on. With GPUs, the one
     whose number is the local rank is made the only visible one, with memory growth. Without, TensorFlow's
     intra-op threads are set to this rank's share of the cores that the process may use. If a rank waits for others in
-    an exchange for ten minutes, the job ends (`HOROVOD_STALL_SHUTDOWN_TIME_SECONDS` sets another limit).
+    an exchange for ten minutes, the job ends (`HVDKIT_STALL_SECONDS` sets another limit, 0 none; see
+    `hvdkit.watchdog`).
 
     Args:
         *args: passed to `horovod.tensorflow.init` (process sets, for example).
@@ -82,13 +85,13 @@ def init(*args: Any, **kwargs: Any) -> World:
 
     Raises:
         ImportError: Horovod is not installed, or was built for another TensorFlow.
-        UsageError: this host has GPUs, but fewer than ranks; or its own name does not resolve.
+        UsageError: this host has GPUs, but fewer than ranks; or its own name does not resolve; or a limit in the
+            environment is not a number.
     """
-    global _world
+    global _world, _has_devices
     if _world is None:
         _check_own_name()
-        # Horovod would only warn of a rank that the others wait for. 0 switches the limit off.
-        os.environ.setdefault("HOROVOD_STALL_SHUTDOWN_TIME_SECONDS", "600")
+        _leave_stalls_to_hvdkit()
         hvd = horovod()
         hvd.init(*args, **kwargs)
         world = World(
@@ -101,7 +104,9 @@ def init(*args: Any, **kwargs: Any) -> World:
             host=socket.gethostname(),
         )
         _world = world
-        _take_devices(world)
+        if not _has_devices:
+            _take_devices(world)
+            _has_devices = True
     return _world
 
 
@@ -200,6 +205,47 @@ def horovod() -> Any:
     return hvd
 
 
+def stall_limit() -> float:
+    """Seconds that a rank may wait for the others before the job ends; 0 for no limit.
+
+    Raises:
+        UsageError: `HVDKIT_STALL_SECONDS` is not a number from 0 up.
+    """
+    given = os.environ.get("HVDKIT_STALL_SECONDS") or os.environ.get("HOROVOD_STALL_SHUTDOWN_TIME_SECONDS") or "600"
+    try:
+        limit = float(given)
+    except ValueError:
+        limit = -1.0
+    if not 0 <= limit < math.inf:
+        raise UsageError(
+            f"HVDKIT_STALL_SECONDS={given} is not a number of seconds. Give how long a rank may wait for the others "
+            f"before the job ends, as in HVDKIT_STALL_SECONDS=600, or 0 for ever."
+        )
+    return limit
+
+
+def stall_aborts() -> bool:
+    """Whether a stall ends the job, or is only reported (`HVDKIT_STALL_ACTION=warn`).
+
+    Raises:
+        UsageError: `HVDKIT_STALL_ACTION` is neither.
+    """
+    action = os.environ.get("HVDKIT_STALL_ACTION") or "abort"
+    if action not in ("abort", "warn"):
+        raise UsageError(f"HVDKIT_STALL_ACTION={action} is unknown. Use abort, which is the default, or warn.")
+    return action == "abort"
+
+
+def _leave_stalls_to_hvdkit() -> None:
+    """Lets Horovod's own stall check, which knows less, speak only where the watchdog could not."""
+    limit, aborts = stall_limit(), stall_aborts()
+    os.environ["HVDKIT_STALL_SECONDS"] = f"{limit:g}"  # for a second `init`, which finds Horovod's changed
+    if limit:
+        latest = math.ceil(3 * limit)  # the watchdog gives a rank that may be busy three times the limit
+        os.environ.setdefault("HOROVOD_STALL_CHECK_TIME_SECONDS", str(latest + 30))
+        os.environ["HOROVOD_STALL_SHUTDOWN_TIME_SECONDS"] = str(latest + 60 if aborts else 0)
+
+
 def _check_own_name() -> None:
     """Gloo looks up this host's own name, and ends the process with a segmentation fault if there is no such host."""
     name = socket.gethostname()
@@ -240,7 +286,8 @@ def _pin_gpu(tf: Any, gpus: list[Any], world: World) -> None:
             f"{len(gpus)}), or hide the GPUs with CUDA_VISIBLE_DEVICES='' to train on the CPU."
         )
     tf.config.set_visible_devices(gpus[number], "GPU")
-    tf.config.experimental.set_memory_growth(gpus[number], True)
+    for gpu in gpus:  # all, so that a script that says so of each, as Horovod's examples do, changes nothing
+        tf.config.experimental.set_memory_growth(gpu, True)
 
 
 def _one_gpu_each() -> bool:

@@ -1,0 +1,42 @@
+"""Who is calling: what only the call stack tells of the Keras and TensorFlow objects around this code.
+
+An outer optimizer leaves no mark on the inner one, and a `tf.function` none on what is traced in it. Used where
+something is built or traced, never in a step.
+"""
+
+import sys
+from collections.abc import Iterator
+from types import FrameType
+from typing import Any
+
+import tensorflow as tf
+
+
+def caller(kind: type, method: str) -> Any | None:
+    """The innermost object of class `kind`, no proxy of one, in whose method `method` this call happens, if any."""
+    objects = (f.f_locals.get("self") for f in _frames() if f.f_code.co_name == method)
+    return next((o for o in objects if issubclass(type(o), kind)), None)
+
+
+def refuse_xla() -> None:
+    """Says what TensorFlow's "unsupported operations" would mean, before XLA meets an exchange between ranks.
+
+    Raises:
+        RuntimeError: this is traced inside of a `tf.function(jit_compile=True)`.
+    """
+    if tf.executing_eagerly():
+        return
+    functions = (f.f_locals.get("self") for f in _frames() if "polymorphic_function" in f.f_code.co_filename)
+    if any(getattr(function, "_jit_compile", None) is True for function in functions):
+        raise RuntimeError(
+            "XLA cannot compile the exchange of gradients between ranks, but this step is inside of a "
+            "tf.function(jit_compile=True). Compile the forward and backward pass in a tf.function of their own and "
+            "call optimizer.apply outside of it; model.compile(jit_compile=True) divides the step so by itself."
+        )
+
+
+def _frames() -> Iterator[FrameType]:
+    frame: FrameType | None = sys._getframe(2)
+    while frame is not None:
+        yield frame
+        frame = frame.f_back

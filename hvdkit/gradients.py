@@ -1,0 +1,238 @@
+"""The exchange of gradients between ranks, with all of Horovod's options: what optimizers and tapes have in common."""
+
+from collections.abc import Sequence
+from typing import Any
+
+import keras
+import tensorflow as tf
+
+from hvdkit import collectives, heartbeat, watchdog, world
+from hvdkit.adasum import adasum
+from hvdkit.compression import Compression
+
+Gradient = Any  # tf.Tensor, tf.IndexedSlices or None
+
+_Groups = int | Sequence[Sequence[Any]] | None
+
+
+class GradientExchange:
+    """Reduces a list of gradients over ranks.
+
+    Dense gradients travel in groups and come back dense. Sparse ones are gathered, rows and indices, and stay
+    `tf.IndexedSlices`. None stays None.
+
+    Args:
+        name: prefix of the exchange's name, the same on all ranks.
+        compression: see `hvdkit.Compression`.
+        sparse_as_dense: turn sparse gradients into dense ones first.
+        op: `hvdkit.Average` (also for None), `hvdkit.Sum` or `hvdkit.Adasum`.
+        process_set: the Horovod process set whose ranks take part; None for all.
+        gradient_predivide_factor: divide by this before the sum, and by size / this after it.
+        groups: None for one group; a number of groups; or lists of variables, each list one group.
+        scale_local_gradients: divide the gradients of local variables by the number of ranks.
+
+    Raises:
+        ValueError: arguments have wrong values, or do not go together.
+    """
+
+    def __init__(
+        self,
+        name: str,
+        *,
+        compression: Any = Compression.none,
+        sparse_as_dense: bool = False,
+        op: Any = None,
+        process_set: Any = None,
+        gradient_predivide_factor: float = 1.0,
+        groups: _Groups = None,
+        scale_local_gradients: bool = True,
+    ) -> None:
+        hvd = world.horovod()
+        self.op = hvd.Average if op is None else op
+        _check(self.op, gradient_predivide_factor, groups, process_set)
+        self.process_set = process_set or hvd.global_process_set
+        self._name = name
+        self._compression = compression
+        self._sparse_as_dense = sparse_as_dense or self.op == hvd.Adasum
+        self._predivide = gradient_predivide_factor
+        self._groups = groups
+        self._scale_local = scale_local_gradients
+        self._local: dict[int, Any] = {}
+        self.used = False  # whether gradients ever came here, if only where a step was traced
+
+    def is_adasum(self) -> bool:
+        """Whether updates are combined by Adasum."""
+        return self.op == world.horovod().Adasum
+
+    def register_local(self, variable: Any) -> None:
+        """Keeps the gradient of `variable` (a Keras or TensorFlow variable) on this rank."""
+        self._local[id(_native(variable))] = variable
+
+    def is_local(self, variable: Any) -> bool:
+        """Whether `variable` was registered as local."""
+        return id(_native(variable)) in self._local
+
+    def has_local(self) -> bool:
+        """Whether any variable was registered as local."""
+        return bool(self._local)
+
+    def is_alone(self) -> bool:
+        """Whether there is nobody to exchange with."""
+        if world.size() == 1:
+            return True
+        if self.process_set.process_set_id is None:
+            raise ValueError(
+                f"Horovod does not know {self.process_set}: pass it to hvdkit.init(process_sets=[...]) on every rank, "
+                f"or to hvdkit.add_process_set."
+            )
+        return world.rank() not in heartbeat.members(self.process_set) or self.process_set.size() == 1
+
+    def __call__(self, grads: Sequence[Gradient], variables: Sequence[Any] | None = None) -> list[Gradient]:
+        """Returns the gradients reduced over the ranks, in the order given.
+
+        Args:
+            grads: this rank's gradients: `tf.Tensor`, `tf.IndexedSlices` or None; alike on all ranks.
+            variables: their variables; needed where some are local, or groups are given by variable.
+        """
+        result = list(grads)
+        self.used = True
+        if self.is_alone():
+            return result
+        if self._sparse_as_dense:
+            result = [tf.convert_to_tensor(g) if isinstance(g, tf.IndexedSlices) else g for g in result]
+        name = self._name
+        local = {i for i, v in enumerate(variables or []) if self.is_local(v)}
+        shared = [i for i, g in enumerate(result) if g is not None and i not in local]
+        sparse = [i for i in shared if isinstance(result[i], tf.IndexedSlices)]
+        dense = [i for i in shared if i not in sparse]
+        if self.process_set.process_set_id == 0:
+            watchdog.traced(name, [_signature(result[i], variables[i] if variables else i) for i in shared])
+        self._reduce_dense(result, self._group(dense, variables), name)
+        for place in sparse:
+            result[place] = self._gather_sparse(result[place], f"{name}.sparse{place}")
+        if self._scale_local:
+            for place in local:
+                result[place] = _divided(result[place], self.process_set.size())
+        return result
+
+    def _group(self, dense: list[int], variables: Sequence[Any] | None) -> list[list[int]]:
+        """Divides places by position: the order in which the layers were made, which is the same on all ranks."""
+        if self._groups is None or variables is None:
+            return [dense]
+        if isinstance(self._groups, int):
+            number = min(self._groups, len(dense)) or 1
+            return [dense[len(dense) * i // number : len(dense) * (i + 1) // number] for i in range(number)]
+        group_of = {id(_native(v)): number for number, group in enumerate(self._groups) for v in group}
+        groups: dict[Any, list[int]] = {}
+        for place in dense:  # a variable in no list is a group of its own
+            groups.setdefault(group_of.get(id(_native(variables[place])), ("alone", place)), []).append(place)
+        return list(groups.values())
+
+    def _reduce_dense(self, result: list[Gradient], groups: list[list[int]], name: str) -> None:
+        """Replaces dense gradients by the reduced ones. The heartbeat travels with the first group."""
+        beat = heartbeat.current()
+        payload: tf.Tensor | None = beat.payload()
+        for number, places in enumerate(groups or [[]]):
+            compressed = [self._compression.compress(tf.convert_to_tensor(result[i])) for i in places]
+            wires = [wire for wire, _ in compressed] + ([] if payload is None else [payload])
+            reduced = self._reduce(wires, f"{name}.group{number}")
+            if payload is not None:
+                total = reduced.pop()
+                average = self.op == world.horovod().Average
+                beat.receive(total * self.process_set.size() if average else total, heartbeat.members(self.process_set))
+                payload = None
+            for place, tensor, (_, context) in zip(places, reduced, compressed, strict=True):
+                result[place] = self._compression.decompress(tensor, context)
+
+    def _reduce(self, wires: list[tf.Tensor], name: str) -> list[tf.Tensor]:
+        hvd = world.horovod()
+        if not self.is_adasum():
+            return collectives.reduce_dense(
+                wires,
+                name,
+                op=self.op,
+                process_set=self.process_set,
+                prescale=1 / self._predivide,
+                postscale=self._predivide,
+            )
+        *wires, payload = wires  # Adasum has one group, so the heartbeat is always there
+        beat = collectives.reduce_dense([payload], f"{name}.heartbeat", op=hvd.Sum, process_set=self.process_set)
+        return [*(adasum(wires, f"{name}.adasum", self.process_set) if wires else []), *beat]
+
+    def _gather_sparse(self, grad: tf.IndexedSlices, name: str) -> tf.IndexedSlices:
+        wire, context = self._compression.compress(grad.values / tf.cast(self._predivide, grad.values.dtype))
+        values = collectives.gather_rows(wire, f"{name}.values", self.process_set)
+        values = self._compression.decompress(values, context)
+        divisor = self.process_set.size() if self.op == world.horovod().Average else 1
+        values = values * tf.cast(self._predivide / divisor, values.dtype)
+        indices = collectives.gather_rows(grad.indices, f"{name}.indices", self.process_set)
+        return tf.IndexedSlices(values, indices, grad.dense_shape)
+
+
+def weights_of(local_layers: Any) -> list[Any]:
+    """The weights of one layer or several, BatchNormalization's statistics among them.
+
+    Raises:
+        TypeError: there is something else than layers.
+        ValueError: a layer is not built yet.
+    """
+    layers = local_layers if isinstance(local_layers, (list, tuple, set)) else [local_layers]
+    layers = [layer for layer in layers if layer is not None]
+    for layer in layers:
+        if not isinstance(layer, keras.layers.Layer):
+            raise TypeError(f"local_layers must be Keras layers, but one is {layer!r} of type {type(layer).__name__}.")
+        if not layer.built:
+            raise ValueError(
+                f"The local layer {layer.name!r} has no weights yet. Build the model first (model.build(input_shape), "
+                f"or keras.Input at its start), then make the optimizer."
+            )
+    return [v for layer in layers for v in layer.weights]
+
+
+def any_rank(flag: tf.Tensor, name: str, process_set: Any) -> tf.Tensor:
+    """Whether a boolean scalar is true on any rank of the process set; the heartbeat travels with it."""
+    beat = heartbeat.current()
+    message = tf.concat([beat.payload(), [tf.cast(flag, tf.float32)]], axis=0)
+    op = world.horovod().Sum
+    (total,) = collectives.reduce_dense([message], name, op=op, process_set=process_set)
+    beat.receive(total[: heartbeat.LENGTH], heartbeat.members(process_set))
+    return total[-1] > 0.5
+
+
+def _check(op: Any, predivide: float, groups: _Groups, process_set: Any) -> None:
+    hvd = world.horovod()
+    if op not in (hvd.Average, hvd.Sum, hvd.Adasum):
+        raise ValueError(f"op must be hvdkit.Average, hvdkit.Sum or hvdkit.Adasum, but is {op!r}.")
+    if not predivide > 0:
+        raise ValueError(f"gradient_predivide_factor must be above 0, but is {predivide!r}.")
+    if predivide != 1 and op != hvd.Average:
+        raise ValueError(
+            f"gradient_predivide_factor={predivide} divides an average in two steps, so it needs op=hvdkit.Average."
+        )
+    if op == hvd.Adasum and groups is not None:
+        raise ValueError("op=hvdkit.Adasum reduces each tensor by itself and all in one exchange: leave groups out.")
+    if isinstance(groups, bool) or not (groups is None or isinstance(groups, (int, list, tuple))):
+        raise ValueError(f"groups must be a number of groups or a list of lists of variables, but is {groups!r}.")
+    if isinstance(groups, int) and groups < 1:
+        raise ValueError(f"groups must be 1 or more, but is {groups}; leave it out for one group.")
+
+
+def _signature(grad: Gradient, variable: Any) -> tuple[Any, str, str]:
+    """Shape, dtype and path of what is exchanged: Horovod adds up tensors of different shapes without a word."""
+    sparse = isinstance(grad, tf.IndexedSlices)
+    shape = grad.values.shape if sparse else grad.shape
+    if shape.rank is not None:
+        shape = (None, *shape[1:]) if sparse else tuple(shape)
+    path = getattr(variable, "path", None) or getattr(variable, "name", None)
+    return shape, grad.dtype.name, path or f"gradient {variable}"
+
+
+def _divided(grad: Gradient, divisor: int) -> Gradient:
+    if isinstance(grad, tf.IndexedSlices):
+        return tf.IndexedSlices(grad.values / tf.cast(divisor, grad.values.dtype), grad.indices, grad.dense_shape)
+    return None if grad is None else grad / tf.cast(divisor, grad.dtype)
+
+
+def _native(variable: Any) -> Any:
+    """The `tf.Variable` behind a Keras variable: gradients may be asked for by either."""
+    return getattr(variable, "_value", variable) if isinstance(variable, keras.Variable) else variable

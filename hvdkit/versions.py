@@ -1,0 +1,169 @@
+"""What hvdkit is proven with: `import hvdkit` says in a sentence what else it has found, and how to mend it.
+
+A training that is not the one process's training mostly runs all the same, so what nobody has tried is refused instead
+of hoped for. This module reads what installers have written down and imports neither TensorFlow nor Keras: the launcher
+starts at once, also on a host that has no TensorFlow. `tests/versions.py` tries the table.
+"""
+
+import importlib.machinery
+import importlib.metadata
+import json
+import os
+import re
+import sys
+from pathlib import Path
+
+# TensorFlow's minor versions, each with the oldest Keras that it allows, but none below 3.5: before, a Keras variable
+# could not be turned into a number with float().
+OLDEST_KERAS: dict[tuple[int, ...], tuple[int, ...]] = {
+    (2, 16): (3, 5, 0),
+    (2, 17): (3, 5, 0),
+    (2, 18): (3, 5, 0),
+    (2, 19): (3, 5, 0),
+    (2, 20): (3, 10, 0),
+    (2, 21): (3, 12, 0),
+}
+NEXT_KERAS = (4,)
+HOROVOD = (0, 28)
+OLDEST_PYTHON, NEWEST_PYTHON = (3, 10), (3, 13)
+
+# The names under which the folder tensorflow/ is distributed; another one is looked up, which takes longer.
+_TENSORFLOW = (
+    "tensorflow", "tensorflow-cpu", "tensorflow-cpu-aws", "tensorflow-gpu", "tensorflow-intel", "tensorflow-macos",
+    "tensorflow-rocm", "tf-nightly", "tf-nightly-cpu",
+)  # fmt: skip
+_KERAS = ("keras", "keras-nightly")
+
+
+def check() -> None:
+    """Refuses versions and settings that hvdkit is not proven with.
+
+    A development version counts as the version that it is to become: 2.21.0rc1 and 2.21.0.dev20260101 are 2.21.
+
+    Raises:
+        ImportError: Python, TensorFlow, Keras or Horovod has a version out of range, TensorFlow is there without Keras
+            or twice, or Keras is set to another backend or to Keras 2. Without TensorFlow only Python is judged.
+    """
+    check_python(sys.version_info[:2])
+    tensorflow = _installed("tensorflow", _TENSORFLOW)
+    if not tensorflow:
+        return
+    minor = _check_tensorflow(tensorflow)
+    _check_keras(_installed("keras", _KERAS), minor)
+    _check_horovod(_installed("horovod", ("horovod",)))
+    _check_settings()
+
+
+def check_python(minor: tuple[int, ...]) -> None:
+    """Refuses a Python, given as (major, minor), for which there is no TensorFlow that hvdkit is proven with.
+
+    Raises:
+        ImportError: `minor` is out of range.
+    """
+    if not OLDEST_PYTHON <= minor <= NEWEST_PYTHON:
+        raise ImportError(
+            f"hvdkit runs on Python {_dotted(OLDEST_PYTHON)} to {_dotted(NEWEST_PYTHON)}, and {sys.executable} is "
+            f"Python {_dotted(minor)}: make an environment with another one, as in python{_dotted(NEWEST_PYTHON)} -m "
+            f"venv .venv."
+        )
+
+
+def _check_tensorflow(found: dict[str, str]) -> tuple[int, ...]:
+    oldest, newest = min(OLDEST_KERAS), max(OLDEST_KERAS)
+    if len(set(found.values())) > 1:
+        raise ImportError(
+            f"{_listed(found)} are installed side by side in {sys.prefix}, and each overwrites parts of the other: "
+            f"uninstall them all, then install one of TensorFlow {_dotted(oldest)} to {_dotted(newest)}."
+        )
+    minor = _release(next(iter(found.values())))[:2]
+    if minor not in OLDEST_KERAS:
+        raise ImportError(
+            f"hvdkit is proven with TensorFlow {_dotted(oldest)} to {_dotted(newest)}, and {sys.prefix} has "
+            f"{_listed(found)}: pip install 'tensorflow=={_dotted(newest)}.*', then build Horovod for it with "
+            f"launch/bootstrap.sh --into {sys.prefix}."
+        )
+    return minor
+
+
+def _check_keras(found: dict[str, str], tensorflow: tuple[int, ...]) -> None:
+    oldest = OLDEST_KERAS[tensorflow]
+    if not found:
+        if importlib.machinery.PathFinder.find_spec("keras"):  # a checkout of Keras: nothing says which version it is
+            return
+    elif all(oldest <= _release(version) < NEXT_KERAS for version in found.values()):
+        return
+    raise ImportError(
+        f"hvdkit is proven with Keras {_dotted(oldest)} or newer, below {NEXT_KERAS[0]}, on TensorFlow "
+        f"{_dotted(tensorflow)}, and {sys.prefix} has {_listed(found) or 'none'}: "
+        f"pip install 'keras>={_dotted(oldest)},<{NEXT_KERAS[0]}'."
+    )
+
+
+def _check_horovod(found: dict[str, str]) -> None:
+    for version in found.values():
+        if _release(version)[:2] != HOROVOD:
+            raise ImportError(
+                f"hvdkit is proven with Horovod {_dotted(HOROVOD)}, and {sys.prefix} has {version}: "
+                f"launch/bootstrap.sh --into {sys.prefix} builds the right one."
+            )
+
+
+def _check_settings() -> None:
+    backend, source = _backend()
+    if backend != "tensorflow":
+        raise ImportError(
+            f"hvdkit needs Keras' backend 'tensorflow', and {source} says {backend!r}: set KERAS_BACKEND=tensorflow "
+            f"before Keras and hvdkit are imported."
+        )
+    legacy = os.environ.get("TF_USE_LEGACY_KERAS", "")
+    if legacy in ("true", "True", "1"):  # as TensorFlow reads it
+        raise ImportError(
+            f"hvdkit needs Keras 3, and TF_USE_LEGACY_KERAS={legacy} makes tf.keras Keras 2: unset TF_USE_LEGACY_KERAS."
+        )
+
+
+def _backend() -> tuple[str, str]:
+    """The backend that Keras will take, and where that is set; as in keras/src/backend/config.py."""
+    if os.environ.get("KERAS_BACKEND"):
+        return os.environ["KERAS_BACKEND"], "the environment variable KERAS_BACKEND"
+    home = os.path.expanduser("~")  # noqa: PTH111 - Path.home() raises for a user without a home
+    home = home if os.access(home, os.W_OK) else "/tmp"
+    file = Path(os.path.expanduser(os.environ.get("KERAS_HOME", f"{home}/.keras"))) / "keras.json"  # noqa: PTH111
+    try:
+        return json.loads(file.read_text()).get("backend", "tensorflow"), str(file)
+    except (OSError, ValueError, AttributeError):  # not there, or no such JSON: Keras passes over it
+        return "tensorflow", "Keras"
+
+
+def _installed(module: str, names: tuple[str, ...]) -> dict[str, str]:
+    """The distributions that bring a top-level module, with their versions; empty if the module is not there."""
+    found = _versions(names)
+    if not found and importlib.machinery.PathFinder.find_spec(module):
+        found = _versions(tuple(importlib.metadata.packages_distributions().get(module, ())))
+    return found
+
+
+def _versions(names: tuple[str, ...]) -> dict[str, str]:
+    found = {}
+    for name in names:
+        try:
+            version = importlib.metadata.version(name)
+        except importlib.metadata.PackageNotFoundError:
+            continue
+        if version:  # None: an empty folder that an interrupted uninstall has left
+            found[name] = version
+    return found
+
+
+def _release(version: str) -> tuple[int, ...]:
+    """The numbers of a version: 2.21.0.dev1 and 2.21.0+nv25.2 are (2, 21, 0)."""
+    match = re.match(r"\d+(\.\d+)*", version)
+    return tuple(map(int, match[0].split("."))) if match else ()
+
+
+def _dotted(version: tuple[int, ...]) -> str:
+    return ".".join(map(str, version))
+
+
+def _listed(found: dict[str, str]) -> str:
+    return " and ".join(f"{name} {version}" for name, version in found.items())
