@@ -1,0 +1,115 @@
+"""What this rank is doing now, written by the thread that trains and read by the watchdog's.
+
+Nothing here takes a lock, reads a clock or makes a system call: the marks cost less than a microsecond, because they
+are set in every step.
+"""
+
+import collections
+import threading
+from collections.abc import Sequence
+from types import TracebackType
+from typing import Any
+
+# Outside of these a rank may take as long as it likes: it loads data, builds a model, or is done.
+BUSY = ("training", "evaluating")
+
+MOST_NAMES = 10_000  # of collectives, whose calls are counted
+
+Signature = list[list[Any]]  # one [shape, dtype name, variable path] a tensor; a dimension that may differ is None
+
+
+class Progress:
+    """Phase, epoch, step and collective of this rank.
+
+    Attributes:
+        marks: grows whenever the rank moves on; one that stays the same is a rank that stands still.
+        phase: "between", or one of `BUSY`.
+        epoch: number of the epoch from 0, None before the first step.
+        step: number of the step in the epoch from 0, None before the first step.
+        waits: the collectives that the rank is in, the innermost last.
+        last: the collective that it finished last.
+        calls: how often this rank has entered each collective that all ranks must enter, the latest last.
+        traced: for each exchange, its signatures in the order in which they were traced first.
+    """
+
+    def __init__(self) -> None:
+        self.marks = 0
+        self.phase = "between"
+        self.epoch: int | None = None
+        self.step: int | None = None
+        self.waits: list[Waiting] = []
+        self.last: Waiting | None = None
+        self.calls: collections.OrderedDict[str, int] = collections.OrderedDict()
+        self.traced: dict[str, list[Signature]] = {}
+
+    def begin(self) -> None:
+        """Forgets an earlier world: where this rank was in it, and what was compared with its ranks."""
+        self.phase, self.epoch, self.step = "between", None, None
+        self.waits.clear()
+        self.last = None
+        self.calls.clear()
+        self.traced.clear()
+
+    def count(self, name: str) -> None:
+        """Counts a call of a collective that all ranks must enter."""
+        self.calls[name] = self.calls.pop(name, 0) + 1  # now the latest
+        if len(self.calls) > MOST_NAMES:
+            self.calls.popitem(last=False)
+
+    @property
+    def inside(self) -> str | None:
+        """The collective for all ranks in which the main thread waits: it can enter no other one meanwhile."""
+        main = threading.main_thread().ident
+        return next((w.name for w in reversed(self.waits.copy()) if w.everyone and w.thread == main), None)
+
+    @property
+    def busy(self) -> bool:
+        """Whether the other ranks may be waiting for this one."""
+        return bool(self.waits) or self.phase in BUSY
+
+    def sign(self, name: str, signature: Sequence[tuple[Any, Any, str]]) -> int | None:
+        """Notes what an exchange sends, and returns the signature's number; None for one that is known already."""
+        plain = [[_dimensions(shape), getattr(dtype, "name", str(dtype)), path] for shape, dtype, path in signature]
+        known = self.traced.setdefault(name, [])
+        if plain in known:
+            return None
+        known.append(plain)
+        return len(known) - 1
+
+
+class Waiting:
+    """A context that marks this rank as being inside a collective.
+
+    Args:
+        progress: the rank's progress.
+        name: the collective's name, the same on all ranks.
+        detail: what this rank brings to it (shapes and dtypes), for the report; `str` is called only if it is needed.
+        everyone: whether all ranks of the job must enter it.
+    """
+
+    __slots__ = ("detail", "everyone", "name", "progress", "thread")
+
+    def __init__(self, progress: Progress, name: str, detail: object = "", everyone: bool = False) -> None:
+        self.everyone = everyone
+        self.progress = progress
+        self.name = name
+        self.detail = detail
+
+    def __enter__(self) -> None:
+        self.thread = threading.get_ident()
+        if self.everyone:
+            self.progress.count(self.name)
+        self.progress.waits.append(self)
+        self.progress.marks += 1
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, _: TracebackType | None) -> None:
+        if self in self.progress.waits:  # a new world may have begun meanwhile
+            self.progress.waits.remove(self)
+        self.progress.last = self
+        self.progress.marks += 1
+
+
+def _dimensions(shape: Any) -> list[int | None] | None:
+    if shape is None or getattr(shape, "rank", 0) is None:
+        return None
+    return [None if n is None else int(n) for n in shape]
