@@ -48,3 +48,25 @@ def check_equal(names: Sequence[str], digests: Sequence[str]) -> None:
                 f"0 (of {world.size()} ranks), so they are several models. A layer that changes weights by itself, or "
                 f"code that one rank alone runs, does this: look at what makes {name}."
             )
+
+
+def check_equal_steps(steps: int | None) -> None:
+    """Compares over all ranks how many steps an epoch takes, before training starts.
+
+    A rank with a step more than another would wait for ever in its exchange of gradients.
+
+    Args:
+        steps: of this rank; None where it is not known, such as for a generator, whose rank is then not compared.
+
+    Raises:
+        UsageError: on all ranks, if the known numbers differ.
+    """
+    everyone = collectives.allgather_object(steps, name="steps")
+    if len({number for number in everyone if number is not None}) < 2:
+        return
+    shown = [f"rank {rank}: {'unknown' if number is None else number}" for rank, number in enumerate(everyone[:16])]
+    raise UsageError(
+        f"The ranks have different numbers of steps an epoch ({', '.join(shown)}{', ...' * (len(everyone) > 16)}), and "
+        f"those with more would wait for ever for the others. Divide the data with hvd.data.shard(dataset, "
+        f"uneven='drop', 'pad' or 'join'), or give fit the same steps_per_epoch on all ranks."
+    )

@@ -3,22 +3,26 @@
 import keras
 
 from hvdkit.callbacks.average_state import AverageStateCallback
+from hvdkit.callbacks.best_model_checkpoint import BestModelCheckpoint
 from hvdkit.callbacks.broadcast import BroadcastGlobalVariablesCallback
 from hvdkit.callbacks.learning_rate_schedule import LearningRateScheduleCallback
 from hvdkit.callbacks.learning_rate_warmup import LearningRateWarmupCallback
 from hvdkit.callbacks.metric_average import MetricAverageCallback
 from hvdkit.callbacks.progress import ProgressCallback
+from hvdkit.callbacks.replica_guard import ReplicaGuardCallback
 from hvdkit.callbacks.root_output import RootOutputCallback
 from hvdkit.callbacks.step_loss import StepLossCallback
 from hvdkit.callbacks.stop_at_step import StopAtStepCallback
 
 __all__ = [
     "AverageStateCallback",
+    "BestModelCheckpoint",
     "BroadcastGlobalVariablesCallback",
     "LearningRateScheduleCallback",
     "LearningRateWarmupCallback",
     "MetricAverageCallback",
     "ProgressCallback",
+    "ReplicaGuardCallback",
     "RootOutputCallback",
     "StepLossCallback",
     "StopAtStepCallback",
@@ -26,16 +30,18 @@ __all__ = [
 ]
 
 
-def standard(warmup_epochs: float = 0, root_rank: int = 0) -> list[keras.callbacks.Callback]:
+def standard(warmup_epochs: float = 0, root_rank: int = 0, guard_every: int = 500) -> list[keras.callbacks.Callback]:
     """What every distributed `fit` needs, in the right order; put your own callbacks after these.
 
     Args:
         warmup_epochs: length of the learning rate's warm-up from `lr / size` to the optimizer's `lr`; 0 for none.
         root_rank: the rank whose initial weights everyone takes.
+        guard_every: steps between two comparisons of the replicas; 0 for none.
 
     Returns:
         Callbacks that broadcast the initial state, average BatchNormalization's statistics and all metrics before
-        later callbacks see them, warm up the learning rate, and keep all ranks but 0 silent.
+        later callbacks see them, warm up the learning rate, keep all ranks but 0 silent, and stop all ranks if they
+        no longer train one model.
     """
     callbacks = [
         BroadcastGlobalVariablesCallback(root_rank),
@@ -45,4 +51,6 @@ def standard(warmup_epochs: float = 0, root_rank: int = 0) -> list[keras.callbac
     ]
     if warmup_epochs:
         callbacks.append(LearningRateWarmupCallback(initial_lr=None, warmup_epochs=warmup_epochs))
+    if guard_every:
+        callbacks.append(ReplicaGuardCallback(guard_every, root_rank=root_rank))
     return callbacks

@@ -1,14 +1,12 @@
 """`BroadcastGlobalVariablesCallback`: all ranks start from the root rank's state."""
 
-import logging
 from collections.abc import Sequence
 from typing import Any
 
 import keras
 
 from hvdkit import collectives, world
-
-_log = logging.getLogger(__name__)
+from hvdkit.optimizer import keeps_local
 
 
 class BroadcastGlobalVariablesCallback(keras.callbacks.Callback):
@@ -39,29 +37,24 @@ class BroadcastGlobalVariablesCallback(keras.callbacks.Callback):
         """Keeps `var` out of the broadcast: each rank has its own."""
         self._local.add(id(var))
 
-    def set_model(self, model: keras.Model) -> None:
-        """Turns XLA off for the training step, before `fit` makes it: XLA cannot compile Horovod's exchange."""
-        super().set_model(model)
-        if getattr(model, "jit_compile", False) and world.size() > 1:
-            _log.warning("jit_compile is turned off: XLA cannot compile the exchange of gradients between ranks.")
-            model.jit_compile = False
-
     def on_train_begin(self, logs: dict | None = None) -> None:
-        """Broadcasts. `fit` has built the model by now; the optimizer it would only build at the first step."""
-        model = self.model
-        if not model.built:
+        """Broadcasts. The optimizer, which Keras would only build at the first step, is built for it."""
+        model, optimizer = self.model, getattr(self.model, "optimizer", None)
+        if not model.weights and world.size() > 1:
             raise RuntimeError(
                 f"The model {model.name!r} has no variables yet when training begins, so they cannot be broadcast. "
                 f"Build it first: model.build(input_shape), or call the model on one batch."
             )
-        if not model.optimizer.built:
-            model.optimizer.build(model.trainable_variables)
-        variables = [*model.variables, *model.optimizer.variables]
+        if optimizer is not None and not optimizer.built and model.weights:
+            optimizer.build(model.trainable_variables)
+        variables = [*model.variables, *getattr(optimizer, "variables", [])]
+        variables = [v for v in variables if not keeps_local(optimizer, v)]
         collectives.broadcast_variables([v for v in variables if id(v) not in self._local], self.root_rank)
-        _tell_seeds_apart(model)
+        tell_seeds_apart(model)
 
 
-def _tell_seeds_apart(model: keras.Model) -> None:
+def tell_seeds_apart(model: keras.Model) -> None:
+    """Makes seeds that are equal on all ranks different again: ranks would drop the same units of other examples."""
     for variable in model.variables:
         if variable.path.endswith("seed_generator_state"):  # [seed, counter]
             seed = keras.ops.convert_to_numpy(variable)

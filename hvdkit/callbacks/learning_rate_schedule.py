@@ -101,7 +101,7 @@ def _velocities(optimizer: Any) -> list[Any]:
     optimizer = getattr(optimizer, "inner_optimizer", optimizer)
     if not optimizer.built or not getattr(optimizer, "momentum", 0):
         return []
-    return [v for v in optimizer.variables if "momentum" in v.path.rsplit("/", 1)[-1]]
+    return [v for v in optimizer.variables if v.path.endswith("momentum")]
 
 
 def _refuse_schedule(optimizer: Any) -> None:

@@ -55,21 +55,35 @@ class MetricAverageCallback(keras.callbacks.Callback):
         self._in_epoch = False
 
 
-def exact_metrics(model: keras.Model) -> dict[str, float]:
+def exact_metrics(model: keras.Model) -> dict[str, Any]:
     """Adds up the states of the model's metrics over all ranks and returns the results.
 
-    Afterwards the metrics hold the summed state on every rank, until `reset_metrics`.
+    Every metric that Keras has is a function of sums over the examples. A state of a metric of your own is treated as
+    its variable's `aggregation` says: summed (Keras' default for metrics), "mean" averaged, "only_first_replica" taken
+    from rank 0. A maximum, for example, cannot be had in this way.
+
+    Afterwards the metrics hold the common state on every rank, until `reset_metrics`.
+
+    Returns:
+        By name a float, or an array where the metric has several values (`F1Score(average=None)`).
     """
-    if world.size() > 1:
-        variables = [v for metric in model.metrics for v in metric.variables]
-        values = [np.asarray(keras.ops.convert_to_numpy(v), np.float64) for v in variables]
-        if values:
-            flat = collectives.allreduce_sum(np.concatenate([v.ravel() for v in values]), name="metrics")
-            parts = np.split(flat, np.cumsum([v.size for v in values])[:-1])
-            for variable, part, value in zip(variables, parts, values, strict=True):
-                mean = getattr(variable, "aggregation", "sum") == "mean"
-                variable.assign((part / world.size() if mean else part).reshape(value.shape))
-    return {name: float(value) for name, value in _flat(model.get_metrics_result()).items()}
+    variables = [v for metric in model.metrics for v in metric.variables]
+    if world.size() > 1 and variables:
+        # In float64: a rank's float32 counts are exact, and stay so until the sum is rounded once.
+        values = [_contribution(v) for v in variables]
+        flat = collectives.allreduce_sum(np.concatenate([v.ravel() for v in values]), name="metrics")
+        parts = np.split(flat, np.cumsum([v.size for v in values])[:-1])
+        for variable, part, value in zip(variables, parts, values, strict=True):
+            variable.assign(part.reshape(value.shape))
+    return {name: _as_python(value) for name, value in model.get_metrics_result().items()}
+
+
+def _contribution(variable: Any) -> np.ndarray:
+    value = np.asarray(keras.ops.convert_to_numpy(variable), np.float64)
+    aggregation = getattr(variable, "aggregation", "sum")
+    if aggregation == "mean":
+        return value / world.size()
+    return np.zeros_like(value) if aggregation == "only_first_replica" and world.rank() else value
 
 
 def _complete(logs: dict[str, Any], exact: dict[str, float]) -> dict[str, float]:
@@ -80,5 +94,6 @@ def _complete(logs: dict[str, Any], exact: dict[str, float]) -> dict[str, float]
     return {name: exact[name] for name in logs if name in exact}
 
 
-def _flat(results: dict[str, Any]) -> dict[str, Any]:
-    return {k: v for k, v in results.items() if np.ndim(keras.ops.convert_to_numpy(v)) == 0}
+def _as_python(value: Any) -> Any:
+    array = keras.ops.convert_to_numpy(value)
+    return array if array.ndim else float(array)

@@ -2,6 +2,8 @@
 
 import keras
 
+from hvdkit import heartbeat
+
 
 class StopAtStepCallback(keras.callbacks.Callback):
     """Stops `fit` after step `steps`, counted over all epochs; every rank stops at the same step.
@@ -25,3 +27,4 @@ class StopAtStepCallback(keras.callbacks.Callback):
         """Stops."""
         if self._epoch * self._steps_per_epoch + batch + 1 >= self._steps:
             self.model.stop_training = True
+            heartbeat.current().all_stop = True

@@ -1,0 +1,63 @@
+"""`BestModelCheckpoint`: the best model so far, in one file, written by rank 0 alone."""
+
+import os
+from typing import Any
+
+import keras
+
+from hvdkit import world
+
+
+class BestModelCheckpoint(keras.callbacks.ModelCheckpoint):
+    """Saves the model whenever `monitor` is better than before; later ones replace the file.
+
+    Put it behind `MetricAverageCallback` (or `standard()`), so that what it judges is the metric of all ranks.
+
+    Args:
+        monitor: the metric that is judged.
+        verbose: 1 prints a line whenever a model is saved.
+        save_weights_only: save the weights only (`filepath` then ends in `.weights.h5`).
+        mode: "min", "max" or "auto", which tells from the metric's name.
+        save_freq: "epoch", or a number of batches.
+        filepath: the file; it can also be set later, as the attribute `filepath`, which is what Horovod's callback of
+            this name needs: it takes no such argument.
+
+    Raises:
+        ValueError: no `filepath` is set when training begins.
+    """
+
+    def __init__(
+        self,
+        monitor: str = "val_loss",
+        verbose: int = 0,
+        save_weights_only: bool = False,
+        mode: str = "auto",
+        save_freq: Any = "epoch",
+        filepath: str | os.PathLike[str] | None = None,
+    ) -> None:
+        # Keras looks at the ending here already, so a file that is named later begins with a stand-in.
+        stand_in = "best.weights.h5" if save_weights_only else "best.keras"
+        super().__init__(
+            filepath or stand_in,
+            monitor=monitor,
+            verbose=verbose,
+            save_best_only=True,
+            save_weights_only=save_weights_only,
+            mode=mode,
+            save_freq=save_freq,
+        )
+        self.filepath: Any = os.fspath(filepath) if filepath else None
+
+    def on_train_begin(self, logs: dict | None = None) -> None:
+        """Checks that there is a file to write."""
+        if self.filepath is None:
+            raise ValueError(
+                "BestModelCheckpoint does not know where to save: pass filepath='best.keras', or set its attribute "
+                "filepath before training."
+            )
+        self.filepath = os.fspath(self.filepath)
+        super().on_train_begin(logs)
+
+    def _save_model(self, *args: Any, **kwargs: Any) -> None:
+        if world.rank() == 0:
+            super()._save_model(*args, **kwargs)

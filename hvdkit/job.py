@@ -1,0 +1,48 @@
+"""The start and the end of this process's part in the job: `init` and `shutdown`."""
+
+from typing import Any
+
+from hvdkit import batch_normalization, fit_guard, keras2, watchdog, wire, world
+from hvdkit.world import World
+
+
+def init(*args: Any, **kwargs: Any) -> World:
+    """Starts Horovod, takes this rank's share of the host, and puts the guards in place.
+
+    Call it before TensorFlow makes its first tensor: devices and threads are fixed from then on (see
+    `hvdkit.world.init` for which). With several ranks there are from then on a watchdog, which reports a job that
+    stands still and ends it (see `hvdkit.watchdog`), a guarded `keras.Model.fit` (see `hvdkit.fit_guard`), and
+    `BatchNormalization(synchronized=True)` that means all ranks (see `hvdkit.batch_normalization`).
+
+    Args:
+        *args: passed to `horovod.tensorflow.init` (process sets, for example).
+        **kwargs: likewise.
+
+    Returns:
+        The `World` of this process. Calling `init` again returns the same world.
+
+    Raises:
+        ImportError: Horovod is not installed, or was built for another TensorFlow.
+        UsageError: this host has GPUs, but fewer than ranks; or its own name does not resolve.
+    """
+    first = not world.is_initialized()
+    keras2.explain_in_keras()
+    me = world.init(*args, **kwargs)
+    if first and me.size > 1:
+        try:
+            watchdog.start(me)
+        except BaseException:
+            world.shutdown()  # so that a second `init` starts all of it
+            raise
+        fit_guard.install()
+        batch_normalization.honour_flag()
+    return me
+
+
+def shutdown() -> None:
+    """Leaves the job: no collective may follow. A second `init` starts anew."""
+    fit_guard.uninstall()
+    keras2.leave_keras_alone()
+    watchdog.stop()
+    wire.forget()
+    world.shutdown()
