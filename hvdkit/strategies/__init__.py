@@ -6,14 +6,16 @@ from hvdkit.errors import UsageError
 from hvdkit.strategies.base import Strategy
 from hvdkit.strategies.horovod import HorovodStrategy
 from hvdkit.strategies.mirrored import MirroredStrategy
+from hvdkit.strategies.multiworker import MultiWorkerStrategy
 from hvdkit.strategies.single import SingleStrategy
 
-__all__ = ["HorovodStrategy", "MirroredStrategy", "SingleStrategy", "Strategy", "create"]
+__all__ = ["HorovodStrategy", "MirroredStrategy", "MultiWorkerStrategy", "SingleStrategy", "Strategy", "create"]
 
 _BY_NAME: dict[str, Callable[[int | None], Strategy]] = {
     "single": SingleStrategy,
     "horovod": HorovodStrategy,
     "mirrored": MirroredStrategy,
+    "multiworker": MultiWorkerStrategy,
 }
 
 
@@ -21,9 +23,9 @@ def create(name: str, replicas: int | None = None) -> Strategy:
     """Makes a strategy and takes its devices; call it before TensorFlow makes its first tensor.
 
     Args:
-        name: `single`, `horovod` or `mirrored`.
+        name: `single`, `horovod`, `mirrored` or `multiworker`.
         replicas: for `mirrored`, how many devices (default: all GPUs, or 2 logical CPUs); for `single`, how many ranks
-            to imitate in the order of the data; `horovod` takes it from the launcher.
+            to imitate in the order of the data; `horovod` and `multiworker` take it from the launcher.
 
     Raises:
         UsageError: the name is unknown, or does not fit how the process was launched.

@@ -7,10 +7,9 @@ from typing import Any
 import keras
 import tensorflow as tf
 
-from hvdkit import callbacks, world
-from hvdkit.callbacks.average_state import average_state
-from hvdkit.callbacks.metric_average import exact_metrics
+from hvdkit import callbacks, job
 from hvdkit.errors import UsageError
+from hvdkit.evaluation import evaluate_part
 from hvdkit.optimizer import DistributedOptimizer
 
 
@@ -24,13 +23,13 @@ class HorovodStrategy:
     name = "horovod"
 
     def __init__(self, replicas: int | None = None) -> None:
-        self.world = world.init()
+        self.world = job.init()
         self.size = self.world.size
         self.shares: Sequence[int] = [self.world.rank]
         if replicas not in (None, self.size):
             raise UsageError(
-                f"--replicas={replicas}, but {self.size} rank(s) were started. With --strategy=horovod the launcher "
-                f"decides: leave --replicas out, or start {replicas} ranks (-np {replicas})."
+                f"--replicas={replicas}, but {self.size} rank(s) were started. With --strategy={self.name} the "
+                f"launcher decides: leave --replicas out, or start {replicas} ranks (-np {replicas})."
             )
 
     def scope(self) -> contextlib.AbstractContextManager[Any]:
@@ -47,9 +46,7 @@ class HorovodStrategy:
 
     def evaluate(self, model: keras.Model, batches: tf.data.Dataset) -> dict[str, float]:
         """Each rank evaluates its own batches, however many; then the states of the metrics are added up."""
-        average_state(model)
-        model.evaluate(batches, verbose=0)
-        return exact_metrics(model)
+        return evaluate_part(model, batches)
 
     def evaluation_batch(self, examples: int, global_batch: int) -> int:
         """The local batch."""

@@ -9,8 +9,10 @@ import tensorflow as tf
 
 from hvdkit import world
 from hvdkit.errors import UsageError
-from hvdkit.optimizer import ExchangingOptimizer, Gradient, with_loss_scale
+from hvdkit.loss_scale import with_loss_scale
+from hvdkit.optimizer import ExchangingOptimizer, parts_of
 from hvdkit.strategies.base import refuse_many_processes, refuse_options
+from hvdkit.strategies.replicas import sum_over_replicas
 
 _LOGICAL_CPUS = 2  # replicas where there is no GPU and the user named no number
 
@@ -57,9 +59,10 @@ class MirroredStrategy:
                     f"inside a condition). Leave it out, or use --strategy=horovod."
                 )
         optimizer = with_loss_scale(optimizer)
-        for part in _parts(optimizer):
+        for part in parts_of(optimizer):
             part._all_reduce_sum_gradients = list  # it has been done, when Keras comes to it
-        return ExchangingOptimizer(optimizer, _sum_over_replicas)
+        # Keras has divided the loss by the number of replicas already: their sum is the average.
+        return ExchangingOptimizer(optimizer, sum_over_replicas)
 
     def callbacks(self) -> list[keras.callbacks.Callback]:
         """None are needed: variables are mirrored and metrics are summed by `tf.distribute`."""
@@ -83,26 +86,6 @@ class MirroredStrategy:
             f"{examples} test examples cannot be divided over {self.size} devices so that each gets one of every "
             f"batch. Use fewer replicas."
         )
-
-
-def _sum_over_replicas(grads: list[Gradient]) -> list[Gradient]:
-    """Sums gradients over the replicas; Keras has divided the loss by their number."""
-    replica = tf.distribute.get_replica_context()
-    places = [i for i, g in enumerate(grads) if g is not None]
-    if replica is None or replica.num_replicas_in_sync == 1 or not places:
-        return grads
-    result = list(grads)
-    for place, reduced in zip(
-        places, replica.all_reduce(tf.distribute.ReduceOp.SUM, [grads[i] for i in places]), strict=True
-    ):
-        result[place] = reduced
-    return result
-
-
-def _parts(optimizer: keras.optimizers.Optimizer) -> list[keras.optimizers.Optimizer]:
-    """An optimizer and those inside of it (`LossScaleOptimizer`, `MultiOptimizer`)."""
-    inside = [*getattr(optimizer, "optimizers", []), *filter(None, [getattr(optimizer, "inner_optimizer", None)])]
-    return [optimizer, *(part for i in inside for part in _parts(i))]
 
 
 def _devices(replicas: int | None) -> list[str]:

@@ -1,0 +1,154 @@
+"""`multiworker`: one process a replica, whose gradients meet by `tf.distribute.MultiWorkerMirroredStrategy`.
+
+Keras 3's own `fit` fails under it (keras-team/keras#20585): it passes the first batch, a tuple, to `Strategy.reduce`,
+which takes single values under this strategy ("Attempt to convert a value (PerReplica: ...) ... to a Tensor").
+Mending that would not be enough. Keras also divides each worker's batch by the number of workers; the training step
+cannot exchange inside the condition that Keras puts around it for `steps_per_execution` (see below); and the states of
+metrics are either not made for the strategy (before Keras 3.10) or read by a collective, in which a callback of one
+rank alone would wait for ever.
+
+So `fit` never learns of the strategy here. Each worker has variables of its own, the sum of the gradients alone runs
+under `Strategy.run`, and whatever else must be common to the ranks is made so as with `horovod`: initial weights,
+metrics, BatchNormalization's statistics.
+"""
+
+from typing import Any
+
+import keras
+import tensorflow as tf
+
+from hvdkit import world
+from hvdkit.errors import UsageError
+from hvdkit.gradients import Gradient
+from hvdkit.loss_scale import with_loss_scale
+from hvdkit.optimizer import ExchangingOptimizer
+from hvdkit.strategies import cluster
+from hvdkit.strategies.horovod import HorovodStrategy
+from hvdkit.strategies.replicas import sum_over_replicas
+
+
+class MultiWorkerStrategy(HorovodStrategy):
+    """Data parallelism by TensorFlow's own collectives, between processes; see `Strategy` for the attributes.
+
+    Make it before TensorFlow makes its first tensor.
+
+    Args:
+        replicas: if given, the number of ranks that must have been started.
+
+    Raises:
+        UsageError: on all ranks, if `TF_CONFIG` is set, TensorFlow has started, or a host is not reachable.
+    """
+
+    name = "multiworker"
+
+    def __init__(self, replicas: int | None = None) -> None:
+        mistake = None
+        try:
+            super().__init__(replicas)
+            cluster.refuse_tf_config()
+            _take_cpu()
+        except UsageError as error:
+            if not world.is_initialized():
+                raise
+            mistake = error
+        resolver = cluster.join(mistake)
+        _number_collectives_when_traced()
+        self._strategy = tf.distribute.MultiWorkerMirroredStrategy(resolver)
+
+    def distribute(self, optimizer: keras.optimizers.Optimizer, **options: Any) -> keras.optimizers.Optimizer:
+        """The optimizer, with the average over the workers taken before anything else.
+
+        Raises:
+            UsageError: options were given that only Horovod's exchange has.
+        """
+        if options:
+            raise UsageError(
+                f"--strategy=multiworker has no {', '.join(options)}: tf.distribute exchanges gradients as they are. "
+                f"Leave it out, or use --strategy=horovod."
+            )
+        return ExchangingOptimizer(with_loss_scale(optimizer), _Exchange(self._strategy))
+
+
+class _Exchange:
+    """Averages gradients over the workers, in a graph of its own.
+
+    The workers' collectives find each other by numbers that are dealt out when a graph is traced (see
+    `_number_collectives_when_traced`). A training step may be traced once more on one worker alone, for a batch of
+    another size; this graph depends on the variables only, and so is traced equally often on all.
+    """
+
+    def __init__(self, strategy: tf.distribute.Strategy) -> None:
+        self._strategy = strategy
+        self._graphs: dict[tuple[Any, ...], Any] = {}
+
+    def __call__(self, grads: list[Gradient]) -> list[Gradient]:
+        """Returns the gradients' average over all workers, in the order given."""
+        places = [i for i, g in enumerate(grads) if g is not None]
+        if self._strategy.num_replicas_in_sync == 1 or not places:
+            return grads
+        specs = tuple(_spec(grads[i]) for i in places)
+        if specs not in self._graphs:
+            self._graphs[specs] = tf.function(self._average, input_signature=[list(specs)])
+        result = list(grads)
+        for place, average in zip(places, self._graphs[specs]([grads[i] for i in places]), strict=True):
+            result[place] = average
+        return result
+
+    @tf.autograph.experimental.do_not_convert
+    def _average(self, grads: list[Gradient]) -> list[Gradient]:
+        return self._strategy.run(self._average_in_replica, args=(grads,))
+
+    @tf.autograph.experimental.do_not_convert
+    def _average_in_replica(self, grads: list[Gradient]) -> list[Gradient]:
+        # tf.distribute looks at each tensor's device, which a function's arguments do not have.
+        here = tf.nest.map_structure(tf.identity, grads, expand_composites=True)
+        replicas = self._strategy.num_replicas_in_sync
+        return tf.nest.map_structure(
+            lambda total: (
+                tf.IndexedSlices(total.values / replicas, total.indices, total.dense_shape)
+                if isinstance(total, tf.IndexedSlices)
+                else total / replicas
+            ),
+            sum_over_replicas(here),
+        )
+
+
+def _take_cpu() -> None:
+    """One logical CPU, which TensorFlow grants only as long as it can still join a cluster."""
+    cpu = tf.config.list_physical_devices("CPU")[0]
+    try:
+        for number in (2, 1):  # what is so already would be granted at any time
+            tf.config.set_logical_device_configuration(cpu, [tf.config.LogicalDeviceConfiguration()] * number)
+    except RuntimeError as error:
+        raise UsageError(
+            f"The strategy multiworker must be made once, and before TensorFlow makes its first tensor ({error}). Call "
+            f"hvdkit.strategies.create('multiworker') at the start of the script."
+        ) from error
+
+
+def _number_collectives_when_traced() -> None:
+    """Turns off TensorFlow's other way: numbers that are fed into a graph from outside, at each of its calls.
+
+    Those do not reach a function that is called inside a condition, and this is how Keras calls the training step when
+    `steps_per_execution` is above 1 ("You must feed a value for placeholder tensor ...").
+
+    Raises:
+        RuntimeError: TensorFlow has no such switch.
+    """
+    try:  # a private module, needed by this strategy only
+        from tensorflow.python.distribute.cross_device_utils import CollectiveReplicaLauncher as Launcher
+    except ImportError:
+        Launcher = None  # noqa: N806
+    if not hasattr(Launcher, "_prefer_unique_instance_key"):
+        raise RuntimeError(
+            f"--strategy=multiworker was written for TensorFlow 2.16 to 2.21, whose CollectiveReplicaLauncher can be "
+            f"told how to number collectives; TensorFlow {tf.__version__} cannot. Use --strategy=horovod."
+        )
+    Launcher._prefer_unique_instance_key = False
+
+
+def _spec(grad: tf.Tensor | tf.IndexedSlices) -> Any:
+    if isinstance(grad, tf.IndexedSlices):
+        size = None if grad.dense_shape is None else grad.dense_shape.dtype
+        return tf.IndexedSlicesSpec(grad.shape, grad.dtype, grad.indices.dtype, size, [None])
+    return tf.TensorSpec(grad.shape, grad.dtype)
