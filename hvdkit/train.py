@@ -23,7 +23,7 @@ import numpy as np
 import tensorflow as tf
 from hvdkit_models.recipe import Recipe
 
-from hvdkit import artifacts, callbacks, collectives, strategies, train_flags, world
+from hvdkit import artifacts, callbacks, collectives, job, strategies, train_flags, world
 from hvdkit.agreement import check_equal, together
 from hvdkit.compression import Compression
 from hvdkit.data import balance, checks, pipeline
@@ -339,7 +339,7 @@ def main(argv: list[str]) -> int:
             print(f"hvdkit.train: {error}", file=sys.stderr, flush=True)
         return 2 if isinstance(error, UsageError) else 1
     finally:
-        world.shutdown()
+        job.shutdown()
     return 0
 
 

@@ -9,7 +9,7 @@ from hvdkit_models.recipe import Recipe
 
 from hvdkit.errors import UsageError
 
-STRATEGIES = ("single", "horovod", "mirrored")
+STRATEGIES = ("single", "horovod", "mirrored", "multiworker")
 _WHAT, _HOW, _MACHINE, _OUTPUT = "What to train", "How to train it", "On which machine", "What to write"
 
 
@@ -64,7 +64,8 @@ def define() -> None:
     add(boolean, _WHAT, "download", False, "let TFDS download a data set that is not there")
     add(integer, _WHAT, "image_size", None, "resize images to this height and width", lower_bound=1)
 
-    add(enum, _HOW, "strategy", "horovod", "how gradients meet", STRATEGIES)
+    add(enum, _HOW, "strategy", "horovod", "how gradients meet: between processes, one a replica, by Horovod or by "
+        "tf.distribute (multiworker); or in one process for this host's devices (mirrored)", STRATEGIES)  # fmt: skip
     add(integer, _HOW, "replicas", None, "mirrored: devices to use [all GPUs, or 2 logical CPUs]; single: ranks to "
         "imitate in the order of the data", lower_bound=1)  # fmt: skip
     add(integer, _HOW, "epochs", None, "passes over the training split [the recipe's]", lower_bound=1)

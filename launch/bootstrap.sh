@@ -218,20 +218,26 @@ make_environment() {
     stage "Putting pip into $prefix, which has none" "$prefix/bin/python" -m ensurepip --upgrade
 }
 
-# Read from the metadata: importing TensorFlow takes seconds. Its size tells builds of one version apart.
+# Read from the metadata: importing TensorFlow takes seconds. Its size tells builds of one version apart. What TensorFlow
+# requires is kept with it: pip minds the needs of what it installs, not of what is there, and would lift protobuf above
+# the version that TensorFlow takes.
 read_environment() {
   local facts
   facts=$("$prefix/bin/python" - "$tmp/own.txt" <<'PY'
 import sys
 if sys.version_info < (3, 10):  # check_environment() turns it down
     sys.exit(print("%d.%d|||" % sys.version_info[:2]))
-import importlib.metadata as metadata, pathlib
+import importlib.metadata as metadata, pathlib, re
 
-version = {d.metadata["Name"]: d.version for d in metadata.distributions()}
+# One spelling: some wheels write tensorflow_cpu.
+version = {re.sub(r"[-_.]+", "-", d.metadata["Name"]).lower(): d.version for d in metadata.distributions()}
 names = ("tensorflow", "tensorflow-cpu", "tensorflow-rocm", "tf-nightly")
 tensorflow = next((name for name in names if name in version), "")
-kept = [f"{name}=={version[name]}\n" for name in (tensorflow, "keras", "numpy") if name in version]
-pathlib.Path(sys.argv[1]).write_text("".join(kept))
+kept = {name: f"{name}=={version[name]}" for name in (tensorflow, "keras", "numpy") if name in version}
+for need in tensorflow and metadata.requires(tensorflow) or ():
+    if "extra ==" not in need:
+        kept.setdefault(re.match(r"[\w.-]+", need)[0], need)
+pathlib.Path(sys.argv[1]).write_text("\n".join(kept.values()))
 library = tensorflow and metadata.distribution(tensorflow).locate_file("tensorflow/libtensorflow_framework.so.2")
 size = library.stat().st_size if library and library.exists() else ""
 print("%d.%d" % sys.version_info[:2], tensorflow, version.get(tensorflow, ""), size, sep="|")

@@ -1,55 +1,223 @@
-"""Dividing examples over ranks: an even share each, and as many steps as everyone."""
+"""Dividing examples over ranks: an even share each, and as many steps as everyone.
+
+What does not divide evenly is left out, repeated, or joined with examples of weight 0; the caller chooses.
+"""
 
 import logging
 import time
+from typing import Any
 
+import keras
+import numpy as np
 import tensorflow as tf
 
 from hvdkit import world
+from hvdkit.errors import UsageError
 
 _log = logging.getLogger(__name__)
 
+_POLICIES = ("drop", "pad", "join")
 
-def shard(dataset: tf.data.Dataset, rank: int | None = None, size: int | None = None) -> tf.data.Dataset:
-    """Returns this rank's share of a data set: every `size`-th element, and as many as every other rank gets.
 
-    A batched data set is divided by batches, so its batch size is the local batch. What does not divide evenly is left
-    out at the end (at most `size - 1` elements), with a warning: a rank with a batch more would wait for ever for the
-    others. Shuffle with a fixed seed before you shard, or without one after.
+def shard(
+    dataset: Any,
+    rank: int | None = None,
+    size: int | None = None,
+    uneven: str = "drop",
+    batch_size: int | None = None,
+) -> Any:
+    """Returns this rank's share of the data: every `size`-th element, and as many as every other rank gets.
+
+    A batched data set is divided by batches, so its batch size is the local batch. A rank with a batch more would wait
+    for ever for the others; `uneven` says what becomes of elements that do not divide evenly:
+
+    - `"drop"` (the default) leaves them out at the end: at most `size - 1` elements, with a warning that says how many.
+    - `"pad"` completes the last round with elements from the beginning: at most `size - 1`, which count twice in this
+      epoch's gradients and metrics (as in PyTorch's `DistributedSampler`), with a warning. In a data set of batches
+      these are whole batches, and the last one may be smaller: its examples then weigh more, for the ranks' gradients
+      are averaged as equals.
+    - `"join"` takes every example once, and none twice. The share comes back in batches of `batch_size` examples, as
+      `(x, y, weights)`: ranks whose last batch is short fill it with examples of weight 0, and the weights of the
+      others in that batch make up for them. Under a loss that divides by the batch (Keras' default reduction,
+      `"sum_over_batch_size"`), each step's gradient is that of one process with batch `size * batch_size`, also the
+      last and smaller one. Limits: BatchNormalization sees the filling (at most `size - 1` examples an epoch), and so
+      do `metrics=`; `weighted_metrics=` and the loss do not, but weigh the last step's examples by up to `size`.
+      Losses with the reduction `"sum"` or `"mean_with_sample_weight"` are not made right.
+
+    Horovod's own `hvd.join()` does not keep replicas equal under `fit`: a rank that has joined contributes zeros, but
+    no longer updates its weights.
+
+    Shuffle with a fixed seed before you shard, or without one after.
 
     Args:
-        dataset: any finite or infinite `tf.data.Dataset`; one whose length TensorFlow does not know is read once.
+        dataset: a finite or infinite `tf.data.Dataset`; one whose length TensorFlow does not know is read once. Or
+            arrays or tensors [examples, ...], in tuples, lists or dicts as `Model.fit` takes them; for `"join"` a pair
+            `(x, y)`, or a triple with sample weights [examples, ...].
         rank: which share; by default this rank's.
         size: number of shares; by default the number of ranks.
+        uneven: `"drop"`, `"pad"` or `"join"`.
+        batch_size: the local batch, for `"join"` alone.
+
+    Returns:
+        A `tf.data.Dataset`; for arrays, with `"drop"` and `"pad"`, arrays in the same structure.
 
     Raises:
-        ValueError: there are fewer elements than ranks.
+        ValueError: there are fewer elements than ranks (`"drop"`), or none.
+        UsageError: an argument is wrong, or the arrays are not equally long.
+        TypeError: the data cannot be divided, such as a `keras.utils.PyDataset`.
     """
     size = world.size() if size is None else size
     rank = world.rank() if rank is None else rank
-    if size == 1:
-        return dataset
-    length = int(dataset.cardinality())
-    if length == tf.data.INFINITE_CARDINALITY:
-        return dataset.shard(size, rank)
-    if length == tf.data.UNKNOWN_CARDINALITY:
-        length = _count(dataset)
-    if length < size:
-        raise ValueError(
-            f"A data set of {length} element(s) cannot be divided over {size} ranks: each needs one. A batched "
-            f"data set is divided by batches: use a smaller batch, or fewer ranks."
-        )
-    if length % size:
-        _log.warning(
-            "%d of %d elements are left out, so that all %d ranks take %d steps.",
-            length % size, length, size, length // size,
-        )  # fmt: skip
-    return dataset.shard(size, rank).take(length // size)
+    _check_policy(uneven, batch_size)
+    if not isinstance(dataset, tf.data.Dataset):
+        examples = array_length(dataset)
+        if uneven != "join":
+            length = _round(examples, size, uneven)
+            return take_rows(dataset, (rank + size * np.arange(length)) % examples)
+        dataset = tf.data.Dataset.from_tensor_slices(tuple(dataset))
+    if uneven == "join":
+        return _join(dataset, rank, size, int(batch_size or 1))
+    return _divide(dataset, rank, size, uneven)
 
 
 def even_share(examples: int, share: int, shares: int) -> tuple[int, int]:
     """Returns the range `[start, stop)` of one of `shares` contiguous parts whose sizes differ by one at most."""
     return examples * share // shares, examples * (share + 1) // shares
+
+
+def length_of(dataset: tf.data.Dataset) -> int | None:
+    """The number of elements; None is infinite. A data set whose length TensorFlow does not know is read once."""
+    length = int(dataset.cardinality())
+    if length == tf.data.INFINITE_CARDINALITY:
+        return None
+    return _count(dataset) if length == tf.data.UNKNOWN_CARDINALITY else length
+
+
+def array_length(arrays: Any) -> int:
+    """The common number of examples of arrays in tuples, lists or dicts.
+
+    Raises:
+        TypeError: something else is among them.
+        UsageError: they are not equally long.
+    """
+    leaves = [leaf for leaf in keras.tree.flatten(arrays) if leaf is not None]
+    for leaf in leaves:
+        if not isinstance(leaf, (np.ndarray, tf.Tensor)) or not leaf.ndim:
+            raise TypeError(
+                f"Only a tf.data.Dataset, or NumPy arrays and tensors of examples (in tuples, lists or dicts), can be "
+                f"divided over ranks, but {type(leaf).__module__}.{type(leaf).__name__} was given. Convert it with "
+                f"numpy.asarray(...); let a keras.utils.PyDataset or a generator pick its own share: the examples "
+                f"numbered hvd.rank(), hvd.rank() + hvd.size(), ..., equally many on all ranks."
+            )
+    lengths = sorted({len(leaf) for leaf in leaves})
+    if len(lengths) != 1:
+        raise UsageError(
+            f"The arrays have {' and '.join(map(str, lengths)) or 'no'} examples; one example needs a row in each. "
+            f"Give arrays of the same length."
+        )
+    return lengths[0]
+
+
+def take_rows(arrays: Any, rows: np.ndarray) -> Any:
+    """Picks rows, by their numbers, from arrays in tuples, lists or dicts; None stays None."""
+
+    def pick(leaf: Any) -> Any:
+        if leaf is None:
+            return None
+        return tf.gather(leaf, rows) if isinstance(leaf, tf.Tensor) else leaf[rows]
+
+    return keras.tree.map_structure(pick, arrays)
+
+
+def _check_policy(uneven: str, batch_size: int | None) -> None:
+    if uneven not in _POLICIES:
+        raise UsageError(f"uneven must be one of {', '.join(_POLICIES)}, but is {uneven!r}.")
+    if uneven == "join" and (batch_size is None or batch_size < 1):
+        raise UsageError(
+            f"uneven='join' puts examples into batches itself, so that it can weigh the last one, but batch_size is "
+            f"{batch_size}. Give the local batch: shard(dataset, uneven='join', batch_size=16); a batched data set "
+            f"goes in as dataset.unbatch()."
+        )
+    if uneven != "join" and batch_size is not None:
+        raise UsageError(f"batch_size is for uneven='join'; with {uneven!r}, write shard(dataset).batch({batch_size}).")
+
+
+def _divide(dataset: tf.data.Dataset, rank: int, size: int, uneven: str) -> tf.data.Dataset:
+    if size == 1:
+        return dataset
+    length = length_of(dataset)
+    if length is None:
+        return dataset.shard(size, rank)
+    steps = _round(length, size, uneven)
+    if uneven == "pad":
+        return _filled(dataset, length, rank, size)
+    return dataset.shard(size, rank).take(steps)
+
+
+def _filled(dataset: tf.data.Dataset, length: int, rank: int, size: int) -> tf.data.Dataset:
+    """This rank's elements, and where the last round lacks its own, one from the beginning of the data set.
+
+    That one is read here, once and by all ranks alike: a rank alone that began to read anew at the end of an epoch
+    would draw another order than the others from a data set that shuffles.
+    """
+    missing = -length % size  # the last ranks'
+    mine = dataset.shard(size, rank)
+    head = list(dataset.take(missing)) if missing else []
+    place = rank - (size - missing)
+    if place < 0:
+        return mine
+    return mine.concatenate(tf.data.Dataset.from_tensors(head[place % length]))
+
+
+def _round(length: int, size: int, uneven: str) -> int:
+    """How many elements each rank gets; says what was done to make them equally many."""
+    if length < (1 if uneven == "pad" else size):
+        raise ValueError(
+            f"A data set of {length} element(s) cannot be divided over {size} ranks: each needs one. A batched "
+            f"data set is divided by batches: use a smaller batch, or fewer ranks."
+        )
+    steps = -(-length // size) if uneven == "pad" else length // size
+    if steps * size < length:
+        _log.warning(
+            "%d of %d elements are left out, so that all %d ranks take %d steps.",
+            length - steps * size, length, size, steps,
+        )  # fmt: skip
+    elif steps * size > length:
+        _log.warning(
+            "%d of %d elements are taken twice, and count twice, so that all %d ranks take %d steps.",
+            steps * size - length, length, size, steps,
+        )  # fmt: skip
+    return steps
+
+
+def _join(dataset: tf.data.Dataset, rank: int, size: int, batch: int) -> tf.data.Dataset:
+    """Batches of (x, y, weights): example i belongs to rank `i % size` and to step `i // (size * batch)`."""
+    spec = dataset.element_spec
+    if not (isinstance(spec, tuple) and len(spec) in (2, 3)):
+        raise UsageError(
+            f"uneven='join' gives examples a weight, so it needs (x, y) or (x, y, weight), but an element of this data "
+            f"set is {spec}."
+        )
+    length = length_of(dataset)
+    if length == 0:
+        raise ValueError("A data set of 0 elements cannot be divided.")
+    mine = dataset.shard(size, rank) if length is None else _filled(dataset, length, rank, size)
+
+    def weigh(places: tf.Tensor, element: tuple) -> tuple:
+        if length is None:
+            weights = tf.ones_like(places, tf.float32)
+        else:
+            numbers = rank + size * places  # in the whole data set
+            all_places = size * tf.size(places, tf.int64)
+            examples = tf.minimum(all_places, length - size * places[0])  # of this step, over all ranks
+            share = tf.cast(all_places, tf.float32) / tf.cast(examples, tf.float32)
+            weights = tf.where(numbers < length, share, 0.0)
+        if len(element) == 3:
+            given = tf.cast(element[2], tf.float32)
+            weights = given * tf.reshape(weights, [-1] + [1] * (given.shape.rank - 1))
+        return (*element[:2], weights)
+
+    return mine.enumerate().batch(batch).map(weigh)
 
 
 def _count(dataset: tf.data.Dataset) -> int:

@@ -8,12 +8,12 @@ runner's own traceback and exit code 1.
 """
 
 import argparse
+import importlib.util
 import os
 import signal
 import subprocess
 import sys
 import threading
-from pathlib import Path
 
 from hvdkit.launch.console import Console
 
@@ -21,24 +21,29 @@ from hvdkit.launch.console import Console
 def main(argv: list[str]) -> int:
     """Launches, waits, and returns the exit code: that of the first rank that failed, 0 if none did."""
     arguments = _parse(argv)
-    runner = Path(sys.executable).with_name("horovodrun")
-    if not runner.exists():
+    if importlib.util.find_spec("horovod") is None:
         print(
-            f"hvdkit.launch: {runner} is not there; launch/bootstrap.sh builds and installs Horovod.", file=sys.stderr
+            f"hvdkit.launch: {sys.executable} has no Horovod; launch/bootstrap.sh builds and installs it.",
+            file=sys.stderr,
         )
         return 2
     hosts = ["-H", arguments.hosts] if arguments.hosts else []
     # Ranks write to a pipe, so only the launcher knows whether a person is watching.
     watched = {"HVDKIT_PROGRESS": "bar"} if sys.stderr.isatty() else {}
     process = subprocess.Popen(
-        [str(runner), "-np", str(arguments.np), "--gloo", *hosts, *arguments.command],
+        [sys.executable, "-m", "hvdkit.launch.runner", "-np", str(arguments.np), "--gloo", *hosts, *arguments.command],
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         env={**os.environ, **watched},
     )
-    for number in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(number, lambda received, _: process.send_signal(received))
     console = Console()
+
+    def cancel(received: int, _: object) -> None:
+        console.cancelled = True
+        process.send_signal(received)
+
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, cancel)
     readers = [
         threading.Thread(target=console.copy, args=(source, target))
         for source, target in ((process.stdout, sys.stdout), (process.stderr, sys.stderr))

@@ -8,6 +8,11 @@ from typing import IO
 
 _OF_A_RANK = re.compile(r"\[(?:\d+,)?(\d+)\]<(?:stdout|stderr)>:(.*)", re.DOTALL)
 _FIRST_TO_FAIL = re.compile(r"Process name: (\d+)\s+Exit code: (-?\d+)")
+_EXIT_CODE = re.compile(r"Process (\d+) exit with status code (-?\d+)\.")
+# What hvdkit.watchdog says of the rank whose failure is the cause of the others': which ends first is chance.
+_FAILED = re.compile(r"hvdkit: rank (\d+) on host \S+ (failed|died|ended).*?(?: exit code (\d+)\.)?\s*$", re.DOTALL)
+_DIED = re.compile(r"hvdkit: rank \d+ on host \S+ (?:died|ended)")
+_SAID = (2, 75)  # exit codes of ranks that have said all: what the user can mend, and a stall's report
 # TensorFlow writes these at every import, whatever TF_CPP_MIN_LOG_LEVEL says; the last where there is no GPU driver.
 _NOTICES = re.compile(
     r"WARNING: All log messages before absl::InitializeLog\(\)"
@@ -21,7 +26,9 @@ class Console:
     """Copies the runner's output to this process's, rank by rank, and remembers what the runner itself said."""
 
     def __init__(self) -> None:
+        self.cancelled = False  # by the user: ranks die then, which is no news
         self._lock = threading.Lock()
+        self._cause: tuple[int, int | None] | None = None  # rank, and the exit code if the rank itself told it
         self._of_the_runner: list[str] = []
 
     def copy(self, source: IO[bytes], target: IO[str]) -> None:
@@ -40,7 +47,12 @@ class Console:
             print(said, file=sys.stderr, end="")
             return code if code > 0 else 128 - code
         rank, failed_with = int(first[1]), int(first[2])
-        if failed_with != 2:  # a rank that leaves with 2 has said what the user can mend
+        codes = {int(process): int(exit_code) for process, exit_code in _EXIT_CODE.findall(said)}
+        if self._cause:
+            rank, told = self._cause
+            # One that fails with an exception may be ended by the runner while it cleans up.
+            failed_with = told or codes.get(rank, failed_with)
+        if failed_with not in _SAID:
             print(f"hvdkit.launch: rank {rank} was the first to fail, with exit code {failed_with}.", file=sys.stderr)
         return failed_with if failed_with > 0 else 128 - failed_with
 
@@ -50,6 +62,11 @@ class Console:
             self._of_the_runner.append(text)
             return
         rank, line = int(match[1]), match[2]
+        failed = _FAILED.search(line)  # it may follow a progress bar's unfinished line
+        if failed and self._cause is None:
+            self._cause = int(failed[1]), int(failed[3]) if failed[2] == "failed" and failed[3] else None
+        if self.cancelled and _DIED.search(line):
+            return
         if not _NOTICES.match(line):
             target.write(line if rank == 0 else f"[{rank}] {line}")
             target.flush()
