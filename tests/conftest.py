@@ -14,6 +14,7 @@ import pytest
 
 # Loaded once, before any test: TensorFlow sets environment variables of its own when it is imported.
 os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
+import tensorflow  # noqa: F401
 import tensorflow_datasets  # noqa: F401 - sets some, too
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -84,7 +85,7 @@ def run_command(command, *, timeout, env=None, cwd=None):
 def ranks(tmp_path):
     """Calls a module-level function on N ranks, and returns what each returned: `ranks(2, function, key=value)`."""
 
-    def start(number, function, *, timeout=240, env=None, fails=False, **arguments):
+    def start(number, function, *, timeout=540, env=None, fails=False, **arguments):
         results = tmp_path / f"ranks-{len(list(tmp_path.iterdir()))}"
         results.mkdir()
         call = {"file": function.__code__.co_filename, "function": function.__name__, "arguments": arguments}

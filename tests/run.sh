@@ -8,4 +8,6 @@ set -euo pipefail
 root=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
 "$root/launch/bootstrap.sh"
 cd "$root"
-exec .venv/bin/python -m pytest "$@"
+# Ranks wait for each other a good part of the time: one test more than cores at once, but not too many ranks.
+cores=$(nproc)
+exec .venv/bin/python -m pytest -n "$((cores < 4 ? cores + 1 : 4))" --dist worksteal "$@"

@@ -33,7 +33,7 @@ def collectives_of_all_kinds():
     found["averaged"] = np.asarray(weight).tolist(), np.asarray(same).tolist()
 
     tensors = [tf.fill([5], float(mine)), tf.fill([2, 2], tf.cast(mine, tf.bfloat16)), tf.ones([1], tf.float64)]
-    graph = tf.function(lambda: collectives.average_dense(tensors, "test", average=True, process_set=process_set))
+    graph = tf.function(lambda: collectives.reduce_dense(tensors, "test", op=hvd.Average, process_set=process_set))
     found["dense"] = [tf.cast(t, tf.float32).numpy().tolist() for t in graph()]
     found["rows"] = collectives.gather_rows(tf.fill([mine, 2], mine), "rows", process_set).numpy().tolist()
     hvd.barrier()
@@ -59,10 +59,10 @@ def compressed_gradients(kind):
     import tensorflow as tf
 
     import hvdkit as hvd
-    from hvdkit.optimizer import GradientExchange
+    from hvdkit.gradients import GradientExchange
 
     world = hvd.init()
-    exchange = GradientExchange("test", getattr(hvd.Compression, kind), False, True, None)
+    exchange = GradientExchange("test", compression=getattr(hvd.Compression, kind))
     generator = np.random.default_rng(5)
     everyone = generator.normal(size=[world.size, 1001]).astype("float32")
     rows = generator.normal(size=[world.size, 4, 3]).astype("float32")

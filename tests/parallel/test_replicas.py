@@ -49,19 +49,24 @@ def trained_from_different_seeds(wrapped):
     before = _checksum(model)
     if wrapped:
         optimizer = hvd.DistributedOptimizer(optimizer)
-    _fit(model, optimizer, world.rank, hvd.callbacks.standard())
-    return before, _checksum(model)
+    try:
+        _fit(model, optimizer, world.rank, hvd.callbacks.standard())
+    except hvd.ReplicasDiverged as error:
+        return before, str(error), _checksum(model)
+    return before, None, _checksum(model)
 
 
 def test_ranks_with_different_seeds_end_with_identical_weights(ranks):
-    before, after = zip(*ranks(3, trained_from_different_seeds, wrapped=True), strict=True)
+    before, errors, after = zip(*ranks(3, trained_from_different_seeds, wrapped=True), strict=True)
     assert len(set(before)) == 3
+    assert set(errors) == {None}
     assert len(set(after)) == 1
 
 
-def test_without_the_wrapper_they_do_not(ranks):
-    _, after = zip(*ranks(2, trained_from_different_seeds, wrapped=False), strict=True)
+def test_without_the_wrapper_they_do_not_and_are_told(ranks):
+    _, errors, after = zip(*ranks(2, trained_from_different_seeds, wrapped=False), strict=True)
     assert len(set(after)) == 2
+    assert all("The replicas differ at step 12: " in error for error in errors), errors
 
 
 def checksums(library):
@@ -218,7 +223,7 @@ import keras, numpy, json
 model = keras.models.load_model({str(path)!r})
 assert type(model.optimizer) is keras.optimizers.Adam and model.compiled, model.optimizer
 rate = float(numpy.asarray(model.optimizer.learning_rate))
-print(json.dumps([int(model.optimizer.iterations), numpy.asarray(model.optimizer.variables[2]).tolist(), rate]))
+print(json.dumps([int(model.optimizer.iterations.numpy()), numpy.asarray(model.optimizer.variables[2]).tolist(), rate]))
 """
     printed = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True).stdout
     loaded_iterations, loaded_slot, rate = json.loads(printed)
@@ -226,53 +231,3 @@ print(json.dumps([int(model.optimizer.iterations), numpy.asarray(model.optimizer
     assert loaded_slot == slot
     assert np.abs(slot).max() > 0
     assert abs(rate - 3e-3) < 1e-9
-
-
-def overflowing_on_one_rank():
-    import keras
-
-    import hvdkit as hvd
-
-    world = hvd.init()
-    keras.config.set_dtype_policy("mixed_float16")
-    model = _model(seed=0)
-    model.compile(hvd.DistributedOptimizer(keras.optimizers.SGD(0.1)), loss="mse", jit_compile=False)
-    inputs, _ = _data(0, 16)
-    targets = np.zeros([16, 3], "float32")
-    states = []
-    for step in range(3):
-        bad = step == 1 and world.rank == 1
-        model.train_on_batch(inputs * (np.inf if bad else 1), targets)
-        states.append((_checksum(model), float(model.optimizer.dynamic_scale)))
-    return type(model.optimizer.__wrapped__).__name__, states
-
-
-def test_one_ranks_overflow_is_skipped_by_all(ranks):
-    (kind, states), (_, others) = ranks(2, overflowing_on_one_rank)
-    assert kind == "LossScaleOptimizer"
-    assert states == others
-    assert states[0][0] == states[1][0] != states[2][0], "step 1 is skipped, step 2 is not"
-    assert states[1][1] == states[0][1] / 2
-
-
-def inside_a_loss_scale():
-    import keras
-
-    import hvdkit as hvd
-
-    hvd.init()
-    model = _model(seed=0)
-    model.compile(
-        keras.optimizers.LossScaleOptimizer(hvd.DistributedOptimizer(keras.optimizers.SGD(0.1))),
-        loss="mse",
-        jit_compile=False,
-    )
-    try:
-        model.train_on_batch(_data(0, 4)[0], np.zeros([4, 3]))
-    except RuntimeError as error:
-        return str(error)
-
-
-def test_a_place_inside_a_loss_scale_is_refused(ranks):
-    for message in ranks(2, inside_a_loss_scale):
-        assert "Put it outside: hvdkit.DistributedOptimizer(keras.optimizers.LossScaleOptimizer(" in message

@@ -29,7 +29,8 @@ def result_of(workdir):
 
 
 def test_all_strategies_train_the_same_model(train, tmp_path):
-    runs = {"horovod": (2, []), "mirrored": (0, ["--replicas=2"]), "single": (0, ["--replicas=2"])}
+    alone = (0, ["--replicas=2"])
+    runs = {"horovod": (2, []), "multiworker": (2, []), "mirrored": alone, "single": alone}
     results, weights = {}, {}
     for name, (ranks, flags) in runs.items():
         workdir = tmp_path / name
@@ -41,7 +42,7 @@ def test_all_strategies_train_the_same_model(train, tmp_path):
         weights[name] = keras.models.load_model(workdir / "model.keras").get_weights()
         history = list(csv.DictReader((workdir / "history.csv").open()))
         assert float(history[-1]["val_loss"]) == pytest.approx(results[name]["test_loss"], rel=1e-5)
-    for name in ("mirrored", "single"):
+    for name in ("multiworker", "mirrored", "single"):
         for ours, theirs in zip(weights["horovod"], weights[name], strict=True):
             assert np.linalg.norm(ours - theirs) <= 1e-4 * np.linalg.norm(theirs), name
         assert results[name]["test_loss"] == pytest.approx(results["horovod"]["test_loss"], rel=1e-5)

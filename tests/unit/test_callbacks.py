@@ -117,6 +117,7 @@ def test_other_ranks_than_0_are_silent(capsys):
 
 
 def test_a_model_without_variables_cannot_be_broadcast():
+    world.enter(world.World(0, 2, 0, 2, 0, 1, "h1"))
     model = keras.Sequential([keras.layers.Dense(1)])
     callback = callbacks.BroadcastGlobalVariablesCallback(0)
     callback.set_model(model)
@@ -132,7 +133,9 @@ def test_standard_has_what_a_run_needs_in_the_right_order():
         "MetricAverageCallback",
         "RootOutputCallback",
         "LearningRateWarmupCallback",
+        "ReplicaGuardCallback",
     ]
+    assert len(hvd.callbacks.standard(guard_every=0)) == 4
 
 
 def test_progress_measures_and_shows(capfd):

@@ -170,3 +170,92 @@ def test_shard_counts_what_tensorflow_cannot():
 def test_shard_refuses_fewer_elements_than_ranks():
     with pytest.raises(ValueError, match=r"2 element\(s\) cannot be divided over 3 ranks"):
         hvd.data.shard(tf.data.Dataset.range(2), 0, 3)
+
+
+def shares_of(data, size, **policy):
+    return [list(hvd.data.shard(data, r, size, **policy).as_numpy_iterator()) for r in range(size)]
+
+
+def test_pad_repeats_from_the_beginning_and_says_so(caplog):
+    assert shares_of(tf.data.Dataset.range(11), 3, uneven="pad") == [[0, 3, 6, 9], [1, 4, 7, 10], [2, 5, 8, 0]]
+    assert "1 of 11 elements are taken twice, and count twice, so that all 3 ranks take 4 steps" in caplog.text
+    assert shares_of(tf.data.Dataset.range(2), 5, uneven="pad") == [[0], [1], [0], [1], [0]]
+
+
+def test_pad_takes_a_batched_data_sets_batches_as_they_are():
+    shares = shares_of(tf.data.Dataset.range(10).batch(4), 2, uneven="pad")
+    assert [[b.tolist() for b in share] for share in shares] == [[[0, 1, 2, 3], [8, 9]], [[4, 5, 6, 7], [0, 1, 2, 3]]]
+
+
+def test_padding_keeps_a_shuffled_data_set_in_the_same_order_on_all_ranks():
+    shares = [hvd.data.shard(tf.data.Dataset.range(5).shuffle(5, seed=3), rank, 2, uneven="pad") for rank in range(2)]
+    steps = len(shares[0])
+    epochs = [[list(share.take(steps).as_numpy_iterator()) for share in shares] for _ in range(4)]
+    assert all(set(sum(epoch, [])) == set(range(5)) for epoch in epochs)
+    assert epochs[0] != epochs[1]
+
+
+@pytest.mark.parametrize(("examples", "size", "batch"), [(11, 3, 2), (12, 3, 2), (2, 3, 2), (7, 2, 16), (25, 2, 4)])
+def test_join_takes_every_example_once_in_equally_many_steps(examples, size, batch):
+    data = (np.arange(examples), np.arange(examples))
+    shares = shares_of(data, size, uneven="join", batch_size=batch)
+    assert len({len(share) for share in shares}) == 1
+    for step, parts in enumerate(zip(*shares, strict=True)):
+        numbers, _, weights = (np.concatenate(column) for column in zip(*parts, strict=True))
+        expected = range(step * size * batch, min(examples, (step + 1) * size * batch))
+        assert sorted(numbers[weights > 0]) == list(expected), "as one process with the global batch"
+        assert weights[weights > 0] == pytest.approx(len(numbers) / len(expected))
+    assert len(hvd.data.shard(data, 0, size, uneven="join", batch_size=batch)) == len(shares[0])
+
+
+def test_join_multiplies_weights_that_are_there():
+    given = np.array([[0.5, 1.0], [2.0, 3.0], [4.0, 0.0]])
+    shares = shares_of((np.arange(3), np.arange(3), given), 2, uneven="join", batch_size=2)
+    assert shares[0][0][2].tolist() == (given[[0, 2]] * np.float32(4 / 3)).astype("float32").tolist()
+    assert shares[1][0][2].tolist() == [(given[1] * np.float32(4 / 3)).astype("float32").tolist(), [0, 0]]
+
+
+def test_join_goes_on_for_ever_with_an_infinite_data_set():
+    endless = tf.data.Dataset.from_tensor_slices((np.arange(3), np.arange(3))).repeat()
+    batches = hvd.data.shard(endless, 1, 2, uneven="join", batch_size=2).take(2)
+    assert [(x.tolist(), w.tolist()) for x, _, w in batches.as_numpy_iterator()] == [([1, 0], [1, 1]), ([2, 1], [1, 1])]
+
+
+def test_arrays_are_divided_in_their_structure():
+    x, y = {"a": np.arange(5), "b": np.arange(10).reshape(5, 2)}, tf.range(5)
+    inputs, labels = hvd.data.shard((x, y), 1, 2)
+    assert inputs["a"].tolist() == [1, 3]
+    assert inputs["b"].tolist() == [[2, 3], [6, 7]]
+    assert labels.numpy().tolist() == [1, 3]
+    assert hvd.data.shard(np.arange(5), 1, 2, uneven="pad").tolist() == [1, 3, 0]
+    assert hvd.data.shard(np.arange(5), 0, 1).tolist() == [0, 1, 2, 3, 4]
+
+
+@pytest.mark.parametrize(
+    ("data", "policy", "message"),
+    [
+        ([[1, 2], [3]], {}, "but builtins.int was given"),
+        (np.array(3), {}, "but numpy.ndarray was given"),
+        ((np.zeros(3), np.zeros(4)), {}, "3 and 4 examples"),
+        (np.zeros(3), {"uneven": "none"}, "must be one of drop, pad, join, but is 'none'"),
+        (np.zeros(3), {"uneven": "join"}, "batch_size is None. Give the local batch"),
+        (np.zeros(3), {"uneven": "pad", "batch_size": 4}, r"write shard\(dataset\)\.batch\(4\)"),
+        ((np.zeros(3),), {"uneven": "join", "batch_size": 4}, r"needs \(x, y\) or \(x, y, weight\)"),
+        ((np.zeros(0), np.zeros(0)), {"uneven": "join", "batch_size": 4}, "of 0 element"),
+        (np.zeros(0), {"uneven": "pad"}, "of 0 element"),
+        (np.zeros(2), {}, r"2 element\(s\) cannot be divided over 3 ranks"),
+    ],
+)
+def test_what_cannot_be_divided_is_refused(data, policy, message):
+    with pytest.raises((TypeError, ValueError), match=message):
+        hvd.data.shard(data, 0, 3, **policy)
+
+
+def test_a_pydataset_is_told_to_divide_itself():
+    import keras
+
+    class Squares(keras.utils.PyDataset):
+        pass
+
+    with pytest.raises(TypeError, match=r"Squares was given.*pick its own share: the examples numbered hvd.rank\(\)"):
+        hvd.data.shard(Squares(), 0, 2)

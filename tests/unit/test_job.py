@@ -27,7 +27,7 @@ def parse(*flags):
         (["--modle=mnist_mlp"], "Unknown command line flag 'modle'"),
         (["mnist_mlp"], "'mnist_mlp' is not a flag"),
         (["--epochs=0"], "flag --epochs=0: 0 is not"),
-        (["--strategy=magic"], "single|horovod|mirrored"),
+        (["--strategy=magic"], "single|horovod|mirrored|multiworker"),
         (["--epochs=1", "--steps=3"], "--epochs and --steps exclude each other"),
         (["--global_batch=8", "--local_batch=3"], "--global_batch and --local_batch exclude each other"),
     ],
@@ -169,7 +169,9 @@ def test_optimizers_by_name():
 def test_strategies_are_chosen_by_name(monkeypatch):
     assert isinstance(create("single", 3), SingleStrategy)
     assert list(create("single", 3).shares) == [0, 1, 2]
-    with pytest.raises(UsageError, match="There is no strategy 'magic'. Choose one of: single, horovod, mirrored"):
+    with pytest.raises(
+        UsageError, match="There is no strategy 'magic'. Choose one of: single, horovod, mirrored, multiworker"
+    ):
         create("magic")
     monkeypatch.setenv("HOROVOD_SIZE", "2")
     for name in ("single", "mirrored"):

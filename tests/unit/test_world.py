@@ -58,7 +58,7 @@ def test_a_rank_takes_the_gpu_of_its_local_rank(monkeypatch, gpus, hidden, expec
     tensorflow = FakeTensorFlow()
     world._pin_gpu(tensorflow, gpus, world.World(1, 2, 1, 2, 0, 1, "h1"))
     assert tensorflow.visible == [(expected, "GPU")]
-    assert tensorflow.growing == [(expected, True)]
+    assert tensorflow.growing == [(gpu, True) for gpu in gpus]
 
 
 def test_more_ranks_than_gpus_are_refused():

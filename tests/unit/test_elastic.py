@@ -1,0 +1,118 @@
+"""The elastic state and its callbacks, in one process."""
+
+import keras
+import numpy as np
+import pytest
+import tensorflow as tf
+
+import hvdkit as hvd
+from hvdkit import elastic
+
+
+@pytest.fixture
+def model():
+    keras.utils.set_random_seed(0)
+    model = keras.Sequential([keras.layers.Input([2]), keras.layers.Dropout(0.5), keras.layers.Dense(1)])
+    model.compile(hvd.DistributedOptimizer(keras.optimizers.Adam(0.1)), loss="mse", jit_compile=False)
+    return model
+
+
+def _data(examples=12):
+    return np.ones([examples, 2], "float32"), np.ones([examples, 1], "float32")
+
+
+def _values(model):
+    return [np.array(v) for v in [*model.variables, *model.optimizer.variables]]
+
+
+def test_restore_goes_back_to_the_commit_with_slots_rate_and_seeds(model):
+    state = elastic.KerasState(model, epoch=1)
+    model.fit(*_data(), verbose=0)
+    state.epoch = 2
+    state.commit()
+    committed = _values(model)
+    model.optimizer.learning_rate = 0.5
+    model.fit(*_data(), verbose=0)
+    state.epoch = 3
+    assert any(not np.array_equal(a, b) for a, b in zip(committed, _values(model), strict=True))
+    state.restore()
+    assert all(np.array_equal(a, b) for a, b in zip(committed, _values(model), strict=True))
+    assert abs(float(model.optimizer.learning_rate) - 0.1) < 1e-6
+    assert state.epoch == 2
+
+
+def test_a_reset_makes_new_graphs(model):
+    model.fit(*_data(), verbose=0)
+    state, before = elastic.KerasState(model), model.train_function
+    state.reset()
+    assert model.train_function is not before
+    model.fit(*_data(), verbose=0)
+
+
+def test_states_that_cannot_be_kept_are_refused():
+    with pytest.raises(ValueError, match=r"has no variables yet.*model.build\(input_shape\)"):
+        elastic.KerasState(keras.Sequential([keras.layers.Dense(1)]))
+    with pytest.raises(ValueError, match="has no optimizer: compile it, or pass KerasState one"):
+        elastic.KerasState(keras.Sequential([keras.layers.Input([2]), keras.layers.Dense(1)]))
+
+
+class _Interrupt(keras.callbacks.Callback):
+    """Raises what a lost rank would cause, at one step."""
+
+    def __init__(self, step, error):
+        super().__init__()
+        self.step, self.error = step, error
+
+    def on_train_batch_end(self, batch, logs=None):
+        self.step -= 1
+        if self.step == 0:
+            raise self.error
+
+
+@pytest.mark.parametrize("initial_epoch", [False, True])
+def test_a_broken_exchange_costs_what_was_not_committed(model, monkeypatch, initial_epoch):
+    monkeypatch.setattr(elastic, "_reset", lambda: None)  # there is no other rank to meet
+    state, starts = elastic.KerasState(model, epoch=0, batch=0), []
+    broken = tf.errors.UnknownError(None, None, "[gloo/transport/tcp/pair.cc:589] Connection closed by peer")
+    interrupt = _Interrupt(9, broken)
+
+    @elastic.run
+    def train(state):
+        starts.append((state.epoch, state.batch, int(model.optimizer.iterations)))
+        callbacks = [
+            elastic.UpdateBatchStateCallback(state),
+            elastic.UpdateEpochStateCallback(state),
+            elastic.CommitStateCallback(state, batches_per_commit=4),
+            interrupt,
+        ]
+        until = {"epochs": 3, "initial_epoch": state.epoch} if initial_epoch else {"epochs": 3 - state.epoch}
+        model.fit(*_data(), batch_size=2, callbacks=callbacks, verbose=0, **until)
+        return "done"
+
+    assert train(state) == "done"
+    # 6 steps are epoch 0, committed at its end; 2 of the 3 that followed were not committed, as 4 make a commit.
+    assert starts == [(0, 0, 0), (1, 2, 8)]
+    assert (state.epoch, state.batch, int(model.optimizer.iterations)) == (3, 0, 18)
+
+
+def test_other_errors_pass(model):
+    state = elastic.KerasState(model)
+
+    @elastic.run
+    def train(state):
+        raise tf.errors.UnknownError(None, None, "the disk is full")
+
+    with pytest.raises(tf.errors.UnknownError, match="the disk is full"):
+        train(state)
+
+
+def test_early_stopping_behind_the_update_still_stops(model):
+    state = elastic.KerasState(model, epoch=0, batch=4)
+    callbacks = [
+        elastic.UpdateBatchStateCallback(state),
+        elastic.UpdateEpochStateCallback(state),
+        keras.callbacks.EarlyStopping(monitor="loss", patience=0, min_delta=1e9),
+    ]
+    history = model.fit(*_data(), batch_size=2, epochs=9, callbacks=callbacks, verbose=0)
+    assert len(history.epoch) == 2
+    assert int(model.optimizer.iterations) == 2 + 6, "the first epoch has 2 steps left of 6"
