@@ -191,6 +191,9 @@ def _streamed_batches(
     def epoch_batches(epoch: tf.Tensor) -> tf.data.Dataset:
         # As many seeds as there are (epoch, share) pairs, without a clash for any realistic number of shares.
         epoch_seed = seed * 1_000_003 + epoch * share.shares + share.share
+        # tf.data mixes the program's seed into a shuffle's, and fails where that is 0 and the shuffle's a tensor. This
+        # sets the seed of the function that is being traced, and of nothing else.
+        tf.random.set_seed(1)
         examples = sampling.resample(share.stream, epoch_seed).shuffle(buffer, seed=epoch_seed)
         prepared = examples.map(
             lambda x, y: (share.prepare(x), y), num_parallel_calls=tf.data.AUTOTUNE, deterministic=True

@@ -61,6 +61,16 @@ def test_the_order_is_a_function_of_seed_epoch_share_and_shares(limit):
     assert not set(sum(order(share=0), [])) & set(sum(order(share=1), []))
 
 
+@pytest.mark.parametrize("limit", [EVERYTHING, 0], ids=["in memory", "read again each epoch"])
+def test_the_order_does_not_depend_on_the_programs_seed(limit):
+    def order(programs_seed):
+        tf.random.set_seed(programs_seed)
+        share = share_of(20, 0, 2, limit)
+        return seen(pipeline.training_batches([share], local_batch=5, steps_per_epoch=2, seed=1, sampling=NONE), 4)
+
+    assert order(0) == order(7), "0 is the seed that TensorFlow takes for none"
+
+
 def test_a_process_with_all_shares_sees_what_the_ranks_see_together():
     def batches(*shares):
         return pipeline.training_batches(
