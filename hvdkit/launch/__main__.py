@@ -1,7 +1,7 @@
 """Runs a command on N ranks, on this host or on many, and leaves with the exit code of the first rank that failed.
 
-    python -m hvdkit.launch -np 2 -- python train_mine.py
-    python -m hvdkit.launch -H host1:4,host2:4 --workdir runs/mine -- python train_mine.py
+python -m hvdkit.launch -np 2 -- python train_mine.py
+python -m hvdkit.launch -H host1:4,host2:4 --workdir runs/mine -- python train_mine.py
 """
 
 import importlib.util

@@ -69,7 +69,7 @@ class Console:
         """A rank's last lines, from the begin of its last traceback on where it ended with one."""
         lines = [line for line in self._last.get(rank, ()) if line.strip() and not _NOTICES.match(line)]
         begins = [number for number, line in enumerate(lines) if _TRACEBACK.match(line)]
-        first = min(begins[-1:] + [len(lines) - _LAST_LINES])
+        first = min([*begins[-1:], len(lines) - _LAST_LINES])
         return lines[max(first, len(lines) - _MOST_LINES, 0) :]
 
     def _take(self, rank: int, is_error: bool, stream: "_Stream", pieces: list[str]) -> None:

@@ -46,7 +46,9 @@ def from_file(path: str | Path) -> list[Host]:
     try:
         lines = Path(path).read_text().splitlines()
     except (OSError, UnicodeDecodeError) as error:
-        raise UsageError(f"The host file {path} cannot be read ({error}). Give a file with lines like h1 slots=2.") from None
+        raise UsageError(
+            f"The host file {path} cannot be read ({error}). Give a file with lines like h1 slots=2."
+        ) from None
     hosts = []
     for number, line in enumerate(lines, 1):
         text = line.partition("#")[0].strip()
@@ -82,7 +84,9 @@ def from_kubernetes(environment: Mapping[str, str] = os.environ) -> list[Host]:
     Raises:
         UsageError: there is no such file.
     """
-    path = environment.get("OMPI_MCA_orte_default_hostfile") or environment.get("I_MPI_HYDRA_HOST_FILE") or MPIJOB_HOSTFILE
+    path = (
+        environment.get("OMPI_MCA_orte_default_hostfile") or environment.get("I_MPI_HYDRA_HOST_FILE") or MPIJOB_HOSTFILE
+    )
     if not Path(path).exists():
         raise UsageError(
             f"--hosts-from kubernetes was given, but there is no {path}. Start the launcher in the Launcher pod of a "
@@ -97,11 +101,14 @@ def expand_nodes(text: str) -> list[str]:
     Raises:
         UsageError: the text is not of that form.
     """
-    names, position = [], 0
+    names: list[str] = []
+    position = 0
     while position < len(text):
         part = _GROUP.match(text, position)
         if part is None or part.end() == position or not (part[1] or part[2]):
-            raise UsageError(f"SLURM_JOB_NODELIST={text} is not understood; expected is a form like gpu[01-03,7],login.")
+            raise UsageError(
+                f"SLURM_JOB_NODELIST={text} is not understood; expected is a form like gpu[01-03,7],login."
+            )
         names += [f"{part[1]}{number}{part[3]}" for number in _numbers(part[2], text)] if part[2] else [part[1]]
         position = part.end()
     return [_host(name, f"SLURM_JOB_NODELIST={text}").name for name in names]
@@ -119,8 +126,8 @@ def assign(hosts: Sequence[Host], ranks: int) -> list[Any]:
     if places < ranks:
         listed = ",".join(f"{host.name}:{host.slots}" for host in hosts)
         raise UsageError(
-            f"-np {ranks} asks for more ranks than the hosts {listed} have places ({places}). Give fewer ranks, or more "
-            f"hosts or places (-H {listed},another:{ranks - places})."
+            f"-np {ranks} asks for more ranks than the hosts {listed} have places ({places}). Give fewer ranks, or "
+            f"more hosts or places (-H {listed},another:{ranks - places})."
         )
     slots: list[Any] = get_host_assignments([HostInfo(host.name, host.slots) for host in hosts], ranks, ranks)
     return slots
@@ -163,7 +170,7 @@ def _tasks(text: str, nodes: int) -> list[int]:
             tasks += [int(match[1])] * int(match[2] or 1)
     if len(tasks) != nodes:
         raise UsageError(
-            f"SLURM_TASKS_PER_NODE={text} does not tell the tasks of each of the {nodes} node(s); expected is a form like "
-            f"2(x3),1."
+            f"SLURM_TASKS_PER_NODE={text} does not tell the tasks of each of the {nodes} node(s); expected is a form "
+            f"like 2(x3),1."
         )
     return tasks

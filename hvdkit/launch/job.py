@@ -127,8 +127,8 @@ class Job:
             except queue.Empty:
                 names = ", ".join(link.host for link in missing)
                 raise UsageError(
-                    f"No answer from {names} within {self.settings.start_limit} s. Does ssh {missing[0].host} true work? "
-                    f"--start-timeout=SECONDS gives more time."
+                    f"No answer from {names} within {self.settings.start_limit} s. Does ssh {missing[0].host} true "
+                    f"work? --start-timeout=SECONDS gives more time."
                 ) from None
             if isinstance(event, int):
                 raise KeyboardInterrupt
@@ -152,9 +152,9 @@ class Job:
             )
         if several and str(about["own_name"] or "127").startswith("127."):
             raise UsageError(
-                f"On host {link.host} its own name, {about['hostname']}, resolves to {about['own_name'] or 'nothing'}, and "
-                f"Horovod's Gloo would listen there, where no other host can reach it. On {link.host}, let /etc/hosts say: "
-                f"{about['source']} {about['hostname']}."
+                f"On host {link.host} its own name, {about['hostname']}, resolves to {about['own_name'] or 'nothing'}, "
+                f"and Horovod's Gloo would listen there, where no other host can reach it. On {link.host}, let /etc/hosts "
+                f"say: {about['source']} {about['hostname']}."
             )
 
     def _beat(self) -> None:
@@ -312,9 +312,9 @@ class Job:
             for link in self.links:
                 if link.is_remote and self.settings.silence and link.silent_for() > self.settings.silence:
                     raise Lost(
-                        f"Host {link.host} has not been heard of for {self.settings.silence:g} s: it is down, frozen or cut "
-                        f"off. Its ranks end by themselves when they hear nothing more. Start the job without it, or when "
-                        f"it is back (ssh {link.host} true)."
+                        f"Host {link.host} has not been heard of for {self.settings.silence:g} s: it is down, frozen or "
+                        f"cut off. Its ranks end by themselves when they hear nothing more. Start the job without it, or "
+                        f"when it is back (ssh {link.host} true)."
                     )
             self._check_start(now)
 
@@ -325,8 +325,8 @@ class Job:
             hosts = sorted({slot.hostname for slot in missing})
             raise Lost(
                 f"{_ranks([slot.rank for slot in missing])} on {', '.join(hosts)} did not come to hvd.init() within "
-                f"{self.settings.start_limit} s after the first rank. See what they do there; --start-timeout=SECONDS gives "
-                f"more time."
+                f"{self.settings.start_limit} s after the first rank. See what they do there; --start-timeout=SECONDS "
+                f"gives more time."
             )
 
     def _end(self, grace: float) -> None:
@@ -368,8 +368,10 @@ class Job:
         return failures.first(self._failures, self.console.cause if self._failures else None, self._ended)
 
     def host_of(self, rank: int) -> str:
-        """The name of a rank's host, as the user gave it."""
-        return next((str(slot.hostname) for slot in self.slots if slot.rank == rank), "?")
+        """The name of a rank's host: as the user gave it, or its own where he gave none."""
+        given = next(str(slot.hostname) for slot in self.slots if slot.rank == rank)
+        link = next(link for link in self.links if link.host == given)
+        return str((link.about or {}).get("hostname", given)) if given == "localhost" else given
 
     def _show_last_words(self, first: Failure) -> None:
         if lines := self.console.last_lines(first.rank):

@@ -1,4 +1,4 @@
-"""The launcher's connection to one host: starts an agent there, over ssh where the host is another one, and talks to it.
+"""The launcher's connection to one host: starts an agent there, over ssh where it is another host, and talks to it.
 
 Everything that the agent is told, its own source first, goes through its input: the ranks' environment with whatever
 secrets it holds is on no command line. What comes back becomes events on one queue.
@@ -97,6 +97,7 @@ class Link:
         self._lock = threading.Lock()
         self._complaints = b""
         self._nonce = secrets.token_hex(8)
+        self._python = python
         program = [python, "-I", "-S", "-c", _PROGRAM.format(nonce=self._nonce)]
         try:
             # In a session of its own, or Ctrl-C would reach the connection before it could end the ranks.
@@ -147,7 +148,11 @@ class Link:
         self._threads[1].join(2)
         code = self._process.wait()
         said = self._complaints.decode(errors="replace").strip()
-        return explain(self.host, said, code) if self.is_remote else f"The agent on this host ended: {said or code}"
+        return (
+            explain(self.host, said, code, self._python)
+            if self.is_remote
+            else f"The agent on this host ended: {said or code}"
+        )
 
     def _write(self, data: bytes) -> None:
         with contextlib.suppress(OSError, ValueError), self._lock:
@@ -185,41 +190,34 @@ def _frame(source: IO[bytes]) -> tuple[bytes, int, bytes] | None:
 
 
 # What ssh says, what it means, and what to do; the first that is found counts.
-_EXPLANATIONS = (
-    (
-        "REMOTE HOST IDENTIFICATION HAS CHANGED|host key .* has changed",
-        "Host {host} shows another key than the one known for it: it was set up anew, or another machine answers in its "
-        "place. If it was set up anew: ssh-keygen -R {host}, then ssh {host} once and compare the fingerprint.",
+_EXPLANATIONS = {
+    "REMOTE HOST IDENTIFICATION HAS CHANGED|host key .* has changed": (
+        "Host {host} shows another key than the one known for it: it was set up anew, or another machine answers in "
+        "its place. If it was set up anew: ssh-keygen -R {host}, then ssh {host} once and compare the fingerprint."
     ),
-    (
-        "Host key verification failed|host key is known for",
+    "Host key verification failed|host key is known for": (
         "The key of host {host} is not known here, so it could be any machine. Run ssh {host} once and confirm its "
-        "fingerprint; --insecure-host-keys takes any key, for networks that you trust.",
+        "fingerprint; --insecure-host-keys takes any key, for networks that you trust."
     ),
-    (
-        "Permission denied",
-        "Host {host} lets nobody in without a password. Set up a key with: ssh-copy-id {host}.",
+    "Permission denied": "Host {host} lets nobody in without a password. Set up a key with: ssh-copy-id {host}.",
+    "Could not resolve hostname": "Host {host} is not known here. Is the name right? getent hosts {host} must find it.",
+    "timed out|No route to host|Network is unreachable|Connection closed|Connection reset": (
+        "Host {host} cannot be reached by ssh. Is it up, and is its port 22 open for this host? Try: ssh {host} true."
     ),
-    ("Could not resolve hostname", "Host {host} is not known here. Is the name right? getent hosts {host} must find it."),
-    (
-        "timed out|No route to host|Network is unreachable|Connection closed|Connection reset",
-        "Host {host} cannot be reached by ssh. Is it up, and is its port 22 open for this host? Try: ssh {host} true.",
+    "Connection refused": "Host {host} is there, but nothing listens on its ssh port. Start sshd on it.",
+    "[Nn]o such file or directory|[Nn]ot found": (
+        "Host {host} has no Python at {python}. Install hvdkit at the same path as here, or name the one that is "
+        "there: --python PATH."
     ),
-    ("Connection refused", "Host {host} is there, but nothing listens on its ssh port. Start sshd on it."),
-    (
-        "[Nn]o such file or directory|[Nn]ot found",
-        "Host {host} has no Python at {python}. Install hvdkit at the same path as here, or name the one that is there: "
-        "--python PATH.",
-    ),
-)
+}
 
 
-def explain(host: str, said: str, code: int) -> str:
+def explain(host: str, said: str, code: int, python: str = sys.executable) -> str:
     """What ssh said about a host, as a sentence with the mend, and ssh's own last line."""
     last = said.splitlines()[-1].strip() if said else f"ssh ended with exit code {code}, and said nothing"
-    for pattern, sentence in _EXPLANATIONS:
+    for pattern, sentence in _EXPLANATIONS.items():
         if re.search(pattern, said):
-            return f"{sentence.format(host=host, python=sys.executable)} (ssh: {last})"
+            return f"{sentence.format(host=host, python=python)} (ssh: {last})"
     return f"The connection to host {host} failed. Try: ssh {host} true. (ssh: {last})"
 
 

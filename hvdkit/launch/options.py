@@ -2,7 +2,6 @@
 
 import argparse
 import shlex
-import socket
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -34,26 +33,26 @@ def parse(argv: list[str], description: str) -> argparse.Namespace:
         help="take them from the Slurm job, from the Kubeflow MPIJob, or from --hostfile",
     )
     where.add_argument("--directory", metavar="DIR", help="where ranks run, on every host [this directory]")
-    where.add_argument("--python", metavar="PATH", help="Python on the other hosts, for the launcher's agent [this one]")
+    where.add_argument("--python", metavar="PATH", help="Python on the other hosts, for the agent [as here]")
     how = parser.add_argument_group("how")
     backend = how.add_mutually_exclusive_group()
     backend.add_argument("--gloo", action="store_true", help="ranks meet over Gloo, the default")
     backend.add_argument("--mpi", action="store_true", help="ranks are started by mpirun, and meet over MPI")
-    how.add_argument("--bind", choices=("none", "cores", "gpus", "both"), default="none", help="share out a host's cores "
-                     "or GPUs among its ranks; hvd.init() takes the local rank's GPU in any case")  # fmt: skip
-    how.add_argument("--interface", metavar="NAME", help="network interface of the job, on every host [that of the route]")
+    how.add_argument("--bind", choices=("none", "cores", "gpus", "both"), default="none", help="share out a host's "
+                     "cores or GPUs among its ranks; hvd.init() takes the local rank's GPU in any case")  # fmt: skip
+    how.add_argument("--interface", metavar="NAME", help="the job's network interface, on every host [the route's]")
     how.add_argument("--ssh-args", metavar="ARGS", default="", help="more arguments for ssh, as in: '-p 2222'")
     how.add_argument("--insecure-host-keys", action="store_true", help="let any machine pass for a host")
     limits = parser.add_argument_group("limits, in seconds")
-    limits.add_argument("--start-timeout", type=int, default=120, metavar="S", help="for hosts to answer, and for ranks "
-                        "to follow the first one to hvd.init() [%(default)s]")  # fmt: skip
-    limits.add_argument("--stall-timeout", type=float, metavar="S", help="for ranks to wait for each other [600; 0: none]")
+    limits.add_argument("--start-timeout", type=int, default=120, metavar="S", help="for hosts to answer, and for "
+                        "ranks to follow the first one to hvd.init() [%(default)s]")  # fmt: skip
+    limits.add_argument("--stall-timeout", type=float, metavar="S", help="for ranks to wait for others [600; 0: none]")
     limits.add_argument("--host-timeout", type=float, default=30.0, metavar="S", help="for a host to be silent "
                         "[%(default)g; 0: none]")  # fmt: skip
     output = parser.add_argument_group("output")
     output.add_argument("--workdir", metavar="DIR", help="keep each rank's output in DIR/logs/rank-NNNN.log")
-    output.add_argument("--output", choices=MODES, help="on the screen: rank 0's; with the other ranks' standard error; "
-                        "all [errors with --workdir, else all]")  # fmt: skip
+    output.add_argument("--output", choices=MODES, help="on the screen: rank 0's; with the other ranks' standard "
+                        "error; all [errors with --workdir, else all]")  # fmt: skip
     output.add_argument("--dry-run", action="store_true", help="ask the hosts, and show what would be started on them")
     parser.add_argument("command", nargs=argparse.REMAINDER, help="-- and the command that every rank runs")
     arguments = parser.parse_args(argv[1:])
@@ -110,7 +109,9 @@ def _hosts(arguments: argparse.Namespace) -> list[Host]:
     if arguments.hosts_from == "file" and not arguments.hostfile:
         raise UsageError("--hosts-from file needs the file: --hostfile FILE.")
     if arguments.hosts_from in ("slurm", "kubernetes") and (arguments.hosts or arguments.hostfile):
-        raise UsageError(f"--hosts-from {arguments.hosts_from} and -H or --hostfile exclude each other: give one of them.")
+        raise UsageError(
+            f"--hosts-from {arguments.hosts_from} and -H or --hostfile exclude each other: give one of them."
+        )
     if arguments.hosts is not None:
         return hosts.from_list(arguments.hosts)
     if arguments.hostfile:
@@ -124,8 +125,3 @@ def _ssh_arguments(arguments: argparse.Namespace) -> list[str]:
         return shlex.split(arguments.ssh_args)
     except ValueError as error:
         raise UsageError(f"--ssh-args={arguments.ssh_args} is not understood: {error}.") from None
-
-
-def this_host() -> str:
-    """This host's own name."""
-    return socket.gethostname()

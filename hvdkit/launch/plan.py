@@ -1,7 +1,9 @@
 """What each rank of a job is given: its place, its environment, its cores and its GPU."""
 
 import dataclasses
+import itertools
 import os
+import shlex
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -36,7 +38,7 @@ def bindings(about: Mapping[str, Any], ranks: int, bind: str) -> list[Binding]:
     cores_each: list[list[int] | None] = [None] * ranks
     if bind in ("cores", "both") and len(cores) >= ranks:
         ends = [(number * len(cores) + ranks - 1) // ranks for number in range(ranks + 1)]
-        cores_each = [cores[begin:end] for begin, end in zip(ends, ends[1:], strict=False)]
+        cores_each = [cores[begin:end] for begin, end in itertools.pairwise(ends)]
     if bind in ("gpus", "both") and len(gpus) < ranks:
         raise UsageError(
             f"--bind {bind} was given, but host {about['hostname']} shows {len(gpus)} GPU(s) for {ranks} ranks. Start "
@@ -91,7 +93,7 @@ def describe(command: Sequence[str], common: Mapping[str, str], ranks: Sequence[
         common: the variables that all ranks have.
         ranks: each rank's place, what is its own, and its host as it is reached.
     """
-    lines = ["command of every rank:", f"    {' '.join(map(_quoted, command))}", "", "environment of every rank:"]
+    lines = ["command of every rank:", f"    {shlex.join(command)}", "", "environment of every rank:"]
     lines += [f"    {name}={_shown(name, value)}" for name, value in sorted(common.items())]
     lines += ["", "ranks:", "    rank  host                  cores            GPU              reached"]
     for slot, binding, reached in ranks:
@@ -102,12 +104,6 @@ def describe(command: Sequence[str], common: Mapping[str, str], ranks: Sequence[
         own = " ".join(f"{name}={value}" for name, value in sorted(rank_environment(slot, binding).items()))
         lines += ["", f"environment of rank {slot.rank} besides:", f"    {own}"]
     return "\n".join(lines)
-
-
-def _quoted(text: str) -> str:
-    import shlex
-
-    return shlex.quote(text)
 
 
 def _shown(name: str, value: str) -> str:

@@ -3,10 +3,10 @@
 Horovod's own listens on every interface, takes values of any size from anybody, and where it is elastic unpickles them
 (CVE-2024-10190, CVE-2026-31234). This one listens on the job's interface (loopback for a job on one host), closes a
 connection from any other address than those of the job's hosts before it reads from it, and answers only to who
-knows the job's token. Values are bytes that Gloo left for Gloo: they are bounded, kept, given back, and never looked into.
+knows the job's token. Values are bytes that Gloo left for Gloo: bounded, kept, given back, and never looked into.
 
-The token is the first part of every path. Horovod's client in C++ makes its addresses of HOROVOD_GLOO_RENDEZVOUS_ADDR by
-joining strings, so a token in that variable goes with each request; other users of the host cannot read a rank's
+The token is the first part of every path. Horovod's client in C++ makes its addresses of HOROVOD_GLOO_RENDEZVOUS_ADDR
+by joining strings, so a token in that variable goes with each request; other users of the host cannot read a rank's
 environment. It is not encrypted on its way: who can listen on the job's own network can read it.
 """
 
@@ -83,13 +83,14 @@ class _Handler(RendezvousHandler):
     """One request: its token is checked and its path cut to what Horovod's handler expects."""
 
     server: "_Server"
+    path: str
     server_version, sys_version = "hvdkit", ""
 
-    def do_GET(self) -> None:
+    def do_GET(self) -> None:  # noqa: N802 - http.server calls it so
         if self._is_admitted():
             super().do_GET()
 
-    def do_PUT(self) -> None:
+    def do_PUT(self) -> None:  # noqa: N802 - http.server calls it so
         length = self.headers.get("Content-Length", "")
         if self._is_admitted():
             if not length.isdigit() or int(length) > MOST_BYTES or self.server.is_full():
@@ -99,11 +100,11 @@ class _Handler(RendezvousHandler):
             super().do_PUT()
             self.server.rendezvous.note(scope, key)
 
-    def do_DELETE(self) -> None:
+    def do_DELETE(self) -> None:  # noqa: N802 - http.server calls it so
         if self._is_admitted():
             super().do_DELETE()
 
-    def do_HEAD(self) -> None:  # the base class would answer it with files of the working directory
+    def do_HEAD(self) -> None:  # noqa: N802 - the base class would answer it with files of the working directory
         self._refuse(405)
 
     def _is_admitted(self) -> bool:
@@ -120,7 +121,7 @@ class _Handler(RendezvousHandler):
         self.send_status_code(status)
 
 
-class _Server(RendezvousHTTPServer):  # type: ignore[misc]
+class _Server(RendezvousHTTPServer):
     """Listens on one address; several of one job share what they hold."""
 
     daemon_threads = True
