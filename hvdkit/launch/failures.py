@@ -33,22 +33,27 @@ class Failure:
 
 
 def first(
-    failures: Sequence[Failure], cause: tuple[int, int | None] | None, ends: Mapping[int, int] | None = None
+    failures: Sequence[Failure],
+    cause: tuple[int, int | None] | None = None,
+    known_before: int = 0,
+    ends: Mapping[int, int] | None = None,
 ) -> Failure | None:
     """The failure that the others followed from.
 
     Args:
         failures: in the order in which they became known, without those of ranks that the launcher itself ended.
         cause: the rank that the watchdog named, and its exit code where the watchdog told it.
+        known_before: how many of the failures were known when it did.
         ends: how all ranks ended, those that the launcher ended included.
     """
-    if cause is not None:
+    # A rank that a signal killed had no say; one that left in its wake did so by itself, and may be heard of first.
+    killed = [failure for failure in failures if failure.code < 0]
+    killed_before = [failure for failure in failures[:known_before] if failure.code < 0]
+    if cause is not None and not killed_before:
         rank, told = cause
         own = next((failure.code for failure in failures if failure.rank == rank), None)
         # One that fails with an exception may be ended by the launcher while it cleans up.
         code = told or own or (ends or {}).get(rank)
         if code:
             return Failure(rank, code)
-    # A rank that a signal killed had no say; one that left in its wake did so by itself, and may be heard of first.
-    killed = [failure for failure in failures if failure.code < 0]
     return next(iter(killed or failures), None)

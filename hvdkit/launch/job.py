@@ -29,8 +29,8 @@ from hvdkit.launch.link import (
     own_address_towards,
 )
 
-_SPEAK_SECONDS = 3.0  # for the other ranks to say why one has failed, before they are ended
-_END_SECONDS = 5.0  # from SIGTERM to SIGKILL, where a rank has failed or the user gives up
+_SPEAK_SECONDS = 4.0  # for the other ranks to say why one has failed, before they are ended
+_END_SECONDS = 4.0  # from SIGTERM to SIGKILL, where a rank has failed or the user gives up
 _STOP_SECONDS = 30.0  # the same where the job was told to stop (SIGTERM): its ranks may save first
 _LATE_SECONDS = 2.0  # for an agent to say that it is done
 _TICK = 0.25
@@ -78,6 +78,7 @@ class Job:
         self._ended: dict[int, int] = {}
         self._closed: set[int] = set()
         self._failures: list[Failure] = []
+        self._known_before: int | None = None  # failures, when the watchdog named the cause
         self._ends_at: float | None = None  # when the ranks that are left are told to end
         self._over_at: float | None = None  # when agents that have not answered are given up
         self._stopped_by = 0
@@ -153,8 +154,8 @@ class Job:
         if several and str(about["own_name"] or "127").startswith("127."):
             raise UsageError(
                 f"On host {link.host} its own name, {about['hostname']}, resolves to {about['own_name'] or 'nothing'}, "
-                f"and Horovod's Gloo would listen there, where no other host can reach it. On {link.host}, let /etc/hosts "
-                f"say: {about['source']} {about['hostname']}."
+                f"and Horovod's Gloo would listen there, where no other host can reach it. On {link.host}, let "
+                f"/etc/hosts say: {about['source']} {about['hostname']}."
             )
 
     def _beat(self) -> None:
@@ -284,6 +285,8 @@ class Job:
     def take_output(self, rank: int, data: bytes, *, is_error: bool) -> None:
         """Passes a rank's output on."""
         self.console.feed(rank, data, is_error=is_error)
+        if self.console.cause and self._known_before is None:
+            self._known_before = len(self._failures)
 
     def _on_exit(self, rank: int, code: int) -> None:
         self._ended[rank] = code
@@ -309,14 +312,18 @@ class Job:
         if self._ends_at is not None and now > self._ends_at and self._over_at is None:
             self._end(_END_SECONDS)
         if self._over_at is None and self._ends_at is None:
-            for link in self.links:
-                if link.is_remote and self.settings.silence and link.silent_for() > self.settings.silence:
-                    raise Lost(
-                        f"Host {link.host} has not been heard of for {self.settings.silence:g} s: it is down, frozen or "
-                        f"cut off. Its ranks end by themselves when they hear nothing more. Start the job without it, or "
-                        f"when it is back (ssh {link.host} true)."
-                    )
+            self._check_silence()
             self._check_start(now)
+
+    def _check_silence(self) -> None:
+        limit = self.settings.silence
+        for link in self.links:
+            if link.is_remote and limit and link.silent_for() > limit:
+                raise Lost(
+                    f"Host {link.host} has not been heard of for {limit:g} s: it is down, frozen or cut off. Its ranks end "
+                    f"by themselves when they hear nothing more. Start the job without it, or when it is back (ssh "
+                    f"{link.host} true)."
+                )
 
     def _check_start(self, now: float) -> None:
         arrived = dict(self._rendezvous.arrived) if self._rendezvous is not None else {}
@@ -365,7 +372,9 @@ class Job:
 
     def verdict(self) -> Failure | None:
         """The failure that ended the job; None where no rank failed."""
-        return failures.first(self._failures, self.console.cause if self._failures else None, self._ended)
+        if not self._failures:
+            return None
+        return failures.first(self._failures, self.console.cause, self._known_before or 0, self._ended)
 
     def host_of(self, rank: int) -> str:
         """The name of a rank's host: as the user gave it, or its own where he gave none."""

@@ -5,7 +5,6 @@ import pickle
 import secrets
 import socket
 import struct
-import sys
 import threading
 import time
 
@@ -14,7 +13,6 @@ import pytest
 import tensorflow as tf
 
 from hvdkit import UsageError, watchdog, world
-from hvdkit.launch.console import Console
 from hvdkit.watchdog import causes, stacks
 from hvdkit.watchdog.channel import MOST_BYTES, Gone, call, listen
 from hvdkit.watchdog.progress import Progress, Waiting
@@ -477,31 +475,6 @@ def test_what_a_proved_rank_sends_is_bounded(started):
     with pytest.raises(ValueError, match="over the limit"):
         connection.send({"type": "x" * MOST_BYTES})
     connection.close()
-
-
-@pytest.mark.parametrize("before", ["", "3/8 ---- 2s 1s/step - loss: 0.5"])
-@pytest.mark.parametrize(("what", "code"), [("failed: ValueError: a", 3), ("died (training)", 137)])
-def test_the_launcher_names_the_rank_that_was_the_cause(capsys, before, what, code):
-    console = Console()
-    for text in (
-        f"[0]<stderr>:{before}hvdkit: rank 1 on host h2 WHAT. All ranks leave with exit code 3.\n",
-        "Process 0 exit with status code 3.\n",
-        "Process 1 exit with status code 137.\n",
-        "Process name: 0\nExit code: 3\n",
-    ):
-        console._show(text.replace("WHAT", what), sys.stderr)
-    assert console.conclude(1) == code
-    said = capsys.readouterr().err
-    assert said.endswith(f"hvdkit.launch: rank 1 was the first to fail, with exit code {code}.\n")
-
-
-def test_the_launcher_passes_over_ranks_that_die_because_the_user_cancels(capsys):
-    console = Console()
-    console.cancelled = True
-    console._show(
-        "[0]<stderr>:hvdkit: rank 1 on host h2 died (training). All ranks leave with exit code 75.\n", sys.stderr
-    )
-    assert capsys.readouterr().err == ""
 
 
 def test_states_of_another_version_are_read():
