@@ -320,8 +320,8 @@ class Job:
         for link in self.links:
             if link.is_remote and limit and link.silent_for() > limit:
                 raise Lost(
-                    f"Host {link.host} has not been heard of for {limit:g} s: it is down, frozen or cut off. Its ranks end "
-                    f"by themselves when they hear nothing more. Start the job without it, or when it is back (ssh "
+                    f"Host {link.host} has not been heard of for {limit:g} s: it is down, frozen or cut off. Its "
+                    f"ranks end by themselves then. Start the job without it, or when it is back (ssh "
                     f"{link.host} true)."
                 )
 
