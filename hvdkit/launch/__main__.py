@@ -11,6 +11,7 @@ import sys
 from hvdkit.errors import UsageError
 from hvdkit.launch import options
 from hvdkit.launch.job import Job
+from hvdkit.launch.mpi import MpiJob
 
 
 def main(argv: list[str]) -> int:
@@ -27,7 +28,7 @@ def _launch(arguments: options.argparse.Namespace) -> int:
     if importlib.util.find_spec("horovod") is None:
         raise UsageError(f"{sys.executable} has no Horovod; launch/bootstrap.sh builds and installs it.")
     settings = options.settings(arguments)
-    job = Job(settings, options.console(arguments))
+    job = (MpiJob if arguments.mpi else Job)(settings, options.console(arguments))
     for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1):
         signal.signal(number, lambda received, _: job.events.put(int(received)))
     try:

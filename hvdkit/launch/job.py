@@ -29,6 +29,7 @@ from hvdkit.launch.link import (
     own_address_towards,
 )
 
+_ANSWER_SECONDS = 30  # for a host that does much else, at least: ssh itself is told sooner that nobody is there
 _SPEAK_SECONDS = 4.0  # for the other ranks to say why one has failed, before they are ended
 _END_SECONDS = 4.0  # from SIGTERM to SIGKILL, where a rank has failed or the user gives up
 _STOP_SECONDS = 30.0  # the same where the job was told to stop (SIGTERM): its ranks may save first
@@ -109,7 +110,7 @@ class Job:
                     "silence": self.settings.silence if link.is_remote else 0,
                 }
             )
-        self._hear_hosts(time.monotonic() + self.settings.start_limit)
+        self._hear_hosts()
         for link in self.links:
             self._check_host(link)
         threading.Thread(target=self._beat, daemon=True).start()
@@ -121,14 +122,16 @@ class Job:
         others = [a for name, a in self._addresses.items() if not is_this_host(name, a)]
         return own_address_towards(others[0]) if others else "127.0.0.1"
 
-    def _hear_hosts(self, until: float) -> None:
+    def _hear_hosts(self) -> None:
+        limit = max(self.settings.start_limit, _ANSWER_SECONDS)
+        until = time.monotonic() + limit
         while missing := [link for link in self.links if link.about is None]:
             try:
                 event = self.events.get(timeout=max(until - time.monotonic(), 0.01))
             except queue.Empty:
                 names = ", ".join(link.host for link in missing)
                 raise UsageError(
-                    f"No answer from {names} within {self.settings.start_limit} s. Does ssh {missing[0].host} true "
+                    f"No answer from {names} within {limit} s. Does ssh {missing[0].host} true "
                     f"work? --start-timeout=SECONDS gives more time."
                 ) from None
             if isinstance(event, int):
@@ -360,7 +363,11 @@ class Job:
         if self._lost:
             _say(self._lost)
             return failures.STALLED if self._ended or self._has_begun() else 2
-        first = self.verdict()
+        try:
+            first = self.verdict()
+        except Lost as lost:
+            _say(str(lost))
+            return 2
         if first is None:
             return 0
         if first.exit_code not in failures.SAID:

@@ -85,22 +85,30 @@ def job_environment(given: Mapping[str, str], *, start_limit: int, stall_limit: 
     return variables
 
 
-def describe(command: Sequence[str], common: Mapping[str, str], ranks: Sequence[tuple[Any, Binding, str]]) -> str:
+def describe(
+    command: Sequence[str],
+    common: Mapping[str, str],
+    ranks: Sequence[tuple[Any, Binding, str]],
+    started_by: Sequence[str] = (),
+) -> str:
     """What `--dry-run` prints.
 
     Args:
         command: what each rank runs.
         common: the variables that all ranks have.
         ranks: each rank's place, what is its own, and its host as it is reached.
+        started_by: the command that starts them all, if it is not the launcher that does.
     """
     lines = ["command of every rank:", f"    {shlex.join(command)}", "", "environment of every rank:"]
+    if started_by:
+        lines = ["started by:", f"    {shlex.join(started_by)}", "", *lines]
     lines += [f"    {name}={_shown(name, value)}" for name, value in sorted(common.items())]
     lines += ["", "ranks:", "    rank  host                  cores            GPU              reached"]
     for slot, binding, reached in ranks:
         cores = _ranges(binding.cores) if binding.cores is not None else "shared"
         gpu = binding.gpu if binding.gpu is not None else f"local rank's ({slot.local_rank}), if any"
         lines.append(f"    {slot.rank:<5} {slot.hostname:<21} {cores:<16} {gpu:<16} {reached}")
-    for slot, binding, _ in ranks:
+    for slot, binding, _ in () if started_by else ranks:
         own = " ".join(f"{name}={value}" for name, value in sorted(rank_environment(slot, binding).items()))
         lines += ["", f"environment of rank {slot.rank} besides:", f"    {own}"]
     return "\n".join(lines)
