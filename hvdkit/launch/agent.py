@@ -235,8 +235,9 @@ class Agent:
             if rank is not None:
                 rank.process.returncode = os.waitstatus_to_exitcode(status)
                 for pipe in list(rank.pipes):
-                    while pipe in rank.pipes and self._copy(rank, pipe):
-                        pass  # what it printed goes before the news of its end
+                    for _ in range(_MOST_WAITING >> 16):  # what it printed goes before the news of its end
+                        if pipe not in rank.pipes or not self._copy(rank, pipe):
+                            break
                 rank.ended = time.monotonic()
                 self._send(EXIT, rank.number, {"code": rank.process.returncode})
                 if rank.is_done:

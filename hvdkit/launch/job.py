@@ -134,12 +134,16 @@ class Job:
                     f"No answer from {names} within {limit} s. Does ssh {missing[0].host} true "
                     f"work? --start-timeout=SECONDS gives more time."
                 ) from None
-            if isinstance(event, int):
+            self._on_event_of_start(event)
+
+    def _on_event_of_start(self, event: Any) -> None:
+        if isinstance(event, int):
+            if event != signal.SIGUSR1:  # there is no rank yet that it could mean something to
                 raise KeyboardInterrupt
-            if event.kind == GONE:
-                raise UsageError(event.link.complaint())
-            if event.kind == agent.HELLO:
-                event.link.about = event.content()
+        elif event.kind == GONE:
+            raise UsageError(event.link.complaint())
+        elif event.kind == agent.HELLO:
+            event.link.about = event.content()
 
     def _check_host(self, link: Link) -> None:
         about = link.about or {}
@@ -256,8 +260,10 @@ class Job:
         """Ends what there still is, on all hosts at once."""
         for link in self.links:
             link.send(end=0)
+            link.hang_up()
+        until = time.monotonic() + _LATE_SECONDS
         for link in self.links:
-            link.close()
+            link.close(until)
         if self._rendezvous is not None:
             self._rendezvous.close()
 

@@ -129,13 +129,16 @@ class Link:
         """Seconds since the agent was last heard of."""
         return time.monotonic() - self.heard
 
-    def close(self) -> None:
-        """Ends the connection, and with it the agent."""
+    def hang_up(self) -> None:
+        """Tells the agent that it is over, by closing its input; what it still does, `close` waits for."""
         with contextlib.suppress(OSError), self._lock:
             if self._process.stdin:
                 self._process.stdin.close()
+
+    def close(self, until: float) -> None:
+        """Ends the connection, and with it the agent: by force after `until`, of the monotonic clock."""
         try:
-            self._process.wait(2)
+            self._process.wait(max(until - time.monotonic(), 0.1))
         except subprocess.TimeoutExpired:
             # ssh, to a host that does not answer: what runs there ends itself when it hears nothing more.
             self._process.send_signal(signal.SIGKILL if self.is_remote else signal.SIGTERM)
@@ -146,7 +149,10 @@ class Link:
     def complaint(self) -> str:
         """Why there is no agent, in a sentence with the mend; known once the connection has ended."""
         self._threads[1].join(2)
-        code = self._process.wait()
+        try:
+            code = self._process.wait(5)
+        except subprocess.TimeoutExpired:
+            code = 255  # as ssh itself has it for a connection that failed
         said = self._complaints.decode(errors="replace").strip()
         return (
             explain(self.host, said, code, self._python)

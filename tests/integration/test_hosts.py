@@ -7,6 +7,7 @@ import json
 import os
 import pickle
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -250,3 +251,16 @@ def test_the_hosts_script_answers_mistakes_in_one_sentence(arguments, message):
     assert ended.code == 2
     assert message in ended.output
     assert len(ended.output.splitlines()) == 1
+
+
+# ---- MPI ---------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.skipif(shutil.which("mpirun") is None, reason="no mpirun: apt-get install openmpi-bin")
+def test_a_remote_rank_that_is_killed_under_mpi_is_named(launch, tmp_path):
+    script = 'echo "$(hostname) $HOROVOD_CONTROLLER"; sleep 1; [ $OMPI_COMM_WORLD_RANK = 1 ] && kill -9 $$; sleep 600'
+    ended = launch("--mpi", *TWO, "--workdir", tmp_path, "--", "sh", "-c", script)
+    assert ended.code == 128 + signal.SIGKILL, ended.output
+    assert "rank 1 on host h2 was the first to fail, killed by SIGKILL" in ended.output.splitlines()[-1]
+    logs = [(tmp_path / "logs" / f"rank-000{rank}.log").read_text() for rank in (0, 1)]
+    assert ["h1 mpi\n" in logs[0], "h2 mpi\n" in logs[1]] == [True, True]
