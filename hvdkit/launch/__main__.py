@@ -39,7 +39,7 @@ def main(argv: list[str]) -> int:
     console = Console()
 
     def cancel(received: int, _: object) -> None:
-        console.cancelled = True
+        console.cancelled = received
         process.send_signal(received)
 
     for number in (signal.SIGINT, signal.SIGTERM):

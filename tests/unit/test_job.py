@@ -273,7 +273,7 @@ def test_the_console_shows_ranks_and_leaves_notices_out():
             io.BytesIO(
                 b"[0]<stderr>:bar 1\r[0]<stderr>:bar 2\n[1]<stdout>:hello\n"
                 b"[1]<stderr>:I0000 00:00:1.2 12 port.cc:153] oneDNN custom operations are on.\n"
-                b"Process 1 exit with status code 3.\nProcess name: 1\nExit code: 3\n"
+                b"hvdkit: rank 1 ended by itself, with exit code 3\n"
             )
         ),
         out,
