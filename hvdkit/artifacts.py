@@ -6,6 +6,7 @@ import logging
 import os
 import platform
 import shutil
+import sys
 from collections.abc import Mapping, Sequence
 from importlib import metadata
 from pathlib import Path
@@ -52,18 +53,27 @@ def make_workdir(path: Path, *, overwrite: bool) -> None:
 
 
 def log_to(path: Path, world: World) -> None:
-    """Sends this rank's log to `path/logs/rank-NNNN.log`, instead of where it went before; rank 0 also shows it."""
+    """Sends this rank's log to `path/logs/rank-NNNN.log`, instead of where it went before; rank 0 also shows it.
+
+    Where the launcher keeps what each rank prints in the same file, the log is printed, and nobody else writes there.
+    """
     logger = logging.getLogger("hvdkit")
     logger.setLevel(logging.INFO)
     logger.propagate = False
     for handler in list(logger.handlers):
         logger.removeHandler(handler)
         handler.close()
-    to_file = logging.FileHandler(path / "logs" / f"rank-{world.rank:04d}.log", mode="w", encoding="utf-8")
-    to_file.setFormatter(
-        logging.Formatter(f"%(asctime)s %(levelname)s rank {world.rank}@{world.host} %(name)s: %(message)s")
-    )
-    logger.addHandler(to_file)
+    launcher_keeps_it = os.environ.get("HVDKIT_RANK_LOGS") == str((path / "logs").resolve())
+    if not (launcher_keeps_it and world.is_root):
+        to_file = (
+            logging.StreamHandler(sys.stdout)
+            if launcher_keeps_it
+            else logging.FileHandler(path / "logs" / f"rank-{world.rank:04d}.log", mode="w", encoding="utf-8")
+        )
+        to_file.setFormatter(
+            logging.Formatter(f"%(asctime)s %(levelname)s rank {world.rank}@{world.host} %(name)s: %(message)s")
+        )
+        logger.addHandler(to_file)
     if world.is_root:
         to_screen = logging.StreamHandler()
         to_screen.setFormatter(logging.Formatter("%(message)s"))

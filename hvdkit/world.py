@@ -268,7 +268,8 @@ def _take_devices(world: World) -> None:
         if gpus:
             _pin_gpu(tf, gpus, world)
         else:
-            share_cores(tf, world.local_size)
+            # A rank that the launcher bound to cores of its own sees those alone.
+            share_cores(tf, 1 if os.environ.get("HVDKIT_OWN_CORES") == "1" else world.local_size)
     except RuntimeError:  # TensorFlow has already started: its devices and threads can no longer be changed
         _log.warning(
             "hvdkit.init() was called after TensorFlow had started, so this rank keeps TensorFlow's default devices "

@@ -27,7 +27,7 @@ def nothing_left_behind():
     os.environ["HVDKIT_TEST"] = mark = str(uuid.uuid4())  # all that a test starts inherits it
     environment = dict(os.environ)
     yield
-    left = [p for p in psutil.process_iter() if p.pid != os.getpid() and _environment(p).get("HVDKIT_TEST") == mark]
+    left = remains(mark)
     changed = {k for k in environment.keys() | os.environ.keys() if environment.get(k) != os.environ.get(k)}
     changed -= {"PYTEST_CURRENT_TEST"}
     for name in changed:
@@ -45,6 +45,12 @@ def _environment(process):
         return process.environ()
     except psutil.Error:  # gone by now, or a zombie, or somebody else's
         return {}
+
+
+def remains(mark=None):
+    """The processes that a test has started, on whichever test host, and that still run."""
+    mark = mark or os.environ["HVDKIT_TEST"]
+    return [p for p in psutil.process_iter() if p.pid != os.getpid() and _environment(p).get("HVDKIT_TEST") == mark]
 
 
 class Ended:
@@ -115,6 +121,46 @@ def train(tmp_path):
         return run_command(command, timeout=timeout, cwd=cwd or tmp_path, env=env)
 
     return start
+
+
+class Cluster:
+    """Hosts h1, h2, ... made of this machine by `launch/testhosts.sh`."""
+
+    script = ROOT / "launch" / "testhosts.sh"
+
+    def __init__(self, name):
+        self.name = name
+        self.environment = {"HVDKIT_TESTHOSTS": name}
+
+    def command(self, host, *command):
+        """What runs a command on a host."""
+        return [self.script, "run", host, *command]
+
+    def run(self, host, *command, timeout=120, env=None):
+        return run_command(self.command(host, *command), timeout=timeout, env={**self.environment, **(env or {})})
+
+    def etc(self, host, file):
+        """The file that the host has in place of this machine's in /etc."""
+        return Path(f"/etc/netns/{self.name}-{host}") / file
+
+    def up(self, number):
+        return run_command([self.script, "up", number], timeout=120, env=self.environment)
+
+    def down(self):
+        return run_command([self.script, "down"], timeout=120, env=self.environment)
+
+
+@pytest.fixture(scope="session")
+def cluster():
+    """Three hosts, of a name of this process's own: other tests may have theirs at the same time."""
+    hosts = Cluster(f"t{os.getpid()}")
+    ended = hosts.up(3)
+    if ended.code != 0:
+        # Where the variable is set, as CI does, there must be hosts: a skip would pass for a success.
+        refuse = pytest.fail if os.environ.get("HVDKIT_TEST_HOSTS") else pytest.skip
+        refuse(f"no test hosts: {ended.output.strip()}")
+    yield hosts
+    hosts.down()
 
 
 @pytest.fixture(scope="session")

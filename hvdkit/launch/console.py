@@ -1,18 +1,19 @@
-"""What the launcher shows of the ranks' output, and what it makes of the runner's own."""
+"""What the launcher shows of the ranks' output, what it keeps in a log each, and what it remembers for the end."""
 
+import collections
+import contextlib
 import re
-import signal
 import sys
-import threading
-from collections.abc import Iterator
+import time
+from pathlib import Path
 from typing import IO
 
-_OF_A_RANK = re.compile(r"\[(?:\d+,)?(\d+)\]<(?:stdout|stderr)>:(.*)", re.DOTALL)
-_ENDED_BY_ITSELF = re.compile(r"^hvdkit: rank (\d+) ended by itself, with exit code (\d+)$", re.MULTILINE)
+from hvdkit.errors import UsageError
+
+MODES = ("rank0", "errors", "all")
 # What hvdkit.watchdog says of the rank whose failure is the cause of the others': which ends first is chance.
 _FAILED = re.compile(r"hvdkit: rank (\d+) on host \S+ (failed|died|ended).*?(?: exit code (\d+)\.)?\s*$", re.DOTALL)
 _DIED = re.compile(r"hvdkit: rank \d+ on host \S+ (?:died|ended)")
-_SAID = (2, 75)  # exit codes of ranks that have said all: what the user can mend, and a stall's report
 # TensorFlow writes these at every import, whatever TF_CPP_MIN_LOG_LEVEL says; the last where there is no GPU driver.
 _NOTICES = re.compile(
     r"WARNING: All log messages before absl::InitializeLog\(\)"
@@ -20,77 +21,109 @@ _NOTICES = re.compile(
     r"|To enable the following instructions: "
     r"|E\d{4} .*failed call to cuInit: .*\(303\)"
 )
+_TRACEBACK = re.compile(r"Traceback \(most recent call last\)|Fatal Python error|\*\*\* Process received signal \*\*\*")
+_KEPT_LINES = 300  # of each rank, for what is shown at the end
+_LAST_LINES, _MOST_LINES = 10, 80  # shown at the end: so many, or from a traceback's begin on
+_LONGEST = 1 << 16  # bytes of a line that does not end
 
 
 class Console:
-    """Copies the runner's output to this process's, rank by rank, and remembers what the runner itself said."""
+    """Takes the ranks' output piece by piece, shows whole lines, and remembers who was to blame.
 
-    def __init__(self) -> None:
-        self.cancelled: int | None = None  # the signal with which the user did: ranks die then, which is no news
-        self._lock = threading.Lock()
-        self._cause: tuple[int, int | None] | None = None  # rank, and the exit code if the rank itself told it
-        self._of_the_runner: list[str] = []
+    Args:
+        mode: `rank0` shows rank 0's output; `errors` also the other ranks' standard error, their number in front;
+            `all` everything.
+        logs: the folder for a log of each rank, `rank-NNNN.log`; None for no logs.
+    """
 
-    def copy(self, source: IO[bytes], target: IO[str]) -> None:
-        """Copies until the source ends; a carriage return is passed on at once, so progress bars move."""
-        for text in _pieces(source):
-            with self._lock:
-                self._show(text, target)
+    def __init__(self, mode: str = "all", logs: Path | None = None) -> None:
+        self.cancelled = False  # by the user: ranks die then, which is no news
+        self.cause: tuple[int, int | None] | None = None  # rank, and the exit code if the rank itself told it
+        self.logs = logs
+        self._mode = mode
+        self._streams: dict[tuple[int, bool], _Stream] = {}
+        self._files: dict[int, IO[str]] = {}
+        self._last: dict[int, collections.deque[str]] = {}
+        if logs is not None:
+            try:
+                logs.mkdir(parents=True, exist_ok=True)
+            except OSError as error:
+                raise UsageError(
+                    f"The logs' folder {logs} cannot be made ({error.strerror}). Choose another with --workdir=DIR."
+                ) from None
 
-    def conclude(self, code: int) -> int:
-        """Says which rank failed first, and returns its exit code; `code` is the runner's."""
-        if code == 0:
-            return 0
-        if self.cancelled:
-            return 128 + self.cancelled
-        said = "".join(self._of_the_runner)
-        codes = {int(rank): int(exit_code) for rank, exit_code in _ENDED_BY_ITSELF.findall(said)}
-        if not codes:  # the runner failed by itself: what it said is all there is
-            print(said, file=sys.stderr, end="")
-            return code if code > 0 else 128 - code
-        rank = min(codes, key=lambda rank: _in_the_wake(codes[rank]))  # the first of equals
-        failed_with = codes[rank]
-        if self._cause:
-            rank, told = self._cause
-            # One that fails with an exception may be ended by the runner while it cleans up.
-            failed_with = told or codes.get(rank, failed_with)
-        if failed_with not in _SAID:
-            print(f"hvdkit.launch: rank {rank} was the first to fail, with exit code {failed_with}.", file=sys.stderr)
-        return failed_with
+    def feed(self, rank: int, data: bytes, *, is_error: bool) -> None:
+        """Takes output as it came; a carriage return is passed on at once, so progress bars move."""
+        stream = self._streams.setdefault((rank, is_error), _Stream())
+        self._take(rank, is_error, stream, stream.pieces(data))
 
-    def _show(self, text: str, target: IO[str]) -> None:
-        match = _OF_A_RANK.fullmatch(text)
-        if not match:
-            self._of_the_runner.append(text)
+    def finish(self, rank: int) -> None:
+        """Takes what a rank left without a line's end: nothing more will come."""
+        for is_error in (False, True):
+            if stream := self._streams.pop((rank, is_error), None):
+                self._take(rank, is_error, stream, stream.rest())
+        if file := self._files.pop(rank, None):
+            file.close()
+
+    def last_lines(self, rank: int) -> list[str]:
+        """A rank's last lines, from the begin of its last traceback on where it ended with one."""
+        lines = [line for line in self._last.get(rank, ()) if line.strip() and not _NOTICES.match(line)]
+        begins = [number for number, line in enumerate(lines) if _TRACEBACK.match(line)]
+        first = min([*begins[-1:], len(lines) - _LAST_LINES])
+        return lines[max(first, len(lines) - _MOST_LINES, 0) :]
+
+    def _take(self, rank: int, is_error: bool, stream: "_Stream", pieces: list[str]) -> None:
+        for piece in pieces:
+            self._show(rank, piece, is_error)
+            if line := stream.line(piece):
+                self._keep(rank, line)
+
+    def _show(self, rank: int, piece: str, is_error: bool) -> None:
+        failed = _FAILED.search(piece)  # it may follow a progress bar's unfinished line
+        if failed and self.cause is None:
+            self.cause = int(failed[1]), int(failed[3]) if failed[2] == "failed" and failed[3] else None
+        hidden = rank != 0 and not failed and (self._mode == "rank0" or (self._mode == "errors" and not is_error))
+        if hidden or (self.cancelled and _DIED.search(piece)) or _NOTICES.match(piece):
             return
-        rank, line = int(match[1]), match[2]
-        failed = _FAILED.search(line)  # it may follow a progress bar's unfinished line
-        if failed and self._cause is None:
-            self._cause = int(failed[1]), int(failed[3]) if failed[2] == "failed" and failed[3] else None
-        if self.cancelled and _DIED.search(line):
-            return
-        if not _NOTICES.match(line):
-            target.write(line if rank == 0 else f"[{rank}] {line}")
+        target = sys.stderr if is_error else sys.stdout
+        with contextlib.suppress(BrokenPipeError):  # whoever read it has gone; the job goes on
+            target.write(piece if rank == 0 else f"[{rank}] {piece}")
             target.flush()
 
-
-def ended_by_itself(rank: int, code: int) -> str:
-    """The line by which hvdkit.launch.runner tells the launcher of a rank that failed before it was ended."""
-    return f"hvdkit: rank {rank} ended by itself, with exit code {code}"
-
-
-def _in_the_wake(code: int) -> int:
-    """How likely it is that a rank ended so because another one had: nobody kills himself with SIGKILL."""
-    if code == 128 + signal.SIGKILL:
-        return 0
-    return 1 if code > 128 else 2
+    def _keep(self, rank: int, line: str) -> None:
+        self._last.setdefault(rank, collections.deque(maxlen=_KEPT_LINES)).append(line.rstrip("\n"))
+        if self.logs is None:
+            return
+        if rank not in self._files:
+            # Appended: a run that is started again must not destroy what the one before it said.
+            self._files[rank] = (self.logs / f"rank-{rank:04d}.log").open("a", encoding="utf-8", buffering=1)
+            self._files[rank].write(f"---- started {time.strftime('%Y-%m-%d %H:%M:%S')}\n")
+        self._files[rank].write(line)
 
 
-def _pieces(source: IO[bytes]) -> Iterator[str]:
-    """Pieces of a stream that end in a line feed or a carriage return."""
-    rest = b""
-    while chunk := source.read1(65536):  # type: ignore[attr-defined]
-        *whole, rest = re.split(rb"(?<=[\n\r])", rest + chunk)
-        yield from (piece.decode(errors="replace") for piece in whole)
-    if rest:
-        yield rest.decode(errors="replace")
+class _Stream:
+    """One of a rank's two streams, cut into pieces that end in a line feed or a carriage return."""
+
+    def __init__(self) -> None:
+        self._begun = b""
+        self._overwritable = ""
+
+    def pieces(self, data: bytes) -> list[str]:
+        *whole, self._begun = re.split(rb"(?<=[\n\r])", self._begun + data)
+        if len(self._begun) > _LONGEST:
+            whole.append(self._begun + b"\n")
+            self._begun = b""
+        return [piece.decode(errors="replace") for piece in whole]
+
+    def rest(self) -> list[str]:
+        begun, self._begun = self._begun, b""
+        return [begun.decode(errors="replace") + "\n"] if begun else ["\n"] if self._overwritable.strip() else []
+
+    def line(self, piece: str) -> str | None:
+        """The line that a piece completes: what a progress bar overwrote is left out."""
+        if piece.endswith("\r"):
+            self._overwritable = piece[:-1]
+            return None
+        line = piece if piece.strip("\n") else self._overwritable + piece
+        self._overwritable = ""
+        return line

@@ -146,4 +146,4 @@ def test_a_rank_that_fails_ends_the_job(ranks):
     assert ended.code == 1
     assert "[1] ValueError: this rank has a problem" in ended.output
     # Rank 0 loses its partner at the same moment: either may be gone first.
-    assert re.search(r"hvdkit.launch: rank [01] was the first to fail, with exit code 1\.", ended.output)
+    assert re.search(r"hvdkit.launch: rank [01] on host \S+ was the first to fail, with exit code 1\.", ended.output)

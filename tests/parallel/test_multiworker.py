@@ -2,6 +2,7 @@
 
 import csv
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -211,7 +212,8 @@ def killed_in_training():
 
 def test_a_dead_worker_ends_the_job(ranks):
     ended = ranks(2, killed_in_training, timeout=120, fails=True)
-    assert "hvdkit.launch: rank 1 was the first to fail" in ended.output
+    assert ended.code == 128 + signal.SIGKILL, ended.output
+    assert re.search(r"\nhvdkit\.launch: rank 1 on host \S+ was the first to fail, killed by SIGKILL", ended.output)
 
 
 # ---- The main job ------------------------------------------------------------------------------------------------

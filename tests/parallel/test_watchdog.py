@@ -56,7 +56,9 @@ def test_an_exception_on_one_rank_is_the_common_reason():
     assert len(re.findall(sentence, ended.output, re.M)) == 1, ended.output
     assert "[1] ValueError: no such label: 17" in ended.output
     assert not re.search(r"^Traceback", ended.output, re.M), "rank 0 has no traceback of its own"
-    assert ended.output.endswith("hvdkit.launch: rank 1 was the first to fail, with exit code 1.\n")
+    assert re.search(
+        r"\nhvdkit\.launch: rank 1 on host \S+ was the first to fail, with exit code 1\.\n\Z", ended.output
+    )
 
 
 @pytest.mark.parametrize("rank", [0, 1])
@@ -66,7 +68,10 @@ def test_a_rank_that_is_killed_is_named(rank):
     said = rf"^(?:\[1\] )?hvdkit: rank {rank} on host \S+ died \(training, step \d of epoch 1\)"
     assert len(re.findall(said, ended.output, re.M)) == 1, ended.output
     assert "Traceback" not in ended.output
-    assert f"rank {rank} was the first to fail, with exit code 137" in ended.output
+    assert re.search(
+        rf"\nhvdkit\.launch: rank {rank} on host \S+ was the first to fail, killed by SIGKILL .*exit code 137\.\n\Z",
+        ended.output,
+    ), ended.output
 
 
 @pytest.mark.parametrize("rank", [0, 1])

@@ -1,7 +1,6 @@
-"""The main job's parts: flags, models, artefacts, and the launcher's console."""
+"""The main job's parts: flags, models, artefacts."""
 
 import dataclasses
-import io
 import json
 
 import hvdkit_models
@@ -12,7 +11,6 @@ from hvdkit_models.recipe import Recipe
 
 from hvdkit import artifacts, train, train_flags
 from hvdkit.errors import UsageError
-from hvdkit.launch.console import Console
 from hvdkit.model import build_model, check_output, find_model, make_optimizer
 from hvdkit.strategies import MirroredStrategy, SingleStrategy, create
 
@@ -264,20 +262,3 @@ def test_a_workdir_with_a_run_is_not_overwritten(tmp_path):
     (tmp_path / "file").touch()
     with pytest.raises(UsageError, match=r"cannot be written to \(Not a directory\)"):
         artifacts.make_workdir(tmp_path / "file", overwrite=True)
-
-
-def test_the_console_shows_ranks_and_leaves_notices_out():
-    out, console = io.StringIO(), Console()
-    console.copy(
-        io.BufferedReader(
-            io.BytesIO(
-                b"[0]<stderr>:bar 1\r[0]<stderr>:bar 2\n[1]<stdout>:hello\n"
-                b"[1]<stderr>:I0000 00:00:1.2 12 port.cc:153] oneDNN custom operations are on.\n"
-                b"hvdkit: rank 1 ended by itself, with exit code 3\n"
-            )
-        ),
-        out,
-    )
-    assert out.getvalue() == "bar 1\rbar 2\n[1] hello\n"
-    assert console.conclude(1) == 3
-    assert console.conclude(0) == 0

@@ -4,10 +4,8 @@ import dataclasses
 import pickle
 import re
 import secrets
-import signal
 import socket
 import struct
-import sys
 import threading
 import time
 
@@ -16,7 +14,6 @@ import pytest
 import tensorflow as tf
 
 from hvdkit import UsageError, watchdog, world
-from hvdkit.launch.console import Console, ended_by_itself
 from hvdkit.watchdog import causes, stacks
 from hvdkit.watchdog.channel import MOST_BYTES, Gone, call, listen
 from hvdkit.watchdog.progress import Progress, Waiting
@@ -481,47 +478,6 @@ def test_what_a_proved_rank_sends_is_bounded(started):
     with pytest.raises(ValueError, match="over the limit"):
         connection.send({"type": "x" * MOST_BYTES})
     connection.close()
-
-
-@pytest.mark.parametrize("before", ["", "3/8 ---- 2s 1s/step - loss: 0.5"])
-@pytest.mark.parametrize(("what", "code"), [("failed: ValueError: a", 3), ("died (training)", 137)])
-def test_the_launcher_names_the_rank_that_was_the_cause(capsys, before, what, code):
-    console = Console()
-    for text in (
-        f"[0]<stderr>:{before}hvdkit: rank 1 on host h2 WHAT. All ranks leave with exit code 3.\n",
-        ended_by_itself(0, 3) + "\n",
-        ended_by_itself(1, 137) + "\n",
-    ):
-        console._show(text.replace("WHAT", what), sys.stderr)
-    assert console.conclude(1) == code
-    said = capsys.readouterr().err
-    assert said.endswith(f"hvdkit.launch: rank 1 was the first to fail, with exit code {code}.\n")
-
-
-def test_the_launcher_passes_over_ranks_that_die_because_the_user_cancels(capsys):
-    console = Console()
-    console.cancelled = signal.SIGINT
-    console._show(
-        "[0]<stderr>:hvdkit: rank 1 on host h2 died (training). All ranks leave with exit code 75.\n", sys.stderr
-    )
-    assert console.conclude(1) == 130
-    assert capsys.readouterr().err == ""
-
-
-@pytest.mark.parametrize(
-    ("ends", "rank", "code"),
-    [
-        ([(0, 1), (1, 137), (2, 134)], 1, 137),
-        ([(0, 1), (2, 139), (1, 134)], 2, 139),
-        ([(2, 3), (0, 1)], 2, 3),
-    ],
-)
-def test_a_rank_that_was_killed_is_the_cause_of_those_that_failed_in_its_wake(capsys, ends, rank, code):
-    console = Console()
-    for end in ends:
-        console._show(ended_by_itself(*end) + "\n", sys.stderr)
-    assert console.conclude(1) == code
-    assert f"rank {rank} was the first to fail, with exit code {code}." in capsys.readouterr().err
 
 
 def test_states_of_another_version_are_read():

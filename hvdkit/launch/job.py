@@ -1,0 +1,407 @@
+"""One job from its start to its end: agents on its hosts, ranks under them, and one verdict when it is over.
+
+One loop takes events off a queue: what agents send, and signals. Nothing else changes a job's state.
+"""
+
+import dataclasses
+import queue
+import signal
+import sys
+import threading
+import time
+from collections.abc import Sequence
+from typing import Any
+
+from hvdkit.errors import UsageError
+from hvdkit.launch import agent, failures, plan
+from hvdkit.launch.console import Console
+from hvdkit.launch.failures import Failure
+from hvdkit.launch.hosts import Host, assign
+from hvdkit.launch.link import (
+    GONE,
+    Event,
+    Link,
+    Ssh,
+    address_of,
+    environment,
+    exported,
+    is_this_host,
+    own_address_towards,
+)
+
+_ANSWER_SECONDS = 30  # for a host that does much else, at least: ssh itself is told sooner that nobody is there
+_SPEAK_SECONDS = 4.0  # for the other ranks to say why one has failed, before they are ended
+_END_SECONDS = 4.0  # from SIGTERM to SIGKILL, where a rank has failed or the user gives up
+_STOP_SECONDS = 30.0  # the same where the job was told to stop (SIGTERM): its ranks may save first
+_LATE_SECONDS = 2.0  # for an agent to say that it is done
+_TICK = 0.25
+
+
+@dataclasses.dataclass(frozen=True)
+class Settings:
+    """What the command line decided; see `options.py` for each."""
+
+    command: list[str]
+    hosts: list[Host]
+    ranks: int
+    directory: str
+    ssh: Ssh
+    python: str
+    interface: str | None
+    bind: str
+    start_limit: int
+    stall_limit: float | None
+    silence: float
+    is_watched: bool
+
+
+class Lost(Exception):  # noqa: N818 - says what happened
+    """The job cannot go on for a reason that is no rank's: the message says which, and the mend."""
+
+
+class Job:
+    """A job whose ranks meet over Gloo.
+
+    Args:
+        settings: what to run, and where.
+        console: takes the ranks' output.
+    """
+
+    def __init__(self, settings: Settings, console: Console) -> None:
+        self.settings = settings
+        self.console = console
+        self.slots = assign(settings.hosts, settings.ranks)
+        self.events: queue.SimpleQueue[Any] = queue.SimpleQueue()
+        self.links: list[Link] = []
+        self._names: dict[Link, str] = {}
+        self._addresses: dict[str, str] = {}
+        self._rendezvous: Any = None
+        self._ended: dict[int, int] = {}
+        self._closed: set[int] = set()
+        self._failures: list[Failure] = []
+        self._known_before: int | None = None  # failures, when the watchdog named the cause
+        self._ends_at: float | None = None  # when the ranks that are left are told to end
+        self._over_at: float | None = None  # when agents that have not answered are given up
+        self._stopped_by = 0
+        self._lost = ""
+
+    # ---- Start -------------------------------------------------------------------------------------------------------
+
+    def connect(self) -> None:
+        """Starts an agent on each host and hears what it says of it.
+
+        Raises:
+            UsageError: a host cannot be reached, or is not fit for the job.
+        """
+        used = [host.name for host in self.settings.hosts if any(slot.hostname == host.name for slot in self.slots)]
+        for name in used:
+            self._addresses[name] = address_of(name, self.settings.ssh)
+        for name, address in self._addresses.items():
+            is_here = is_this_host(name, address)
+            python = sys.executable if is_here else self.settings.python
+            link = Link(name, None if is_here else self.settings.ssh, python, self.events)
+            self.links.append(link)
+            self._names[link] = name
+            link.send(
+                ask={
+                    "peer": self._own_address(link),
+                    "interface": self.settings.interface,
+                    "directory": self.settings.directory,
+                    "silence": self.settings.silence if link.is_remote else 0,
+                }
+            )
+        self._hear_hosts()
+        for link in self.links:
+            self._check_host(link)
+        threading.Thread(target=self._beat, daemon=True).start()
+
+    def _own_address(self, link: Link) -> str:
+        """The address by which a host reaches the launcher; loopback where no other host takes part."""
+        if link.is_remote:
+            return own_address_towards(self._addresses[link.host])
+        others = [a for name, a in self._addresses.items() if not is_this_host(name, a)]
+        return own_address_towards(others[0]) if others else "127.0.0.1"
+
+    def _hear_hosts(self) -> None:
+        limit = max(self.settings.start_limit, _ANSWER_SECONDS)
+        until = time.monotonic() + limit
+        while missing := [link for link in self.links if link.about is None]:
+            try:
+                event = self.events.get(timeout=max(until - time.monotonic(), 0.01))
+            except queue.Empty:
+                names = ", ".join(link.host for link in missing)
+                raise UsageError(
+                    f"No answer from {names} within {limit} s. Does ssh {missing[0].host} true "
+                    f"work? --start-timeout=SECONDS gives more time."
+                ) from None
+            if isinstance(event, int):
+                raise KeyboardInterrupt
+            if event.kind == GONE:
+                raise UsageError(event.link.complaint())
+            if event.kind == agent.HELLO:
+                event.link.about = event.content()
+
+    def _check_host(self, link: Link) -> None:
+        about = link.about or {}
+        several = len(self.links) > 1
+        if not about["has_directory"]:
+            raise UsageError(
+                f"Host {link.host} has no directory {self.settings.directory}, where the command is to run. Start the "
+                f"launcher in a directory that all hosts have, or name one: --directory=DIR."
+            )
+        if self.settings.interface and about["interface"] != self.settings.interface:
+            raise UsageError(
+                f"Host {link.host} has no network interface {self.settings.interface} with an IPv4 address; it has "
+                f"{', '.join(about['interfaces'])}. Name one that all hosts have, or leave --interface out."
+            )
+        if several and str(about["own_name"] or "127").startswith("127."):
+            raise UsageError(
+                f"On host {link.host} its own name, {about['hostname']}, resolves to {about['own_name'] or 'nothing'}, "
+                f"and Horovod's Gloo would listen there, where no other host can reach it. On {link.host}, let "
+                f"/etc/hosts say: {about['source']} {about['hostname']}."
+            )
+
+    def _beat(self) -> None:
+        """Signs of life, from a thread: an agent must not miss them because a terminal holds up the loop."""
+        while True:
+            time.sleep(agent.BEAT_SECONDS)
+            for link in self.links:
+                if link.is_remote and not link.is_gone:
+                    link.send(beat=1)
+
+    def start(self) -> None:
+        """Starts the ranks."""
+        from hvdkit.launch.rendezvous import Rendezvous
+
+        addresses = {self._own_address(link) for link in self.links}
+        addresses |= {str(link.about["source"]) for link in self.links if link.about}
+        self._rendezvous = Rendezvous(self.slots, addresses)
+        for link in self.links:
+            mine = self.placed_on(link)
+            link.send(
+                start={
+                    "command": self.settings.command,
+                    "directory": self.settings.directory,
+                    "own_env": not link.is_remote,
+                    "env": {
+                        **(exported(environment()) if link.is_remote else environment()),
+                        **self.common_environment(),
+                        **self._rendezvous.environment(self._own_address(link)),
+                        **self._interface_environment(link),
+                    },
+                    "ranks": [
+                        {"rank": slot.rank, "env": plan.rank_environment(slot, binding), "cores": binding.cores}
+                        for slot, binding in mine
+                    ],
+                }
+            )
+
+    def placed_on(self, link: Link) -> list[tuple[Any, plan.Binding]]:
+        """The ranks of a host, and what of it is each one's own."""
+        mine = [slot for slot in self.slots if slot.hostname == self._names[link]]
+        return list(zip(mine, plan.bindings(link.about or {}, len(mine), self.settings.bind), strict=True))
+
+    def common_environment(self) -> dict[str, str]:
+        """The variables that all ranks have."""
+        return {
+            **plan.job_environment(
+                environment(), start_limit=self.settings.start_limit, stall_limit=self.settings.stall_limit
+            ),
+            **plan.watched(self.settings.is_watched),
+            **({"HVDKIT_RANK_LOGS": str(self.console.logs.resolve())} if self.console.logs else {}),
+        }
+
+    def _interface_environment(self, link: Link) -> dict[str, str]:
+        interface = (link.about or {})["interface"]
+        return {"HOROVOD_GLOO_IFACE": interface, "NCCL_SOCKET_IFNAME": interface} if interface else {}
+
+    def description(self) -> str:
+        """What `--dry-run` prints; the hosts must have been connected."""
+        ranks = [
+            (slot, binding, f"by ssh as {self._addresses[link.host]}" if link.is_remote else "is this host")
+            for link in self.links
+            for slot, binding in self.placed_on(link)
+        ]
+        link = self.links[0]
+        common = {
+            **self.common_environment(),
+            **self._interface_environment(link),
+            plan.SECRET: f"{self._own_address(link)}:PORT/TOKEN",
+            "HOROVOD_GLOO_RENDEZVOUS_PORT": "PORT",
+        }
+        return plan.describe(self.settings.command, common, ranks)
+
+    # ---- The loop ----------------------------------------------------------------------------------------------------
+
+    def run(self) -> int:
+        """Waits for the job's end, and returns the launcher's exit code."""
+        while not self._is_over():
+            try:
+                event = self.events.get(timeout=_TICK)
+            except queue.Empty:
+                event = None
+            try:
+                if isinstance(event, int):
+                    self._on_signal(event)
+                elif event is not None:
+                    self._on_event(event)
+                self._keep_time()
+            except Lost as lost:
+                self._lose(str(lost))
+        for rank in range(self.settings.ranks):
+            self.console.finish(rank)
+        return self._conclude()
+
+    def close(self) -> None:
+        """Ends what there still is, on all hosts at once."""
+        for link in self.links:
+            link.send(end=0)
+        for link in self.links:
+            link.close()
+        if self._rendezvous is not None:
+            self._rendezvous.close()
+
+    def _is_over(self) -> bool:
+        if self._over_at is not None and time.monotonic() > self._over_at:
+            return True
+        gone = {slot.rank for link in self.links if link.is_gone for slot in self.slots if slot.hostname == link.host}
+        return len(self._closed | gone) == len(self.slots)
+
+    def _on_event(self, event: Event) -> None:
+        if event.kind in (agent.OUT, agent.ERR):
+            self.take_output(event.rank, event.body, is_error=event.kind == agent.ERR)
+        elif event.kind == agent.EXIT:
+            self._on_exit(event.rank, event.content()["code"])
+        elif event.kind == agent.CLOSED:
+            self._closed.add(event.rank)
+        elif event.kind == agent.REFUSED:
+            raise Lost(
+                f"Host {event.link.host} cannot start {self.settings.command[0]!r}: {event.content()['error']}. Name a "
+                f"program that every host has."
+            )
+        elif event.kind == GONE:
+            event.link.is_gone = True
+            left = [s.rank for s in self.slots if s.hostname == event.link.host and s.rank not in self._ended]
+            if left and self._ends_at is None:
+                raise Lost(f"{_ranks(left)} on host {event.link.host} can no longer be seen. {event.link.complaint()}")
+
+    def take_output(self, rank: int, data: bytes, *, is_error: bool) -> None:
+        """Passes a rank's output on."""
+        self.console.feed(rank, data, is_error=is_error)
+        if self.console.cause and self._known_before is None:
+            self._known_before = len(self._failures)
+
+    def _on_exit(self, rank: int, code: int) -> None:
+        self._ended[rank] = code
+        # Once ranks are being ended, how one ends says nothing about why the job did.
+        is_ours = self._over_at is not None
+        if code != 0 and not is_ours:
+            self._failures.append(Failure(rank, code))
+            if self._ends_at is None:
+                self._ends_at = time.monotonic() + _SPEAK_SECONDS
+
+    def _on_signal(self, number: int) -> None:
+        if number == signal.SIGUSR1:
+            for link in self.links:
+                link.send(signal=int(number))
+            return
+        self.console.cancelled = True
+        again = self._stopped_by != 0
+        self._stopped_by = self._stopped_by or number
+        self._end(0 if again else _STOP_SECONDS if number == signal.SIGTERM else _END_SECONDS)
+
+    def _keep_time(self) -> None:
+        now = time.monotonic()
+        if self._ends_at is not None and now > self._ends_at and self._over_at is None:
+            self._end(_END_SECONDS)
+        if self._over_at is None and self._ends_at is None:
+            self._check_silence()
+            self._check_start(now)
+
+    def _check_silence(self) -> None:
+        limit = self.settings.silence
+        for link in self.links:
+            if link.is_remote and limit and link.silent_for() > limit:
+                raise Lost(
+                    f"Host {link.host} has not been heard of for {limit:g} s: it is down, frozen or cut off. Its "
+                    f"ranks end by themselves then. Start the job without it, or when it is back (ssh "
+                    f"{link.host} true)."
+                )
+
+    def _check_start(self, now: float) -> None:
+        arrived = dict(self._rendezvous.arrived) if self._rendezvous is not None else {}
+        missing = [slot for slot in self.slots if slot.rank not in arrived]
+        if arrived and missing and now - min(arrived.values()) > self.settings.start_limit:
+            hosts = sorted({slot.hostname for slot in missing})
+            raise Lost(
+                f"{_ranks([slot.rank for slot in missing])} on {', '.join(hosts)} did not come to hvd.init() within "
+                f"{self.settings.start_limit} s after the first rank. See what they do there; --start-timeout=SECONDS "
+                f"gives more time."
+            )
+
+    def _end(self, grace: float) -> None:
+        if self._ends_at is None:
+            self._ends_at = time.monotonic()
+        self._over_at = time.monotonic() + grace + _LATE_SECONDS
+        for link in self.links:
+            link.send(end=grace)
+
+    def _lose(self, why: str) -> None:
+        if not self._lost and not self._failures:
+            self._lost = why
+        self._end(_END_SECONDS)
+
+    # ---- The end -----------------------------------------------------------------------------------------------------
+
+    def _conclude(self) -> int:
+        if self._stopped_by:
+            _say(f"ended by {signal.Signals(self._stopped_by).name}.")
+            own = [code for _, code in sorted(self._ended.items()) if code > 0]
+            if self._ended and not any(self._ended.values()) and len(self._ended) == len(self.slots):
+                return 0
+            return own[0] if own else 128 + self._stopped_by
+        if self._lost:
+            _say(self._lost)
+            return failures.STALLED if self._ended or self._has_begun() else 2
+        try:
+            first = self.verdict()
+        except Lost as lost:
+            _say(str(lost))
+            return 2
+        if first is None:
+            return 0
+        if first.exit_code not in failures.SAID:
+            self._show_last_words(first)
+        return first.exit_code
+
+    def _has_begun(self) -> bool:
+        return self._rendezvous is not None and "cannot start" not in self._lost
+
+    def verdict(self) -> Failure | None:
+        """The failure that ended the job; None where no rank failed."""
+        if not self._failures:
+            return None
+        return failures.first(self._failures, self.console.cause, self._known_before or 0, self._ended)
+
+    def host_of(self, rank: int) -> str:
+        """The name of a rank's host: as the user gave it, or its own where he gave none."""
+        given = next(str(slot.hostname) for slot in self.slots if slot.rank == rank)
+        link = next(link for link in self.links if link.host == given)
+        return str((link.about or {}).get("hostname", given)) if given == "localhost" else given
+
+    def _show_last_words(self, first: Failure) -> None:
+        if lines := self.console.last_lines(first.rank):
+            log = f" ({self.console.logs}/rank-{first.rank:04d}.log has all)" if self.console.logs else ""
+            _say(f"the last lines of rank {first.rank}{log}:")
+            print(*(f"    {line}" for line in lines), sep="\n", file=sys.stderr)
+        _say(f"rank {first.rank} on host {self.host_of(first.rank)} was the first to fail, {first.words()}.")
+
+
+def _ranks(numbers: Sequence[int]) -> str:
+    named = ", ".join(map(str, numbers[:8])) + (f" and {len(numbers) - 8} more" if len(numbers) > 8 else "")
+    return f"Rank {named}" if len(numbers) == 1 else f"Ranks {named}"
+
+
+def _say(text: str) -> None:
+    sys.stdout.flush()
+    print(f"hvdkit.launch: {text}", file=sys.stderr, flush=True)

@@ -1,0 +1,272 @@
+"""The launcher's connection to one host: starts an agent there, over ssh where it is another host, and talks to it.
+
+Everything that the agent is told, its own source first, goes through its input: the ranks' environment with whatever
+secrets it holds is on no command line. What comes back becomes events on one queue.
+"""
+
+import contextlib
+import dataclasses
+import json
+import os
+import queue
+import re
+import secrets
+import shlex
+import signal
+import socket
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import IO, Any
+
+from hvdkit.errors import UsageError
+from hvdkit.launch import agent
+
+_MOST_BYTES = 1 << 24  # of a frame: an agent sends 64 KiB at most
+_MOST_COMPLAINTS = 1 << 16  # bytes of what ssh said, the last ones
+_PROGRAM = (
+    "i=open(0,'rb',0,closefd=False);s=b''.join(i.readline() for _ in range(int(i.readline())));"
+    "exec(compile(s,'hvdkit-agent','exec'));main('{nonce}')"
+)
+
+
+@dataclasses.dataclass(frozen=True)
+class Event:
+    """Something that an agent sent; `kind` is one of its frames', or `GONE` when the connection has ended."""
+
+    link: "Link"
+    kind: bytes
+    rank: int = 0
+    body: bytes = b""
+
+    def content(self) -> Any:
+        """The body of a frame that holds JSON."""
+        return json.loads(self.body)
+
+
+GONE = b"gone"
+
+
+@dataclasses.dataclass(frozen=True)
+class Ssh:
+    """How to reach other hosts.
+
+    Attributes:
+        arguments: more arguments for ssh, before those that the launcher gives itself, which they can override.
+        checks_keys: whether a host must prove to be the one in the user's known hosts.
+        patience: seconds to wait for a connection.
+    """
+
+    arguments: Sequence[str] = ()
+    checks_keys: bool = True
+    patience: int = 20
+
+    def options(self) -> list[str]:
+        """The options of every connection."""
+        keys = ["StrictHostKeyChecking=yes"]
+        if not self.checks_keys:
+            keys = ["StrictHostKeyChecking=no", "UserKnownHostsFile=/dev/null", "GlobalKnownHostsFile=/dev/null"]
+        given = ["BatchMode=yes", f"ConnectTimeout={self.patience}", "ForwardX11=no", "LogLevel=ERROR", *keys]
+        return [*self.arguments, "-T", *(part for option in given for part in ("-o", option))]
+
+    def command(self, host: str, command: str) -> list[str]:
+        """What runs a command line on another host."""
+        return ["ssh", *self.options(), "--", host, command]
+
+
+class Link:
+    """An agent on one host.
+
+    Args:
+        host: the host's name, as the user gave it.
+        ssh: how to reach it; None for this host.
+        python: the interpreter to run the agent with, there.
+        events: where what the agent sends is put.
+    """
+
+    def __init__(self, host: str, ssh: Ssh | None, python: str, events: "queue.SimpleQueue[Any]") -> None:
+        self.host = host
+        self.ssh = ssh
+        self.heard = time.monotonic()
+        self.about: dict[str, Any] | None = None  # what the agent said of its host
+        self.is_gone = False
+        self._events = events
+        self._lock = threading.Lock()
+        self._complaints = b""
+        self._nonce = secrets.token_hex(8)
+        self._python = python
+        program = [python, "-I", "-S", "-c", _PROGRAM.format(nonce=self._nonce)]
+        try:
+            # In a session of its own, or Ctrl-C would reach the connection before it could end the ranks.
+            self._process = subprocess.Popen(
+                program if ssh is None else ssh.command(host, "exec " + shlex.join(program)),
+                stdin=subprocess.PIPE,
+                stdout=subprocess.PIPE,
+                stderr=subprocess.PIPE,
+                start_new_session=True,
+            )
+        except FileNotFoundError as error:
+            raise UsageError(f"{error.filename} is missing; install it with: apt-get install openssh-client.") from None
+        self._threads = [threading.Thread(target=work, daemon=True) for work in (self._read, self._read_complaints)]
+        for thread in self._threads:
+            thread.start()
+        source = Path(agent.__file__).read_bytes()
+        self._write(b"%d\n" % len(source.splitlines()) + source)
+
+    @property
+    def is_remote(self) -> bool:
+        """Whether the agent is on another host."""
+        return self.ssh is not None
+
+    def send(self, **order: Any) -> None:
+        """Sends an order; that the agent has gone is told by an event."""
+        self._write(json.dumps(order).encode() + b"\n")
+
+    def silent_for(self) -> float:
+        """Seconds since the agent was last heard of."""
+        return time.monotonic() - self.heard
+
+    def close(self) -> None:
+        """Ends the connection, and with it the agent."""
+        with contextlib.suppress(OSError), self._lock:
+            if self._process.stdin:
+                self._process.stdin.close()
+        try:
+            self._process.wait(2)
+        except subprocess.TimeoutExpired:
+            # ssh, to a host that does not answer: what runs there ends itself when it hears nothing more.
+            self._process.send_signal(signal.SIGKILL if self.is_remote else signal.SIGTERM)
+            self._process.wait()
+        for thread in self._threads:
+            thread.join(2)
+
+    def complaint(self) -> str:
+        """Why there is no agent, in a sentence with the mend; known once the connection has ended."""
+        self._threads[1].join(2)
+        code = self._process.wait()
+        said = self._complaints.decode(errors="replace").strip()
+        return (
+            explain(self.host, said, code, self._python)
+            if self.is_remote
+            else f"The agent on this host ended: {said or code}"
+        )
+
+    def _write(self, data: bytes) -> None:
+        with contextlib.suppress(OSError, ValueError), self._lock:
+            if self._process.stdin:
+                self._process.stdin.write(data)
+                self._process.stdin.flush()
+
+    def _read(self) -> None:
+        source = self._process.stdout
+        if source is not None and self._find_greeting(source):
+            while frame := _frame(source):
+                self.heard = time.monotonic()
+                if frame[0] != agent.BEAT:
+                    self._events.put(Event(self, *frame))
+        self._events.put(Event(self, GONE))
+
+    def _find_greeting(self, source: IO[bytes]) -> bool:
+        """Passes over what a shell's start-up files print."""
+        greeting = agent.GREETING + self._nonce.encode() + b"\n"
+        return any(line.endswith(greeting) for line in iter(lambda: source.readline(1 << 16), b""))
+
+    def _read_complaints(self) -> None:
+        source = self._process.stderr
+        while source is not None and (data := source.read1(4096)):  # type: ignore[attr-defined]
+            self._complaints = (self._complaints + data)[-_MOST_COMPLAINTS:]
+
+
+def _frame(source: IO[bytes]) -> tuple[bytes, int, bytes] | None:
+    head = source.read(agent.FRAME.size)
+    if len(head) < agent.FRAME.size:
+        return None
+    kind, rank, length = agent.FRAME.unpack(head)
+    body = source.read(length) if length <= _MOST_BYTES else b""
+    return (kind, rank, body) if len(body) == length else None
+
+
+# What ssh says, what it means, and what to do; the first that is found counts.
+_EXPLANATIONS = {
+    "REMOTE HOST IDENTIFICATION HAS CHANGED|host key .* has changed": (
+        "Host {host} shows another key than the one known for it: it was set up anew, or another machine answers in "
+        "its place. If it was set up anew: ssh-keygen -R {host}, then ssh {host} once and compare the fingerprint."
+    ),
+    "Host key verification failed|host key is known for": (
+        "The key of host {host} is not known here, so it could be any machine. Run ssh {host} once and confirm its "
+        "fingerprint; --insecure-host-keys takes any key, for networks that you trust."
+    ),
+    "Permission denied": "Host {host} lets nobody in without a password. Set up a key with: ssh-copy-id {host}.",
+    "Could not resolve hostname": "Host {host} is not known here. Is the name right? getent hosts {host} must find it.",
+    "timed out|No route to host|Network is unreachable|Connection closed|Connection reset": (
+        "Host {host} cannot be reached by ssh. Is it up, and is its port 22 open for this host? Try: ssh {host} true."
+    ),
+    "Connection refused": "Host {host} is there, but nothing listens on its ssh port. Start sshd on it.",
+    "[Nn]o such file or directory|[Nn]ot found": (
+        "Host {host} has no Python at {python}. Install hvdkit at the same path as here, or name the one that is "
+        "there: --python PATH."
+    ),
+}
+
+
+def explain(host: str, said: str, code: int, python: str = sys.executable) -> str:
+    """What ssh said about a host, as a sentence with the mend, and ssh's own last line."""
+    last = said.splitlines()[-1].strip() if said else f"ssh ended with exit code {code}, and said nothing"
+    for pattern, sentence in _EXPLANATIONS.items():
+        if re.search(pattern, said):
+            return f"{sentence.format(host=host, python=python)} (ssh: {last})"
+    return f"The connection to host {host} failed. Try: ssh {host} true. (ssh: {last})"
+
+
+# --------------------------------------------------------------------------------------------- Names and addresses
+
+
+def address_of(host: str, ssh: Ssh) -> str:
+    """A host's IPv4 address; a name that only ssh's configuration knows is looked up there.
+
+    Raises:
+        UsageError: the name has no address.
+    """
+    for name in (host, None):
+        with contextlib.suppress(OSError):
+            return socket.gethostbyname(name or _name_for_ssh(host, ssh))
+    raise UsageError(f"Host {host} is not known here. Is the name right? getent hosts {host} must find its address.")
+
+
+def _name_for_ssh(host: str, ssh: Ssh) -> str:
+    asked = subprocess.run(["ssh", *ssh.options(), "-G", "--", host], capture_output=True, text=True, check=False)
+    return next((line.split()[1] for line in asked.stdout.splitlines() if line.startswith("hostname ")), host)
+
+
+def is_this_host(host: str, address: str) -> bool:
+    """Whether a name and its address are this host's own: binding a socket to an address tells."""
+    if host == socket.gethostname() or address.startswith("127."):
+        return True
+    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:
+        try:
+            probe.bind((address, 0))
+        except OSError:
+            return False
+    return True
+
+
+def own_address_towards(address: str) -> str:
+    """This host's address on the way to another: connecting a UDP socket looks it up, and sends nothing."""
+    return str(agent.source_address(address) or "127.0.0.1")
+
+
+def exported(environment: dict[str, str]) -> dict[str, str]:
+    """The variables that also mean something on another host: not those of this session, screen or user."""
+    private = re.compile(
+        r"BASH_FUNC_.*|SSH_.*|XDG_.*|DBUS_.*|DISPLAY|HOSTNAME|HOME|USER|LOGNAME|MAIL|SHELL|SHLVL|PWD|OLDPWD|TERM|_"
+        r"|TMPDIR|.*CUDA_VISIBLE_DEVICES"
+    )
+    return {name: value for name, value in environment.items() if not private.fullmatch(name)}
+
+
+def environment() -> dict[str, str]:
+    """This process's environment, without what a surrounding job left in it."""
+    return {name: value for name, value in os.environ.items() if not name.startswith(("OMPI_COMM_WORLD_", "PMIX_"))}

@@ -1,0 +1,156 @@
+"""Jobs whose ranks meet over MPI: one `mpirun` starts them, under this host's agent, and its words are made the job's.
+
+`mpirun` reaches the other hosts by ssh with the same options as the launcher, tags each line with its rank, ends all
+ranks when one fails, and ends them when it is told to. The agent sees to it that it is told, also where the launcher is
+killed. It ends the other ranks at once, so they may not get to say why.
+"""
+
+import os
+import re
+import shlex
+import shutil
+import signal
+import sys
+import time
+
+from hvdkit.errors import UsageError
+from hvdkit.launch import plan
+from hvdkit.launch.failures import Failure
+from hvdkit.launch.job import Job, Lost
+from hvdkit.launch.link import Link, address_of, environment, explain, exported, is_this_host
+
+_OF_A_RANK = re.compile(rb"\[\d+,(\d+)\]<std(?:out|err)>:(.*)", re.DOTALL)
+_EXITED = re.compile(r"Process name: \[\[\d+,\d+\],\s*(\d+)\]\s+Exit code:\s+(\d+)")
+_KILLED = re.compile(r"rank (\d+) with PID \d+ on node \S+ exited\s+on signal (\d+)")
+
+
+class MpiJob(Job):
+    """A job that `mpirun` (Open MPI) starts; see `Job`."""
+
+    def connect(self) -> None:
+        """Finds mpirun, and starts the agent under which it will run.
+
+        Raises:
+            UsageError: there is no mpirun, or something was asked that it does otherwise.
+        """
+        self._said = b""  # by mpirun itself
+        self._begun: dict[bool, bytes] = {False: b"", True: b""}
+        self._mpirun = shutil.which("mpirun") or ""
+        if not self._mpirun:
+            raise UsageError(
+                "--mpi needs mpirun. Install it with: apt-get install openmpi-bin libopenmpi-dev, on every host, and "
+                "run launch/bootstrap.sh again, which then builds Horovod with MPI."
+            )
+        if self.settings.bind != "none":
+            raise UsageError(
+                f"--bind {self.settings.bind} and --mpi exclude each other: mpirun binds its ranks itself. Leave "
+                f"--bind out, and set OMPI_MCA_hwloc_base_binding_policy=core for cores."
+            )
+        for host in self.settings.hosts:
+            self._addresses[host.name] = address_of(host.name, self.settings.ssh)
+        link = Link("localhost", None, sys.executable, self.events)
+        self.links.append(link)
+        self._names[link] = link.host
+        peer = self._own_address(link)
+        link.send(
+            ask={
+                "peer": peer, "interface": self.settings.interface, "directory": self.settings.directory, "silence": 0,
+            }
+        )  # fmt: skip
+        self._hear_hosts()
+        self._check_host(link)
+
+    def command(self) -> list[str]:
+        """The exact command that starts the ranks."""
+        hosts = ",".join(f"{host.name}:{host.slots}" for host in self.settings.hosts)
+        ssh = shlex.join(self.settings.ssh.options())
+        everything = {**exported(environment()), **self.common_environment()}
+        names = sorted(name for name in everything if re.fullmatch(r"\w+", name, re.ASCII))
+        interface = str((self.links[0].about or {}).get("interface") or "")
+        return [
+            self._mpirun,
+            *(["--allow-run-as-root"] if os.geteuid() == 0 else []),
+            "--tag-output",
+            *("-np", str(self.settings.ranks), "-H", hosts, "-wdir", self.settings.directory),
+            *("-bind-to", "none", "-map-by", "slot"),  # TensorFlow's threads need more than one core
+            *("-mca", "pml", "ob1", "-mca", "btl", "^openib"),
+            *("-mca", "plm_rsh_args", ssh),
+            *(["-mca", "oob_tcp_if_include", interface, "-mca", "btl_tcp_if_include", interface] if interface else []),
+            *(part for name in names for part in ("-x", name)),
+            *self.settings.command,
+        ]
+
+    def common_environment(self) -> dict[str, str]:
+        """The variables that all ranks have."""
+        return {
+            **super().common_environment(),
+            "HOROVOD_CONTROLLER": "mpi",
+            "HOROVOD_CPU_OPERATIONS": "mpi",
+        }
+
+    def start(self) -> None:
+        """Starts mpirun, as the one process of the one agent."""
+        self.links[0].send(
+            start={
+                "command": self.command(),
+                "directory": self.settings.directory,
+                "own_env": True,
+                "env": {**environment(), **self.common_environment()},
+                "ranks": [{"rank": 0, "env": {}, "cores": None}],
+            }
+        )
+
+    def description(self) -> str:
+        """What `--dry-run` prints."""
+        nothing = plan.Binding(None, None)
+        reached = {
+            name: "is this host" if is_this_host(name, address) else f"by ssh as {address}"
+            for name, address in self._addresses.items()
+        }
+        ranks = [(slot, nothing, reached[slot.hostname]) for slot in self.slots]
+        return plan.describe(self.settings.command, self.common_environment(), ranks, started_by=self.command())
+
+    def take_output(self, rank: int, data: bytes, *, is_error: bool) -> None:
+        """Gives each line to the rank that is named in its tag; what has none is mpirun's own."""
+        *lines, self._begun[is_error] = re.split(rb"(?<=[\n\r])", self._begun[is_error] + data)
+        for line in lines:
+            if match := _OF_A_RANK.fullmatch(line):
+                super().take_output(int(match[1]), match[2], is_error=is_error)
+            else:
+                self._said += line
+
+    def verdict(self) -> Failure | None:
+        """The failure that mpirun names first, or the watchdog's; `Lost` where mpirun itself failed."""
+        code = self._ended.get(0, 0)
+        if code == 0:
+            return None
+        said = self._said.decode(errors="replace")
+        killed = [Failure(int(rank), -int(number)) for rank, number in _KILLED.findall(said)]
+        # Those that mpirun itself has ended in the wake of another.
+        killed = [failure for failure in killed if failure.code != -signal.SIGTERM]
+        exited = [Failure(int(rank), int(number)) for rank, number in _EXITED.findall(said)]
+        cause = self.console.cause
+        if cause and cause[1]:
+            return Failure(cause[0], cause[1])
+        first = next((f for f in [*killed, *exited] if cause is None or f.rank == cause[0]), None)
+        if first is None and (killed or exited):
+            first = (killed or exited)[0]
+        if first is None:
+            raise Lost(
+                explain(self._failed_host(said), said.strip(), code) if "ssh" in said else f"mpirun: {said.strip()}"
+            )
+        return first
+
+    def host_of(self, rank: int) -> str:
+        """The name of a rank's host."""
+        return next(str(slot.hostname) for slot in self.slots if slot.rank == rank)
+
+    def _is_over(self) -> bool:
+        late = self._over_at is not None and time.monotonic() > self._over_at
+        return late or self.links[0].is_gone or 0 in self._closed
+
+    def _failed_host(self, said: str) -> str:
+        return next((name for name in self._addresses if re.search(rf"\b{re.escape(name)}\b", said)), "of the job")
+
+    def _check_start(self, now: float) -> None:
+        """mpirun has a limit of its own."""

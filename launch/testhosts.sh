@@ -1,0 +1,126 @@
+#!/usr/bin/env bash
+# Hosts to try a cluster on, made of this one machine: network and host name of their own, an sshd each, a bridge between.
+#
+#   launch/testhosts.sh up 3 [--rate 100mbit]    makes h1, h2 and h3; each reaches the others by name and by ssh
+#   launch/testhosts.sh run h1 command...        runs a command on h1, in this directory
+#   launch/testhosts.sh down                     ends all that runs on them, and removes every trace
+#
+# Files, users and processes are this machine's own; only the network and the name differ. Root is needed. Nothing of
+# this machine's ssh set-up is touched: keys and known hosts are made anew and lie in /etc/netns/, which `ip netns exec`
+# puts in place of /etc/. HVDKIT_TESTHOSTS names a set of hosts other than the first.
+set -euo pipefail
+
+name=${HVDKIT_TESTHOSTS:-hvdkit}
+state=/run/hvdkit-testhosts/$name
+network=10.77.0  # not reachable from outside: the bridge has no address and no uplink
+
+die() { printf 'testhosts.sh: %s\n' "$*" >&2; exit 2; }
+
+check_machine() {
+  [[ $EUID == 0 ]] || die "root is needed to make network namespaces; run it with sudo"
+  [[ $name =~ ^[a-z0-9]{1,10}$ ]] || die "HVDKIT_TESTHOSTS=$name is not a name of 1 to 10 small letters and digits"
+  local command missing=()
+  for command in ip:iproute2 tc:iproute2 sshd:openssh-server ssh:openssh-client nsenter:util-linux; do
+    PATH=$PATH:/usr/sbin:/sbin command -v "${command%:*}" >/dev/null || missing+=("${command#*:}")
+  done
+  [[ ! ${missing[*]-} ]] || die "commands are missing; install them with: apt-get install ${missing[*]}"
+}
+
+up() {
+  local count=${1:-} rate='' i failed
+  [[ $count =~ ^[1-9][0-9]?$ ]] || die "'up' needs a number of hosts from 1 to 99, as in: up 2"
+  shift
+  if (($#)); then
+    [[ $1 == --rate && ${2:-} && $# == 2 ]] || die "'$*' is not understood; expected is --rate RATE, as in --rate 100mbit"
+    rate=$2
+  fi
+  down
+  trap 'failed=$?; ((failed == 0)) || down; exit "$failed"' EXIT  # half a cluster is of no use
+  mkdir -p "$state" /run/sshd
+  chmod 700 "$state"
+  ssh-keygen -q -t ed25519 -N '' -C "$name" -f "$state/key"
+  ip link add "$name" type bridge
+  ip link set "$name" up
+  for ((i = 1; i <= count; i++)); do make_files "$i" "$count"; done
+  for ((i = 1; i <= count; i++)); do make_host "$i" "$rate"; done
+  echo "h1 to h$count are up: $0 run h1 ssh h$count hostname"
+}
+
+make_files() {  # HOST COUNT: what the host sees in place of the files of /etc
+  local etc=/etc/netns/$name-h$1 i
+  mkdir -p "$etc/ssh"
+  ssh-keygen -q -t ed25519 -N '' -C "h$1" -f "$etc/ssh/ssh_host_ed25519_key"
+  printf '127.0.0.1 localhost\n' >"$etc/hosts"
+  for ((i = 1; i <= $2; i++)); do
+    printf '%s.%d h%d\n' "$network" "$i" "$i" >>"$etc/hosts"
+    printf 'h%d,%s.%d %s\n' "$1" "$network" "$1" "$(cat "$etc/ssh/ssh_host_ed25519_key.pub")" \
+      >>"/etc/netns/$name-h$i.known"
+  done
+  cat >"$etc/ssh/ssh_config" <<END
+Host *
+  IdentityFile $state/key
+  IdentitiesOnly yes
+  UserKnownHostsFile /etc/ssh/ssh_known_hosts
+END
+  cat >"$etc/ssh/sshd_config" <<END
+ListenAddress $network.$1
+HostKey /etc/ssh/ssh_host_ed25519_key
+AuthorizedKeysFile $state/key.pub
+PermitRootLogin prohibit-password
+PasswordAuthentication no
+StrictModes no
+UsePAM no
+MaxStartups 100
+PidFile $state/h$1.pid
+END
+}
+
+make_host() {  # HOST RATE
+  local host=h$1 space=$name-h$1
+  mv "/etc/netns/$space.known" "/etc/netns/$space/ssh/ssh_known_hosts"
+  ip netns add "$space"
+  ip link add "$space" type veth peer name eth0 netns "$space"
+  ip link set "$space" master "$name" up
+  ip -n "$space" address add "$network.$1/24" dev eth0
+  ip -n "$space" link set lo up
+  ip -n "$space" link set eth0 up
+  if [[ $2 ]]; then  # both ways
+    tc qdisc add dev "$space" root tbf rate "$2" burst 128kb latency 400ms
+    tc -n "$space" qdisc add dev eth0 root tbf rate "$2" burst 128kb latency 400ms
+  fi
+  # What starts here keeps the host's name for as long as it runs; `run` and ssh enter where sshd is.
+  # shellcheck disable=SC2016  # the inner shell expands it
+  ip netns exec "$space" unshare --uts bash -c 'hostname "$1" && exec "$(PATH=$PATH:/usr/sbin command -v sshd)" -f /etc/ssh/sshd_config' - "$host"
+  for _ in {1..100}; do [[ -s $state/$host.pid ]] && return; sleep 0.05; done
+  die "sshd did not start on $host; try: ip netns exec $space $(PATH=$PATH:/usr/sbin command -v sshd) -d"
+}
+
+run() {
+  local host=${1:-} pid
+  pid=$(cat "$state/$host.pid" 2>/dev/null) || die "there is no host '$host'; make hosts with: $0 up 2"
+  shift
+  (($#)) || die "no command was given, as in: $0 run $host hostname"
+  # shellcheck disable=SC2016  # the inner shell expands it
+  exec nsenter --target "$pid" --net --uts --mount sh -c 'cd "$1" && shift && exec "$@"' - "$PWD" "$@"
+}
+
+down() {
+  local space pid
+  for space in $(ip netns list | awk -v name="$name-h" 'index($1, name) == 1 { print $1 }'); do
+    for pid in $(ip netns pids "$space"); do kill -9 "$pid" 2>/dev/null || true; done
+    ip netns delete "$space"
+    ip link delete "$space" 2>/dev/null || true  # gone with the namespace, a moment later
+  done
+  ip link delete "$name" 2>/dev/null || true
+  rm -rf "$state" /etc/netns/"$name"-h*
+  rmdir /etc/netns /run/hvdkit-testhosts 2>/dev/null || true
+}
+
+check_machine
+PATH=$PATH:/usr/sbin:/sbin
+case ${1:-} in
+  up)   shift; up "$@" ;;
+  run)  shift; run "$@" ;;
+  down) down ;;
+  *)    die "'${1:-}' is not understood; expected is up N [--rate RATE], run HOST COMMAND... or down" ;;
+esac

@@ -1,0 +1,252 @@
+"""The launcher on several hosts: training, deaths, cut links, strangers, keys; and the hosts that tests are made of.
+
+The programs of most jobs are shell scripts, which start at once; what they show does not depend on what a rank runs.
+"""
+
+import json
+import os
+import pickle
+import re
+import signal
+import subprocess
+import sys
+
+import pytest
+
+from tests.conftest import ROOT, Cluster, remains, run_command
+from tests.integration.test_launcher import STUBBORN, SideEffect, arrive, end, read_until, wait_until
+
+TWO = ["-H", "h1:1,h2:1"]
+
+
+@pytest.fixture
+def launch(cluster):
+    """Runs a job from h1 to its end."""
+
+    def run(*arguments, timeout=120, env=None):
+        return cluster.run("h1", sys.executable, "-m", "hvdkit.launch", *arguments, timeout=timeout, env=env)
+
+    return run
+
+
+@pytest.fixture
+def start(cluster):
+    """Starts a job from h1."""
+
+    def run(*arguments, env=None):
+        command = cluster.command("h1", sys.executable, "-m", "hvdkit.launch", *arguments)
+        env = {**os.environ, **cluster.environment, **(env or {})}
+        return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env=env)
+
+    return run
+
+
+@pytest.fixture
+def edited(cluster):
+    """Changes a file of a host for the time of a test; in place, because it lies under a bind mount."""
+    before = {}
+
+    def edit(host, file, text):
+        path = cluster.etc(host, file)
+        before.setdefault(path, path.read_text())
+        path.write_text(text)
+
+    yield edit
+    for path, text in before.items():
+        path.write_text(text)
+
+
+# ---- Jobs --------------------------------------------------------------------------------------------------------
+
+
+def test_ranks_run_where_they_belong(launch):
+    script = 'echo "$HOROVOD_RANK $HOROVOD_LOCAL_RANK $HOROVOD_CROSS_RANK $(hostname) $HOROVOD_GLOO_IFACE $WORD $(pwd)"'
+    ended = launch("-H", "h1:1,h2:2", "--", "sh", "-c", script, env={"WORD": "a'b"})
+    assert ended.code == 0, ended.output
+    here = os.getcwd()  # noqa: PTH109 - as the shell says it
+    assert sorted(ended.output.splitlines()) == [
+        f"0 0 0 h1 eth0 a'b {here}",
+        f"[1] 1 0 1 h2 eth0 a'b {here}",
+        f"[2] 2 1 0 h2 eth0 a'b {here}",
+    ]
+
+
+@pytest.mark.timeout(900)
+def test_training_on_two_hosts_gives_the_model_of_one(cluster, train, tmp_path):
+    script = ROOT / "launch" / "hosts.sh"
+    flags = ["--model=mnist_mlp", "--dataset=digits", "--notensorboard"]
+    ended = cluster.run("h1", script, *TWO, *flags, f"--workdir={tmp_path}/two", timeout=600)
+    assert ended.code == 0, ended.output
+    result = json.loads((tmp_path / "two" / "result.json").read_text())
+    assert (result["size"], result["test_accuracy"] >= 0.95) == (2, True)
+    assert "rank 1@h2 hvdkit.train: digits: 1437 training examples" in (
+        (tmp_path / "two" / "logs" / "rank-0001.log").read_text()
+    )
+    assert train(2, *flags, f"--workdir={tmp_path}/one", timeout=600).code == 0
+    weights = [json.loads((tmp_path / name / "result.json").read_text())["weights"] for name in ("one", "two")]
+    assert weights[0] == weights[1]
+
+
+def test_a_dry_run_asks_the_hosts(launch):
+    ended = launch(*TWO, "--bind", "cores", "--dry-run", "--", "touch", "a")
+    assert ended.code == 0, ended.output
+    assert re.search(r"^    0 +h1 +0\S* +.* is this host$", ended.output, re.M), ended.output
+    assert re.search(r"^    1 +h2 +0\S* +.* by ssh as 10\.77\.0\.2$", ended.output, re.M), ended.output
+
+
+# ---- Deaths ------------------------------------------------------------------------------------------------------
+
+
+def test_a_remote_rank_that_is_killed_ends_the_job(start):
+    job = start("-H", "h1:1,h2:1,h3:1", "--", "sh", "-c", STUBBORN)
+    pids = dict(read_until(job, r"rank (\d) is (\d+)", 3))
+    os.kill(int(pids["1"]), signal.SIGKILL)
+    code, output = end(job)
+    assert code == 128 + signal.SIGKILL, output
+    assert "rank 1 on host h2 was the first to fail, killed by SIGKILL" in output.splitlines()[-1]
+    wait_until(lambda: not remains(), "processes are left")
+
+
+def test_no_orphan_on_any_host_when_the_launcher_is_killed(start):
+    secret = "s3cret-of-the-user"
+    job = start(*TWO, "--", "sh", "-c", STUBBORN, env={"SECRET": secret})
+    read_until(job, r"rank \d is", 2)
+    ranks = [p for p in remains() if p.name() == "sh"]
+    assert len(ranks) == 2
+    assert [p.environ()["SECRET"] for p in ranks] == [secret] * 2
+    commands = subprocess.run(["ps", "-e", "-ww", "-o", "args"], capture_output=True, text=True, check=True).stdout
+    assert "hvdkit-agent" in commands, "the agent's command line is among them"
+    assert secret not in commands
+    assert ranks[0].environ()["HOROVOD_GLOO_RENDEZVOUS_ADDR"].rpartition("/")[2] not in commands
+    job.kill()
+    end(job)
+    wait_until(lambda: not remains(), "processes are left")
+
+
+def test_a_cut_link_ends_both_sides(cluster, start):
+    job = start(*TWO, "--host-timeout", "5", "--", "sh", "-c", STUBBORN)
+    read_until(job, r"rank \d is", 2)
+    link = ["ip", "link", "set", f"{cluster.name}-h2"]
+    subprocess.run([*link, "down"], check=True)
+    try:
+        code, output = end(job)
+        assert code == 75, output
+        assert "hvdkit.launch: Host h2 has not been heard of for 5 s: it is down, frozen or cut off." in output
+        wait_until(lambda: not remains(), "processes are left on h2, which is still cut off")
+    finally:
+        subprocess.run([*link, "up"], check=True)
+
+
+# ---- Strangers ---------------------------------------------------------------------------------------------------
+
+ATTACK = """
+import http.client, sys
+host, port, path, body = sys.argv[1:]
+connection = http.client.HTTPConnection(host, int(port), timeout=10)
+try:
+    connection.request("PUT", path, bytes.fromhex(body))
+    print(connection.getresponse().status)
+except OSError as error:
+    print(type(error).__name__)
+"""
+
+
+def test_pickles_of_strangers_are_refused(cluster, start, tmp_path):
+    trap = tmp_path / "loaded"
+    body = pickle.dumps(SideEffect(trap)).hex()
+    job = start(*TWO, "--", *arrive("01", 25))
+    found = read_until(job, r"rank \d 200 ([\d.]+):(\d+)", 2)
+    assert found[0] == found[1]
+    host, port = found[0]
+    assert host == "10.77.0.1", "the address of the job's interface"
+
+    def attack(by, address, path="/worker_addresses/h1:0"):
+        return cluster.run(by, sys.executable, "-c", ATTACK, address, port, path, body).output.strip()
+
+    hung_up = ("RemoteDisconnected", "ConnectionResetError", "BrokenPipeError")
+    assert attack("h3", host) in hung_up, "a third host"
+    assert attack("h1", "127.0.0.1") == "ConnectionRefusedError", "nobody listens on loopback"
+    for by in ("h1", "h2"):  # a stranger on a host of the job
+        assert attack(by, host) == "403"
+        assert attack(by, host, f"/{'0' * 64}:{port}/global/0") == "403"
+    code, output = end(job)
+    assert (code, output) == (0, "")
+    assert not trap.exists()
+
+
+# ---- Hosts that are not as they should be ------------------------------------------------------------------------
+
+
+def refused(launch, message, *arguments, hosts="h1:1,h2:1"):
+    ended = launch("-H", hosts, *arguments, "--", "true")
+    assert (ended.code, "Traceback" in ended.output) == (2, False), ended.output
+    assert message in ended.output.splitlines()[-1]
+    return ended.output
+
+
+def test_a_host_key_that_changed_is_refused(cluster, launch, edited):
+    other = cluster.etc("h3", "ssh/ssh_host_ed25519_key.pub").read_text()
+    edited("h1", "ssh/ssh_known_hosts", f"h2 {other}")
+    refused(launch, "Host h2 shows another key than the one known for it")
+    edited("h1", "ssh/ssh_known_hosts", "")
+    refused(launch, "The key of host h2 is not known here, so it could be any machine.")
+    assert launch(*TWO, "--insecure-host-keys", "--", "true").code == 0
+
+
+@pytest.mark.parametrize(
+    ("hosts", "message"),
+    [
+        ("h1:1,10.77.0.99:1", "Host 10.77.0.99 cannot be reached by ssh."),
+        ("h1:1,h99:1", "Host h99 is not known here."),
+    ],
+)
+def test_a_host_that_is_not_there(launch, hosts, message):
+    refused(launch, message, "--start-timeout", "5", hosts=hosts)
+
+
+def test_a_host_whose_name_is_that_of_loopback(launch, edited):
+    edited("h2", "hosts", "127.0.0.1 localhost\n127.0.1.1 h2\n10.77.0.1 h1\n")
+    said = refused(launch, "On host h2 its own name, h2, resolves to 127.0.1.1, and Horovod's Gloo would listen there")
+    assert said.endswith("let /etc/hosts say: 10.77.0.2 h2.\n")
+
+
+def test_a_host_without_what_is_needed(launch, tmp_path):
+    refused(launch, "Host h2 has no Python at /no/python.", "--python", "/no/python")
+    ended = launch(*TWO, "--", "no-such-program")
+    assert ended.code == 2
+    assert "cannot start 'no-such-program'" in ended.output
+
+
+# ---- The hosts themselves ----------------------------------------------------------------------------------------
+
+
+def test_hosts_come_and_go_without_a_trace():
+    hosts = Cluster(f"u{os.getpid()}")
+    try:
+        for number in (1, 2):  # up again replaces what was there
+            assert hosts.up(number).output.startswith(f"h1 to h{number} are up")
+        assert hosts.run("h1", "ssh", "h2", "hostname").output == "h2\n"
+        assert hosts.run("h2", "ssh", "-o", "StrictHostKeyChecking=yes", "h1", "pwd; hostname").output.endswith("h1\n")
+        wrong = hosts.run("h3", "true")
+        assert (wrong.code, "there is no host 'h3'" in wrong.output) == (2, True)
+    finally:
+        assert hosts.down().code == 0
+    assert hosts.down().code == 0, "down again does nothing"
+    listed = run_command(["ip", "-o", "link"], timeout=60).output + run_command(["ip", "netns"], timeout=60).output
+    assert hosts.name not in listed
+    assert not hosts.etc("h1", "hosts").exists()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ([], "'' is not understood"),
+        (["up", "0"], "a number of hosts from 1 to 99"),
+        (["run", "h1", "ls"], "no host 'h1'"),
+    ],
+)
+def test_the_hosts_script_answers_mistakes_in_one_sentence(arguments, message):
+    ended = run_command([Cluster.script, *arguments], timeout=60, env={"HVDKIT_TESTHOSTS": f"v{os.getpid()}"})
+    assert ended.code == 2
+    assert message in ended.output
+    assert len(ended.output.splitlines()) == 1

@@ -1,0 +1,371 @@
+"""The launcher's parts: hosts, bindings, what is shown, who failed first, and what the rendezvous refuses."""
+
+import http.client
+import pickle
+
+import pytest
+
+from hvdkit import UsageError
+from hvdkit.launch import failures, hosts, link, options, plan
+from hvdkit.launch.console import Console
+from hvdkit.launch.failures import Failure
+from hvdkit.launch.hosts import Host
+from hvdkit.launch.rendezvous import MOST_BYTES, Rendezvous
+
+# ---- Hosts -------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        ("h1:2,h2:1", [Host("h1", 2), Host("h2", 1)]),
+        ("h1, 10.0.0.7:4", [Host("h1", 1), Host("10.0.0.7", 4)]),
+        ("h1,h2,h1:3", [Host("h1", 4), Host("h2", 1)]),
+    ],
+)
+def test_lists_of_hosts(text, expected):
+    assert hosts.from_list(text) == expected
+
+
+@pytest.mark.parametrize(
+    "text", ["", "h1:0", "h1:two", "h1:2:3", "fe80::1", "-oProxyCommand=touch:1", "h1;id:1", "a b"]
+)
+def test_wrong_hosts(text):
+    with pytest.raises(UsageError, match=r"expected is a name or IPv4 address and the number of its ranks, as in h1:2"):
+        hosts.from_list(text)
+
+
+def test_host_files(tmp_path):
+    file = tmp_path / "hosts"
+    file.write_text("# two kinds\nh1 slots=2\n\nh2:3  # and a comment\nh3\nh3\nh4 slots = 2 max_slots=4\n")
+    assert hosts.from_file(file) == [Host("h1", 2), Host("h2", 3), Host("h3", 2), Host("h4", 2)]
+    file.write_text("h1 slots=2\nh2 places=2\n")
+    with pytest.raises(UsageError, match=rf"line 2 of {file} has the host 'h2 places=2'"):
+        hosts.from_file(file)
+    file.write_text("# nobody\n")
+    with pytest.raises(UsageError, match="names no host"):
+        hosts.from_file(file)
+    with pytest.raises(UsageError, match="cannot be read"):
+        hosts.from_file(tmp_path / "none")
+
+
+@pytest.mark.parametrize(
+    ("nodes", "tasks", "expected"),
+    [
+        ("n1", "2", [("n1", 2)]),
+        ("gpu[01-03,7],login", "2(x3),1(x2)", [("gpu01", 2), ("gpu02", 2), ("gpu03", 2), ("gpu7", 1), ("login", 1)]),
+        ("a-[9-11]-ib", "1,2,3", [("a-9-ib", 1), ("a-10-ib", 2), ("a-11-ib", 3)]),
+        ("n[1-2]", None, [("n1", 1), ("n2", 1)]),
+    ],
+)
+def test_slurm_nodes(nodes, tasks, expected):
+    environment = {"SLURM_JOB_NODELIST": nodes, **({"SLURM_TASKS_PER_NODE": tasks} if tasks else {})}
+    assert [(host.name, host.slots) for host in hosts.from_slurm(environment)] == expected
+
+
+@pytest.mark.parametrize(
+    ("environment", "message"),
+    [
+        ({}, "SLURM_JOB_NODELIST is not set"),
+        ({"SLURM_JOB_NODELIST": "n[1-"}, "is not understood"),
+        ({"SLURM_JOB_NODELIST": "n[3-1]"}, "'3-1' is no range"),
+        ({"SLURM_JOB_NODELIST": "r[1-2]n[1-2]"}, "is not understood"),
+        ({"SLURM_JOB_NODELIST": "n[1-3]", "SLURM_TASKS_PER_NODE": "2(x2)"}, "each of the 3 node"),
+    ],
+)
+def test_wrong_slurm_nodes(environment, message):
+    with pytest.raises(UsageError, match=message):
+        hosts.from_slurm(environment)
+
+
+def test_the_hosts_of_an_mpijob(tmp_path):
+    file = tmp_path / "hostfile"
+    with pytest.raises(UsageError, match="Kubeflow MPIJob"):
+        hosts.from_kubernetes({"OMPI_MCA_orte_default_hostfile": str(file)})
+    file.write_text("pi-worker-0.pi.default.svc slots=2\npi-worker-1.pi.default.svc slots=2\n")
+    found = hosts.from_kubernetes({"OMPI_MCA_orte_default_hostfile": str(file)})
+    assert found == [Host("pi-worker-0.pi.default.svc", 2), Host("pi-worker-1.pi.default.svc", 2)]
+
+
+def test_places_are_those_of_horovod():
+    slots = hosts.assign([Host("h1", 2), Host("h2", 2)], 3)
+    places = [(s.hostname, s.rank, s.local_rank, s.local_size, s.cross_rank, s.cross_size, s.size) for s in slots]
+    assert places == [("h1", 0, 0, 2, 0, 2, 3), ("h1", 1, 1, 2, 0, 1, 3), ("h2", 2, 0, 1, 1, 2, 3)]
+    with pytest.raises(UsageError, match=r"-np 5 asks for more ranks than the hosts h1:2,h2:2 have places \(4\)"):
+        hosts.assign([Host("h1", 2), Host("h2", 2)], 5)
+
+
+# ---- Bindings and environment ------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("cores", "ranks", "expected"),
+    [
+        ([0, 1, 2, 3], 2, [[0, 1], [2, 3]]),
+        ([0, 4, 1, 5, 2], 2, [[0, 4, 1], [5, 2]]),
+        ([0, 1, 2, 3, 4, 5, 6], 3, [[0, 1, 2], [3, 4], [5, 6]]),
+        ([3], 2, [None, None]),
+    ],
+)
+def test_cores_are_shared_evenly(cores, ranks, expected):
+    about = {"cores": cores, "gpus": [], "hostname": "h1"}
+    bound = [binding.cores for binding in plan.bindings(about, ranks, "cores")]
+    assert bound == expected
+    assert [b.cores for b in plan.bindings(about, ranks, "none")] == [None] * ranks
+
+
+def test_gpus_are_bound_one_to_a_rank():
+    about = {"cores": [0, 1], "gpus": ["2", "5"], "hostname": "h1"}
+    bound = plan.bindings(about, 2, "both")
+    assert [(b.cores, b.gpu) for b in bound] == [([0], "2"), ([1], "5")]
+    slot = hosts.assign([Host("h1", 2)], 2)[1]
+    assert plan.rank_environment(slot, bound[1])["CUDA_VISIBLE_DEVICES"] == "5"
+    with pytest.raises(UsageError, match=r"host h1 shows 2 GPU\(s\) for 3 ranks"):
+        plan.bindings(about, 3, "gpus")
+
+
+def test_what_the_user_set_goes_before_the_defaults():
+    variables = plan.job_environment({"HOROVOD_GLOO_TIMEOUT_SECONDS": "7"}, start_limit=300, stall_limit=None)
+    assert variables["HOROVOD_GLOO_TIMEOUT_SECONDS"] == "7"
+    assert variables["HOROVOD_STALL_SHUTDOWN_TIME_SECONDS"] == "600"
+    assert "HVDKIT_STALL_SECONDS" not in variables
+    variables = plan.job_environment({"HVDKIT_STALL_SECONDS": "50"}, start_limit=300, stall_limit=40)
+    assert variables["HOROVOD_GLOO_TIMEOUT_SECONDS"] == "300"
+    assert (variables["HVDKIT_STALL_SECONDS"], variables["HOROVOD_STALL_SHUTDOWN_TIME_SECONDS"]) == ("40", "40")
+
+
+def test_only_what_means_something_elsewhere_is_exported():
+    given = {
+        "PYTHONPATH": "a",
+        "HOME": "b",
+        "SSH_AUTH_SOCK": "c",
+        "MY_TOKEN": "d",
+        "CUDA_VISIBLE_DEVICES": "0",
+        "_": "e",
+    }
+    assert link.exported(given) == {"PYTHONPATH": "a", "MY_TOKEN": "d"}
+
+
+# ---- Output ------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def screen(capsys):
+    return lambda: tuple(capsys.readouterr())
+
+
+def test_lines_are_whole_and_notices_left_out(screen):
+    console = Console()
+    console.feed(0, b"bar 1\rba", is_error=True)
+    console.feed(1, b"hel", is_error=False)
+    console.feed(0, b"r 2\n", is_error=True)
+    console.feed(1, b"lo\nI0000 00:00:1.2 12 port.cc:153] oneDNN custom operations are on.\nend", is_error=False)
+    console.finish(1)
+    assert screen() == ("[1] hello\n[1] end\n", "bar 1\rbar 2\n")
+
+
+@pytest.mark.parametrize(
+    ("mode", "expected"),
+    [("all", ("a\n[1] a\n", "b\n[1] b\n")), ("errors", ("a\n", "b\n[1] b\n")), ("rank0", ("a\n", "b\n"))],
+)
+def test_what_other_ranks_write_is_shown_as_asked(screen, tmp_path, mode, expected):
+    console = Console(mode, tmp_path / "logs")
+    for rank in (0, 1):
+        console.feed(rank, b"a\n", is_error=False)
+        console.feed(rank, b"b\n", is_error=True)
+        console.finish(rank)
+    assert screen() == expected
+    lines = (tmp_path / "logs" / "rank-0001.log").read_text().splitlines()
+    assert lines[0].startswith("---- started ")
+    assert lines[1:] == ["a", "b"]
+
+
+def test_logs_hold_what_a_progress_bar_ended_with(tmp_path):
+    console = Console("rank0", tmp_path)
+    console.feed(1, b"1/2\r2/2\r\nnext\rdone", is_error=True)
+    console.finish(1)
+    assert (tmp_path / "rank-0001.log").read_text().splitlines()[1:] == ["2/2", "done"]
+
+
+def test_last_lines_begin_with_the_last_traceback():
+    console = Console("rank0")
+    for number in range(40):
+        console.feed(1, b"step %d\n" % number, is_error=False)
+    assert console.last_lines(1) == [f"step {number}" for number in range(30, 40)]
+    frames = b"".join(b"  File %d\n" % number for number in range(20))
+    console.feed(1, b"Traceback (most recent call last):\n" + frames + b"ValueError: no\n", is_error=True)
+    lines = console.last_lines(1)
+    assert (lines[0], lines[-1], len(lines)) == ("Traceback (most recent call last):", "ValueError: no", 22)
+    assert console.last_lines(2) == []
+
+
+def test_ranks_that_die_because_the_user_cancels_are_no_news(screen):
+    console = Console()
+    console.cancelled = True
+    console.feed(0, b"hvdkit: rank 1 on host h2 died (training). All ranks leave with exit code 75.\n", is_error=True)
+    assert screen() == ("", "")
+
+
+# ---- Failures ----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("before", [b"", b"3/8 ---- 2s 1s/step - loss: 0.5\r"])
+@pytest.mark.parametrize(("what", "code"), [(b"failed: ValueError: a", 3), (b"died (training)", 137)])
+def test_the_watchdogs_sentence_names_the_rank_that_was_the_cause(screen, before, what, code):
+    console = Console()
+    console.feed(0, before + b"hvdkit: rank 1 on host h2 %b. All ranks leave with exit code 3.\n" % what, is_error=True)
+    known = [Failure(0, 3), Failure(1, -9)]
+    first = failures.first(known, console.cause, 0, {0: 3, 1: -9})
+    assert (first.rank, first.exit_code) == (1, code)
+
+
+@pytest.mark.parametrize(
+    ("known", "cause", "known_before", "expected"),
+    [
+        ([(0, 1), (1, 3)], None, 0, (0, 1)),
+        ([(0, 1), (1, -9)], None, 0, (1, -9)),  # rank 0 left because rank 1 was killed
+        ([(0, -6), (1, -9)], None, 0, (1, -9)),  # rank 0 aborted because rank 1 was killed
+        ([(1, -9), (0, 1)], (0, 1), 1, (1, -9)),  # rank 0's exception follows from that death
+        ([(1, -6), (0, 1)], (0, 1), 0, (0, 1)),  # and here rank 1's abort follows from the exception
+        ([(1, 75)], (0, None), 0, (0, -15)),  # ended by the launcher before its own end was known
+        ([], None, 0, None),
+    ],
+)
+def test_who_failed_first(known, cause, known_before, expected):
+    first = failures.first([Failure(*one) for one in known], cause, known_before, {0: -15})
+    assert first == (Failure(*expected) if expected else None)
+
+
+def test_failures_in_words():
+    assert Failure(0, 3).words() == "with exit code 3"
+    assert Failure(0, -11).words() == "killed by SIGSEGV, with exit code 139"
+    assert "memory has run out: see dmesg), with exit code 137" in Failure(0, -9).words()
+
+
+@pytest.mark.parametrize(
+    ("said", "message"),
+    [
+        (
+            "@@@ WARNING: REMOTE HOST IDENTIFICATION HAS CHANGED! @@@\nHost key verification failed.",
+            "shows another key",
+        ),
+        ("No ED25519 host key is known for h2\nHost key verification failed.", "The key of host h2 is not known here"),
+        ("root@h2: Permission denied (publickey).", "ssh-copy-id h2"),
+        ("ssh: connect to host h2 port 22: Connection timed out", "Host h2 cannot be reached by ssh"),
+        ("ssh: connect to host h2 port 22: Connection refused", "Start sshd on it"),
+        ("bash: line 1: /a/python: No such file or directory", "Host h2 has no Python at /a/python"),
+        ("", "ssh ended with exit code 255, and said nothing"),
+    ],
+)
+def test_what_ssh_says_is_explained(said, message):
+    assert message in link.explain("h2", said, 255, "/a/python")
+
+
+# ---- The command line --------------------------------------------------------------------------------------------
+
+
+def parsed(*flags):
+    return options.settings(options.parse(["launch", *flags, "--", "true"], ""))
+
+
+def test_the_number_of_ranks_comes_from_the_hosts():
+    settings = parsed("-H", "h1:2,h2:3")
+    assert (settings.ranks, settings.hosts) == (5, [Host("h1", 2), Host("h2", 3)])
+    assert parsed("-np", "3").hosts == [Host("localhost", 3)]
+    with pytest.raises(UsageError, match="How many ranks"):
+        parsed()
+    with pytest.raises(UsageError, match="exclude each other"):
+        parsed("--hosts-from", "slurm", "-H", "h1:2")
+    with pytest.raises(UsageError, match="--hosts-from file needs the file"):
+        parsed("--hosts-from", "file")
+    with pytest.raises(UsageError, match="--ssh-args"):
+        parsed("-np", "1", "--ssh-args='-p")
+
+
+def test_host_keys_are_checked_unless_the_user_says_otherwise():
+    assert "StrictHostKeyChecking=yes" in parsed("-np", "1").ssh.options()
+    assert "StrictHostKeyChecking=no" in parsed("-np", "1", "--insecure-host-keys").ssh.options()
+    command = parsed("-np", "1", "--ssh-args=-p 2222").ssh.command("h1", "true")
+    assert command[:3] == ["ssh", "-p", "2222"]
+    assert command[-3:] == ["--", "h1", "true"]
+
+
+# ---- The rendezvous ----------------------------------------------------------------------------------------------
+
+
+class SideEffect:
+    """A harmless pickle: who loads it makes a file."""
+
+    def __init__(self, path):
+        self.path = str(path)
+
+    def __reduce__(self):
+        return (open, (self.path, "w"))
+
+
+@pytest.fixture
+def rendezvous():
+    opened = Rendezvous(hosts.assign([Host("localhost", 2)], 2), {"127.0.0.1"})
+    opened.open("127.0.0.1")
+    yield opened
+    opened.close()
+
+
+def ask(rendezvous, method, path, body=None, headers=None, source="127.0.0.1"):
+    port = rendezvous.open("127.0.0.1")
+    connection = http.client.HTTPConnection("127.0.0.1", port, timeout=10, source_address=(source, 0))
+    try:
+        connection.request(method, path.replace("TOKEN", f"{rendezvous.token}:{port}"), body, headers or {})
+        answer = connection.getresponse()
+        return answer.status, answer.read()
+    finally:
+        connection.close()
+
+
+def test_the_rendezvous_gives_back_what_a_rank_left(rendezvous):
+    address = rendezvous.environment("127.0.0.1")["HOROVOD_GLOO_RENDEZVOUS_ADDR"]
+    assert address == f"127.0.0.1:{rendezvous.open('127.0.0.1')}/{rendezvous.token}"
+    assert ask(rendezvous, "GET", "/TOKEN/global/1")[0] == 404
+    assert ask(rendezvous, "PUT", "/TOKEN/global/1", b"where I am")[0] == 200
+    assert ask(rendezvous, "GET", "/TOKEN/global/1") == (200, b"where I am")
+    assert set(rendezvous.arrived) == {1}
+    assert ask(rendezvous, "DELETE", "/TOKEN/global/1")[0] == 200
+    assert rendezvous.refused == 0
+
+
+@pytest.mark.parametrize(
+    ("method", "path", "headers"),
+    [
+        ("PUT", "/global/0", {}),
+        ("PUT", "/worker_addresses/h1:0", {}),
+        ("PUT", "/" + "0" * 64 + ":80/global/0", {}),
+        ("PUT", "/TOKEN/global/../0", {}),
+        ("PUT", "/TOKEN/global/0", {"Content-Length": str(MOST_BYTES + 1)}),
+        ("PUT", "/TOKEN/global/0", {"Content-Length": "-1"}),
+        ("GET", "/rank_and_size/h1:0", {}),
+        ("DELETE", "/global/0", {}),
+        ("HEAD", "/pyproject.toml", {}),
+        ("POST", "/TOKEN/global/0", {}),
+    ],
+)
+def test_the_rendezvous_refuses_who_does_not_know_the_token(rendezvous, tmp_path, method, path, headers):
+    trap = tmp_path / "loaded"
+    body = pickle.dumps(SideEffect(trap)) if method == "PUT" else None
+    assert ask(rendezvous, method, path, body, headers)[0] in (403, 405, 413, 501)
+    assert ask(rendezvous, "GET", "/TOKEN/global/0")[0] == 404
+    assert rendezvous.arrived == {}
+    assert not trap.exists()
+
+
+def test_the_rendezvous_hangs_up_on_other_addresses(rendezvous):
+    with pytest.raises((http.client.RemoteDisconnected, ConnectionResetError)):
+        ask(rendezvous, "GET", "/TOKEN/global/0", source="127.0.0.2")
+    assert rendezvous.refused == 1
+
+
+def test_a_pickle_from_one_who_knows_the_token_is_only_bytes(rendezvous, tmp_path):
+    trap = tmp_path / "loaded"
+    body = pickle.dumps(SideEffect(trap))
+    assert ask(rendezvous, "PUT", "/TOKEN/worker_addresses/h1:0", body)[0] == 200
+    assert ask(rendezvous, "GET", "/TOKEN/worker_addresses/h1:0") == (200, body)
+    assert not trap.exists()
