@@ -490,8 +490,8 @@ def _write_artifacts(
     _log.info("written to %s: %s", workdir, ", ".join(sorted(p.name for p in workdir.iterdir())))
 
 
-def main(argv: list[str]) -> int:
-    """Runs the job.
+def main(argv: list[str], more_callbacks: Sequence[keras.callbacks.Callback] = ()) -> int:
+    """Runs the job; `more_callbacks` as for `run`.
 
     Returns:
         0 if it trained, 2 if the user can mend what went wrong, 1 if the replicas diverged, 85 if a signal asked it to
@@ -499,7 +499,7 @@ def main(argv: list[str]) -> int:
     """
     try:
         with preemption.leaving_at_once():
-            run(train_flags.parse(argv))
+            run(train_flags.parse(argv), more_callbacks)
     except preemption.Preempted as left:
         if not left.agreed:
             watchdog.fail(left, preemption.EXIT_CODE)

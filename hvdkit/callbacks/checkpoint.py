@@ -138,6 +138,7 @@ class _Keeper(keras.callbacks.Callback):
         self._before = 0  # steps of the epochs before
         self._looked = 0  # steps in all when it was last decided whether to save
         self._stopped = False
+        self._waited = 0.0  # seconds that training stood still for checkpoints
         self._pending: Checkpoint | None = None  # to be restored when the epoch has begun
         self._logs: dict[str, Any] = {}
 
@@ -194,7 +195,9 @@ class _Keeper(keras.callbacks.Callback):
 
     def _restore(self, found: Checkpoint) -> None:
         state = found.state
-        variables.restore(variables.kept_of(self.model), state["variables"], found.arrays)
+        same_metrics = variables.restore(variables.kept_of(self.model), state["variables"], found.arrays)
+        if state["step_in_epoch"] and not same_metrics:
+            _log.warning("The metrics are not those of %s: in this epoch they begin anew.", found.path)
         ranks = state["ranks"]
         mine = ranks[world.rank()] if world.rank() < len(ranks) else ranks[0]
         self._states.restore(mine["callbacks"], found.arrays)
@@ -203,6 +206,7 @@ class _Keeper(keras.callbacks.Callback):
         ranks = found.state["ranks"]
         if world.rank() < len(ranks):
             randomness.restore(unpack(ranks[world.rank()]["random"], found.arrays))
+        found.arrays.clear()  # all is restored, and they are as large as the model
 
     def _refuse_process_sets(self) -> None:
         for optimizer in variables.optimizers_of(self.model):
@@ -248,6 +252,11 @@ class _Keeper(keras.callbacks.Callback):
         self._writer.wait()
         self.model._initial_epoch = None
         self._stop_on_error()
+        if self._writer.count:
+            _log.info(
+                "%d checkpoint(s), each written in %.3f s while training went on after a wait of %.4f s",
+                self._writer.count, self._writer.seconds / self._writer.count, self._waited / self._writer.count,
+            )  # fmt: skip
 
     def _is_whole(self) -> bool:
         return self._fit.steps is None or self._step >= self._fit.steps
@@ -271,6 +280,7 @@ class _Keeper(keras.callbacks.Callback):
         Returns:
             The signal that each rank has heard.
         """
+        began = time.perf_counter()
         arrays: dict[str, Any] = {}
         kept = variables.kept_of(self.model)
         snapshot = variables.Snapshot(kept)
@@ -307,6 +317,7 @@ class _Keeper(keras.callbacks.Callback):
         }
         own = [own for _, own in gathered]
         self._writer.start(now, lambda: self._write(now, state, {**arrays, **snapshot.arrays(own)}, metrics or {}))
+        self._waited += time.perf_counter() - began
         return heard
 
     def _write(self, step: int, state: dict[str, Any], arrays: dict[str, Any], metrics: Mapping[str, float]) -> Path:
@@ -324,19 +335,18 @@ class _Keeper(keras.callbacks.Callback):
 
     def _leave(self, heard: list[str | None]) -> None:
         """Ends the job, saved; on all ranks."""
-        self._writer.wait()
-        self._listener.stop()
-        self.model._initial_epoch = None
         told = [f"rank {rank} ({name})" for rank, name in enumerate(heard) if name]
         message = f"{', '.join(told[:8])}{', ...' * (len(told) > 8)} was told to leave after step "
         message += f"{self._before + self._step}; "
-        if world.rank():
-            raise Preempted(message + "rank 0 saves.")
-        saved = self._writer.written if self._writer.error is None else None
-        message += (
-            f"this step is saved in {saved}. " if saved else "it could not be saved; older checkpoints are intact. "
-        )
-        _log.warning("%sAll ranks leave with exit code %d; start the same command again.", message, EXIT_CODE)
+        if world.rank() == 0:
+            self._writer.wait()
+            message += "it could not be saved, older checkpoints are intact" if self._writer.error else "it is saved"
+            message += f"; all ranks leave with exit code {EXIT_CODE}: start the same command again."
+            _log.warning("%s", message)
+        # Nobody leaves before it is written: a launcher ends the job with the first to go.
+        message = collectives.broadcast_object(message, name="checkpoint.leave")
+        self._listener.stop()
+        self.model._initial_epoch = None
         raise Preempted(message)
 
 

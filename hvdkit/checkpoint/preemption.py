@@ -1,11 +1,10 @@
 """Signals that ask a job to leave the machine: all ranks agree on a step, save, and leave.
 
 Slurm sends SIGTERM, or whatever `--signal` says (often SIGUSR1), some time before it kills; Kubernetes sends SIGTERM.
-It may reach all ranks or one. A second signal is as deadly as ever.
+It may reach all ranks or one, and each of them twice (from the scheduler, and from a launcher that passes it on).
 """
 
 import contextlib
-import os
 import signal
 import threading
 from collections.abc import Iterable, Iterator
@@ -61,7 +60,7 @@ class Listener:
     """Hears of signals between `start` and `stop`, and of those that other ranks got.
 
     Args:
-        signals: which; the first one of them is noted, and the second acts as if nobody had listened.
+        signals: which; the first one of them is noted, and later ones change nothing. SIGINT and SIGKILL still end.
 
     Attributes:
         heard: name of the signal that this rank got.
@@ -103,8 +102,4 @@ class Listener:
         return bool(collectives.allreduce_sum(np.array([float(self.heard is not None)]), name="preemption")[0])
 
     def _note(self, number: int, frame: FrameType | None) -> None:
-        if self.heard:
-            self.stop()
-            os.kill(os.getpid(), number)
-            return
-        self.heard = signal.Signals(number).name
+        self.heard = self.heard or signal.Signals(number).name

@@ -45,8 +45,8 @@ class RunningFit:
     def build(self) -> None:
         """Builds what Keras would build in the first step: layers, optimizer, and the metrics' states."""
         spec = self._iterator._distributed_dataset.element_spec
-        if not isinstance(keras.tree.flatten(spec)[0], tf.TensorSpec):
-            return  # under tf.distribute, where Keras has done so
+        if not all(isinstance(leaf, tf.TensorSpec) for leaf in keras.tree.flatten(spec)):
+            return  # under tf.distribute, where Keras has done so; or of ragged tensors, with which it cannot
         batch = keras.tree.map_structure(
             lambda s: keras.KerasTensor(s.shape, keras.backend.standardize_dtype(s.dtype)), spec
         )

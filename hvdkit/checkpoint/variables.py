@@ -111,13 +111,16 @@ def difference(kept: Sequence[Kept], signatures: Sequence[Sequence[Any]]) -> str
     return None
 
 
-def restore(kept: Sequence[Kept], signatures: Sequence[Sequence[Any]], arrays: dict[str, np.ndarray]) -> None:
+def restore(kept: Sequence[Kept], signatures: Sequence[Sequence[Any]], arrays: dict[str, np.ndarray]) -> bool:
     """Gives all ranks their values back; a collective call.
 
     Args:
         kept: the variables.
         signatures: as stored; `difference` has found none.
         arrays: as stored, on rank 0; elsewhere not looked at.
+
+    Returns:
+        Whether the metrics are those that were stored; otherwise they are left as they are.
     """
     common = [part for k in kept if k.kind == COMMON for part in k.parts()]
     if world.rank() == 0:
@@ -136,6 +139,7 @@ def restore(kept: Sequence[Kept], signatures: Sequence[Sequence[Any]], arrays: d
         parts = k.parts()
         for place, part in enumerate(parts):
             part.assign(_value(k, values, world.rank() * len(parts) + place, world.size() * len(parts)))
+    return same_metrics
 
 
 def _value(kept: Kept, values: list[np.ndarray], replica: int, replicas: int) -> np.ndarray:

@@ -17,12 +17,14 @@ class Writer:
     Attributes:
         error: why the last one could not be written; None if it could.
         written: the last one that could be.
-        seconds: how long that took.
+        count: how many were written.
+        seconds: how long that took, all together.
     """
 
     def __init__(self) -> None:
         self.error: Exception | None = None
         self.written: Path | None = None
+        self.count = 0
         self.seconds = 0.0
         self._thread: threading.Thread | None = None
 
@@ -53,8 +55,8 @@ class Writer:
         began = time.perf_counter()
         try:
             self.written, self.error = write(), None
-            self.seconds = time.perf_counter() - began
-            _log.debug("checkpoint %s written in %.2f s", self.written, self.seconds)
+            self.count += 1
+            self.seconds += time.perf_counter() - began
         except (OSError, Damaged, ValueError, TypeError, MemoryError) as error:
             self.error = error
             last = f"the last good one is {self.written}" if self.written else "none has been written in this run"
