@@ -133,7 +133,7 @@ class _Keeper(keras.callbacks.Callback):
         self._settings = settings
         self._fit = fit
         self._writer = Writer()
-        self._listener = Listener(settings.signals)
+        self._listener = Listener(settings.model, settings.signals)
         self._epoch = self._step = 0  # where training is: `_step` steps of this epoch are taken
         self._before = 0  # steps of the epochs before
         self._looked = 0  # steps in all when it was last decided whether to save
@@ -180,7 +180,8 @@ class _Keeper(keras.callbacks.Callback):
         self._pending = found if state["step_in_epoch"] else None
         self._stopped = state["stopped"]
         where = f"step {state['step_in_epoch']} of epoch {state['epoch'] + 1}"
-        _log.info("going on from %s: %s", found.path, "training was over" if self._stopped else where)
+        if world.rank() == 0:  # a warning, because scripts show no less
+            _log.warning("going on from %s: %s", found.path, "training was over" if self._stopped else where)
         if self._stopped:
             self._fit.leave_epochs_out(self.params["epochs"])
             return
@@ -234,12 +235,12 @@ class _Keeper(keras.callbacks.Callback):
     def on_epoch_end(self, epoch: int, logs: dict | None = None) -> None:
         """Saves the beginning of the next epoch, if it is time, if training ends, or if a rank was told to leave."""
         self._stop_on_error()
-        leaving = world.size() > 1 and self._listener.ask_all()
-        leaving = leaving or self._listener.heard is not None
+        leaving = self._listener.ask_all()
         self._stopped = bool(self.model.stop_training)
         over = self._stopped or epoch + 1 >= self.params["epochs"]
         is_time = self._is_time()
-        position = (epoch + 1, 0) if self._is_whole() else (epoch, self._step)
+        cut_short = self._stopped and self._fit.steps is not None and self._step < self._fit.steps
+        position = (epoch, self._step) if cut_short else (epoch + 1, 0)
         if self._settings.every == "epoch" or is_time or over or leaving:
             names = self._save(*position, metrics=_numbers(logs), may_drop=not (over or leaving))
             if leaving:
@@ -257,9 +258,6 @@ class _Keeper(keras.callbacks.Callback):
                 "%d checkpoint(s), each written in %.3f s while training went on after a wait of %.4f s",
                 self._writer.count, self._writer.seconds / self._writer.count, self._waited / self._writer.count,
             )  # fmt: skip
-
-    def _is_whole(self) -> bool:
-        return self._fit.steps is None or self._step >= self._fit.steps
 
     def _is_time(self) -> bool:
         every, now = self._settings.every, self._before + self._step

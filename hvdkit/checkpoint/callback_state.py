@@ -9,6 +9,7 @@ A callback that is not served so has two methods of its own: `checkpoint_state()
 """
 
 import json
+import logging
 from collections import Counter
 from collections.abc import Sequence
 from typing import Any
@@ -17,6 +18,8 @@ import keras
 import numpy as np
 
 from hvdkit.checkpoint.plain import NotPlain, pack, unpack
+
+_log = logging.getLogger(__name__)
 
 _NOT_ITS_OWN = {"model", "_model", "params", "validation_data"}
 _COMPARED_BYTES = 1 << 20
@@ -50,8 +53,14 @@ class CallbackStates:
     def restore(self, states: dict[str, Any], arrays: dict[str, np.ndarray]) -> None:
         """Gives the callbacks their states back. Callbacks that were not there have none."""
         for name, callback in zip(self._names, self._callbacks, strict=True):
-            if name in states:
-                _give(callback, unpack(states[name], arrays))
+            if name not in states:
+                continue
+            try:
+                state = unpack(states[name], arrays)
+            except KeyError:  # arrays are rank 0's, which has no such callback
+                _log.warning("The state of %s is not restored: it has arrays, and only this rank had it.", name)
+                continue
+            _give(callback, state)
 
     def _state(self, callback: Any, at_begin: dict[str, Any]) -> dict[str, Any]:
         if hasattr(callback, "checkpoint_state"):

@@ -5,6 +5,7 @@ It may reach all ranks or one, and each of them twice (from the scheduler, and f
 """
 
 import contextlib
+import os
 import signal
 import threading
 from collections.abc import Iterable, Iterator
@@ -13,7 +14,7 @@ from typing import Any
 
 import numpy as np
 
-from hvdkit import collectives, heartbeat, world
+from hvdkit import call_stack, collectives, heartbeat, world
 
 # Scripts that requeue look for it. HTCondor's own code for "checkpointed, start me again"; 75 is that of a stalled job.
 EXIT_CODE = 85
@@ -57,16 +58,18 @@ def leaving_at_once(signals: Iterable[int] = SIGNALS) -> Iterator[None]:
 
 
 class Listener:
-    """Hears of signals between `start` and `stop`, and of those that other ranks got.
+    """Hears of signals while a model's `fit` runs, and of those that other ranks got.
 
     Args:
+        model: whose `fit`. One that ends by an exception calls nobody, so it is looked for when a signal comes.
         signals: which; the first one of them is noted, and later ones change nothing. SIGINT and SIGKILL still end.
 
     Attributes:
         heard: name of the signal that this rank got.
     """
 
-    def __init__(self, signals: Iterable[int] = SIGNALS) -> None:
+    def __init__(self, model: Any, signals: Iterable[int] = SIGNALS) -> None:
+        self._model = model
         self.heard: str | None = None
         self._signals = tuple(signals)
         self._before: dict[int, Any] = {}
@@ -99,7 +102,13 @@ class Listener:
 
     def ask_all(self) -> bool:
         """The same, at a moment when nothing else is exchanged; a collective call."""
+        if world.size() == 1:
+            return self.heard is not None
         return bool(collectives.allreduce_sum(np.array([float(self.heard is not None)]), name="preemption")[0])
 
     def _note(self, number: int, frame: FrameType | None) -> None:
+        if call_stack.locals_of("fit", self._model, ()) is None:
+            self.stop()
+            os.kill(os.getpid(), number)  # to whom it belongs
+            return
         self.heard = self.heard or signal.Signals(number).name

@@ -261,6 +261,18 @@ def test_a_signal_saves_and_leaves(tmp_path, number):
     assert store.newest(tmp_path / "checkpoints").state["step"] == 8
 
 
+def test_after_fit_signals_go_where_they_went_before(tmp_path):
+    heard = []
+    before = signal.signal(signal.SIGUSR2, lambda number, _: heard.append(number))
+    try:
+        with pytest.raises(InterruptedError):
+            train(tmp_path, "arrays", Interrupt(3), signals=[signal.SIGUSR2])
+        os.kill(os.getpid(), signal.SIGUSR2)
+    finally:
+        signal.signal(signal.SIGUSR2, before)
+    assert heard == [signal.SIGUSR2]
+
+
 def test_a_raised_patience_stays_raised(tmp_path):
     def fit(patience, epochs):
         trained = model()
