@@ -80,9 +80,9 @@ class RunningFit:
 
         def from_step() -> Iterator[Any]:
             delattr(iterator, name)  # the following epochs are ordinary ones
-            if not data_begins_there:
-                for _ in range(epoch):
-                    self._pass_over(original(), steps)
+            unknown = self.steps is None  # how long the data is: Keras learns it when it ends for the first time
+            for _ in range(0 if data_begins_there else epoch):
+                self._pass_over(original(), steps if unknown else None)
             yield from self._rest(original(), step, read=not data_begins_there, then=then)
 
         setattr(iterator, name, from_step)
@@ -93,13 +93,16 @@ class RunningFit:
         """Makes `fit` end at once: training was over."""
         self._model._initial_epoch = epochs
 
-    def _pass_over(self, enumeration: Iterator[Any], steps: int | None) -> None:
+    def _pass_over(self, enumeration: Iterator[Any], learned_steps: int | None) -> None:
         """An epoch that was trained before, in which the data set must move on as it did then.
 
         A data set that goes on from epoch to epoch is read; one that begins anew with each is begun, which is when it
         draws the seed of that epoch's order.
+
+        Args:
+            enumeration: of the epoch's steps.
+            learned_steps: what Keras learned when the data ended, where it did not know before.
         """
-        known = self.steps is not None
         begun = False
         for item in enumeration:
             if self._iterator.steps_per_epoch:
@@ -107,8 +110,8 @@ class RunningFit:
             elif not begun:
                 begun = True
                 next(item[-1], None)
-                if not known:  # Keras learns it when the data ends
-                    self._iterator._num_batches = steps
+                if learned_steps is not None:  # then Keras leaves the epoch when the data ends, not when it has counted
+                    self._iterator._num_batches = learned_steps
                     self._iterator._current_iterator = None
                     break
 

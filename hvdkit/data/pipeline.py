@@ -299,7 +299,7 @@ def _streamed_batches(
         examples = shuffled(sampling.resample(share.stream, epoch_seed), buffer, epoch_seed)
         if not counted:
             return _decoded(examples, share, local_batch)
-        first = tf.where(epoch == start.epoch, tf.constant(start.step, tf.int64), 0)
+        first = tf.where(epoch == start.epoch, tf.constant(start.step, tf.int64), tf.constant(0, tf.int64))
         return _decoded(examples.skip(first * local_batch), share, local_batch).take(steps - first)
 
     first_epoch = start.epoch if counted else 0

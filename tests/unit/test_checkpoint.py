@@ -6,6 +6,7 @@ import resource
 import signal
 import subprocess
 import sys
+import threading
 import time
 
 import keras
@@ -224,17 +225,27 @@ def train(folder, kind, interrupt=None, **arguments):
     return trained, keeper
 
 
+def wait_for_writers():
+    """A process that is killed has no threads left; this one has."""
+    for thread in threading.enumerate():
+        if thread.name == "hvdkit-checkpoint":
+            thread.join()
+
+
 @pytest.mark.parametrize("kind", ["shuffled anew each epoch", "arrays", "endless", "of unknown length"])
 def test_fit_goes_on_bit_for_bit(tmp_path, kind):
     """Interrupted in the first epoch, at an epoch's last step, and in the middle of a later one."""
     for name in ("whole", "broken"):
         (tmp_path / name).mkdir()
     whole, _ = train(tmp_path / "whole", kind)
+    went_on_from = []
     for step in (2, 10 if kind != "endless" else 6, 3):
         with pytest.raises(InterruptedError):
             train(tmp_path / "broken", kind, Interrupt(step))
-    broken, keeper = train(tmp_path / "broken", kind)
-    assert keeper.resumed.state["step_in_epoch"] != 0
+        wait_for_writers()
+        went_on_from.append(store.newest(tmp_path / "broken" / "checkpoints").state["step"])
+    assert went_on_from[0] == 1 < went_on_from[1] <= went_on_from[2]
+    broken, _ = train(tmp_path / "broken", kind)
     assert collectives.digest(broken.variables) == collectives.digest(whole.variables)
     assert collectives.digest(broken.optimizer.variables) == collectives.digest(whole.optimizer.variables)
     assert broken.history.history == whole.history.history
@@ -276,7 +287,7 @@ def test_after_fit_signals_go_where_they_went_before(tmp_path):
 def test_a_raised_patience_stays_raised(tmp_path):
     def fit(patience, epochs):
         trained = model()
-        stopping = keras.callbacks.EarlyStopping("loss", mode="max", min_delta=0.25, patience=patience)
+        stopping = keras.callbacks.EarlyStopping("loss", mode="min", min_delta=9, patience=patience)
         trained.fit(**data("arrays"), epochs=epochs, verbose=0, callbacks=[stopping, CheckpointCallback(tmp_path)])
         return stopping
 
@@ -322,6 +333,7 @@ def test_the_learning_rate_and_mixed_precision_go_on(tmp_path):
     whole = fit(tmp_path / "whole")
     with pytest.raises(InterruptedError):
         fit(tmp_path / "broken", [Interrupt(9)])
+    wait_for_writers()
     broken = fit(tmp_path / "broken")
     assert any("dynamic_scale" in v.path for v in whole.optimizer.variables)
     assert collectives.digest(broken.optimizer.variables) == collectives.digest(whole.optimizer.variables)
