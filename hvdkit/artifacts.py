@@ -16,8 +16,13 @@ from hvdkit.errors import UsageError
 from hvdkit.world import World
 
 
-def clear(workdir: Path) -> None:
-    """Removes what an earlier run has left in the folder, so that nothing of it passes for this run's."""
+def clear(workdir: Path, *, keep: Sequence[str] = ()) -> None:
+    """Removes what an earlier run has left in the folder, so that nothing of it passes for this run's.
+
+    Args:
+        workdir: the run's folder.
+        keep: folders in it that stay.
+    """
     for name in (
         "result.json",
         "config.json",
@@ -28,14 +33,20 @@ def clear(workdir: Path) -> None:
         "vocabulary.txt",
     ):
         (workdir / name).unlink(missing_ok=True)
-    shutil.rmtree(workdir / "tensorboard", ignore_errors=True)
+    for name in {"tensorboard", "checkpoints"} - set(keep):
+        shutil.rmtree(workdir / name, ignore_errors=True)
 
 
-def make_workdir(path: Path, *, overwrite: bool) -> None:
+def make_workdir(path: Path, *, overwrite: bool, begin_anew: bool) -> None:
     """Makes the run's folder on this host and sees that it can be written to.
 
+    Args:
+        path: the folder.
+        overwrite: whether an earlier run may be replaced.
+        begin_anew: a run that was interrupted is not gone on with.
+
     Raises:
-        UsageError: it cannot, or it has a finished run and `overwrite` is off.
+        UsageError: it cannot, or it has a run that would be lost, and `overwrite` is off.
     """
     try:
         (path / "logs").mkdir(parents=True, exist_ok=True)
@@ -50,12 +61,22 @@ def make_workdir(path: Path, *, overwrite: bool) -> None:
         raise UsageError(
             f"The workdir {path} has a finished run. Choose another with --workdir=DIR, or replace it with --overwrite."
         )
+    if begin_anew and not overwrite and (path / "checkpoints").exists():
+        raise UsageError(
+            f"The workdir {path} has the checkpoints of an interrupted run, and --resume=never would lose them. "
+            f"Leave --resume out to go on with that run, choose another --workdir=DIR, or add --overwrite."
+        )
 
 
-def log_to(path: Path, world: World) -> None:
+def log_to(path: Path, world: World, *, append: bool = False) -> None:
     """Sends this rank's log to `path/logs/rank-NNNN.log`, instead of where it went before; rank 0 also shows it.
 
     Where the launcher keeps what each rank prints in the same file, the log is printed, and nobody else writes there.
+
+    Args:
+        path: the run's folder.
+        world: which rank this is.
+        append: keep what is in the file.
     """
     logger = logging.getLogger("hvdkit")
     logger.setLevel(logging.INFO)
@@ -68,7 +89,9 @@ def log_to(path: Path, world: World) -> None:
         to_file = (
             logging.StreamHandler(sys.stdout)
             if launcher_keeps_it
-            else logging.FileHandler(path / "logs" / f"rank-{world.rank:04d}.log", mode="w", encoding="utf-8")
+            else logging.FileHandler(
+                path / "logs" / f"rank-{world.rank:04d}.log", mode="a" if append else "w", encoding="utf-8"
+            )
         )
         to_file.setFormatter(
             logging.Formatter(f"%(asctime)s %(levelname)s rank {world.rank}@{world.host} %(name)s: %(message)s")

@@ -5,7 +5,7 @@ something is built or traced, never in a step.
 """
 
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from types import FrameType
 from typing import Any
 
@@ -16,6 +16,15 @@ def caller(kind: type, method: str) -> Any | None:
     """The innermost object of class `kind`, no proxy of one, in whose method `method` this call happens, if any."""
     objects = (f.f_locals.get("self") for f in _frames() if f.f_code.co_name == method)
     return next((o for o in objects if issubclass(type(o), kind)), None)
+
+
+def locals_of(method: str, owner: Any, names: Sequence[str]) -> dict[str, Any] | None:
+    """The local variables `names` of the innermost call of `owner`'s `method` that this call happens in, if any."""
+    for frame in _frames():
+        here = frame.f_locals
+        if frame.f_code.co_name == method and here.get("self") is owner and all(name in here for name in names):
+            return {name: here[name] for name in names}
+    return None
 
 
 def refuse_xla() -> None:

@@ -24,8 +24,9 @@ import wrapt
 
 from hvdkit import collectives, heartbeat, watchdog, world
 from hvdkit.agreement import check_equal_steps
-from hvdkit.callbacks import AverageStateCallback, MetricAverageCallback
+from hvdkit.callbacks import AverageStateCallback, CheckpointCallback, MetricAverageCallback
 from hvdkit.callbacks.average_state import average_state
+from hvdkit.errors import UsageError
 from hvdkit.optimizer import DistributedOptimizer, ExchangingOptimizer, keeps_local
 
 _log = logging.getLogger(__name__)
@@ -61,6 +62,7 @@ def uninstall() -> None:
 class Marks(keras.callbacks.Callback):
     """The first callback of each `fit`: tells the watchdog where this rank is."""
 
+    checkpointed = False
     _epoch = 0
 
     def on_epoch_begin(self, epoch: int, logs: dict | None = None) -> None:
@@ -95,6 +97,8 @@ class FitGuard(keras.callbacks.Callback):
     Args:
         optimizers: the distributed optimizers of the model, as `_distributed` finds them.
     """
+
+    checkpointed = False
 
     def __init__(self, optimizers: Sequence[ExchangingOptimizer]) -> None:
         super().__init__()
@@ -248,12 +252,19 @@ def _for_all_ranks(callbacks: list[Any]) -> list[Any]:
     """The user's callbacks, with exact metrics and averaged statistics before them, and each file written once."""
     paths = [p for c in callbacks for p in _paths(c)]
     needs = any(isinstance(c, (*_BY_METRICS, MetricAverageCallback)) for c in callbacks)
-    everyone = collectives.allgather_object((paths, needs), name="callbacks")
-    if any(needs for _, needs in everyone):  # one rank may have a callback that others have not
+    saves = any(isinstance(c, CheckpointCallback) for c in callbacks)
+    everyone = collectives.allgather_object((paths, needs, saves), name="callbacks")
+    if len({saves for *_, saves in everyone}) > 1:
+        without = ", ".join(str(rank) for rank, (*_, saves) in enumerate(everyone) if not saves)
+        raise UsageError(
+            f"CheckpointCallback is not among the callbacks of rank(s) {without}, and would wait for them for ever. "
+            f"Give it to all ranks: it writes on rank 0 alone."
+        )
+    if any(needs for _, needs, _ in everyone):  # one rank may have a callback that others have not
         callbacks = [MetricAverageCallback(), *(c for c in callbacks if not isinstance(c, MetricAverageCallback))]
     if not any(isinstance(c, AverageStateCallback) for c in callbacks):
         callbacks = [AverageStateCallback(), *callbacks]
-    written = {path for lower, _ in everyone[: world.rank()] for path in lower}
+    written = {path for lower, *_ in everyone[: world.rank()] for path in lower}
     return [c for c in callbacks if not written.intersection(_paths(c))]
 
 

@@ -1,9 +1,10 @@
-"""Two numbers that travel with every exchange of gradients: proof that it happened, and votes to stop.
+"""Three numbers that travel with every exchange of gradients: proof that it happened, and votes to stop or to leave.
 
 Silence is what makes data parallel training dangerous: an optimizer that averages nothing trains on, and a rank that
-leaves `fit` alone leaves the others waiting. So every rank adds a vector to each exchange: its rank + 1, and whether
-it wants to stop. Its sum over the ranks is known in closed form if the exchange does what it should, and all ranks
-learn of a wish to stop in the same step, without a message of its own. The two floats ride in the gradients' buffer.
+leaves `fit` alone leaves the others waiting. So every rank adds a vector to each exchange: its rank + 1, whether it
+wants to stop training, and whether it was told to leave the machine (a signal). The sum of the first over the ranks is
+known in closed form if the exchange does what it should, and all ranks learn of a wish in the same step, without a
+message of its own. The three floats ride in the gradients' buffer.
 """
 
 from collections.abc import Sequence
@@ -14,7 +15,7 @@ import tensorflow as tf
 
 from hvdkit import world
 
-LENGTH = 2
+LENGTH = 3
 _BROKEN = -1e30  # more than all exchanges of any training can make good again
 
 
@@ -28,35 +29,45 @@ class Heartbeat:
     def __init__(self) -> None:
         self.all_stop = False
         with tf.init_scope():  # variables cannot be made inside a tf.function, where the first exchange may be traced
-            self._received = tf.Variable([0.0, 0.0], trainable=False, name="heartbeat_received")
+            self._received = tf.Variable([0.0] * LENGTH, trainable=False, name="heartbeat_received")
             self._wish = tf.Variable(0.0, trainable=False, name="wish_to_stop")
+            self._leave = tf.Variable(0.0, trainable=False, name="wish_to_leave")
 
     def begin(self) -> None:
         """Forgets what was before: a training begins."""
-        self._received.assign([0.0, 0.0])
+        self._received.assign([0.0] * LENGTH)
         self._wish.assign(0.0)
+        self._leave.assign(0.0)
         self.all_stop = False
 
     def wish_to_stop(self) -> None:
         """Makes the next exchanges carry this rank's wish to stop."""
         self._wish.assign(1.0)
 
+    def wish_to_leave(self) -> None:
+        """Makes the next exchanges say that this rank was told to leave."""
+        self._leave.assign(1.0)
+
+    def leaving(self) -> int:
+        """How many ranks were told to leave, as all ranks know since their last exchange."""
+        return int(np.nan_to_num(self._received.numpy()[2]))
+
     def read(self) -> tuple[float, int]:
         """The number of exchanges that were right, below zero once one was wrong; and the votes to stop."""
-        proven, votes = self._received.numpy()
+        proven, votes, _ = self._received.numpy()
         return float(proven), int(np.nan_to_num(votes))
 
     def payload(self) -> tf.Tensor:
         """What this rank adds to an exchange: float32, [LENGTH]."""
-        return tf.stack([tf.constant(world.rank() + 1.0), self._wish.read_value()])
+        return tf.stack([tf.constant(world.rank() + 1.0), self._wish.read_value(), self._leave.read_value()])
 
     def receive(self, total: tf.Tensor, ranks: Sequence[int]) -> None:
         """Takes the sum over `ranks`, float32 [LENGTH], in a graph or eagerly."""
         expected = float(sum(rank + 1 for rank in ranks))
         right = tf.abs(total[0] - expected) < 0.25
-        proven, votes = tf.unstack(self._received.read_value())
-        proven += tf.where(right, 1.0, _BROKEN)
-        self._received.assign(tf.stack([proven, tf.maximum(votes, tf.round(total[1]))]))
+        before = self._received.read_value()
+        proven = before[:1] + tf.where(right, 1.0, _BROKEN)
+        self._received.assign(tf.concat([proven, tf.maximum(before[1:], tf.round(total[1:]))], axis=0))
 
 
 _heartbeat: Heartbeat | None = None

@@ -6,12 +6,13 @@
 `--help` lists all flags. The training code is the same for every strategy: what differs is behind `strategies`.
 """
 
+import dataclasses
 import logging
 import math
 import os
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -23,10 +24,13 @@ import numpy as np
 import tensorflow as tf
 from hvdkit_models.recipe import Recipe
 
-from hvdkit import artifacts, callbacks, collectives, job, strategies, train_flags, world
+from hvdkit import artifacts, callbacks, collectives, job, strategies, train_flags, watchdog, world
 from hvdkit.agreement import check_equal, together
+from hvdkit.checkpoint import preemption, resuming
+from hvdkit.checkpoint.store import Checkpoint
 from hvdkit.compression import Compression
 from hvdkit.data import balance, checks, pipeline
+from hvdkit.data.epoch_order import Stretch
 from hvdkit.data.sources import Source, open_source
 from hvdkit.data.vocabulary import Vocabulary, learn_tokens
 from hvdkit.errors import ReplicasDiverged, UsageError
@@ -44,10 +48,15 @@ from hvdkit.train_flags import Config, Settings
 _log = logging.getLogger("hvdkit.train")  # not __name__: the job runs as __main__
 
 
-def run(config: Config) -> dict[str, Any]:
+def run(config: Config, more_callbacks: Sequence[keras.callbacks.Callback] = ()) -> dict[str, Any]:
     """Trains, evaluates and writes the artefacts; returns the content of `result.json`.
 
+    Args:
+        config: the flags.
+        more_callbacks: for `fit`, before the one that saves.
+
     Raises:
+        Preempted: a signal asked the job to leave; it is saved.
         UsageError: on all ranks, before training starts, if anything that the user gave is wrong.
         ReplicasDiverged: at the end, if the ranks' weights differ.
     """
@@ -70,37 +79,43 @@ def run(config: Config) -> dict[str, Any]:
     keras.utils.set_random_seed(settings.seed)
     keras.config.set_dtype_policy(settings.precision)
 
-    # ---- Where to write -------------------------------------------------------------------------------------------
-    workdir = _make_workdir(settings, model_source, source)
-    artifacts.log_to(workdir, strategy.world)
+    # ---- Where to write, and what to go on from -------------------------------------------------------------------
+    workdir, found = _make_workdir(settings, model_source, source)
+    artifacts.log_to(workdir, strategy.world, append=found is not None)
+    identity = {"model": model_source.name, "dataset": source.name}
+    if found:
+        settings = _go_on(config, settings, recipe, found, identity)
+    identity |= _identity(settings)
 
     # ---- Data -----------------------------------------------------------------------------------------------------
     vocabulary = _make_vocabulary(source, recipe, workdir) if source.kind == "text" else None
-    batches, steps_per_epoch, spec = _read_training_data(settings, strategy, source, vocabulary)
+    data = _read_training_data(settings, strategy, source, vocabulary, found)
+    steps_per_epoch = data.steps_per_epoch
     steps = settings.steps or settings.epochs * steps_per_epoch
     test_batches = _read_test_data(settings, strategy, source, vocabulary)
 
     # ---- Model ----------------------------------------------------------------------------------------------------
     with together(), strategy.scope():
-        model, settings = _compile(config, settings, strategy, model_source, source, vocabulary, spec)
-        model.steps_per_execution = _steps_per_execution(settings.steps_per_execution, steps, steps_per_epoch)
+        model, settings = _compile(config, settings, strategy, model_source, source, vocabulary, data.spec)
+        model.steps_per_execution = _steps_per_execution(settings.steps_per_execution, steps, steps_per_epoch, found)
     if strategy.world.is_root:
         artifacts.write_json(workdir / "config.json", {**vars(settings), "versions": artifacts.versions()})
 
     # ---- Training -------------------------------------------------------------------------------------------------
     progress = callbacks.ProgressCallback(steps, steps_per_epoch, settings.global_batch, show=strategy.world.is_root)
-    began = time.perf_counter()
+    chosen = [*_callbacks(settings, strategy, steps, steps_per_epoch, workdir, found), progress, *more_callbacks]
+    if settings.checkpoint_steps != "never":
+        chosen.append(_checkpoints(settings, strategy, workdir, identity, found, data))
     history = model.fit(
-        batches,
+        data.batches,
         epochs=math.ceil(steps / steps_per_epoch),
         steps_per_epoch=min(steps, steps_per_epoch),
         validation_data=test_batches if settings.eval_every else None,
         validation_freq=settings.eval_every or 1,
-        callbacks=[*strategy.callbacks(), *_callbacks(settings, strategy, steps, steps_per_epoch, workdir), progress],
+        callbacks=[*strategy.callbacks(), *chosen],
         shuffle=False,  # the batches are shuffled already
         verbose=0,
     )
-    train_seconds = time.perf_counter() - began
 
     # ---- Results --------------------------------------------------------------------------------------------------
     test = strategy.evaluate(model, test_batches)
@@ -113,9 +128,9 @@ def run(config: Config) -> dict[str, Any]:
         "global_batch": settings.global_batch,
         "epochs": math.ceil(steps / steps_per_epoch),
         "steps": steps,
-        "train_seconds": round(train_seconds, 3),
+        "train_seconds": round(progress.seconds, 3),
         # Too few steps for a rate without the first execution: then with all that it takes to begin.
-        "samples_per_second": round(progress.samples_per_second or steps * settings.global_batch / train_seconds, 1),
+        "samples_per_second": round(progress.samples_per_second or steps * settings.global_batch / progress.seconds, 1),
         **_measured(model, history.history, test),
     }
     if strategy.world.is_root:
@@ -134,14 +149,76 @@ def _measured(model: keras.Model, history: dict[str, Any], test: dict[str, float
     }
 
 
-def _make_workdir(settings: Settings, model: ModelSource, source: Source) -> Path:
+def _make_workdir(settings: Settings, model: ModelSource, source: Source) -> tuple[Path, Checkpoint | None]:
+    """Makes the run's folder, and finds what it goes on from."""
     name = f"{model.name}-{source.name.split(':')[0]}-{time.strftime('%Y%m%d-%H%M%S')}"
     workdir = Path(collectives.broadcast_object(settings.workdir or f"runs/{name}", name="workdir")).expanduser()
     with together():
-        artifacts.make_workdir(workdir, overwrite=settings.overwrite)
+        artifacts.make_workdir(workdir, overwrite=settings.overwrite, begin_anew=settings.resume == "never")
+    finished = collectives.broadcast_object((workdir / "result.json").exists(), name="finished")
+    resume = "never" if finished and settings.resume == "auto" else settings.resume  # --overwrite was given
+    found = resuming.open_checkpoint(workdir / "checkpoints", resume)
     if world.rank() == 0:
-        artifacts.clear(workdir)
-    return workdir
+        keep = ["tensorboard", "checkpoints"] if found else ["checkpoints"] if resume == "auto" else []
+        artifacts.clear(workdir, keep=keep)
+    return workdir, found
+
+
+def _go_on(config: Config, settings: Settings, recipe: Recipe, found: Checkpoint, identity: dict[str, Any]) -> Settings:
+    """The settings of the run that is gone on with, on as many replicas as there are now.
+
+    Raises:
+        UsageError: it is another model, other data, or another training.
+    """
+    if not isinstance(found.state["extra"], dict) or "stretches" not in found.state["extra"]:
+        raise UsageError(
+            f"The checkpoint {found.path} was written by a script, not by hvdkit.train: go on with it there."
+        )
+    resuming.refuse_another_job(found, identity)
+    before = found.state["job"]
+    if config.local_batch and settings.global_batch != before["global_batch"]:
+        _log.info("the global batch stays %d, so --local_batch is left out", before["global_batch"])
+        kept = dataclasses.replace(config, local_batch=None, global_batch=before["global_batch"])
+        settings = train_flags.resolve(kept, recipe, settings.replicas)
+    resuming.refuse_another_job(found, _identity(settings))
+    return dataclasses.replace(settings, warmup_epochs=found.state["extra"]["warmup_epochs"])
+
+
+def _identity(settings: Settings) -> dict[str, Any]:
+    """What must not change when a run goes on, besides model and data."""
+    names = (
+        "image_size", "seed", "global_batch", "optimizer", "learning_rate", "lr_schedule", "precision", "sampling",
+        "class_weights",
+    )  # fmt: skip
+    return {name: getattr(settings, name) for name in names}
+
+
+def _checkpoints(
+    settings: Settings,
+    strategy: Strategy,
+    workdir: Path,
+    identity: dict[str, Any],
+    found: Checkpoint | None,
+    data: "TrainingData",
+) -> callbacks.CheckpointCallback:
+    warmup = {"warmup_epochs": settings.warmup_epochs, "warmup_replicas": _warmup_replicas(strategy, found)}
+    return callbacks.CheckpointCallback(
+        workdir / "checkpoints",
+        every=settings.checkpoint_steps,
+        resume="never",  # what there is has been opened already
+        resumed=found,
+        keep=settings.keep,
+        keep_best=settings.keep_best,
+        monitor="val_loss" if settings.eval_every else "loss",
+        on_error=settings.checkpoint_error,
+        job=identity,
+        extra=lambda epoch, step: {"stretches": data.stretches(epoch, step), **warmup},
+    )
+
+
+def _warmup_replicas(strategy: Strategy, found: Checkpoint | None) -> int:
+    """How many replicas the warm-up counts with: those with which training began."""
+    return found.state["extra"]["warmup_replicas"] if found else strategy.size
 
 
 def _make_vocabulary(source: Source, recipe: Recipe, workdir: Path) -> Vocabulary:
@@ -154,10 +231,44 @@ def _make_vocabulary(source: Source, recipe: Recipe, workdir: Path) -> Vocabular
     return vocabulary
 
 
+@dataclasses.dataclass(frozen=True)
+class TrainingData:
+    """This process's training batches.
+
+    Attributes:
+        batches: from the step on at which training begins.
+        steps_per_epoch: of all processes.
+        spec: of an input.
+        epoch: the first epoch.
+        handed_over: what other shares have taken of that epoch.
+        now: the shares there are now, with no step taken.
+        now_rest: the same of the first epoch's rest, if it was handed over.
+    """
+
+    batches: tf.data.Dataset
+    steps_per_epoch: int
+    spec: tf.TensorSpec
+    epoch: int
+    handed_over: Sequence[Stretch]
+    now: Stretch
+    now_rest: Stretch
+
+    def stretches(self, epoch: int, step: int) -> list[dict[str, Any]]:
+        """Who will have taken the steps of an epoch up to one of them, for a checkpoint."""
+        before = list(self.handed_over) if epoch == self.epoch else []
+        steps = step - sum(stretch.steps for stretch in before)
+        last = dataclasses.replace(self.now_rest if before else self.now, steps=steps)
+        return [stretch.to_json() for stretch in ([*before, last] if step else [])]
+
+
 def _read_training_data(
-    settings: Settings, strategy: Strategy, source: Source, vocabulary: Vocabulary | None
-) -> tuple[tf.data.Dataset, int, tf.TensorSpec]:
-    """Reads and checks this process's shares; returns its batches, the common steps an epoch, and an input's spec."""
+    settings: Settings,
+    strategy: Strategy,
+    source: Source,
+    vocabulary: Vocabulary | None,
+    found: Checkpoint | None,
+) -> TrainingData:
+    """Reads and checks this process's shares, and finds the step to begin at."""
     with together():
         examples = source.size("train")
         if examples < strategy.size:
@@ -183,6 +294,12 @@ def _read_training_data(
                 f"({source.name} divided over {strategy.size}). Use a smaller batch, or fewer replicas."
             )
     _describe_data(settings, source, counts, sum(map(sampling.size, everyone)), steps_per_epoch)
+    start = pipeline.Start()
+    handed_over: list[Stretch] = []
+    buffers = _buffers(shares)
+    encode = vocabulary.encode if vocabulary else None
+    if found:
+        start, handed_over = _start(settings, source, shares, buffers, found, steps_per_epoch, encode)
     batches = pipeline.training_batches(
         shares,
         local_batch=settings.local_batch,
@@ -190,8 +307,47 @@ def _read_training_data(
         seed=settings.seed,
         sampling=sampling,
         class_weights=balance.class_weights(counts) if settings.class_weights else None,
+        start=start,
     )
-    return batches, steps_per_epoch, checks.input_spec(shares[0])
+    now = Stretch(strategy.size, 0, buffers)
+    now_rest = Stretch(strategy.size, 0, _buffers(start.rest)) if handed_over else now
+    spec = checks.input_spec(shares[0])
+    return TrainingData(batches, steps_per_epoch, spec, start.epoch, handed_over, now, now_rest)
+
+
+def _buffers(shares: Sequence[pipeline.Share]) -> tuple[int, ...] | None:
+    """The shuffle buffers of all processes' shares, in order; None if they are in memory. A collective call."""
+    mine = [share.buffer() for share in shares]
+    everyone = [b for process in collectives.allgather_object(mine, name="buffers") for b in process]
+    return None if None in everyone else tuple(everyone)
+
+
+def _start(
+    settings: Settings,
+    source: Source,
+    shares: Sequence[pipeline.Share],
+    buffers: Sequence[int] | None,
+    found: Checkpoint,
+    steps_per_epoch: int,
+    encode: pipeline.Encode | None,
+) -> tuple[pipeline.Start, list[Stretch]]:
+    """Where the data goes on, and who took the steps of that epoch before."""
+    epoch, step = found.state["epoch"], found.state["step_in_epoch"]
+    stretches = [Stretch.from_json(s) for s in found.state["extra"]["stretches"]]
+    if settings.sampling != "none":
+        if any(not s.goes_on(shares[0].shares, buffers) for s in stretches):
+            _log.warning("With --sampling, another number of replicas goes on in an order of its own.")
+        return pipeline.Start(epoch, step), []
+    start, handed_over = pipeline.start_of(
+        epoch, stretches, source, shares, buffers,
+        seed=settings.seed,
+        global_batch=settings.global_batch,
+        steps_per_epoch=steps_per_epoch,
+        encode=encode,
+    )  # fmt: skip
+    if handed_over:
+        _log.info("epoch %d is finished on the examples that it has not seen", epoch + 1)
+    return start, handed_over
 
 
 def _describe_data(settings: Settings, source: Source, counts: np.ndarray, examples: int, steps_per_epoch: int) -> None:
@@ -265,7 +421,7 @@ def _compile(
 
 
 def _callbacks(
-    settings: Settings, strategy: Strategy, steps: int, steps_per_epoch: int, workdir: Path
+    settings: Settings, strategy: Strategy, steps: int, steps_per_epoch: int, workdir: Path, found: Checkpoint | None
 ) -> list[keras.callbacks.Callback]:
     chosen: list[keras.callbacks.Callback] = []
     epochs = steps / steps_per_epoch
@@ -273,7 +429,7 @@ def _callbacks(
     if warmup < settings.warmup_epochs:
         _log.info("the warm-up is cut to %.3g epochs, half of the training", warmup)
     if warmup:
-        chosen.append(callbacks.LearningRateWarmupCallback(None, warmup, size=strategy.size))
+        chosen.append(callbacks.LearningRateWarmupCallback(None, warmup, size=_warmup_replicas(strategy, found)))
     if settings.lr_schedule == "cosine":
         multiplier = _cosine(warmup, epochs)
         chosen.append(callbacks.LearningRateScheduleCallback(None, multiplier, start_epoch=warmup, staircase=False))
@@ -292,12 +448,17 @@ def _cosine(start: float, end: float) -> Callable[[float], float]:
     return lambda epoch: 0.5 * (1 + math.cos(math.pi * min(1.0, max(0.0, epoch - start) / (end - start))))
 
 
-def _steps_per_execution(wanted: int | None, steps: int, steps_per_epoch: int, most: int = 16) -> int:
+def _steps_per_execution(
+    wanted: int | None, steps: int, steps_per_epoch: int, found: Checkpoint | None, most: int = 16
+) -> int:
     """Steps that run in one call of the graph: they must divide an epoch, and the last, shorter one, evenly.
 
-    Keras would run whole executions beyond an epoch's end otherwise.
+    Keras would run whole executions beyond an epoch's end otherwise. A step at which training goes on must be reached,
+    too.
     """
     common = math.gcd(min(steps, steps_per_epoch), steps % steps_per_epoch)
+    if found:
+        common = math.gcd(common, found.state["step_in_epoch"])
     chosen = wanted or max(n for n in range(1, most + 1) if common % n == 0)
     if common % chosen:
         fitting = ", ".join(str(n) for n in range(1, common + 1) if common % n == 0)
@@ -329,10 +490,20 @@ def _write_artifacts(
     _log.info("written to %s: %s", workdir, ", ".join(sorted(p.name for p in workdir.iterdir())))
 
 
-def main(argv: list[str]) -> int:
-    """Runs the job; 0 if it trained, 2 if the user can mend what went wrong, 1 if the replicas diverged."""
+def main(argv: list[str], more_callbacks: Sequence[keras.callbacks.Callback] = ()) -> int:
+    """Runs the job; `more_callbacks` as for `run`.
+
+    Returns:
+        0 if it trained, 2 if the user can mend what went wrong, 1 if the replicas diverged, 85 if a signal asked it to
+        leave: then the same command goes on.
+    """
     try:
-        run(train_flags.parse(argv))
+        with preemption.leaving_at_once():
+            run(train_flags.parse(argv), more_callbacks)
+    except preemption.Preempted as left:
+        if not left.agreed:
+            watchdog.fail(left, preemption.EXIT_CODE)
+        return preemption.EXIT_CODE
     except (UsageError, ReplicasDiverged) as error:
         logging.getLogger("hvdkit").debug("left with", exc_info=True)
         if world.launched_rank() == 0:  # all ranks leave with the same sentence; one is enough

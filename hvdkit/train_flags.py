@@ -11,6 +11,7 @@ from hvdkit.errors import UsageError
 
 STRATEGIES = ("single", "horovod", "mirrored", "multiworker")
 _WHAT, _HOW, _MACHINE, _OUTPUT = "What to train", "How to train it", "On which machine", "What to write"
+_RESUME = "Checkpoints"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -44,6 +45,16 @@ class Config:
     overwrite: bool
     eval_every: int
     tensorboard: bool
+    resume: str
+    checkpoint_every: str
+    keep: int
+    keep_best: int
+    checkpoint_error: str
+
+    @property
+    def checkpoint_steps(self) -> int | str:
+        """Steps from one checkpoint to the next, or "epoch"."""
+        return int(self.checkpoint_every) if self.checkpoint_every.isdigit() else self.checkpoint_every
 
 
 def define() -> None:
@@ -97,6 +108,15 @@ def define() -> None:
         lower_bound=0)  # fmt: skip
     add(boolean, _OUTPUT, "tensorboard", True, "write TensorBoard logs")
 
+    add(string, _RESUME, "resume", "auto", "auto goes on from the newest intact checkpoint of the workdir, if it has "
+        "one; never begins anew; or the path of a checkpoint, or of another run's workdir")  # fmt: skip
+    add(string, _RESUME, "checkpoint_every", "epoch", "a number of steps, epoch, or never")
+    add(integer, _RESUME, "keep", 3, "how many of the newest checkpoints stay", lower_bound=1)
+    add(integer, _RESUME, "keep_best", 0, "how many of the best stay besides, by the test loss (--eval_every) or else "
+        "the training loss", lower_bound=0)  # fmt: skip
+    add(enum, _RESUME, "checkpoint_error", "warn", "when a checkpoint cannot be written: train on, or stop",
+        ("warn", "stop"))  # fmt: skip
+
 
 def parse(argv: list[str]) -> Config:
     """Parses the command line. Prints the help and leaves with 0 for `--help`.
@@ -119,6 +139,12 @@ def parse(argv: list[str]) -> Config:
     for one, other in (("epochs", "steps"), ("global_batch", "local_batch")):
         if getattr(config, one) is not None and getattr(config, other) is not None:
             raise UsageError(f"--{one} and --{other} exclude each other: give one of them.")
+    if config.checkpoint_steps not in ("epoch", "never") and not (
+        isinstance(config.checkpoint_steps, int) and config.checkpoint_steps
+    ):
+        raise UsageError(
+            f"--checkpoint_every={config.checkpoint_every} is neither a number of steps, 1 or more, nor epoch or never."
+        )
     return config
 
 
@@ -196,7 +222,7 @@ def help_text() -> str:
         "Trains a Keras 3 model on real data: python -m hvdkit.train [flags], or launch/local.sh -np N [flags]",
         "",
     ]
-    for group in (_WHAT, _HOW, _MACHINE, _OUTPUT):
+    for group in (_WHAT, _HOW, _MACHINE, _OUTPUT, _RESUME):
         lines += [f"{group}:"]
         for flag in flags.FLAGS.get_flags_for_module(group):
             default = "" if flag.default is None else f" [{flag.default_as_str.strip(chr(39))}]"

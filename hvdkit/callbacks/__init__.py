@@ -5,6 +5,7 @@ import keras
 from hvdkit.callbacks.average_state import AverageStateCallback
 from hvdkit.callbacks.best_model_checkpoint import BestModelCheckpoint
 from hvdkit.callbacks.broadcast import BroadcastGlobalVariablesCallback
+from hvdkit.callbacks.checkpoint import CheckpointCallback
 from hvdkit.callbacks.learning_rate_schedule import LearningRateScheduleCallback
 from hvdkit.callbacks.learning_rate_warmup import LearningRateWarmupCallback
 from hvdkit.callbacks.metric_average import MetricAverageCallback
@@ -18,6 +19,7 @@ __all__ = [
     "AverageStateCallback",
     "BestModelCheckpoint",
     "BroadcastGlobalVariablesCallback",
+    "CheckpointCallback",
     "LearningRateScheduleCallback",
     "LearningRateWarmupCallback",
     "MetricAverageCallback",

@@ -3,6 +3,7 @@
 import os
 import sys
 import time
+from typing import Any
 
 import keras
 from tqdm import tqdm
@@ -21,7 +22,8 @@ class ProgressCallback(keras.callbacks.Callback):
 
     Attributes:
         samples_per_second: global examples a second, from the end of the first execution (which traces and compiles) to
-            the end of the last step of training, with everything in between.
+            the end of the last step of training, with everything in between. A training that was interrupted is
+            measured in each of its runs so.
     """
 
     def __init__(self, steps: int, steps_per_epoch: int, global_batch: int, show: bool = True) -> None:
@@ -34,9 +36,29 @@ class ProgressCallback(keras.callbacks.Callback):
         self._show = show
         self._epoch = 0
         self._started: tuple[float, int] | None = None  # time and steps at the end of the first execution
+        self._now = (0.0, 0)  # seconds and steps since then
+        self._earlier = (0.0, 0)  # the same, of runs before this one
+        self._seconds_earlier = 0.0
+        self._began = self._ended = 0.0
+
+    @property
+    def seconds(self) -> float:
+        """How long training has taken, with all its interrupted runs."""
+        return self._seconds_earlier + (self._ended or time.perf_counter()) - self._began
+
+    def checkpoint_state(self) -> dict[str, Any]:
+        """What was measured so far."""
+        seconds, steps = self._now[0] + self._earlier[0], self._now[1] + self._earlier[1]
+        return {"seconds": self.seconds, "measured": (seconds, steps)}
+
+    def restore_state(self, state: dict[str, Any]) -> None:
+        """Undoes `checkpoint_state`."""
+        self._seconds_earlier, self._earlier = state["seconds"], state["measured"]
+        self._rate()
 
     def on_train_begin(self, logs: dict | None = None) -> None:
         """Draws the empty line."""
+        self._began, self._ended = time.perf_counter(), 0.0
         # A launcher that knows of a terminal behind the pipe says so. A file gets a line an epoch instead of a bar.
         watched = sys.stderr.isatty() or os.environ.get("HVDKIT_PROGRESS") == "bar"
         self._bar = tqdm(
@@ -62,8 +84,8 @@ class ProgressCallback(keras.callbacks.Callback):
         if self._started is None:
             self._started = (time.perf_counter(), steps)
         elif steps > self._started[1]:
-            seconds = time.perf_counter() - self._started[0]
-            self.samples_per_second = (steps - self._started[1]) * self._global_batch / seconds
+            self._now = time.perf_counter() - self._started[0], steps - self._started[1]
+            self._rate()
         if not self._bar.disable:
             self._bar.set_postfix_str(_format(logs), refresh=False)
             self._bar.update(steps * self._global_batch - self._bar.n)
@@ -78,7 +100,12 @@ class ProgressCallback(keras.callbacks.Callback):
 
     def on_train_end(self, logs: dict | None = None) -> None:
         """Leaves the finished line standing."""
+        self._ended = time.perf_counter()
         self._bar.close()
+
+    def _rate(self) -> None:
+        seconds, steps = self._now[0] + self._earlier[0], self._now[1] + self._earlier[1]
+        self.samples_per_second = steps * self._global_batch / seconds if seconds else 0.0
 
     def _describe(self) -> None:
         self._bar.set_description_str(f"epoch {self._epoch + 1}/{self._epochs}", refresh=False)

@@ -2,8 +2,10 @@
 
 import csv
 from pathlib import Path
+from typing import Any
 
 import keras
+import numpy as np
 
 
 class StepLossCallback(keras.callbacks.Callback):
@@ -38,6 +40,15 @@ class StepLossCallback(keras.callbacks.Callback):
         total = (logs or {})["loss"] * count
         self.losses.append((self._epoch * self._steps_per_epoch + count, (total - self._sum) / (count - self._count)))
         self._sum, self._count = total, count
+
+    def checkpoint_state(self) -> dict[str, Any]:
+        """All lines so far, and the mean within the epoch."""
+        return {"losses": np.array(self.losses, np.float64), "mean": (self._epoch, self._sum, self._count)}
+
+    def restore_state(self, state: dict[str, Any]) -> None:
+        """Undoes `checkpoint_state`."""
+        self.losses = [(int(step), float(loss)) for step, loss in state["losses"]]
+        self._epoch, self._sum, self._count = state["mean"]
 
     def on_epoch_end(self, epoch: int, logs: dict | None = None) -> None:
         """Writes what there is."""

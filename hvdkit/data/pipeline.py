@@ -5,20 +5,22 @@ A *share* is one of N even parts of a split. A rank feeds its own share; a proce
 the same examples: the global batch is always the concatenation of the shares' local batches.
 
 The order of a share is a function of (seed, epoch, share, number of shares), for a share in memory and, by another
-function, for one that is read again each epoch; which of the two it is depends on its size and `cache_bytes` alone.
+function, for one that is read again each epoch (see `hvdkit.data.epoch_order`); which of the two it is depends on its
+size and `cache_bytes` alone. Batches can begin at any step of any epoch.
 """
 
 import dataclasses
 import itertools
 import logging
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any
 
 import numpy as np
 import tensorflow as tf
 
 from hvdkit.data import balance
+from hvdkit.data.epoch_order import Stretch, generator, shuffled, stream_seed, untouched
 from hvdkit.data.shard import even_share
 from hvdkit.data.sources import Source
 from hvdkit.errors import UsageError
@@ -55,6 +57,14 @@ class Share:
     stream: tf.data.Dataset
     prepare: Encode
 
+    def buffer(self) -> int | None:
+        """Examples in the shuffle buffer of a share that is streamed; None for one in memory."""
+        if self.inputs is not None:
+            return None
+        first = next(iter(self.stream.take(1)))[0]
+        size = max(1, len(first.numpy()) if first.dtype == tf.string else first.numpy().nbytes)
+        return int(min(self.size, max(1000, _SHUFFLE_BYTES // size)))
+
 
 def read_share(
     source: Source, split: str, share: int, shares: int, *, encode: Encode | None = None, cache_bytes: float
@@ -74,11 +84,7 @@ def read_share(
     """
     start, stop = even_share(source.size(split), share, shares)
     stream = source.read(split, start, stop)
-
-    def prepare(encoded: Any) -> tf.Tensor:
-        decoded = source.decode(encoded)
-        return decoded if encode is None else encode(decoded)
-
+    prepare = _prepare(source, encode)
     largest = -(-source.size(split) // shares)
     spec = stream.map(lambda x, _: prepare(x)).element_spec
     inputs = labels = None
@@ -89,6 +95,37 @@ def read_share(
         where = f"{inputs.nbytes / 1e6:.0f} MB in memory, read in {time.monotonic() - began:.1f} s"
     _log.info("%s: share %d of %d, %d examples, %s", split, share, shares, stop - start, where)
     return Share(share, shares, start, stop - start, inputs, labels, stream, prepare)
+
+
+def read_rest(
+    source: Source, split: str, places: np.ndarray, share: int, shares: int, *, encode: Encode | None = None
+) -> Share:
+    """One of `shares` even parts of some examples of a split, to be streamed once.
+
+    Args:
+        source: where the examples come from.
+        split: `train` or `test`.
+        places: which examples, ascending.
+        share: number of the part.
+        shares: number of parts.
+        encode: as in `read_share`.
+    """
+    mine = places[slice(*even_share(len(places), share, shares))]
+    start, stop = (int(mine[0]), int(mine[-1]) + 1) if len(mine) else (0, 0)
+    wanted = np.zeros(stop - start, bool)
+    wanted[mine - start] = True
+    stream = source.read(split, start, stop).enumerate().filter(lambda place, _: tf.gather(wanted, place))
+    return Share(
+        share, shares, start, len(mine), None, None, stream.map(lambda _, example: example), _prepare(source, encode)
+    )
+
+
+def _prepare(source: Source, encode: Encode | None) -> Encode:
+    def prepare(encoded: Any) -> tf.Tensor:
+        decoded = source.decode(encoded)
+        return decoded if encode is None else encode(decoded)
+
+    return prepare
 
 
 def _read_all(
@@ -114,6 +151,65 @@ def unreadable(split: str, start: int, stop: int, error: Exception) -> UsageErro
     )
 
 
+@dataclasses.dataclass(frozen=True)
+class Start:
+    """Where training batches begin.
+
+    Attributes:
+        epoch: number of the first epoch.
+        step: the first step that is taken of its shares' order.
+        rest: if other shares began that epoch, parts of what they left, which are used up in it; `step` is of these.
+        rest_steps: steps, from the rest's first, to the epoch's end.
+        handovers: how often the epoch has changed hands.
+    """
+
+    epoch: int = 0
+    step: int = 0
+    rest: Sequence[Share] = ()
+    rest_steps: int = 0
+    handovers: int = 0
+
+
+def start_of(
+    epoch: int,
+    stretches: Sequence[Stretch],
+    source: Source,
+    shares: Sequence[Share],
+    buffers: Sequence[int] | None,
+    *,
+    seed: int,
+    global_batch: int,
+    steps_per_epoch: int,
+    encode: Encode | None = None,
+) -> tuple[Start, list[Stretch]]:
+    """Where batches go on in an epoch that was interrupted, perhaps with another number of shares.
+
+    Args:
+        epoch: the epoch's number.
+        stretches: what was taken of it, in order.
+        source: of the training examples.
+        shares: those that this process feeds now.
+        buffers: shuffle buffers of all shares that there are now, in order; None if they are in memory.
+        seed: the run's.
+        global_batch: examples a step, before and now.
+        steps_per_epoch: likewise.
+        encode: as in `read_share`.
+
+    Returns:
+        The start, and the stretches that came before its order began: those of other shares.
+    """
+    number = shares[0].shares
+    before, step = list(stretches), 0
+    if before and before[-1].shares == number and (len(before) > 1 or before[-1].goes_on(number, buffers)):
+        step = before.pop().steps  # the order that was left is gone on with
+    if not before:
+        return Start(epoch, step), []
+    places = untouched(source.size("train"), seed, epoch, global_batch, before)
+    rest = [read_rest(source, "train", places, share.share, number, encode=encode) for share in shares]
+    steps = steps_per_epoch - sum(stretch.steps for stretch in before)
+    return Start(epoch, step, rest, steps, len(before)), before
+
+
 def training_batches(
     shares: Sequence[Share],
     *,
@@ -122,7 +218,7 @@ def training_batches(
     seed: int,
     sampling: balance.Sampling,
     class_weights: np.ndarray | None = None,
-    start_epoch: int = 0,
+    start: Start | None = None,
 ) -> tf.data.Dataset:
     """Endless training batches, epoch after epoch; each of `len(shares) * local_batch` examples.
 
@@ -133,23 +229,33 @@ def training_batches(
         seed: changes the order.
         sampling: how often an example of each class is drawn.
         class_weights: weight of each class, float [classes]; becomes the batch's sample weights.
-        start_epoch: the first epoch's number.
+        start: where to begin; by default at the first step of the first epoch.
 
     Returns:
         A data set of (inputs, labels) or (inputs, labels, sample weights). Images are float32, 0 to 255.
     """
-    streams = [
-        _resident_batches(share, local_batch, steps_per_epoch, seed, sampling, start_epoch)
+    start = start or Start()
+    whole = Start(start.epoch + 1) if start.rest else start
+    batches = _side_by_side(
+        _resident_batches(share, local_batch, steps_per_epoch, seed, sampling, whole)
         if share.inputs is not None
-        else _streamed_batches(share, local_batch, steps_per_epoch, seed, sampling, start_epoch)
+        else _streamed_batches(share, local_batch, steps_per_epoch, seed, sampling, whole)
         for share in shares
-    ]
-    batches = streams[0]
-    if len(streams) > 1:
-        batches = tf.data.Dataset.zip(*streams).map(
-            lambda *parts: tuple(tf.concat(part, axis=0) for part in zip(*parts, strict=True))
-        )
+    )
+    if start.rest:
+        rests = (_rest_batches(share, local_batch, seed, start) for share in start.rest)
+        batches = _side_by_side(rests).concatenate(batches)
     return _finish(batches.map(_as_input), class_weights)
+
+
+def _side_by_side(streams: Iterable[tf.data.Dataset]) -> tf.data.Dataset:
+    """Each share's batch, one behind the other."""
+    streams = list(streams)
+    if len(streams) == 1:
+        return streams[0]
+    return tf.data.Dataset.zip(*streams).map(
+        lambda *parts: tuple(tf.concat(part, axis=0) for part in zip(*parts, strict=True))
+    )
 
 
 def evaluation_batches(share: Share, batch: int) -> tf.data.Dataset:
@@ -163,49 +269,59 @@ def evaluation_batches(share: Share, batch: int) -> tf.data.Dataset:
 
 
 def _resident_batches(
-    share: Share, local_batch: int, steps: int, seed: int, sampling: balance.Sampling, start_epoch: int
+    share: Share, local_batch: int, steps: int, seed: int, sampling: balance.Sampling, start: Start
 ) -> tf.data.Dataset:
     """Batches gathered by index from a share in memory: no work an example, only one a batch."""
 
     def orders() -> Iterator[np.ndarray]:
-        for epoch in itertools.count(start_epoch):
-            order = sampling.order(share.labels, _generator(seed, epoch, share))  # type: ignore[arg-type]
-            yield order[: steps * local_batch].reshape(steps, local_batch)
+        for epoch in itertools.count(start.epoch):
+            order = sampling.order(share.labels, generator(seed, epoch, share.share, share.shares))  # type: ignore[arg-type]
+            batches = order[: steps * local_batch].reshape(steps, local_batch)
+            yield batches[start.step :] if epoch == start.epoch else batches
 
     with tf.device("CPU:0"):  # the input pipeline's place: a GPU's memory is for the model
         inputs, labels = tf.constant(share.inputs), tf.constant(share.labels)
     indices = tf.data.Dataset.from_generator(
-        orders, output_signature=tf.TensorSpec([steps, local_batch], tf.int64)
+        orders, output_signature=tf.TensorSpec([None, local_batch], tf.int64)
     ).unbatch()
     return indices.map(lambda places: (tf.gather(inputs, places), tf.gather(labels, places)))
 
 
 def _streamed_batches(
-    share: Share, local_batch: int, steps: int, seed: int, sampling: balance.Sampling, start_epoch: int
+    share: Share, local_batch: int, steps: int, seed: int, sampling: balance.Sampling, start: Start
 ) -> tf.data.Dataset:
     """Batches of a share that is read again each epoch: shuffled while encoded, decoded after."""
-    first = next(iter(share.stream.take(1)))[0]
-    size = max(1, len(first.numpy()) if first.dtype == tf.string else first.numpy().nbytes)
-    buffer = int(min(share.size, max(1000, _SHUFFLE_BYTES // size)))
+    buffer = share.buffer() or 1
+    counted = sampling.mode == "none"  # otherwise an epoch has as many batches as were drawn, not `steps`
 
     def epoch_batches(epoch: tf.Tensor) -> tf.data.Dataset:
-        # As many seeds as there are (epoch, share) pairs, without a clash for any realistic number of shares.
-        epoch_seed = seed * 1_000_003 + epoch * share.shares + share.share
-        # tf.data mixes the program's seed into a shuffle's, and fails where that is 0 and the shuffle's a tensor. This
-        # sets the seed of the function that is being traced, and of nothing else.
-        tf.random.set_seed(1)
-        examples = sampling.resample(share.stream, epoch_seed).shuffle(buffer, seed=epoch_seed)
-        prepared = examples.map(
-            lambda x, y: (share.prepare(x), y), num_parallel_calls=tf.data.AUTOTUNE, deterministic=True
-        )
-        batches = prepared.batch(local_batch, drop_remainder=True)
-        return batches.take(steps) if sampling.mode == "none" else batches
+        epoch_seed = stream_seed(seed, epoch, share.share, share.shares)
+        examples = shuffled(sampling.resample(share.stream, epoch_seed), buffer, epoch_seed)
+        if not counted:
+            return _decoded(examples, share, local_batch)
+        first = tf.where(epoch == start.epoch, tf.constant(start.step, tf.int64), tf.constant(0, tf.int64))
+        return _decoded(examples.skip(first * local_batch), share, local_batch).take(steps - first)
 
-    return tf.data.Dataset.range(start_epoch, tf.int64.max).flat_map(epoch_batches)
+    first_epoch = start.epoch if counted else 0
+    batches = tf.data.Dataset.range(first_epoch, tf.int64.max).flat_map(epoch_batches)
+    return batches if counted else batches.skip(start.epoch * steps + start.step)
 
 
-def _generator(seed: int, epoch: int, share: Share) -> np.random.Generator:
-    return np.random.default_rng([seed, epoch, share.share, share.shares])
+def _rest_batches(share: Share, local_batch: int, seed: int, start: Start) -> tf.data.Dataset:
+    """Batches of what others have left of an epoch."""
+    buffer = share.buffer() or 1
+
+    def batches(rest_seed: tf.Tensor) -> tf.data.Dataset:
+        examples = shuffled(share.stream, buffer, rest_seed).skip(start.step * local_batch)
+        return _decoded(examples, share, local_batch).take(start.rest_steps - start.step)
+
+    rest_seed = stream_seed(seed, start.epoch, share.share, share.shares, start.handovers)
+    return tf.data.Dataset.from_tensors(tf.constant(rest_seed, tf.int64)).flat_map(batches)
+
+
+def _decoded(examples: tf.data.Dataset, share: Share, local_batch: int) -> tf.data.Dataset:
+    prepared = examples.map(lambda x, y: (share.prepare(x), y), num_parallel_calls=tf.data.AUTOTUNE, deterministic=True)
+    return prepared.batch(local_batch, drop_remainder=True)
 
 
 def _as_input(inputs: tf.Tensor, labels: tf.Tensor) -> tuple[tf.Tensor, tf.Tensor]:

@@ -47,7 +47,8 @@ def first(
         ends: how all ranks ended, those that the launcher ended included.
     """
     # A rank that a signal killed had no say; one that left in its wake did so by itself, and may be heard of first.
-    killed = [failure for failure in failures if failure.code < 0]
+    # What aborts in the wake of another kills itself, too, but never with SIGKILL.
+    killed = sorted((f for f in failures if f.code < 0), key=lambda failure: failure.code != -signal.SIGKILL)
     killed_before = [failure for failure in failures[:known_before] if failure.code < 0]
     if cause is not None and not killed_before:
         rank, told = cause

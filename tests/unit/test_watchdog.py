@@ -2,6 +2,7 @@
 
 import dataclasses
 import pickle
+import re
 import secrets
 import socket
 import struct
@@ -362,12 +363,14 @@ def test_a_rank_that_may_be_busy_has_three_times_the_limit(started, capfd, waiti
         assert ranks.codes == [[], []]
         ranks.until(lambda: ranks.codes == [[75], [75]])
     said = capfd.readouterr().err
-    assert said.count("hvdkit: the job has stood still for ") >= 2  # reported first, ended later
-    assert (
-        "for 1.5 s; a rank may be busy where hvdkit cannot see it move, so all ranks leave with exit code 75 only "
-        in said
+    reports = re.findall(r"^hvdkit: (the job has stood still for .*)$", said, re.MULTILINE)
+    # Once more before the end if a rank moved meanwhile, as it may on a busy machine: then it has another 4.5 s.
+    warning = (
+        "the job has stood still for 1.5 s; a rank may be busy where hvdkit cannot see it move, so all ranks leave"
     )
-    assert "hvdkit: the job has stood still for 4.5 s; all ranks leave with exit code 75." in said
+    assert all(report.startswith(warning) for report in reports[:-1])
+    assert len(reports) > 1
+    assert reports[-1] == "the job has stood still for 4.5 s; all ranks leave with exit code 75."
 
 
 def enter_and_leave(progress, *names):

@@ -1,0 +1,70 @@
+"""Which checkpoint a run goes on from: the root looks, and all ranks hear."""
+
+import logging
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from hvdkit import collectives, world
+from hvdkit.checkpoint import store
+from hvdkit.checkpoint.store import Checkpoint
+from hvdkit.errors import UsageError
+
+_log = logging.getLogger(__name__)
+
+
+def open_checkpoint(directory: Path, resume: str) -> Checkpoint | None:
+    """The checkpoint to go on from; a collective call.
+
+    Only rank 0 reads, so the others' hosts need not see its disk. They get all but the common variables.
+
+    Args:
+        directory: where this run's checkpoints lie.
+        resume: "auto", the newest intact one of `directory`, if there is any; "never"; or the path of one, or of a
+            run that has some.
+
+    Raises:
+        UsageError: on all ranks: there is no intact checkpoint at the path.
+    """
+    found, mistake = None, None
+    if world.rank() == 0:
+        try:
+            found = _find(directory, resume)
+        except UsageError as error:
+            mistake = str(error)
+    small = {n: a for n, a in found.arrays.items() if not n.startswith(("variable/", "own/"))} if found else {}
+    content = (mistake, str(found.path), found.state, small) if found else (mistake, "", None, {})
+    mistake, path, state, small = collectives.broadcast_object(content, name="checkpoint")
+    if mistake:
+        raise UsageError(mistake)
+    if state is None:
+        return None
+    return found or Checkpoint(Path(path), state, small)
+
+
+def refuse_another_job(found: Checkpoint, job: Mapping[str, Any]) -> None:
+    """Raises a `UsageError` if a checkpoint says something else of what the run is than `job`, by name."""
+    theirs = found.state["job"]
+    differing = [name for name in job if name in theirs and theirs[name] != job[name]]
+    if differing:
+        there = ", ".join(f"{name} {theirs[name]}" for name in differing)
+        here = ", ".join(f"{name} {job[name]}" for name in differing)
+        raise UsageError(
+            f"The checkpoint {found.path} is of another job: {there} there, and {here} here. Give this run a directory "
+            f"of its own, or resume='never', which starts anew."
+        )
+
+
+def refuse_another_model(found: Checkpoint, difference: str | None) -> None:
+    """Raises a `UsageError` if a checkpoint's variables are not the model's."""
+    if difference:
+        raise UsageError(
+            f"The checkpoint {found.path} is of another model or optimizer: {difference}. Give this run a directory "
+            f"of its own, or resume='never', which starts anew; or build the model that was saved."
+        )
+
+
+def _find(directory: Path, resume: str) -> Checkpoint | None:
+    if resume == "never":
+        return None
+    return store.newest(directory) if resume == "auto" else store.find(Path(resume).expanduser())

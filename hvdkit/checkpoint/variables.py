@@ -1,0 +1,171 @@
+"""A model's variables, its optimizers' and its metrics', taken and given back on all ranks.
+
+Most are common to the ranks: those are the root's. Some are each rank's own while an epoch runs: random seeds, the
+metrics' states, BatchNormalization's moving statistics, gradients that are accumulated and not yet exchanged, and what
+a `DistributedOptimizer` was told to keep local. Of these every rank's value is kept, and under `tf.distribute` every
+replica's.
+
+A checkpoint may be restored on another number of ranks. Then the first ranks' seeds are used, and told apart for
+others; sums of metrics go to the root alone, so that their total stays what it was; and of other values all ranks take
+the mean.
+"""
+
+import dataclasses
+from collections.abc import Iterable, Sequence
+from typing import Any
+
+import keras
+import numpy as np
+import tensorflow as tf
+
+from hvdkit import collectives, world
+from hvdkit.optimizer import keeps_local
+
+COMMON, OWN, METRIC, SEED = "common", "own", "metric", "seed"
+
+
+@dataclasses.dataclass(frozen=True)
+class Kept:
+    """A variable, and how ranks stand to it: one of the constants above."""
+
+    variable: Any
+    kind: str
+
+    @property
+    def signature(self) -> list[Any]:
+        """What must be the same where it is restored: shape, dtype and kind; and the path, for messages."""
+        return [self.variable.path, list(self.variable.shape), str(self.variable.dtype), self.kind]
+
+    def parts(self) -> list[tf.Variable]:
+        """The TensorFlow variables behind it: under `tf.distribute` one a replica."""
+        native = getattr(self.variable, "value", self.variable)
+        return list(getattr(native, "values", None) or [native])
+
+
+def kept_of(model: keras.Model) -> list[Kept]:
+    """All variables that training changes, each once, in an order that is the same in each run of a program."""
+    optimizers = optimizers_of(model)
+    frozen = {id(v) for layer in model._flatten_layers() if not layer.trainable for v in layer.weights}
+    gathered = {id(v) for v in model.non_trainable_weights if "float" in str(v.dtype)} - frozen
+    metrics = {id(v): v for metric in model.metrics for v in metric.variables}
+    slots = [v for optimizer in optimizers for v in optimizer.variables]
+    everything = {id(v): v for v in [*model.variables, *slots]}
+
+    def kind(variable: Any) -> str:
+        if variable.path.endswith("seed_generator_state"):
+            return SEED
+        accumulates = "gradient_accumulator" in variable.path
+        own = accumulates or id(variable) in gathered or any(keeps_local(o, variable) for o in optimizers)
+        return OWN if own else COMMON
+
+    kept = [Kept(v, kind(v)) for i, v in everything.items() if i not in metrics and v.dtype != "string"]
+    return kept + [Kept(v, METRIC) for v in metrics.values() if v.dtype != "string"]
+
+
+def optimizers_of(model: keras.Model) -> list[Any]:
+    """The optimizer that a model is compiled with, and those in attributes of its own (GANs have two)."""
+    candidates = [getattr(model, "optimizer", None), *vars(model).values()]
+    found: list[Any] = [c for c in candidates if isinstance(c, keras.optimizers.Optimizer)]
+    return list({id(o): o for o in found}.values())
+
+
+class Snapshot:
+    """The values at one moment, held in memory.
+
+    Taking it costs next to nothing on a CPU: a value that is held is copied when it is next assigned, by TensorFlow
+    itself. From a GPU, whose memory is not for this, values are copied at once.
+
+    Args:
+        kept: of which variables.
+    """
+
+    def __init__(self, kept: Sequence[Kept]) -> None:
+        self.signatures = [k.signature for k in kept]
+        self.own = [
+            (number, [np.array(part) for part in k.parts()]) for number, k in enumerate(kept) if k.kind != COMMON
+        ]
+        self._common = {
+            f"variable/{number}": _hold(k.parts()[0])
+            for number, k in enumerate(kept)
+            if k.kind == COMMON and world.rank() == 0
+        }
+
+    def arrays(self, everyone: Sequence[list[tuple[int, list[np.ndarray]]]]) -> dict[str, np.ndarray]:
+        """All arrays to store, given all ranks' `own`; rank after rank, and replica after replica, in the name."""
+        arrays = {name: np.asarray(value) for name, value in self._common.items()}
+        for number, _ in self.own:
+            values = [part for own in everyone for n, parts in own if n == number for part in parts]
+            arrays |= {f"own/{number}/{place}": value for place, value in enumerate(values)}
+        return arrays
+
+
+def difference(kept: Sequence[Kept], signatures: Sequence[Sequence[Any]]) -> str | None:
+    """How a stored model differs from this one, in words; metrics may differ. None if it does not."""
+    ours = [k.signature for k in kept if k.kind != METRIC]
+    theirs = [list(s) for s in signatures if s[3] != METRIC]
+    for here, there in zip(ours, theirs, strict=False):
+        if here[1:] != there[1:]:
+            return f"{there[0]} is {tuple(there[1])} {there[2]} there, and {here[0]} is {tuple(here[1])} {here[2]} here"
+    if len(ours) != len(theirs):
+        return f"it has {len(theirs)} variables, and this one has {len(ours)}"
+    return None
+
+
+def restore(kept: Sequence[Kept], signatures: Sequence[Sequence[Any]], arrays: dict[str, np.ndarray]) -> bool:
+    """Gives all ranks their values back; a collective call.
+
+    Args:
+        kept: the variables.
+        signatures: as stored; `difference` has found none.
+        arrays: as stored, on rank 0; elsewhere not looked at.
+
+    Returns:
+        Whether the metrics are those that were stored; otherwise they are left as they are.
+    """
+    common = [part for k in kept if k.kind == COMMON for part in k.parts()]
+    if world.rank() == 0:
+        for number, k in enumerate(kept):
+            if k.kind == COMMON:
+                for part in k.parts():
+                    part.assign(arrays[f"variable/{number}"])
+    collectives.broadcast_variables(common)
+    own = {name: value for name, value in arrays.items() if name.startswith("own/")}
+    own = collectives.broadcast_object(own, name="checkpoint.own")
+    same_metrics = [k.signature[1:] for k in kept] == [list(s[1:]) for s in signatures]
+    for number, k in enumerate(kept):
+        if k.kind == COMMON or (k.kind == METRIC and not same_metrics):
+            continue
+        values = list(_in_order(own, f"own/{number}/"))
+        parts = k.parts()
+        for place, part in enumerate(parts):
+            part.assign(_value(k, values, world.rank() * len(parts) + place, world.size() * len(parts)))
+    return same_metrics
+
+
+def _value(kept: Kept, values: list[np.ndarray], replica: int, replicas: int) -> np.ndarray:
+    """What a replica takes of the stored replicas' values."""
+    if len(values) == replicas:
+        return values[replica]
+    if kept.kind == SEED:  # [seed, counter]: broadcast from the root, told apart by the rank
+        if replica < len(values):
+            return values[replica]
+        return values[0] + np.array([replica, 0], values[0].dtype)
+    if kept.kind == METRIC and getattr(kept.variable, "aggregation", "sum") == "sum":
+        total = np.sum(np.asarray(values, np.float64), axis=0).astype(values[0].dtype)
+        return total if replica == 0 else np.zeros_like(total)
+    if "int" in values[0].dtype.name or values[0].dtype == bool:
+        return values[replica % len(values)]
+    return np.mean(np.asarray(values, np.float64), axis=0).astype(values[0].dtype)
+
+
+def _in_order(arrays: dict[str, np.ndarray], prefix: str) -> Iterable[np.ndarray]:
+    place = 0
+    while f"{prefix}{place}" in arrays:
+        yield arrays[f"{prefix}{place}"]
+        place += 1
+
+
+def _hold(variable: tf.Variable) -> Any:
+    if "GPU" in variable.device:
+        return np.array(variable)
+    return variable.read_value()

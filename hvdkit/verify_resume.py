@@ -1,0 +1,168 @@
+"""Proves exact resume: trains once undisturbed, once killed at random steps and resumed, and compares, bit for bit.
+
+    python -m hvdkit.verify_resume -np 2 --kills=3 --model=mnist_mlp --epochs=5
+    python -m hvdkit.verify_resume -np 1 --strategy=mirrored
+
+All flags but the first few are those of `hvdkit.train`. Each kill is a SIGKILL of one rank, drawn by chance, at a step
+drawn by chance; the launcher ends the others. Compared are the final weights, the history and the losses of all steps.
+
+Exit code: 0 all is equal, 1 it is not, or a run failed; 2 the command line is wrong.
+"""
+
+import argparse
+import dataclasses
+import json
+import os
+import random
+import re
+import signal
+import subprocess
+import sys
+import tempfile
+import threading
+from pathlib import Path
+from typing import Any
+
+_WENT_ON = re.compile(r"going on from \S*?(\d+-step-(\d+))")
+_CHILD = "--kill-in-this-process"
+
+
+@dataclasses.dataclass(frozen=True)
+class Kill:
+    """When which rank is killed: `delay` seconds after the execution that reaches `step`."""
+
+    step: int
+    rank: int
+    delay: float
+
+
+@dataclasses.dataclass(frozen=True)
+class Run:
+    """How one run of the job went."""
+
+    kill: Kill | None
+    went_on_from: int | None
+    code: int
+
+
+def main(argv: list[str]) -> int:
+    """Runs the job several times, prints a table and JSON, and compares."""
+    if argv[1:2] == [_CHILD]:
+        return _train_and_die(Kill(**json.loads(argv[2])), argv[3:])
+    arguments, flags = _parse(argv)
+    with tempfile.TemporaryDirectory(prefix="hvdkit-resume-") as scratch:
+        workdir = Path(arguments.workdir or scratch)
+        undisturbed, killed = workdir / "undisturbed", workdir / "killed"
+        reference = _run(arguments.np, flags, undisturbed, None)
+        if reference.code:
+            return 2 if reference.code == 2 else 1
+        steps = json.loads((undisturbed / "result.json").read_text())["steps"]
+        runs = [_run(arguments.np, flags, killed, kill) for kill in _draw(arguments, steps)]
+        runs.append(_run(arguments.np, flags, killed, None))
+        if runs[-1].code:
+            return 1
+        return _report(runs, _compare(undisturbed, killed), arguments.json)
+
+
+def _parse(argv: list[str]) -> tuple[argparse.Namespace, list[str]]:
+    parser = argparse.ArgumentParser(
+        prog="python -m hvdkit.verify_resume",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
+    )
+    parser.add_argument("-np", type=int, default=2, metavar="N", help="number of ranks [2]")
+    parser.add_argument("--kills", type=int, default=3, help="how often the job is killed [3]")
+    parser.add_argument("--kill_seed", type=int, default=None, help="makes the draws the same again [the clock]")
+    parser.add_argument("--workdir", help="where the two runs write, and stay [a temporary folder]")
+    parser.add_argument("--json", type=Path, help="write the outcome to this file, too")
+    arguments, flags = parser.parse_known_args(argv[1:])
+    if arguments.np < 1 or arguments.kills < 1:
+        parser.error(f"-np and --kills must be 1 or more, but are {arguments.np} and {arguments.kills}")
+    given = " ".join(flags)
+    for flag, default in (("checkpoint_every", "10"), ("tensorboard", "false")):
+        if f"--{flag}" not in given:
+            flags.append(f"--{flag}={default}")
+    return arguments, flags
+
+
+def _draw(arguments: argparse.Namespace, steps: int) -> list[Kill]:
+    """Steps in ascending order: a run that was resumed must be able to reach the next."""
+    chance = random.Random(arguments.kill_seed)
+    chosen = sorted(chance.sample(range(1, steps + 1), min(arguments.kills, steps)))
+    return [Kill(step, chance.randrange(arguments.np), chance.choice([0.0, 0.01, 0.05])) for step in chosen]
+
+
+def _run(ranks: int, flags: list[str], workdir: Path, kill: Kill | None) -> Run:
+    program = ["-m", "hvdkit.train"]
+    if kill:
+        program = ["-m", "hvdkit.verify_resume", _CHILD, json.dumps(dataclasses.asdict(kill))]
+    launcher = [sys.executable, "-m", "hvdkit.launch", "-np", str(ranks), "--"] if ranks > 1 else []
+    command = [*launcher, sys.executable, *program, *flags, f"--workdir={workdir}"]
+    ended = subprocess.run(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, errors="replace")
+    went_on = _WENT_ON.search(ended.stdout)
+    run = Run(kill, int(went_on[2]) if went_on else None, ended.returncode)
+    if ended.returncode and not kill:
+        print(ended.stdout[-4000:], file=sys.stderr)
+        print(f"hvdkit.verify_resume: training failed with exit code {ended.returncode}; see above.", file=sys.stderr)
+    _show(run)
+    return run
+
+
+def _show(run: Run) -> None:
+    begin = "the beginning" if run.went_on_from is None else f"step {run.went_on_from}"
+    end = f"rank {run.kill.rank} killed at step {run.kill.step}" if run.kill else "undisturbed"
+    print(f"{'began at ' + begin:<28} {end:<34} exit code {run.code}", flush=True)
+
+
+def _compare(undisturbed: Path, killed: Path) -> dict[str, bool]:
+    results = [json.loads((folder / "result.json").read_text()) for folder in (undisturbed, killed)]
+    equal = {f"{name}": results[0][name] == results[1][name] for name in ("weights_sha256", "train_loss", "test_loss")}
+    for name in ("history.csv", "loss.csv"):
+        equal[name] = (undisturbed / name).read_bytes() == (killed / name).read_bytes()
+    return equal
+
+
+def _report(runs: list[Run], equal: dict[str, bool], path: Path | None) -> int:
+    kills = sum(run.kill is not None and run.code != 0 for run in runs)
+    for name, same in equal.items():
+        print(f"{name:<16} {'equal' if same else 'DIFFERS'}")
+    verdict = all(equal.values())
+    print(f"{'equal bit for bit' if verdict else 'NOT equal'} after {kills} kill(s)")
+    outcome: dict[str, Any] = {
+        "equal": verdict,
+        "kills": kills,
+        "compared": equal,
+        "runs": [dataclasses.asdict(run) for run in runs],
+    }
+    print(json.dumps(outcome))
+    if path:
+        path.write_text(json.dumps(outcome, indent=2) + "\n", encoding="utf-8")
+    return 0 if verdict else 1
+
+
+def _train_and_die(kill: Kill, flags: list[str]) -> int:
+    """What each rank runs where one is to be killed."""
+    import keras
+
+    from hvdkit import train, world
+
+    class Killer(keras.callbacks.Callback):
+        """Kills its own process, as nobody can prepare for."""
+
+        checkpointed = False
+
+        def on_epoch_begin(self, epoch: int, logs: dict | None = None) -> None:
+            """Remembers the epoch."""
+            self._epoch = epoch
+
+        def on_train_batch_end(self, batch: int, logs: dict | None = None) -> None:
+            """Counts, and kills."""
+            if world.rank() == kill.rank and self._epoch * self.params["steps"] + batch + 1 >= kill.step:
+                threading.Timer(kill.delay, os.kill, (os.getpid(), signal.SIGKILL)).start()
+
+    return train.main(["hvdkit.train", *flags], [Killer()])
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv))

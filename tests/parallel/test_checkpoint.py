@@ -1,0 +1,146 @@
+"""Real ranks that are killed, told to leave, and started again: nothing is lost, and nothing is seen twice."""
+
+import csv
+import itertools
+import json
+import sys
+
+import numpy as np
+
+from tests.conftest import run_command
+
+MODELS = """
+import os
+import keras
+import tensorflow as tf
+
+def dropout(num_classes):
+    return keras.Sequential([
+        keras.layers.Input([8, 8, 1]), keras.layers.Rescaling(1 / 255), keras.layers.Flatten(),
+        keras.layers.Dense(32, activation="relu"), keras.layers.BatchNormalization(), keras.layers.Dropout(0.5),
+        keras.layers.Dense(num_classes),
+    ])
+
+@keras.saving.register_keras_serializable()
+class Audit(keras.layers.Layer):
+    '''Writes down which examples a training step sees; an example is a text of one word that no other has.'''
+
+    def call(self, tokens, training=False):
+        if training:
+            rank = os.environ.get("HOROVOD_RANK", "0")
+            tf.print(tokens[:, 0], summarize=-1, output_stream=f"file://{os.environ['AUDIT']}.{rank}")
+        return tokens
+
+def audited(num_classes, vocabulary_size, sequence_length):
+    return keras.Sequential([
+        keras.layers.Input([sequence_length], dtype="int64"), Audit(), keras.layers.Embedding(vocabulary_size, 4),
+        keras.layers.GlobalAveragePooling1D(), keras.layers.Dense(num_classes),
+    ])
+"""
+
+
+def verify_resume(tmp_path, *flags):
+    command = [sys.executable, "-m", "hvdkit.verify_resume", "-np", 2, f"--workdir={tmp_path}", "--kill_seed=3", *flags]
+    ended = run_command(command, timeout=400, cwd=tmp_path)
+    assert ended.code == 0, ended.output
+    return ended, json.loads(ended.output.splitlines()[-1])
+
+
+def test_a_dense_model_goes_on_bit_for_bit_after_sigkill(tmp_path):
+    ended, outcome = verify_resume(tmp_path, "--kills=1", "--epochs=2", "--checkpoint_every=7", "--eval_every=1")
+    assert outcome["equal"]
+    assert outcome["kills"] == 1
+    assert outcome["runs"][-1]["went_on_from"] is not None, "a resumed run was compared, not two whole ones"
+    assert "equal bit for bit after 1 kill(s)" in ended.output
+
+
+def test_dropout_and_batch_normalization_go_on_bit_for_bit_after_sigkill(tmp_path):
+    """Seeds and moving statistics differ from rank to rank, and the velocity is momentum's."""
+    (tmp_path / "mine.py").write_text(MODELS)
+    _, outcome = verify_resume(
+        tmp_path, "--kills=2", "--model=mine.py:dropout", "--epochs=2", "--checkpoint_every=4", "--warmup_epochs=1",
+        "--optimizer=sgd:momentum=0.9", "--steps_per_execution=2",
+    )  # fmt: skip
+    assert outcome["kills"] == 2
+    assert outcome["compared"] == dict.fromkeys(outcome["compared"], True)
+
+
+def train_until_told_to_leave(flags, step):
+    """Rank 1, and no other, gets a SIGTERM in step `step`."""
+    import os
+    import signal
+
+    import keras
+
+    from hvdkit import train, world
+
+    class Told(keras.callbacks.Callback):
+        checkpointed = False  # or it would go on counting where it was
+        left = step
+
+        def on_train_batch_begin(self, batch, logs=None):
+            self.left -= 1
+            if not self.left and world.rank() == 1:
+                os.kill(os.getpid(), signal.SIGTERM)
+
+    sys.exit(train.main(["hvdkit.train", *flags], [Told()]))
+
+
+def seen(path):
+    """Which examples every rank's steps saw, in order: [step] of lists."""
+    files = sorted(path.parent.glob(f"{path.name}.*"))
+    by_rank = [[[int(t) for t in line.strip("[]\n").split()] for line in f.read_text().splitlines()] for f in files]
+    return [sum(step, []) for step in zip(*by_rank, strict=True)]
+
+
+def test_another_number_of_ranks_sees_each_example_once(ranks, train, tmp_path):
+    """Three ranks begin and are told to leave, two go on and are told, and one process ends it."""
+    (tmp_path / "mine.py").write_text(MODELS)
+    with (tmp_path / "words.csv").open("w", newline="") as file:
+        csv.writer(file).writerows([("text", "label"), *((f"w{n}", n % 2) for n in range(200))])
+    flags = [
+        f"--model={tmp_path}/mine.py:audited", f"--dataset={tmp_path}/words.csv", f"--workdir={tmp_path}/w",
+        "--global_batch=12", "--epochs=2", "--steps_per_execution=1", "--tensorboard=false",
+    ]  # fmt: skip
+    for number, step in ((3, 4), (2, 3)):
+        told = {"flags": flags, "step": step, "env": {"AUDIT": str(tmp_path / f"{number}")}}
+        ended = ranks(number, train_until_told_to_leave, fails=True, **told)
+        assert ended.code == 85, ended.output
+        assert "rank 1 (SIGTERM) was told to leave after step" in ended.output
+        assert "Traceback" not in ended.output
+    ended = train(0, "--strategy=single", *flags, env={"AUDIT": str(tmp_path / "1")})
+    assert ended.code == 0, ended.output
+
+    runs = [seen(tmp_path / str(number)) for number in (3, 2, 1)]
+    steps = list(itertools.chain(*runs))
+    per_epoch = 160 // 12
+    assert [len(step) for step in steps] == [12] * (2 * per_epoch), "the global batch stays, and no step is redone"
+    assert 4 <= len(runs[0]) <= 5
+    assert 3 <= len(runs[1]) <= 4
+    for epoch in (steps[:per_epoch], steps[per_epoch:]):
+        assert len(set(itertools.chain(*epoch))) == per_epoch * 12, "no example twice in an epoch"
+    result = json.loads((tmp_path / "w" / "result.json").read_text())
+    history = list(csv.DictReader((tmp_path / "w" / "history.csv").open()))
+    assert [int(row["epoch"]) for row in history] == [0, 1]
+    assert len(result["train_loss"]) == 2
+    assert np.isfinite(result["train_loss"]).all()
+
+
+def fit_where_rank_1_lacks_the_callback(folder):
+    import keras
+
+    import hvdkit as hvd
+
+    hvd.init()
+    model = keras.Sequential([keras.layers.Input([2]), keras.layers.Dense(1)])
+    model.compile(hvd.DistributedOptimizer(keras.optimizers.SGD()), loss="mse")
+    callbacks = [hvd.callbacks.CheckpointCallback(folder)] if hvd.rank() == 0 else []
+    try:
+        model.fit(np.ones([8, 2]), np.ones([8, 1]), callbacks=callbacks, verbose=0)
+    except hvd.UsageError as error:
+        return str(error)
+
+
+def test_a_callback_on_one_rank_alone_is_refused(ranks, tmp_path):
+    for message in ranks(2, fit_where_rank_1_lacks_the_callback, folder=str(tmp_path)):
+        assert message.startswith("CheckpointCallback is not among the callbacks of rank(s) 1")

@@ -1,0 +1,354 @@
+"""Checkpoints in one process: what is on the disk, what callbacks remember, and fit that goes on anywhere."""
+
+import json
+import os
+import resource
+import signal
+import subprocess
+import sys
+import threading
+import time
+
+import keras
+import ml_dtypes
+import numpy as np
+import pytest
+import tensorflow as tf
+
+from hvdkit import collectives
+from hvdkit.callbacks import CheckpointCallback, LearningRateScheduleCallback, StepLossCallback
+from hvdkit.checkpoint import plain, store
+from hvdkit.checkpoint.preemption import Preempted
+from hvdkit.errors import UsageError
+
+# ---- On disk ----------------------------------------------------------------------------------------------------
+
+WRITE_FOR_EVER = """
+import sys
+from pathlib import Path
+import numpy as np
+from hvdkit.checkpoint import store
+step = int(sys.argv[2])
+while True:
+    step += 1
+    store.write(Path(sys.argv[1]), step, {"step": step}, {"a": np.full(200_000, step)}, {})
+    store.retain(Path(sys.argv[1]), 2, 0, "loss", "min")
+    print(step, flush=True)
+"""
+
+
+def write(directory, step, loss=0.0):
+    array = np.arange(step + 3, dtype=np.float32)
+    return store.write(directory, step, {"step": step}, {"a": array}, {"loss": loss})
+
+
+def steps_in(directory):
+    return [int(path.name.rpartition("-")[2]) for path in store.folders(directory)]
+
+
+def damage(path):
+    content = bytearray(path.read_bytes())
+    content[len(content) // 2] ^= 1
+    path.write_bytes(content)
+
+
+def test_what_is_written_is_read_again(tmp_path):
+    arrays = {
+        "a/b": np.float64([[1.5, np.nan]]),
+        "half": np.arange(6).astype(ml_dtypes.bfloat16).reshape(2, 3),
+        "seeds": np.array([2**32 - 1, 7], np.uint32),
+        "none": np.zeros([0, 3], np.int8),
+        "flag": np.array(True),
+    }
+    path = store.write(tmp_path / "new", 12, {"step": 12, "text": "ü"}, arrays, {})
+    assert path.name == "000001-step-12"
+    read = store.newest(tmp_path / "new")
+    assert read.state["text"] == "ü"
+    for name, array in arrays.items():
+        assert read.arrays[name].dtype == array.dtype
+        assert read.arrays[name].tobytes() == array.tobytes()
+        assert read.arrays[name].shape == array.shape
+
+
+def test_values_come_back_with_their_types():
+    value = {"a": [1, 2.5, None, True, "x"], 3: (float("inf"), {"b": np.float32(2)}), "e": np.eye(2)}
+    arrays = {}
+    packed = json.loads(json.dumps(plain.pack(value, arrays, "v")))
+    back = plain.unpack(packed, arrays)
+    assert back["a"] == value["a"]
+    assert back[3][0] == float("inf")
+    assert type(back[3]) is tuple
+    assert type(back[3][1]["b"]) is np.float32
+    np.testing.assert_array_equal(back["e"], np.eye(2))
+    with pytest.raises(plain.NotPlain, match="object"):
+        plain.pack({"a": object()}, {}, "v")
+
+
+@pytest.mark.parametrize("file", ["arrays.npz", "state.json", "manifest.json"])
+@pytest.mark.parametrize("harm", ["a flipped bit", "cut off", "missing"])
+def test_a_damaged_checkpoint_is_passed_over(tmp_path, caplog, file, harm):
+    write(tmp_path, 1)
+    newest = write(tmp_path, 2)
+    if harm == "a flipped bit":
+        damage(newest / file)
+    elif harm == "cut off":
+        os.truncate(newest / file, (newest / file).stat().st_size // 2)
+    else:
+        (newest / file).unlink()
+    assert store.newest(tmp_path).state["step"] == 1
+    assert f"{newest} is damaged" in caplog.text
+    with pytest.raises(UsageError, match="no intact checkpoint|is damaged"):
+        store.find(newest)
+
+
+def test_what_stays(tmp_path):
+    for step, loss in enumerate([0.5, 0.1, 0.2, 0.3, 0.4], start=1):
+        write(tmp_path, step, loss)
+    store.retain(tmp_path, 2, 1, "loss", "min")
+    assert steps_in(tmp_path) == [2, 4, 5]
+    store.retain(tmp_path, 1, 1, "loss", "max")
+    assert steps_in(tmp_path) == [5], "the best by the largest value is the newest itself"
+
+
+def test_the_only_good_one_stays(tmp_path, caplog):
+    write(tmp_path, 1)
+    damage(write(tmp_path, 2) / "arrays.npz")
+    assert store.retain(tmp_path, 1, 0, "loss", "min") == []
+    assert steps_in(tmp_path) == [1, 2]
+    assert "No checkpoint is removed" in caplog.text
+
+
+def test_a_full_disk_harms_nothing(tmp_path):
+    write(tmp_path, 1)
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (1 << 20, before[1]))
+    try:
+        with pytest.raises(OSError, match="File too large"):
+            store.write(tmp_path, 2, {"step": 2}, {"a": np.zeros(1 << 20)}, {})
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+    assert [p.name for p in tmp_path.iterdir()] == ["000001-step-1"]
+    assert store.newest(tmp_path).state["step"] == 1
+
+
+def test_a_kill_at_any_instant_of_a_save_loses_nothing_that_was_saved(tmp_path):
+    generator = np.random.default_rng()
+    saved = 0
+    for _ in range(8):
+        process = subprocess.Popen(
+            [sys.executable, "-c", WRITE_FOR_EVER, str(tmp_path), str(saved)], stdout=subprocess.PIPE, text=True
+        )
+        first = process.stdout.readline()
+        time.sleep(generator.uniform(0, 0.05))
+        process.kill()
+        said = [int(line) for line in [first, *process.communicate()[0].splitlines(keepends=True)] if line[-1:] == "\n"]
+        newest = store.newest(tmp_path)
+        assert newest.state["step"] >= said[-1] > saved
+        assert (newest.arrays["a"] == newest.state["step"]).all()
+        saved = newest.state["step"]
+        store.sweep(tmp_path)
+    assert all(not path.name.startswith(".") for path in tmp_path.iterdir())
+
+
+# ---- In fit -----------------------------------------------------------------------------------------------------
+
+EPOCHS, BATCH = 5, 10
+GENERATOR = np.random.default_rng(0)
+INPUTS = GENERATOR.normal(size=[60, 8]).astype("float32")
+LABELS = GENERATOR.integers(3, size=60)
+
+
+class Interrupt(keras.callbacks.Callback):
+    """Ends fit after so many steps, by an exception or a signal."""
+
+    checkpointed = False
+
+    def __init__(self, step, number=None):
+        super().__init__()
+        self._left, self._signal = step, number
+
+    def on_train_batch_end(self, batch, logs=None):
+        self._left -= 1
+        if self._left == 0 and self._signal:
+            os.kill(os.getpid(), self._signal)
+        elif self._left == 0:
+            raise InterruptedError
+
+
+def data(kind):
+    dataset = tf.data.Dataset.from_tensor_slices((INPUTS, LABELS)).shuffle(60, seed=4)
+    if kind == "arrays":
+        return {"x": INPUTS, "y": LABELS, "batch_size": BATCH}
+    if kind == "endless":
+        return {"x": dataset.repeat().batch(BATCH), "steps_per_epoch": 4}  # an epoch is not a pass
+    dataset = dataset.batch(BATCH)
+    if kind == "of unknown length":
+        dataset = dataset.filter(lambda x, _: tf.shape(x)[0] > 0)
+    return {"x": dataset}
+
+
+def model(units=16):
+    keras.backend.clear_session()
+    keras.utils.set_random_seed(3)
+    layers = keras.layers
+    built = keras.Sequential(
+        [
+            layers.Input([8]),
+            layers.Dense(units, "relu"),
+            layers.BatchNormalization(),
+            layers.Dropout(0.5),
+            layers.Dense(3),
+        ]
+    )
+    built.compile(
+        keras.optimizers.SGD(0.1, momentum=0.9, nesterov=True),
+        loss=keras.losses.SparseCategoricalCrossentropy(from_logits=True),
+        metrics=["accuracy"],
+    )
+    return built
+
+
+def train(folder, kind, interrupt=None, **arguments):
+    """Trains on from what `folder` has; returns the model and its callback."""
+    trained = model()
+    keeper = CheckpointCallback(folder / "checkpoints", every=1, **arguments)
+    callbacks = [
+        keeper,  # anywhere in the list
+        keras.callbacks.EarlyStopping("val_loss", min_delta=0.01, patience=9, restore_best_weights=True),
+        keras.callbacks.ReduceLROnPlateau("loss", min_delta=0.5, patience=1),
+        keras.callbacks.CSVLogger(folder / "history.csv"),
+        StepLossCallback(folder / "loss.csv", 6),
+        *([interrupt] if interrupt else []),
+    ]
+    validation = (INPUTS[:20], LABELS[:20])
+    trained.fit(**data(kind), epochs=EPOCHS, verbose=0, validation_data=validation, callbacks=callbacks)
+    return trained, keeper
+
+
+def wait_for_writers():
+    """A process that is killed has no threads left; this one has."""
+    for thread in threading.enumerate():
+        if thread.name == "hvdkit-checkpoint":
+            thread.join()
+
+
+@pytest.mark.parametrize("kind", ["shuffled anew each epoch", "arrays", "endless", "of unknown length"])
+def test_fit_goes_on_bit_for_bit(tmp_path, kind):
+    """Interrupted in the first epoch, at an epoch's last step, and in the middle of a later one."""
+    for name in ("whole", "broken"):
+        (tmp_path / name).mkdir()
+    whole, _ = train(tmp_path / "whole", kind)
+    went_on_from = []
+    for step in (2, 10 if kind != "endless" else 6, 3):
+        with pytest.raises(InterruptedError):
+            train(tmp_path / "broken", kind, Interrupt(step))
+        wait_for_writers()
+        went_on_from.append(store.newest(tmp_path / "broken" / "checkpoints").state["step"])
+    assert went_on_from[0] == 1 < went_on_from[1] <= went_on_from[2]
+    broken, _ = train(tmp_path / "broken", kind)
+    assert collectives.digest(broken.variables) == collectives.digest(whole.variables)
+    assert collectives.digest(broken.optimizer.variables) == collectives.digest(whole.optimizer.variables)
+    assert broken.history.history == whole.history.history
+    assert broken.history.epoch == whole.history.epoch == list(range(EPOCHS))
+    for file in ("history.csv", "loss.csv"):
+        assert (tmp_path / "broken" / file).read_text() == (tmp_path / "whole" / file).read_text()
+
+
+def test_a_finished_training_is_not_trained_further(tmp_path):
+    whole, _ = train(tmp_path, "arrays")
+    again, keeper = train(tmp_path, "arrays")
+    assert keeper.resumed.state["epoch"] == EPOCHS
+    assert collectives.digest(again.weights) == collectives.digest(whole.weights), "the best epoch's, restored"
+    assert again.history.history == whole.history.history
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1])
+def test_a_signal_saves_and_leaves(tmp_path, number):
+    before = signal.getsignal(number)
+    with pytest.raises(Preempted, match=f"{number.name}.* after step 8; it is saved") as left:
+        train(tmp_path, "arrays", Interrupt(8, number), keep=1)
+    assert left.value.code == 85
+    assert signal.getsignal(number) == before
+    assert store.newest(tmp_path / "checkpoints").state["step"] == 8
+
+
+def test_after_fit_signals_go_where_they_went_before(tmp_path):
+    heard = []
+    before = signal.signal(signal.SIGUSR2, lambda number, _: heard.append(number))
+    try:
+        with pytest.raises(InterruptedError):
+            train(tmp_path, "arrays", Interrupt(3), signals=[signal.SIGUSR2])
+        os.kill(os.getpid(), signal.SIGUSR2)
+    finally:
+        signal.signal(signal.SIGUSR2, before)
+    assert heard == [signal.SIGUSR2]
+
+
+def test_a_raised_patience_stays_raised(tmp_path):
+    def fit(patience, epochs):
+        trained = model()
+        stopping = keras.callbacks.EarlyStopping("loss", mode="min", min_delta=9, patience=patience)
+        trained.fit(**data("arrays"), epochs=epochs, verbose=0, callbacks=[stopping, CheckpointCallback(tmp_path)])
+        return stopping
+
+    first = fit(7, 2)
+    second = fit(8, 3)
+    assert second.patience == 8
+    assert second.wait == first.wait + 1
+    assert second.min_delta == first.min_delta
+
+
+def test_what_is_foreign_is_refused(tmp_path):
+    model().fit(**data("arrays"), verbose=0, callbacks=[CheckpointCallback(tmp_path, job={"seed": 1})])
+    with pytest.raises(UsageError, match="is of another job: seed 1 there, and seed 2 here"):
+        model().fit(**data("arrays"), verbose=0, callbacks=[CheckpointCallback(tmp_path, job={"seed": 2})])
+    with pytest.raises(UsageError, match=r"of another model.*kernel is \(8, 16\) float32 there, and .* \(8, 17\)"):
+        model(units=17).fit(**data("arrays"), verbose=0, callbacks=[CheckpointCallback(tmp_path)])
+    other = CheckpointCallback(tmp_path / "other", resume=tmp_path / "nothing")
+    with pytest.raises(UsageError, match="is not there, so there is no intact checkpoint"):
+        model().fit(**data("arrays"), verbose=0, callbacks=[other])
+
+
+def test_a_write_error_does_not_end_training_unless_asked(tmp_path, caplog):
+    (tmp_path / "file").write_text("in the way")
+    model().fit(**data("arrays"), verbose=0, callbacks=[CheckpointCallback(tmp_path / "file" / "x")])
+    assert "The checkpoint of step 6 could not be written (NotADirectoryError" in caplog.text
+    stopping = CheckpointCallback(tmp_path / "file" / "x", on_error="stop")
+    with pytest.raises(RuntimeError, match="on_error='stop' ends training"):
+        model().fit(**data("arrays"), verbose=0, callbacks=[stopping])
+
+
+def test_the_learning_rate_and_mixed_precision_go_on(tmp_path):
+    def fit(folder, interrupt=()):
+        keras.config.set_dtype_policy("mixed_float16")
+        try:
+            trained = model()
+            schedule = LearningRateScheduleCallback(None, lambda epoch: 1 / (1 + epoch), staircase=False)
+            keeper = CheckpointCallback(folder, every=4)
+            trained.fit(**data("arrays"), epochs=3, verbose=0, callbacks=[schedule, keeper, *interrupt])
+        finally:
+            keras.config.set_dtype_policy("float32")
+        return trained
+
+    whole = fit(tmp_path / "whole")
+    with pytest.raises(InterruptedError):
+        fit(tmp_path / "broken", [Interrupt(9)])
+    wait_for_writers()
+    broken = fit(tmp_path / "broken")
+    assert any("dynamic_scale" in v.path for v in whole.optimizer.variables)
+    assert collectives.digest(broken.optimizer.variables) == collectives.digest(whole.optimizer.variables)
+    assert collectives.digest(broken.variables) == collectives.digest(whole.variables)
+
+
+def test_wrong_arguments():
+    for arguments, message in (
+        ({"every": 0}, "every must be 'epoch' or a number of steps"),
+        ({"keep": 0}, "keep must be 1 or more"),
+        ({"mode": "best"}, "mode must be one of auto, min, max"),
+    ):
+        with pytest.raises(UsageError, match=message):
+            CheckpointCallback("x", **arguments)
+    keeper = CheckpointCallback("x")
+    keeper._used = True
+    with pytest.raises(UsageError, match="has served a fit already"):
+        keeper.on_train_begin()
