@@ -5,7 +5,8 @@ import signal
 from collections.abc import Mapping, Sequence
 
 STALLED = 75  # EX_TEMPFAIL of sysexits.h, as in hvdkit.watchdog: the job may be started again
-SAID = (2, STALLED)  # exit codes of ranks that have said all: what the user can mend, and a stall's report
+PREEMPTED = 85  # as in hvdkit.checkpoint.preemption, which this module must not import: it would load TensorFlow
+SAID = (2, STALLED, PREEMPTED)  # exit codes of ranks that have said all: what the user can mend, a stall's report
 
 
 @dataclasses.dataclass(frozen=True)

@@ -304,7 +304,9 @@ class Job:
         if code != 0 and not is_ours:
             self._failures.append(Failure(rank, code))
             if self._ends_at is None:
-                self._ends_at = time.monotonic() + _SPEAK_SECONDS
+                # Ranks that were asked to stop leave one by one, and the last may still be saving.
+                patience = _STOP_SECONDS if code == failures.PREEMPTED else _SPEAK_SECONDS
+                self._ends_at = time.monotonic() + patience
 
     def _on_signal(self, number: int) -> None:
         if number == signal.SIGUSR1:

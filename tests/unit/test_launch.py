@@ -236,6 +236,12 @@ def test_who_failed_first(known, cause, known_before, expected):
     assert first == (Failure(*expected) if expected else None)
 
 
+def test_the_exit_code_of_a_preempted_rank_is_that_of_the_checkpoint():
+    from hvdkit.checkpoint import preemption
+
+    assert failures.PREEMPTED == preemption.EXIT_CODE
+
+
 def test_failures_in_words():
     assert Failure(0, 3).words() == "with exit code 3"
     assert Failure(0, -11).words() == "killed by SIGSEGV, with exit code 139"
