@@ -82,6 +82,7 @@ class Job:
         self._known_before: int | None = None  # failures, when the watchdog named the cause
         self._ends_at: float | None = None  # when the ranks that are left are told to end
         self._over_at: float | None = None  # when agents that have not answered are given up
+        self._looked = time.monotonic()
         self._stopped_by = 0
         self._lost = ""
 
@@ -328,6 +329,11 @@ class Job:
 
     def _check_silence(self) -> None:
         limit = self.settings.silence
+        now, before = time.monotonic(), self._looked
+        self._looked = now
+        if now - before > limit / 2:  # it is the launcher itself that stood still (Ctrl-Z): hear everybody first
+            for link in self.links:
+                link.heard = now
         for link in self.links:
             if link.is_remote and limit and link.silent_for() > limit:
                 raise Lost(

@@ -142,6 +142,10 @@ class Link:
         except subprocess.TimeoutExpired:
             # ssh, to a host that does not answer: what runs there ends itself when it hears nothing more.
             self._process.send_signal(signal.SIGKILL if self.is_remote else signal.SIGTERM)
+        try:
+            self._process.wait(8)
+        except subprocess.TimeoutExpired:
+            self._process.kill()  # it is frozen; the ranks go with it
             self._process.wait()
         for thread in self._threads:
             thread.join(2)
