@@ -85,6 +85,18 @@ hvd.shutdown(); print(hvd.is_initialized())
     assert run(program) == ["1", "True", str(world.usable_cores()), "False"]
 
 
+def test_a_rank_with_cores_of_its_own_takes_all_that_it_sees():
+    program = """
+import tensorflow as tf
+from hvdkit import world
+world._take_devices(world.World(0, 2, 0, 2, 0, 1, "h1"))
+print(tf.config.threading.get_intra_op_parallelism_threads())
+"""
+    cores = world.usable_cores()
+    assert run(program, CUDA_VISIBLE_DEVICES="") == [str(max(1, cores // 2))]
+    assert run(program, CUDA_VISIBLE_DEVICES="", HVDKIT_OWN_CORES="1") == [str(cores)]
+
+
 def test_a_user_who_sets_threads_keeps_them():
     program = """
 import hvdkit as hvd, tensorflow as tf
