@@ -84,7 +84,7 @@ def test_training_on_two_hosts_gives_the_model_of_one(cluster, train, tmp_path):
         (tmp_path / "two" / "logs" / "rank-0001.log").read_text()
     )
     assert train(2, *flags, f"--workdir={tmp_path}/one", timeout=600).code == 0
-    weights = [json.loads((tmp_path / name / "result.json").read_text())["weights"] for name in ("one", "two")]
+    weights = [json.loads((tmp_path / name / "result.json").read_text())["weights_sha256"] for name in ("one", "two")]
     assert weights[0] == weights[1]
 
 
