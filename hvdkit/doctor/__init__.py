@@ -1,1 +1,1 @@
-"""Examining hosts before a job does: `python -m hvdkit.doctor -H h1:2,h2:2` connects from each to each, and says what to mend."""
+"""Examining hosts before a job does: `python -m hvdkit.doctor -H h1:2,h2:2` says what is wrong, and how to mend it."""

@@ -1,4 +1,4 @@
-"""The doctor's connection to one host: sends the probe there, over ssh where it is another host, and asks it questions."""
+"""The doctor's connection to one host: sends the probe there, over ssh if it is another host, and asks it questions."""
 
 import contextlib
 import json
@@ -13,7 +13,7 @@ from typing import Any
 from hvdkit.doctor import probe
 from hvdkit.launch.link import Ssh
 
-LIFETIME_SECONDS = 180  # after which a probe ends by itself, whatever became of the doctor
+LIFETIME_SECONDS = 420  # after which a probe ends by itself, whatever became of the doctor
 # Takes its program from its input, where no other user of the host can read it.
 LOADER = "import sys;exec(sys.stdin.buffer.read(int(sys.stdin.buffer.readline())).decode())"
 _MOST_COMPLAINTS = 4000  # characters of what ssh said, the last ones

@@ -5,6 +5,7 @@ answer to is noted with the reason. Every wait has a limit.
 """
 
 import dataclasses
+import functools
 import os
 import secrets
 import time
@@ -22,7 +23,7 @@ from hvdkit.launch.link import Ssh, address_of, exported, is_this_host, own_addr
 
 HELLO_SECONDS = 10.0
 ANSWER_SECONDS = 20.0
-LOAD_SECONDS = 90.0  # for TensorFlow, on a busy host with a cold disk
+LOAD_SECONDS = 150.0  # for TensorFlow, on a busy host with a cold disk
 DATASET_SECONDS = 30.0
 EXCHANGE_SECONDS = 30.0
 _CLOCK_READINGS = 8
@@ -39,6 +40,7 @@ class Settings:
         workdir: an absolute path.
         dataset, data_dir: as for the training job; None if no data set is to be read.
         ssh: how to reach other hosts.
+        loads: whether TensorFlow is loaded; if not, data sets are not read, and ranks are not started.
     """
 
     hosts: list[Host]
@@ -48,6 +50,7 @@ class Settings:
     dataset: str | None
     data_dir: str | None
     ssh: Ssh
+    loads: bool = True
 
 
 class Examination:
@@ -93,7 +96,11 @@ class Examination:
         except UsageError:
             host.is_here = False  # ssh says more about it
         ssh = None if host.is_here else self.settings.ssh
-        connection = Connection(name, ssh, self.settings.python, self._token)
+        try:
+            connection = Connection(name, ssh, self.settings.python, self._token)
+        except FileNotFoundError as error:
+            host.unreachable = f"{error.filename} is not installed"
+            return
         try:
             host.answers["host"] = connection.hello.result(HELLO_SECONDS)
         except Lost as why:
@@ -107,7 +114,7 @@ class Examination:
         self._take(name, "clock", lambda: _read_clock(connection))
         env = {"TF_CPP_MIN_LOG_LEVEL": "2", "TF_FORCE_GPU_ALLOW_GROWTH": "true"}
         env |= {} if host.is_here else exported(dict(os.environ))
-        command = [self.settings.python, "-c", LOADER]
+        command = [self.settings.python, "-c", LOADER, *([] if self.settings.loads else ["--versions"])]
         program = Path(ranks.__file__).read_text()
         self._ask(name, "start_ranks", command=command, program=program, env=env, directory=self.settings.directory)
 
@@ -117,7 +124,7 @@ class Examination:
         if "start_ranks" in host.problems:
             host.problems["versions"] = host.problems.pop("start_ranks")
             return
-        if self._take(name, "versions", lambda: self._hear(name)):
+        if self._take(name, "versions", lambda: self._hear(name)) and self.settings.loads:
             self._take(name, "build", lambda: _content(self._hear(name)))
         if "build" in host.answers:
             order = {"do": "gpus", "limit": ANSWER_SECONDS}
@@ -136,7 +143,7 @@ class Examination:
         }
         asked = {what: self._connections[name].ask(what, **arguments) for what, arguments in questions.items()}
         for what, future in asked.items():
-            self._take(name, what, lambda future=future: _wait(future, ANSWER_SECONDS))
+            self._take(name, what, functools.partial(_wait, future, ANSWER_SECONDS))
 
     def _read_dataset(self, name: str) -> None:
         if self.settings.dataset and "build" in self.findings.hosts[name].answers:
@@ -162,10 +169,13 @@ class Examination:
             asked["marks", name] = connection.ask("marks", workdir=self.settings.workdir, mark=self._mark)
             commands = {other: self.settings.ssh.command(other, "true") for other in others}
             asked["ssh", name] = connection.ask("ssh", commands=commands, seconds=patience)
-            peers = [(o, address, port) for o in others for address, ports in listening.get(o, {}).items() for port in ports]
+            peers = [
+                (o, address, port) for o in others for address, ports in listening.get(o, {}).items() for port in ports
+            ]
             asked["reach", name] = connection.ask("reach", peers=peers)
+        seconds = ANSWER_SECONDS + patience * len(names) / 4
         for (question, name), future in asked.items():
-            self._take(name, question, lambda future=future: _wait(future, ANSWER_SECONDS + patience * len(names) / 4))
+            self._take(name, question, functools.partial(_wait, future, seconds))
         for name in names:
             self._ask(name, "unmark")
             links = self.findings.hosts[name].answers.pop("reach", [])
@@ -220,6 +230,8 @@ class Examination:
 
     def _obstacle(self) -> str | None:
         """Why the ranks need not be started."""
+        if not self.settings.loads:
+            return "Horovod was not loaded (--skip build)"
         for name, host in self.findings.hosts.items():
             if host.unreachable is not None:
                 return f"{name} was not reached"
@@ -296,8 +308,8 @@ def _ranks(future: "Future[Any]") -> list[dict[str, Any]]:
 def _read_clock(connection: Connection) -> dict[str, float]:
     """How far a host's clock is ahead of the doctor's, in seconds, and by how much that may be wrong.
 
-    The answer was given at some time between question and answer: the middle is the best guess, and half of the shortest
-    of several round trips is the worst error (F. Cristian, "Probabilistic clock synchronization", 1989).
+    The answer was given at some time between question and answer: the middle is the best guess, and half of the
+    shortest of several round trips is the worst error (F. Cristian, "Probabilistic clock synchronization", 1989).
     """
     readings = []
     for _ in range(_CLOCK_READINGS):
@@ -317,5 +329,3 @@ def _rank_environment(slot: Any) -> dict[str, str]:
         "HOROVOD_CPU_OPERATIONS": "gloo",
         "HOROVOD_GLOO_TIMEOUT_SECONDS": str(int(EXCHANGE_SECONDS / 2)),
     }
-
-

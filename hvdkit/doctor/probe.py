@@ -146,7 +146,10 @@ class Probe:
     def answer_disk(self, workdir: str) -> dict[str, Any]:
         """Space in bytes where a run writes, and where temporary files go."""
         there = next(path for path in (Path(workdir), *Path(workdir).parents) if path.exists())
-        return {"workdir": _space(there), "temporary": {"path": tempfile.gettempdir(), **_space(Path(tempfile.gettempdir()))}}
+        return {
+            "workdir": _space(there),
+            "temporary": {"path": tempfile.gettempdir(), **_space(Path(tempfile.gettempdir()))},
+        }
 
     def answer_files(self) -> dict[str, int]:
         """How many files a process may have open: the limit that holds, and the one to which it may be raised."""
@@ -304,7 +307,7 @@ class Probe:
     # ---- The ranks ---------------------------------------------------------------------------------------------------
 
     def answer_start_ranks(self, command: list[str], program: str, env: dict[str, str], directory: str) -> None:
-        """Starts the program that loads TensorFlow and becomes this host's ranks (`ranks.py`), as the launcher would."""
+        """Starts the program that becomes this host's ranks (`ranks.py`) as the launcher would."""
         if not Path(directory).is_dir():
             raise FileNotFoundError(f"there is no directory {directory}")
         self._complaints = tempfile.TemporaryFile()  # noqa: SIM115 - as long as the process
@@ -331,7 +334,7 @@ class Probe:
             code = self._ranks.wait()
             self._complaints.seek(0)
             said = self._complaints.read().decode(errors="replace").strip().splitlines()
-            raise RuntimeError(f"{self._ranks.args[0]} ended with {code}: {said[-1] if said else 'no word'}")  # type: ignore[index]
+            raise RuntimeError(f"it ended with {code}: {said[-1] if said else 'without a word'}")
         return json.loads(line)
 
     def _tell_ranks(self, content: bytes) -> None:
@@ -383,7 +386,7 @@ def _space(path: Path) -> dict[str, int]:
 
 def _kind(error: OSError) -> str:
     """What became of an attempt to connect: nobody answered, somebody said no, there is no way, or something else."""
-    if isinstance(error, (socket.timeout, TimeoutError)):  # noqa: UP041, UP038
+    if isinstance(error, socket.timeout):  # TimeoutError, from Python 3.10 on
         return "silence"
     if error.errno in (errno.ENETUNREACH, errno.EHOSTUNREACH, errno.EACCES, errno.EPERM, errno.EINVAL):
         return "no way"

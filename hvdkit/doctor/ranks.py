@@ -1,4 +1,4 @@
-"""What a probe starts with the job's own Python: says which versions are there, loads TensorFlow once, becomes the ranks.
+"""What a probe starts with the job's own Python: tells its versions, loads TensorFlow once, and becomes the ranks.
 
 Loading TensorFlow takes seconds, so it is done once a host, before the other checks are over; the host's ranks are then
 forked from this process. Nothing is asked of TensorFlow before that: its threads and the GPU would not survive it.
@@ -228,6 +228,8 @@ def main() -> None:
         channel.flush()
 
     say(versions())
+    if "--versions" in sys.argv:
+        return
     try:
         say({"answer": load()})
     except Exception as error:  # a broken installation can raise anything
