@@ -40,7 +40,7 @@ class Connection:
         self._pending: dict[str, Future[Any]] = {}
         self._lock = threading.Lock()
         self._said = ""
-        choice = f'p={shlex.quote(python)}; [ -x "$p" ] || p=python3; exec "$p" -I -c {shlex.quote(LOADER)}'
+        choice = f'p={shlex.quote(python)}; [ -x "$p" ] || p=python3; exec "$p" -I -S -c {shlex.quote(LOADER)}'
         program = ["sh", "-c", choice]
         self._process = subprocess.Popen(
             program if ssh is None else ssh.command(host, shlex.join(program)),

@@ -21,7 +21,7 @@ from hvdkit.errors import UsageError
 from hvdkit.launch.hosts import Host, assign
 from hvdkit.launch.link import Ssh, address_of, exported, is_this_host, own_address_towards
 
-HELLO_SECONDS = 10.0
+HELLO_SECONDS = 20.0
 ANSWER_SECONDS = 20.0
 LOAD_SECONDS = 150.0  # for TensorFlow, on a busy host with a cold disk
 DATASET_SECONDS = 30.0
