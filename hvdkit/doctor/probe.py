@@ -146,9 +146,10 @@ class Probe:
     def answer_disk(self, workdir: str) -> dict[str, Any]:
         """Space in bytes where a run writes, and where temporary files go."""
         there = next(path for path in (Path(workdir), *Path(workdir).parents) if path.exists())
+        temporary = Path(tempfile.gettempdir())
         return {
-            "workdir": _space(there),
-            "temporary": {"path": tempfile.gettempdir(), **_space(Path(tempfile.gettempdir()))},
+            "workdir": {"path": str(there), **_space(there)},
+            "temporary": {"path": str(temporary), **_space(temporary)},
         }
 
     def answer_files(self) -> dict[str, int]:

@@ -35,9 +35,10 @@ def disk(found: Findings) -> Iterator[Result]:
     """There is room where a run writes, and for temporary files."""
     workdir = found.settings["workdir"]
     for name, places in found.answered("disk").items():
-        for path, space in ((workdir, places["workdir"]), (places["temporary"]["path"], places["temporary"])):
+        for what, space in ((f"runs in {workdir}", places["workdir"]), ("temporary files", places["temporary"])):
+            path = space["path"]
             if space["free"] < DISK_BYTES:
-                text = f"{_size(space['free'])} is free for {path}, and {_size(DISK_BYTES)} is needed"
+                text = f"{_size(space['free'])} is free for {what}, and {_size(DISK_BYTES)} is needed"
                 yield failed(
                     name, text, Mend(f"df -h {shlex.quote(path)}; du -xh / 2>/dev/null | sort -h | tail", name)
                 )
@@ -67,6 +68,7 @@ def workdir(found: Findings) -> Iterator[Result]:
 def _make_writable(found: Findings, name: str, problem: str) -> Mend:
     path = shlex.quote(found.settings["workdir"])
     if "Read-only" in problem:
+        path = shlex.quote(found.hosts[name].answers.get("disk", {}).get("workdir", {}).get("path", path))
         return Mend(f'{sudo(found, name)}mount -o remount,rw "$(df --output=target {path} | tail -n 1)"', name)
     if problem.startswith(("NotADirectoryError", "FileExistsError")):
         return Mend(f"ls -ld {path}  # a file is in the way: remove it, or name another place with --workdir=DIR", name)
