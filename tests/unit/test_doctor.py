@@ -206,7 +206,7 @@ ILL = {
     "open files": (put("files", "soft", value=256), "files", "h2", "at most 256", "h2", "nofile 65536"),
     "no data": (both(give(dataset="mnist", data_dir="/data/sets"), forget("dataset", "UsageError: not under /data")),
                 "dataset", "h2", "mnist cannot be read: not under /data", "h1", "data/sets | ssh h2 tar"),
-    "other data": (put("dataset", value=OLD_DATA), "dataset", "h2", "1,000 train, 360 test, and h1", "h1",
+    "other data": (put("dataset", value=OLD_DATA), "dataset", "h2", "1,000 train, 360 test, and h1", "h2",
                "--download"),
     "far": (lambda c: [link.update(seconds=0.02) for link in c["links"] if link["from"] == "h2"], "latency", "h2 -> h1",
             "20.0 ms", "h2", "ping"),
@@ -253,6 +253,13 @@ def test_one_way_round_a_firewall_is_enough():
         content["links"].append({**unused, "problem": "timed out", "kind": "silence", "seconds": None})
 
     assert not bad(judge(findings(second)))
+
+
+@pytest.mark.parametrize("question", [q for q in WELL["hosts"]["h2"]["answers"] if q not in ("host", "unmark")])
+def test_a_question_without_an_answer_breaks_nothing(question):
+    """A probe's answers may lack in every combination; the table must come all the same."""
+    results = judge(findings(forget(question, "no answer within 20 s")))
+    assert {r.check for r in results} == {check.name for check in CHECKS}
 
 
 def test_one_question_without_an_answer_does_not_hide_the_others():
