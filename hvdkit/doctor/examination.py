@@ -215,7 +215,11 @@ class Examination:
 
         slots = assign(self.settings.hosts, sum(host.slots for host in self.settings.hosts))
         sources = {name: self._address(name) for name in self._connections}
-        rendezvous = Rendezvous(slots, {*sources.values(), *(self._own_address(name) for name in self._connections)})
+        # A host with several interfaces may come from any of them.
+        there = [
+            each["address"] for name in sources for each in self.findings.hosts[name].answers["host"]["interfaces"]
+        ]
+        rendezvous = Rendezvous(slots, {"127.0.0.1", *there, *(self._own_address(name) for name in sources)})
         try:
             asked = {}
             for name, connection in self._connections.items():
