@@ -70,8 +70,8 @@ class Examination:
         """Examines, and returns what was found; all that was started on the hosts has ended by then."""
         began = time.monotonic()
         names = list(self.findings.hosts)
-        try:
-            with ThreadPoolExecutor(3 * len(names)) as pool:
+        with ThreadPoolExecutor(3 * len(names)) as pool:
+            try:
                 list(pool.map(self._connect, names))
                 loading = [pool.submit(self._load, name) for name in self._connections]
                 list(pool.map(self._ask_alone, self._connections))
@@ -81,9 +81,9 @@ class Examination:
                     work.result()
                 list(pool.map(self._read_dataset, self._connections))
                 self._exchange()
-        finally:
-            for connection in self._connections.values():
-                connection.close()
+            finally:  # inside, as what waits for an answer then ends, too
+                for connection in self._connections.values():
+                    connection.close()
         self.findings.seconds = round(time.monotonic() - began, 1)
         return self.findings
 
@@ -211,8 +211,11 @@ class Examination:
         if obstacle:
             self.findings.exchange = {"skipped": obstacle}
             return
-        from hvdkit.launch.rendezvous import Rendezvous
-
+        try:
+            from hvdkit.launch.rendezvous import Rendezvous
+        except ImportError as error:  # the doctor may run where no rank does
+            self.findings.exchange = {"skipped": f"the ranks' rendezvous needs Horovod here: {error}"}
+            return
         slots = assign(self.settings.hosts, sum(host.slots for host in self.settings.hosts))
         sources = {name: self._address(name) for name in self._connections}
         # A host with several interfaces may come from any of them.
