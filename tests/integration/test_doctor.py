@@ -88,12 +88,12 @@ def test_an_ill_host_is_told_from_a_healthy_one_and_mended(hosts, examine, tmp_p
 
     failed = {key: r for key, r in notable.items() if r["status"] == "FAILED"}
     ill = {"names", "versions", "shm", "workdir", "files", "dataset"}
-    # Whether Gloo fails behind the trap depends on where it listens; the launcher refuses such a host in any case.
-    assert {key for key in failed if key[0] != "allreduce"} == {(check, "h2") for check in ill}, output
+    # The exchange works even so, as the ranks are told their interface; Gloo by itself would listen on 127.0.1.1.
+    assert set(failed) == {(check, "h2") for check in ill}, output
     assert failed["names", "h2"]["found"].startswith("its own name, h2, resolves to 127.0.1.1")
     assert f"keras 3.4.9, and h1 has {keras.__version__}" in failed["versions", "h2"]["found"]
     assert "and a rank needs 1,024" in failed["files", "h2"]["found"]
-    assert "6 of" not in output.splitlines()[-1]
+    assert ": 6 of 17 checks FAILED (names, versions, shm, workdir, files, dataset)" in output.splitlines()[-1]
     for check in ("names", "shm", "workdir", "dataset"):
         for mend in failed[check, "h2"]["mends"]:
             ended = cluster.run(mend["on"], "sh", "-c", mend["command"])
