@@ -48,7 +48,8 @@ class Run:
 def main(argv: list[str]) -> int:
     """Runs the job several times, prints a table and JSON, and compares."""
     if argv[1:2] == [_CHILD]:
-        return _train_and_die(Kill(**json.loads(argv[2])), argv[3:])
+        step, rank, delay = argv[2].split(":")
+        return _train_and_die(Kill(int(step), int(rank), float(delay)), argv[3:])
     arguments, flags = _parse(argv)
     with tempfile.TemporaryDirectory(prefix="hvdkit-resume-") as scratch:
         workdir = Path(arguments.workdir or scratch)
@@ -96,7 +97,7 @@ def _draw(arguments: argparse.Namespace, steps: int) -> list[Kill]:
 def _run(ranks: int, flags: list[str], workdir: Path, kill: Kill | None) -> Run:
     program = ["-m", "hvdkit.train"]
     if kill:
-        program = ["-m", "hvdkit.verify_resume", _CHILD, json.dumps(dataclasses.asdict(kill))]
+        program = ["-m", "hvdkit.verify_resume", _CHILD, f"{kill.step}:{kill.rank}:{kill.delay}"]
     launcher = [sys.executable, "-m", "hvdkit.launch", "-np", str(ranks), "--"] if ranks > 1 else []
     command = [*launcher, sys.executable, *program, *flags, f"--workdir={workdir}"]
     ended = subprocess.run(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, errors="replace")

@@ -138,7 +138,7 @@ class _Keeper(keras.callbacks.Callback):
         self._before = 0  # steps of the epochs before
         self._looked = 0  # steps in all when it was last decided whether to save
         self._stopped = False
-        self._waited = 0.0  # seconds that training stood still for checkpoints
+        self._waited = 0.0  # seconds that training stood still for snapshots
         self._pending: Checkpoint | None = None  # to be restored when the epoch has begun
         self._logs: dict[str, Any] = {}
 
@@ -255,7 +255,7 @@ class _Keeper(keras.callbacks.Callback):
         self._stop_on_error()
         if self._writer.count:
             _log.info(
-                "%d checkpoint(s), each written in %.3f s while training went on after a wait of %.4f s",
+                "%d checkpoint(s), each written in %.3f s while training went on after a snapshot of %.4f s",
                 self._writer.count, self._writer.seconds / self._writer.count, self._waited / self._writer.count,
             )  # fmt: skip
 
@@ -314,8 +314,8 @@ class _Keeper(keras.callbacks.Callback):
             "written": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
         }
         own = [own for _, own in gathered]
-        self._writer.start(now, lambda: self._write(now, state, {**arrays, **snapshot.arrays(own)}, metrics or {}))
         self._waited += time.perf_counter() - began
+        self._writer.start(now, lambda: self._write(now, state, {**arrays, **snapshot.arrays(own)}, metrics or {}))
         return heard
 
     def _write(self, step: int, state: dict[str, Any], arrays: dict[str, Any], metrics: Mapping[str, float]) -> Path:

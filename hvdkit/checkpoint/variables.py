@@ -81,9 +81,7 @@ class Snapshot:
 
     def __init__(self, kept: Sequence[Kept]) -> None:
         self.signatures = [k.signature for k in kept]
-        self.own = [
-            (number, [np.array(part) for part in k.parts()]) for number, k in enumerate(kept) if k.kind != COMMON
-        ]
+        self.own = [(number, [part.numpy() for part in k.parts()]) for number, k in enumerate(kept) if k.kind != COMMON]
         self._common = {
             f"variable/{number}": _hold(k.parts()[0])
             for number, k in enumerate(kept)
@@ -167,5 +165,5 @@ def _in_order(arrays: dict[str, np.ndarray], prefix: str) -> Iterable[np.ndarray
 
 def _hold(variable: tf.Variable) -> Any:
     if "GPU" in variable.device:
-        return np.array(variable)
+        return variable.numpy()
     return variable.read_value()

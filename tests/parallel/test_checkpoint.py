@@ -126,6 +126,74 @@ def test_another_number_of_ranks_sees_each_example_once(ranks, train, tmp_path):
     assert np.isfinite(result["train_loss"]).all()
 
 
+def whole_and_interrupted(folder):
+    """One training undisturbed, and one that rank 1 alone is told to leave, twice: the states of each rank's."""
+    import os
+    import signal
+
+    import keras
+
+    import hvdkit as hvd
+    from hvdkit import collectives
+
+    hvd.init()
+
+    class Told(keras.callbacks.Callback):
+        checkpointed = False
+
+        def __init__(self, step):
+            super().__init__()
+            self.left = step
+
+        def on_train_batch_end(self, batch, logs=None):
+            self.left -= 1
+            if not self.left and hvd.rank() == 1:
+                os.kill(os.getpid(), signal.SIGTERM)
+
+    def train(name, told=()):
+        keras.backend.clear_session()
+        keras.utils.set_random_seed(3)
+        generator = np.random.default_rng(0)
+        data = generator.normal(size=[96, 8]).astype("float32"), generator.integers(3, size=96)
+        layers = [
+            keras.layers.Input([8]), keras.layers.Dense(16, "relu"), keras.layers.BatchNormalization(),
+            keras.layers.Dropout(0.5), keras.layers.Dense(3),
+        ]  # fmt: skip
+        model = keras.Sequential(layers)
+        loss = keras.losses.SparseCategoricalCrossentropy(from_logits=True)
+        model.compile(hvd.DistributedOptimizer(keras.optimizers.Adam(0.01)), loss=loss, metrics=["accuracy"])
+        stopping = keras.callbacks.EarlyStopping("loss", patience=5)
+        keeper = hvd.callbacks.CheckpointCallback(f"{folder}/{name}", every=3)
+        callbacks = [*hvd.callbacks.standard(warmup_epochs=2), stopping, keeper, *map(Told, told)]
+        x, y = hvd.data.shard(data)
+        model.fit(x, y, batch_size=6, epochs=4, validation_data=(x, y), verbose=0, callbacks=callbacks)
+        states = [collectives.digest(v) for v in (model.weights, model.variables, model.optimizer.variables)]
+        return states, model.history.history, model.history.epoch, stopping.best, keeper.resumed
+
+    whole = train("whole")
+    codes = []
+    for step in (3, 9):
+        try:
+            train("broken", [step])
+        except SystemExit as left:
+            codes.append((left.code, str(left)))
+    resumed = train("broken")
+    return whole[:4], resumed[:4], codes, resumed[4].state["step"]
+
+
+def test_every_ranks_own_state_goes_on(ranks, tmp_path):
+    """Random seeds and BatchNormalization's statistics, which differ from rank to rank in the middle of an epoch."""
+    everyone = ranks(2, whole_and_interrupted, folder=str(tmp_path))
+    for whole, resumed, codes, step in everyone:
+        assert resumed == whole
+        # The signal comes after a step; the next step's exchange tells the other rank.
+        said = [(85, f"rank 1 (SIGTERM) was told to leave after step {n}; it is saved") for n in (4, 14)]
+        assert [(code, text[: len(said[0][1]) + (n > 0)]) for n, (code, text) in enumerate(codes)] == said
+        assert step == 14, "the interrupted training was not begun anew"
+    assert everyone[0][0][0][0] == everyone[1][0][0][0], "one model"
+    assert everyone[0][0][0][1] != everyone[1][0][0][1], "with seeds of each rank's own"
+
+
 def fit_where_rank_1_lacks_the_callback(folder):
     import keras
 

@@ -187,8 +187,9 @@ def data(kind):
     return {"x": dataset}
 
 
-def model(units=16):
-    keras.backend.clear_session()
+def model(units=16, policy="float32"):
+    keras.backend.clear_session()  # and the policy
+    keras.config.set_dtype_policy(policy)
     keras.utils.set_random_seed(3)
     layers = keras.layers
     built = keras.Sequential(
@@ -320,9 +321,8 @@ def test_a_write_error_does_not_end_training_unless_asked(tmp_path, caplog):
 
 def test_the_learning_rate_and_mixed_precision_go_on(tmp_path):
     def fit(folder, interrupt=()):
-        keras.config.set_dtype_policy("mixed_float16")
         try:
-            trained = model()
+            trained = model(policy="mixed_float16")
             schedule = LearningRateScheduleCallback(None, lambda epoch: 1 / (1 + epoch), staircase=False)
             keeper = CheckpointCallback(folder, every=4)
             trained.fit(**data("arrays"), epochs=3, verbose=0, callbacks=[schedule, keeper, *interrupt])
