@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import types
 
 import hvdkit_models
 import keras
@@ -65,7 +66,7 @@ def test_a_batch_that_cannot_be_divided():
 def test_the_help_groups_all_flags():
     text = train_flags.help_text()
     assert [line for line in text.splitlines() if line.endswith(":") and not line.startswith(" ")] == [
-        "What to train:", "How to train it:", "On which machine:", "What to write:",
+        "What to train:", "How to train it:", "On which machine:", "What to write:", "Checkpoints:",
     ]  # fmt: skip
     assert all(f"--{field.name}" in text for field in dataclasses.fields(train_flags.Config))
 
@@ -191,7 +192,7 @@ def test_every_device_gets_an_example_of_every_evaluation_batch(examples, size, 
     ("steps", "steps_per_epoch", "expected"), [(220, 44, 11), (1872, 468, 13), (200, 781, 10), (7, 5, 1)]
 )
 def test_steps_per_execution_divides_every_epoch(steps, steps_per_epoch, expected):
-    chosen = train._steps_per_execution(None, steps, steps_per_epoch)
+    chosen = train._steps_per_execution(None, steps, steps_per_epoch, None)
     assert chosen == expected
     assert min(steps, steps_per_epoch) % chosen == 0 == (steps % steps_per_epoch) % chosen
 
@@ -204,11 +205,11 @@ def test_too_few_test_examples_for_the_devices_are_refused():
 
 
 def test_steps_per_execution_that_would_run_over_an_epochs_end_are_refused():
-    assert train._steps_per_execution(4, 220, 44) == 4
+    assert train._steps_per_execution(4, 220, 44, None) == 4
     with pytest.raises(
         UsageError, match="--steps_per_execution=16 does not divide an epoch of 44 .* 1, 2, 4, 11, 22, 44"
     ):
-        train._steps_per_execution(16, 220, 44)
+        train._steps_per_execution(16, 220, 44, None)
 
 
 def test_a_compiled_models_optimizer_is_its_own():
@@ -254,11 +255,24 @@ def test_json_is_whole_or_not_there(tmp_path):
 
 
 def test_a_workdir_with_a_run_is_not_overwritten(tmp_path):
-    artifacts.make_workdir(tmp_path, overwrite=False)
+    artifacts.make_workdir(tmp_path, overwrite=False, begin_anew=False)
     (tmp_path / "result.json").touch()
     with pytest.raises(UsageError, match="has a finished run"):
-        artifacts.make_workdir(tmp_path, overwrite=False)
-    artifacts.make_workdir(tmp_path, overwrite=True)
+        artifacts.make_workdir(tmp_path, overwrite=False, begin_anew=False)
+    artifacts.make_workdir(tmp_path, overwrite=True, begin_anew=False)
     (tmp_path / "file").touch()
     with pytest.raises(UsageError, match=r"cannot be written to \(Not a directory\)"):
-        artifacts.make_workdir(tmp_path / "file", overwrite=True)
+        artifacts.make_workdir(tmp_path / "file", overwrite=True, begin_anew=False)
+
+
+def test_an_interrupted_run_is_not_begun_anew_by_accident(tmp_path):
+    (tmp_path / "checkpoints").mkdir()
+    artifacts.make_workdir(tmp_path, overwrite=False, begin_anew=False)
+    with pytest.raises(UsageError, match="has the checkpoints of an interrupted run, and --resume=never would lose"):
+        artifacts.make_workdir(tmp_path, overwrite=False, begin_anew=True)
+    artifacts.make_workdir(tmp_path, overwrite=True, begin_anew=True)
+
+
+def test_the_step_at_which_a_run_goes_on_is_reached():
+    found = types.SimpleNamespace(state={"step_in_epoch": 6})
+    assert train._steps_per_execution(None, 220, 44, found) == 2
