@@ -18,6 +18,7 @@ from typing import Any
 
 # TensorFlow's start-up notices, once a rank, would bury what the job says.
 os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
+os.environ.setdefault("TF_ENABLE_ONEDNN_OPTS", "1")  # as in hvdkit.launch.plan: a run without a launcher is the same
 
 import keras
 import numpy as np

@@ -14,6 +14,7 @@ import pytest
 
 # Loaded once, before any test: TensorFlow sets environment variables of its own when it is imported.
 os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
+os.environ.setdefault("TF_ENABLE_ONEDNN_OPTS", "1")  # as in launched ranks
 import tensorflow  # noqa: F401
 import tensorflow_datasets  # noqa: F401 - sets some, too
 

@@ -72,6 +72,8 @@ def job_environment(given: Mapping[str, str], *, start_limit: int, stall_limit: 
         "HOROVOD_CONTROLLER": "gloo",
         "HOROVOD_CPU_OPERATIONS": "gloo",
         "PYTHONUNBUFFERED": "1",  # a rank writes into a pipe, and what it said last must not die with it
+        # TensorFlow itself uses oneDNN only on CPUs with AVX512-VNNI or AMX; on others it is 2 to 6 times faster, too.
+        "TF_ENABLE_ONEDNN_OPTS": given.get("TF_ENABLE_ONEDNN_OPTS") or "1",
     }
     # Gloo's own 30 s are less than a rank may need to load TensorFlow on a host that does much else.
     variables["HOROVOD_GLOO_TIMEOUT_SECONDS"] = given.get("HOROVOD_GLOO_TIMEOUT_SECONDS") or str(max(start_limit, 30))
