@@ -34,7 +34,7 @@ from hvdkit.data import balance, checks, pipeline
 from hvdkit.data.epoch_order import Stretch
 from hvdkit.data.sources import Source, open_source
 from hvdkit.data.vocabulary import Vocabulary, learn_tokens
-from hvdkit.errors import ReplicasDiverged, UsageError
+from hvdkit.errors import ReplicasDiverged, UnfitSizeError, UsageError
 from hvdkit.model import (
     ModelSource,
     build_model,
@@ -46,15 +46,23 @@ from hvdkit.model import (
 from hvdkit.strategies import Strategy
 from hvdkit.train_flags import Config, Settings
 
+_SIZE_UNFIT = 86  # as in hvdkit.launch.failures: an elastic launcher starts fewer ranks
 _log = logging.getLogger("hvdkit.train")  # not __name__: the job runs as __main__
 
 
-def run(config: Config, more_callbacks: Sequence[keras.callbacks.Callback] = ()) -> dict[str, Any]:
+Tap = Callable[[tf.data.Dataset, int], tf.data.Dataset]
+
+
+def run(
+    config: Config, more_callbacks: Sequence[keras.callbacks.Callback] = (), tap: Tap | None = None
+) -> dict[str, Any]:
     """Trains, evaluates and writes the artefacts; returns the content of `result.json`.
 
     Args:
         config: the flags.
         more_callbacks: for `fit`, before the one that saves.
+        tap: is given this process's training batches and the step that the first of them is for, counted from 0, and
+            returns batches to train on: for audits of what was trained.
 
     Raises:
         Preempted: a signal asked the job to leave; it is saved.
@@ -107,8 +115,9 @@ def run(config: Config, more_callbacks: Sequence[keras.callbacks.Callback] = ())
     chosen = [*_callbacks(settings, strategy, steps, steps_per_epoch, workdir, found), progress, *more_callbacks]
     if settings.checkpoint_steps != "never":
         chosen.append(_checkpoints(settings, strategy, workdir, identity, found, data))
+    first_step = found.state["step"] if found else 0
     history = model.fit(
-        data.batches,
+        tap(data.batches, first_step) if tap else data.batches,
         epochs=math.ceil(steps / steps_per_epoch),
         steps_per_epoch=min(steps, steps_per_epoch),
         validation_data=test_batches if settings.eval_every else None,
@@ -491,16 +500,16 @@ def _write_artifacts(
     _log.info("written to %s: %s", workdir, ", ".join(sorted(p.name for p in workdir.iterdir())))
 
 
-def main(argv: list[str], more_callbacks: Sequence[keras.callbacks.Callback] = ()) -> int:
-    """Runs the job; `more_callbacks` as for `run`.
+def main(argv: list[str], more_callbacks: Sequence[keras.callbacks.Callback] = (), tap: Tap | None = None) -> int:
+    """Runs the job; `more_callbacks` and `tap` as for `run`.
 
     Returns:
         0 if it trained, 2 if the user can mend what went wrong, 1 if the replicas diverged, 85 if a signal asked it to
-        leave: then the same command goes on.
+        leave: then the same command goes on; in an elastic job 86 if it needs another number of ranks.
     """
     try:
         with preemption.leaving_at_once():
-            run(train_flags.parse(argv), more_callbacks)
+            run(train_flags.parse(argv), more_callbacks, tap)
     except preemption.Preempted as left:
         if not left.agreed:
             watchdog.fail(left, preemption.EXIT_CODE)
@@ -509,6 +518,8 @@ def main(argv: list[str], more_callbacks: Sequence[keras.callbacks.Callback] = (
         logging.getLogger("hvdkit").debug("left with", exc_info=True)
         if world.launched_rank() == 0:  # all ranks leave with the same sentence; one is enough
             print(f"hvdkit.train: {error}", file=sys.stderr, flush=True)
+        if isinstance(error, UnfitSizeError) and os.environ.get("HVDKIT_ELASTIC"):
+            return _SIZE_UNFIT
         return 2 if isinstance(error, UsageError) else 1
     finally:
         job.shutdown()

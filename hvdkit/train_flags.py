@@ -7,7 +7,7 @@ from typing import Any
 from absl import flags
 from hvdkit_models.recipe import Recipe
 
-from hvdkit.errors import UsageError
+from hvdkit.errors import UnfitSizeError, UsageError
 
 STRATEGIES = ("single", "horovod", "mirrored", "multiworker")
 _WHAT, _HOW, _MACHINE, _OUTPUT = "What to train", "How to train it", "On which machine", "What to write"
@@ -167,12 +167,12 @@ def resolve(config: Config, recipe: Recipe, replicas: int) -> Settings:
     """Fills in what the flags left open, from the recipe and the number of replicas.
 
     Raises:
-        UsageError: the global batch cannot be divided over the replicas.
+        UnfitSizeError: the global batch cannot be divided over the replicas.
     """
     global_batch = config.local_batch * replicas if config.local_batch else config.global_batch or recipe.global_batch
     if global_batch % replicas:
         below = global_batch - global_batch % replicas
-        raise UsageError(
+        raise UnfitSizeError(
             f"A global batch of {global_batch} cannot be divided evenly over {replicas} replicas. Use --global_batch="
             f"{below or replicas} or {below + replicas}, or give --local_batch instead."
         )

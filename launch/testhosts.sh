@@ -3,6 +3,7 @@
 #
 #   launch/testhosts.sh up 3 [--rate 100mbit]    makes h1, h2 and h3; each reaches the others by name and by ssh
 #   launch/testhosts.sh run h1 command...        runs a command on h1, in this directory
+#   launch/testhosts.sh cut h2                   takes h2's cable out, and `mend h2` puts it in again; also from a host
 #   launch/testhosts.sh down                     ends all that runs on them, and removes every trace
 #
 # Files, users and processes are this machine's own; only the network and the name differ. Root is needed. Nothing of
@@ -104,6 +105,12 @@ run() {
   exec nsenter --target "$pid" --net --uts --mount sh -c 'cd "$1" && shift && exec "$@"' - "$PWD" "$@"
 }
 
+cable() {  # up|down HOST
+  [[ -e $state/${2:-}.pid ]] || die "there is no host '${2:-}'; make hosts with: $0 up 2"
+  # The other end of the cable is in the network of this machine, which is that of its first process.
+  nsenter --target 1 --net ip link set "$name-$2" "$1"
+}
+
 down() {
   local space pid
   for space in $(ip netns list | awk -v name="$name-h" 'index($1, name) == 1 { print $1 }'); do
@@ -121,6 +128,8 @@ PATH=$PATH:/usr/sbin:/sbin
 case ${1:-} in
   up)   shift; up "$@" ;;
   run)  shift; run "$@" ;;
+  cut)  shift; cable down "$@" ;;
+  mend) shift; cable up "$@" ;;
   down) down ;;
-  *)    die "'${1:-}' is not understood; expected is up N [--rate RATE], run HOST COMMAND... or down" ;;
+  *)    die "'${1:-}' is not understood; expected is up N [--rate RATE], run HOST COMMAND..., cut HOST, mend HOST or down" ;;
 esac

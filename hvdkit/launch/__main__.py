@@ -7,10 +7,12 @@ python -m hvdkit.launch -H host1:4,host2:4 --workdir runs/mine -- python train_m
 import importlib.util
 import signal
 import sys
+from collections.abc import Callable
 
 from hvdkit.errors import UsageError
 from hvdkit.launch import options
-from hvdkit.launch.job import Job
+from hvdkit.launch.elastic import ElasticJob, Roster
+from hvdkit.launch.job import Job, Settings
 from hvdkit.launch.mpi import MpiJob
 
 
@@ -28,12 +30,26 @@ def _launch(arguments: options.argparse.Namespace) -> int:
     if importlib.util.find_spec("horovod") is None:
         raise UsageError(f"{sys.executable} has no Horovod; launch/bootstrap.sh builds and installs it.")
     settings = options.settings(arguments)
-    job = (MpiJob if arguments.mpi else Job)(settings, options.console(arguments))
-    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1):
-        signal.signal(number, lambda received, _: job.events.put(int(received)))
+
+    def make(settings: Settings) -> Job:
+        return (MpiJob if arguments.mpi else Job)(settings, options.console(arguments))
+
+    policy = options.policy(arguments, settings)
+    if policy is None or arguments.dry_run:
+        return _run_once(make(settings), arguments.dry_run)
+    job = ElasticJob(settings, policy, Roster(lambda: options.discover(arguments), settings.ssh), make)
+    _receive(job.receive)
+    try:
+        return job.run()
+    except KeyboardInterrupt:
+        return job.exit_code
+
+
+def _run_once(job: Job, is_dry: bool) -> int:
+    _receive(job.events.put)
     try:
         job.connect()
-        if arguments.dry_run:
+        if is_dry:
             print(job.description())
             return 0
         job.start()
@@ -42,6 +58,11 @@ def _launch(arguments: options.argparse.Namespace) -> int:
         return 128 + signal.SIGINT
     finally:
         job.close()
+
+
+def _receive(take: Callable[[int], None]) -> None:
+    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1):
+        signal.signal(number, lambda received, _: take(int(received)))
 
 
 if __name__ == "__main__":

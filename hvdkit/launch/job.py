@@ -53,10 +53,33 @@ class Settings:
     stall_limit: float | None
     silence: float
     is_watched: bool
+    is_elastic: bool = False
+
+
+class UnfitHostError(UsageError):
+    """A host cannot be reached or is not fit for the job; `host` is its name."""
+
+    def __init__(self, host: str, message: str) -> None:
+        super().__init__(message)
+        self.host = host
 
 
 class Lost(Exception):  # noqa: N818 - says what happened
-    """The job cannot go on for a reason that is no rank's: the message says which, and the mend."""
+    """The job cannot go on for a reason that is no rank's: the message says which, and the mend.
+
+    `host` is the name of the host that can no longer be seen, if it is that.
+    """
+
+    def __init__(self, message: str, host: str = "") -> None:
+        super().__init__(message)
+        self.host = host
+
+
+@dataclasses.dataclass(frozen=True)
+class Regroup:
+    """An event: the job's hosts are to change, so its ranks are to save and leave."""
+
+    why: str
 
 
 class Job:
@@ -65,6 +88,11 @@ class Job:
     Args:
         settings: what to run, and where.
         console: takes the ranks' output.
+
+    Attributes:
+        events: what agents send, and signals' numbers, for the loop.
+        lost_host: the name of the host that could no longer be seen, after `run`.
+        regrouped: the ranks were told to leave because the hosts are to change.
     """
 
     def __init__(self, settings: Settings, console: Console) -> None:
@@ -85,6 +113,9 @@ class Job:
         self._looked = time.monotonic()
         self._stopped_by = 0
         self._lost = ""
+        self._is_closed = threading.Event()
+        self.lost_host = ""
+        self.regrouped = False
 
     # ---- Start -------------------------------------------------------------------------------------------------------
 
@@ -131,9 +162,10 @@ class Job:
                 event = self.events.get(timeout=max(until - time.monotonic(), 0.01))
             except queue.Empty:
                 names = ", ".join(link.host for link in missing)
-                raise UsageError(
+                raise UnfitHostError(
+                    missing[0].host,
                     f"No answer from {names} within {limit} s. Does ssh {missing[0].host} true "
-                    f"work? --start-timeout=SECONDS gives more time."
+                    f"work? --start-timeout=SECONDS gives more time.",
                 ) from None
             self._on_event_of_start(event)
 
@@ -142,7 +174,7 @@ class Job:
             if event != signal.SIGUSR1:  # there is no rank yet that it could mean something to
                 raise KeyboardInterrupt
         elif event.kind == GONE:
-            raise UsageError(event.link.complaint())
+            raise UnfitHostError(event.link.host, event.link.complaint())
         elif event.kind == agent.HELLO:
             event.link.about = event.content()
 
@@ -150,26 +182,28 @@ class Job:
         about = link.about or {}
         several = len(self.links) > 1
         if not about["has_directory"]:
-            raise UsageError(
+            raise UnfitHostError(
+                link.host,
                 f"Host {link.host} has no directory {self.settings.directory}, where the command is to run. Start the "
-                f"launcher in a directory that all hosts have, or name one: --directory=DIR."
+                f"launcher in a directory that all hosts have, or name one: --directory=DIR.",
             )
         if self.settings.interface and about["interface"] != self.settings.interface:
-            raise UsageError(
+            raise UnfitHostError(
+                link.host,
                 f"Host {link.host} has no network interface {self.settings.interface} with an IPv4 address; it has "
-                f"{', '.join(about['interfaces'])}. Name one that all hosts have, or leave --interface out."
+                f"{', '.join(about['interfaces'])}. Name one that all hosts have, or leave --interface out.",
             )
         if several and str(about["own_name"] or "127").startswith("127."):
-            raise UsageError(
+            raise UnfitHostError(
+                link.host,
                 f"On host {link.host} its own name, {about['hostname']}, resolves to {about['own_name'] or 'nothing'}, "
                 f"and Horovod's Gloo would listen there, where no other host can reach it. On {link.host}, let "
-                f"/etc/hosts say: {about['source']} {about['hostname']}."
+                f"/etc/hosts say: {about['source']} {about['hostname']}.",
             )
 
     def _beat(self) -> None:
         """Signs of life, from a thread: an agent must not miss them because a terminal holds up the loop."""
-        while True:
-            time.sleep(agent.BEAT_SECONDS)
+        while not self._is_closed.wait(agent.BEAT_SECONDS):
             for link in self.links:
                 if link.is_remote and not link.is_gone:
                     link.send(beat=1)
@@ -213,6 +247,7 @@ class Job:
                 environment(), start_limit=self.settings.start_limit, stall_limit=self.settings.stall_limit
             ),
             **plan.watched(self.settings.is_watched),
+            **({"HVDKIT_ELASTIC": "1"} if self.settings.is_elastic else {}),
             **({"HVDKIT_RANK_LOGS": str(self.console.logs.resolve())} if self.console.logs else {}),
         }
 
@@ -248,17 +283,20 @@ class Job:
             try:
                 if isinstance(event, int):
                     self._on_signal(event)
+                elif isinstance(event, Regroup):
+                    self._on_regroup(event)
                 elif event is not None:
                     self._on_event(event)
                 self._keep_time()
             except Lost as lost:
-                self._lose(str(lost))
+                self._lose(lost)
         for rank in range(self.settings.ranks):
             self.console.finish(rank)
         return self._conclude()
 
     def close(self) -> None:
         """Ends what there still is, on all hosts at once."""
+        self._is_closed.set()
         for link in self.links:
             link.send(end=0)
             link.hang_up()
@@ -290,7 +328,10 @@ class Job:
             event.link.is_gone = True
             left = [s.rank for s in self.slots if s.hostname == event.link.host and s.rank not in self._ended]
             if left and self._ends_at is None:
-                raise Lost(f"{_ranks(left)} on host {event.link.host} can no longer be seen. {event.link.complaint()}")
+                raise Lost(
+                    f"{_ranks(left)} on host {event.link.host} can no longer be seen. {event.link.complaint()}",
+                    event.link.host,
+                )
 
     def take_output(self, rank: int, data: bytes, *, is_error: bool) -> None:
         """Passes a rank's output on."""
@@ -319,6 +360,16 @@ class Job:
         self._stopped_by = self._stopped_by or number
         self._end(0 if again else _STOP_SECONDS if number == signal.SIGTERM else _END_SECONDS)
 
+    def regroup(self, why: str) -> None:
+        """Tells the ranks to save and leave, from another thread: the job's hosts are to change."""
+        self.events.put(Regroup(why))
+
+    def _on_regroup(self, event: Regroup) -> None:
+        if self._ends_at is None and not self._ended:  # not over anyhow
+            say(f"the hosts are to change ({event.why}): the ranks save and leave.")
+            self.regrouped = self.console.cancelled = True
+            self._end(_STOP_SECONDS)
+
     def _keep_time(self) -> None:
         now = time.monotonic()
         if self._ends_at is not None and now > self._ends_at and self._over_at is None:
@@ -339,7 +390,8 @@ class Job:
                 raise Lost(
                     f"Host {link.host} has not been heard of for {limit:g} s: it is down, frozen or cut off. Its "
                     f"ranks end by themselves then. Start the job without it, or when it is back (ssh "
-                    f"{link.host} true)."
+                    f"{link.host} true).",
+                    link.host,
                 )
 
     def _check_start(self, now: float) -> None:
@@ -360,28 +412,31 @@ class Job:
         for link in self.links:
             link.send(end=grace)
 
-    def _lose(self, why: str) -> None:
+    def _lose(self, lost: Lost) -> None:
+        self.lost_host = self.lost_host or lost.host
         if not self._lost and not self._failures:
-            self._lost = why
+            self._lost = str(lost)
         self._end(_END_SECONDS)
 
     # ---- The end -----------------------------------------------------------------------------------------------------
 
     def _conclude(self) -> int:
+        if self.regrouped and not self._stopped_by:
+            return failures.PREEMPTED if any(self._ended.values()) else 0
         if self._stopped_by:
-            _say(f"ended by {signal.Signals(self._stopped_by).name}.")
+            say(f"ended by {signal.Signals(self._stopped_by).name}.")
             own = [code for _, code in sorted(self._ended.items()) if code > 0]
             if self._ended and not any(self._ended.values()) and len(self._ended) == len(self.slots):
                 return 0
             return own[0] if own else 128 + self._stopped_by
         if self._lost:
-            _say(self._lost)
-            return failures.STALLED if self._ended or self._has_begun() else 2
+            say(self._lost)
+            return failures.STALLED if self._ended or self._has_begun() else failures.MISTAKE
         try:
             first = self.verdict()
         except Lost as lost:
-            _say(str(lost))
-            return 2
+            say(str(lost))
+            return failures.MISTAKE
         if first is None:
             return 0
         if first.exit_code not in failures.SAID:
@@ -406,9 +461,9 @@ class Job:
     def _show_last_words(self, first: Failure) -> None:
         if lines := self.console.last_lines(first.rank):
             log = f" ({self.console.logs}/rank-{first.rank:04d}.log has all)" if self.console.logs else ""
-            _say(f"the last lines of rank {first.rank}{log}:")
+            say(f"the last lines of rank {first.rank}{log}:")
             print(*(f"    {line}" for line in lines), sep="\n", file=sys.stderr)
-        _say(f"rank {first.rank} on host {self.host_of(first.rank)} was the first to fail, {first.words()}.")
+        say(f"rank {first.rank} on host {self.host_of(first.rank)} was the first to fail, {first.words()}.")
 
 
 def _ranks(numbers: Sequence[int]) -> str:
@@ -416,6 +471,7 @@ def _ranks(numbers: Sequence[int]) -> str:
     return f"Rank {named}" if len(numbers) == 1 else f"Ranks {named}"
 
 
-def _say(text: str) -> None:
+def say(text: str) -> None:
+    """Says something to the user, as the launcher."""
     sys.stdout.flush()
     print(f"hvdkit.launch: {text}", file=sys.stderr, flush=True)

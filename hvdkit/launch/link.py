@@ -263,6 +263,19 @@ def is_this_host(host: str, address: str) -> bool:
     return True
 
 
+def is_reachable(host: str, ssh: Ssh) -> bool:
+    """Whether a command can be run on a host; asked within ten seconds."""
+    try:
+        if is_this_host(host, address_of(host, ssh)):
+            return True
+        asked = subprocess.run(
+            ssh.command(host, "true"), stdin=subprocess.DEVNULL, capture_output=True, timeout=10, check=False
+        )
+    except (UsageError, OSError, subprocess.TimeoutExpired):
+        return False
+    return asked.returncode == 0
+
+
 def own_address_towards(address: str) -> str:
     """This host's address on the way to another: connecting a UDP socket looks it up, and sends nothing."""
     return str(agent.source_address(address) or "127.0.0.1")

@@ -9,6 +9,7 @@ from pathlib import Path
 from hvdkit.errors import UsageError
 from hvdkit.launch import hosts
 from hvdkit.launch.console import MODES, Console
+from hvdkit.launch.elastic import Policy, run_script
 from hvdkit.launch.hosts import Host
 from hvdkit.launch.job import Settings
 from hvdkit.launch.link import Ssh
@@ -43,6 +44,19 @@ def parse(argv: list[str], description: str) -> argparse.Namespace:
     how.add_argument("--interface", metavar="NAME", help="the job's network interface, on every host [the route's]")
     how.add_argument("--ssh-args", metavar="ARGS", default="", help="more arguments for ssh, as in: '-p 2222'")
     how.add_argument("--insecure-host-keys", action="store_true", help="let any machine pass for a host")
+    elastic = parser.add_argument_group("when ranks and hosts are lost, or come and go")
+    elastic.add_argument("--elastic", action="store_true", help="go on with those that there are, from the last "
+                         "checkpoint; --hostfile or the script may list others meanwhile")  # fmt: skip
+    elastic.add_argument("--min-np", type=int, metavar="N", help="ranks below which it waits for hosts [1]")
+    elastic.add_argument("--max-np", type=int, metavar="N", help="ranks that it uses at most [-np, or all places]")
+    elastic.add_argument("--host-discovery-script", metavar="PATH", help="prints the hosts that there are, one a line: "
+                         "h1:2, or h1 for --slots ranks")  # fmt: skip
+    elastic.add_argument("--slots", type=int, default=1, metavar="N", help="ranks of a host that the script prints "
+                         "without a number [%(default)s]")  # fmt: skip
+    elastic.add_argument("--elastic-timeout", type=float, default=600.0, metavar="S", help="seconds to wait for "
+                         "--min-np [%(default)g]")  # fmt: skip
+    elastic.add_argument("--restarts", type=int, metavar="N", help="starts after failures, with or without --elastic "
+                         "[10 with, 0 without]")  # fmt: skip
     limits = parser.add_argument_group("limits, in seconds")
     limits.add_argument("--start-timeout", type=int, default=120, metavar="S", help="for hosts to answer, and for "
                         "ranks to follow the first one to hvd.init() [%(default)s]")  # fmt: skip
@@ -62,10 +76,26 @@ def parse(argv: list[str], description: str) -> argparse.Namespace:
         parser.error("no command was given; write it behind --, as in: -np 2 -- python train.py")
     if arguments.np is not None and arguments.np < 1:
         parser.error(f"-np {arguments.np}: at least one rank is needed")
-    for name in ("start_timeout", "stall_timeout", "host_timeout"):
+    for name in ("start_timeout", "stall_timeout", "host_timeout", "elastic_timeout"):
         if (getattr(arguments, name) or 0) < 0:
             parser.error(f"--{name.replace('_', '-')} {getattr(arguments, name)}: seconds cannot be negative")
+    _check_elastic(parser, arguments)
     return arguments
+
+
+def _check_elastic(parser: argparse.ArgumentParser, arguments: argparse.Namespace) -> None:
+    for name in ("min_np", "max_np", "host_discovery_script"):
+        if getattr(arguments, name) is not None and not arguments.elastic:
+            parser.error(f"--{name.replace('_', '-')} was given without --elastic; add it")
+    if arguments.elastic and arguments.mpi:
+        parser.error("--elastic and --mpi exclude each other: MPI cannot go on without a rank. --restarts starts again")
+    if arguments.host_discovery_script and (arguments.hosts or arguments.hostfile or arguments.hosts_from):
+        parser.error("--host-discovery-script and -H, --hostfile or --hosts-from exclude each other: give one of them")
+    least, most = arguments.min_np or 1, arguments.max_np or arguments.np
+    if least < 1 or arguments.slots < 1 or (arguments.restarts or 0) < 0:
+        parser.error("--min-np and --slots must be 1 or more, --restarts 0 or more")
+    if most is not None and most < least:
+        parser.error(f"--max-np {most} is less than --min-np {least}")
 
 
 def settings(arguments: argparse.Namespace) -> Settings:
@@ -74,13 +104,13 @@ def settings(arguments: argparse.Namespace) -> Settings:
     Raises:
         UsageError: the hosts are not understood, or are not given where they must be.
     """
-    given = _hosts(arguments)
+    given = discover(arguments)
     ranks = arguments.np or sum(host.slots for host in given)
-    if not ranks:
+    if not ranks and not arguments.elastic:
         raise UsageError("How many ranks? Give their number, as in -np 2, or hosts with places, as in -H h1:2,h2:2.")
     return Settings(
         command=arguments.command,
-        hosts=given or [Host("localhost", ranks)],
+        hosts=given,
         ranks=ranks,
         directory=arguments.directory or str(Path.cwd()),
         ssh=Ssh(_ssh_arguments(arguments), not arguments.insecure_host_keys, max(1, min(20, arguments.start_timeout))),
@@ -88,10 +118,25 @@ def settings(arguments: argparse.Namespace) -> Settings:
         interface=arguments.interface,
         bind=arguments.bind,
         start_limit=arguments.start_timeout,
-        stall_limit=arguments.stall_timeout,
+        stall_limit=arguments.stall_timeout if arguments.stall_timeout is not None or not arguments.elastic else 120.0,
         silence=arguments.host_timeout,
         is_watched=sys.stderr.isatty(),
+        is_elastic=arguments.elastic,
     )
+
+
+def policy(arguments: argparse.Namespace, settings: Settings) -> Policy | None:
+    """How the job may change; None where it is started once, as it is."""
+    if arguments.elastic:
+        return Policy(
+            least=arguments.min_np or 1,
+            most=arguments.max_np or arguments.np,
+            restarts=10 if arguments.restarts is None else arguments.restarts,
+            patience=arguments.elastic_timeout,
+        )
+    if arguments.restarts:
+        return Policy(settings.ranks, settings.ranks, arguments.restarts, arguments.elastic_timeout)
+    return None
 
 
 def console(arguments: argparse.Namespace) -> Console:
@@ -105,7 +150,19 @@ def console(arguments: argparse.Namespace) -> Console:
     return Console(arguments.output or ("errors" if logs else "all"), logs)
 
 
-def _hosts(arguments: argparse.Namespace) -> list[Host]:
+def discover(arguments: argparse.Namespace) -> list[Host]:
+    """The hosts that there are now.
+
+    Raises:
+        UsageError: they are not understood, or are not given where they must be.
+    """
+    if arguments.host_discovery_script:
+        return run_script(arguments.host_discovery_script, arguments.slots)
+    listed = _listed(arguments)
+    return listed or ([Host("localhost", arguments.np)] if arguments.np else [])
+
+
+def _listed(arguments: argparse.Namespace) -> list[Host]:
     if arguments.hosts_from == "file" and not arguments.hostfile:
         raise UsageError("--hosts-from file needs the file: --hostfile FILE.")
     if arguments.hosts_from in ("slurm", "kubernetes") and (arguments.hosts or arguments.hostfile):

@@ -1,0 +1,169 @@
+"""Runs the training job through a fault, on real ranks and hosts, and reports what it cost.
+
+    python -m hvdkit.drill kill --rank 1 --step 60 -np 2
+    python -m hvdkit.drill partition --rank 1 --step 60 -H h1:1,h2:1 --model=mnist_mlp --dataset=mnist --data_dir=DIR
+
+    kill        SIGKILL of a rank                         slow        a rank waits 0.2 s before each step
+    freeze      SIGSTOP of a rank                         partition   a rank's host is cut off: --cut and --mend say how
+    term        SIGTERM to a rank, as a scheduler does    disk-full   the checkpoints' disk is full for a while (root)
+
+What else is given goes to `hvdkit.train`. Each rank writes down which examples it trained on, by a hash of their
+content, so that it can be told afterwards whether each epoch had each example once. Exit code: 0 if the job ended well
+and no example was lost or trained twice, 1 if not, 2 if the command line is wrong.
+"""
+
+import argparse
+import contextlib
+import json
+import os
+import shlex
+import subprocess
+import sys
+import tempfile
+import threading
+from collections.abc import Iterator
+from pathlib import Path
+
+from hvdkit.drill import report
+
+FAULTS = ("kill", "freeze", "slow", "partition", "disk-full", "term")
+_CHILD = "--in-this-process"
+_DISK = "32m"
+
+
+def main(argv: list[str]) -> int:
+    """Runs the drill, and prints a report and a line of JSON."""
+    if argv[1:2] == [_CHILD]:
+        from hvdkit.drill import rank
+
+        return rank.main(argv[2], argv[3:])
+    arguments, flags = _parse(argv)
+    with tempfile.TemporaryDirectory(prefix="hvdkit-drill-") as scratch:
+        workdir = Path(arguments.workdir or scratch).resolve()
+        notes = workdir / "drill"
+        notes.mkdir(parents=True, exist_ok=True)
+        if any(notes.iterdir()):
+            print(f"hvdkit.drill: {workdir} has a drill already; choose another --workdir.", file=sys.stderr)
+            return 2
+        with _disk(arguments, workdir), _network(arguments, notes):
+            code, output = _run(arguments, flags, workdir, notes)
+        if code == 2:
+            return 2
+        summary = report.make(arguments.fault, workdir, code, output, flags)
+    report.show(summary)
+    if arguments.json:
+        arguments.json.write_text(json.dumps(summary, indent=2) + "\n", encoding="utf-8")
+    return 0 if summary["is_well"] else 1
+
+
+def _parse(argv: list[str]) -> tuple[argparse.Namespace, list[str]]:
+    parser = argparse.ArgumentParser(
+        prog="python -m hvdkit.drill",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
+    )
+    parser.add_argument("fault", choices=FAULTS)
+    parser.add_argument("--rank", type=int, default=1, metavar="K", help="whom it happens to [1; disk-full: 0]")
+    parser.add_argument("--step", type=int, default=60, metavar="S", help="at which step [60]")
+    parser.add_argument("-np", type=int, metavar="N", help="number of ranks [all places of -H, or 2]")
+    parser.add_argument("-H", dest="hosts", metavar="h1:1,h2:1", help="on which hosts [this one]")
+    parser.add_argument("--mpi", action="store_true", help="ranks meet over MPI, and all start again [Gloo, elastic]")
+    parser.add_argument("--launcher", default="", metavar="ARGS", help="more options for hvdkit.launch")
+    parser.add_argument("--cut", metavar="COMMAND", help="cuts the host {host} off [launch/testhosts.sh cut {host}]")
+    parser.add_argument("--mend", metavar="COMMAND", help="undoes it, at the end [launch/testhosts.sh mend {host}]")
+    parser.add_argument("--workdir", metavar="DIR", help="where the job writes; shared by all hosts [a temporary one]")
+    parser.add_argument("--json", type=Path, metavar="FILE", help="write the report to this file, too")
+    arguments, flags = parser.parse_known_args(argv[1:])
+    if arguments.rank < 0 or arguments.step < 1:
+        parser.error(f"--rank {arguments.rank} --step {arguments.step}: expected are 0 or more, and 1 or more")
+    if arguments.fault == "disk-full" and os.geteuid() != 0:
+        parser.error("disk-full mounts a small disk for the checkpoints, and needs root for that; run it with sudo")
+    if arguments.fault == "partition" and not arguments.hosts:
+        parser.error("partition cuts one of several hosts off; name them: -H h1:1,h2:1")
+    given = " ".join(flags)
+    for flag, default in (("checkpoint_every", "20"), ("tensorboard", "false")):
+        if f"--{flag}" not in given:
+            flags.append(f"--{flag}={default}")
+    return arguments, flags
+
+
+def _run(arguments: argparse.Namespace, flags: list[str], workdir: Path, notes: Path) -> tuple[int, str]:
+    where = ["-H", arguments.hosts] if arguments.hosts else []
+    if arguments.np or not arguments.hosts:
+        where += ["-np", str(arguments.np or 2)]
+    how = ["--mpi", "--restarts", "5"] if arguments.mpi else ["--elastic"]
+    rank = 0 if arguments.fault == "disk-full" else arguments.rank
+    fault = f"{arguments.fault}:{rank}:{arguments.step}:{notes}"
+    command = [
+        sys.executable, "-m", "hvdkit.launch", *where, *how,
+        "--stall-timeout", "20", "--host-timeout", "10", *shlex.split(arguments.launcher),
+        "--workdir", str(workdir), "--",
+        sys.executable, "-m", "hvdkit.drill", _CHILD, fault, *flags, f"--workdir={workdir}",
+    ]  # fmt: skip
+    lines = []
+    with subprocess.Popen(
+        command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, errors="replace"
+    ) as process:
+        for line in process.stdout or ():
+            lines.append(line)
+            if "hvdkit.launch: " in line or "hvdkit: " in line:
+                print(line, end="", flush=True)
+    output = "".join(lines)
+    if process.returncode:
+        print(output[-3000:], file=sys.stderr)
+    return process.returncode, output
+
+
+@contextlib.contextmanager
+def _disk(arguments: argparse.Namespace, workdir: Path) -> Iterator[None]:
+    """A small disk for the checkpoints, where it is to become full."""
+    if arguments.fault != "disk-full":
+        yield
+        return
+    checkpoints = workdir / "checkpoints"
+    checkpoints.mkdir(exist_ok=True)
+    subprocess.run(["mount", "-t", "tmpfs", "-o", f"size={_DISK}", "hvdkit-drill", str(checkpoints)], check=True)
+    try:
+        yield
+    finally:
+        subprocess.run(["umount", str(checkpoints)], check=True)
+
+
+@contextlib.contextmanager
+def _network(arguments: argparse.Namespace, notes: Path) -> Iterator[None]:
+    """Cuts a host off when its rank says that the step has come."""
+    if arguments.fault != "partition":
+        yield
+        return
+    script = f"{shlex.quote(str(Path('launch/testhosts.sh').resolve()))} {{what}} {{host}}"
+    commands = {what: getattr(arguments, what) or script.replace("{what}", what) for what in ("cut", "mend")}
+    over = threading.Event()
+    cut: list[str] = []
+
+    def wait_and_cut() -> None:
+        while not over.wait(0.02):
+            if fault := report.read_json(notes / "fault.json"):
+                cut.append(fault["host"])
+                _shell(commands["cut"], fault["host"])
+                return
+
+    thread = threading.Thread(target=wait_and_cut)
+    thread.start()
+    try:
+        yield
+    finally:
+        over.set()
+        thread.join()
+        for host in cut:
+            _shell(commands["mend"], host)
+
+
+def _shell(command: str, host: str) -> None:
+    ended = subprocess.run(command.replace("{host}", shlex.quote(host)), shell=True, check=False)
+    if ended.returncode:
+        print(f"hvdkit.drill: {command!r} failed for {host} with exit code {ended.returncode}", file=sys.stderr)
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv))

@@ -1,0 +1,125 @@
+"""What each rank of a drill runs: the training job, with notes taken of what it trains, and the fault built in."""
+
+import contextlib
+import dataclasses
+import json
+import os
+import signal
+import time
+from pathlib import Path
+from typing import Any
+
+import keras
+import numpy as np
+import tensorflow as tf
+
+from hvdkit import artifacts, collectives, train, world
+from hvdkit.drill.report import hashes
+
+_SIGNALS = {"kill": signal.SIGKILL, "freeze": signal.SIGSTOP, "term": signal.SIGTERM}
+_SLOW_SECONDS = 0.2  # a step
+_FULL_STEPS = 60  # how long the disk is full
+
+
+@dataclasses.dataclass(frozen=True)
+class Fault:
+    """What happens to whom, once so many steps are done."""
+
+    kind: str
+    rank: int
+    step: int
+
+
+class Notes(keras.callbacks.Callback):
+    """Writes down, a file for each start and rank, what was trained and when.
+
+    Args:
+        folder: of all notes.
+    """
+
+    checkpointed = False
+
+    def __init__(self, folder: Path) -> None:
+        super().__init__()
+        self._folder = folder
+        self._epoch = 0
+
+    def tap(self, batches: tf.data.Dataset, first_step: int) -> tf.data.Dataset:
+        """Passes batches on, and notes what is in them."""
+        began = collectives.broadcast_object(f"{time.time():.3f}", name="drill")
+        path = self._folder / f"{began}-rank-{world.rank():04d}.jsonl"
+        self._file = path.open("w", encoding="utf-8", buffering=1)
+        self._write(first=first_step)
+
+        def note(number: Any, inputs: Any) -> Any:
+            self._write(step=int(number), hashes=hashes(inputs))
+            return np.int64(0)
+
+        def pass_on(number: Any, batch: Any) -> Any:
+            noted = tf.numpy_function(note, [number, batch[0]], tf.int64)
+            with tf.control_dependencies([noted]):
+                return tf.nest.map_structure(tf.identity, batch)
+
+        return batches.enumerate(first_step).map(pass_on)
+
+    def on_epoch_begin(self, epoch: int, logs: dict | None = None) -> None:
+        """Remembers the epoch."""
+        self._epoch = epoch
+
+    def on_train_batch_end(self, batch: int, logs: dict | None = None) -> None:
+        """Notes the number of steps done."""
+        self.done = self._epoch * self.params["steps"] + batch + 1
+        if world.rank() == 0:
+            self._write(time=time.time(), done=self.done)
+
+    def _write(self, **note: Any) -> None:
+        self._file.write(json.dumps(note) + "\n")
+
+
+class Trouble(keras.callbacks.Callback):
+    """Lets the fault happen, once over all starts.
+
+    Args:
+        fault: what.
+        notes: this rank's, for the number of steps done; it comes before this one in the list.
+        folder: where it is told that it has happened.
+    """
+
+    checkpointed = False
+
+    def __init__(self, fault: Fault, notes: Notes, folder: Path) -> None:
+        super().__init__()
+        self._fault = fault
+        self._notes = notes
+        self._told = folder / "fault.json"
+        self._filler = folder.parent / "checkpoints" / "filler"
+
+    def on_train_batch_end(self, batch: int, logs: dict | None = None) -> None:
+        """Looks whether it is time."""
+        done, fault = self._notes.done, self._fault
+        if world.rank() != fault.rank or done < fault.step:
+            return
+        if fault.kind == "slow":
+            time.sleep(_SLOW_SECONDS)
+        if fault.kind == "disk-full" and done >= fault.step + _FULL_STEPS:
+            self._filler.unlink(missing_ok=True)
+        if not self._told.exists():
+            host = os.uname().nodename
+            artifacts.write_json(self._told, {"rank": fault.rank, "host": host, "step": done, "time": time.time()})
+            self._happen()
+
+    def _happen(self) -> None:
+        if self._fault.kind in _SIGNALS:
+            os.kill(os.getpid(), _SIGNALS[self._fault.kind])
+        elif self._fault.kind == "disk-full":
+            with contextlib.suppress(OSError), self._filler.open("wb", buffering=0) as file:
+                while file.write(b"\0" * 65536):
+                    pass
+
+
+def main(what: str, flags: list[str]) -> int:
+    """Trains; `what` is KIND:RANK:STEP:FOLDER."""
+    kind, rank, step, folder = what.split(":", 3)
+    notes = Notes(Path(folder))
+    trouble = Trouble(Fault(kind, int(rank), int(step)), notes, Path(folder))
+    return train.main(["hvdkit.train", *flags], [notes, trouble], notes.tap)

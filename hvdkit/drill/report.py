@@ -1,0 +1,169 @@
+"""What a drill cost: seconds, steps and examples, from the notes that all ranks took."""
+
+import collections
+import contextlib
+import dataclasses
+import itertools
+import json
+import os
+import zlib
+from pathlib import Path
+from typing import Any
+
+
+def make(kind: str, workdir: Path, code: int, output: str, flags: list[str]) -> dict[str, Any]:
+    """The report of a drill.
+
+    Args:
+        kind: of the fault.
+        workdir: the job's; its notes are in `drill/`.
+        code: the launcher's exit code.
+        output: all that the launcher showed.
+        flags: the job's.
+
+    Returns:
+        Plain JSON; `is_well` tells whether the fault happened, the job ended, and no example was lost or seen twice.
+    """
+    notes = workdir / "drill"
+    runs = _read_runs(notes)
+    fault = read_json(notes / "fault.json")
+    result = read_json(workdir / "result.json") or {}
+    report: dict[str, Any] = {
+        "fault": kind,
+        "rank": fault["rank"] if fault else None,
+        "host": fault["host"] if fault else None,
+        "step": fault["step"] if fault else None,
+        "exit_code": code,
+        "starts": len(runs),
+        "ranks_at_the_end": result.get("size"),
+        "steps": result.get("steps"),
+        "steps_redone": _steps_redone(runs),
+        "recovery_seconds": _recovery(runs, fault["time"]) if fault else None,
+        "warnings": sum("could not be written" in line for line in output.splitlines()),
+        "test_accuracy": result.get("test_accuracy"),
+        "weights_sha256": result.get("weights_sha256"),
+    }
+    if code == 0 and result:
+        report |= _audit(runs, result, flags)
+    ended_well = code == 0 and fault is not None
+    report["is_well"] = ended_well and report["samples_lost"] == report["samples_twice"] == 0
+    return report
+
+
+@dataclasses.dataclass
+class _Start:
+    """What is known of one start of the job: all ranks' notes.
+
+    Attributes:
+        first: the step that it began with.
+        done: (time, number of steps done) of the root, in order.
+        hashes: of the examples, by step and rank.
+    """
+
+    first: int
+    done: list[tuple[float, int]]
+    hashes: dict[int, list[int]]
+
+
+def _read_runs(notes: Path) -> list[_Start]:
+    """All starts, in order; a rank that was killed may have left half a line."""
+    starts: dict[str, _Start] = {}
+    for path in sorted(notes.glob("*.jsonl")):
+        begin, _, _ = path.stem.partition("-rank-")
+        start = starts.setdefault(begin, _Start(0, [], {}))
+        for line in path.read_text(encoding="utf-8").splitlines():
+            with contextlib.suppress(json.JSONDecodeError):
+                note = json.loads(line)
+                if "first" in note:
+                    start.first = note["first"]
+                elif "done" in note:
+                    start.done.append((note["time"], note["done"]))
+                else:
+                    start.hashes.setdefault(note["step"], []).extend(note["hashes"])
+    return [start for _, start in sorted(starts.items()) if start.done or start.hashes]
+
+
+def _steps_redone(runs: list[_Start]) -> int:
+    pairs = itertools.pairwise(runs)
+    return sum(max(0, before.done[-1][1] - after.first) for before, after in pairs if before.done)
+
+
+def _recovery(runs: list[_Start], fault: float) -> float | None:
+    """Seconds from the fault to the next step of a new start; None if there was none."""
+    later = [start.done[0][0] for start in runs if start.done and start.done[0][0] > fault]
+    return round(later[0] - fault, 1) if later else None
+
+
+def _audit(runs: list[_Start], result: dict[str, Any], flags: list[str]) -> dict[str, int]:
+    """Compares, epoch by epoch, what was trained with what there is, as multisets of hashes."""
+    trained: dict[int, list[int]] = {}  # by step: the last start that did it counts, the ones before were undone
+    for start in runs:
+        trained |= {step: hashes for step, hashes in start.hashes.items() if step >= start.first}
+        for step in [s for s in trained if s >= start.first and s not in start.hashes]:
+            del trained[step]
+    there = _hashes_of_the_split(flags)
+    per_epoch = result["steps"] // result["epochs"]
+    lost = twice = 0
+    for epoch in range(result["epochs"]):
+        seen = collections.Counter(
+            h for s in range(epoch * per_epoch, (epoch + 1) * per_epoch) for h in trained.get(s, ())
+        )
+        twice += (seen - there).total()
+        # The last, smaller batch of an epoch is left out of it, here as in an undisturbed run.
+        lost += max(0, per_epoch * result["global_batch"] - (seen & there).total() - (seen - there).total())
+    return {
+        "samples_lost": lost,
+        "samples_twice": twice,
+        "samples": per_epoch * result["global_batch"] * result["epochs"],
+    }
+
+
+def _hashes_of_the_split(flags: list[str]) -> "collections.Counter[int]":
+    os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
+    from hvdkit import train_flags
+    from hvdkit.data import pipeline
+    from hvdkit.data.sources import open_source
+    from hvdkit.model import find_model
+
+    config = train_flags.parse(["hvdkit.drill", *flags])
+    dataset = config.dataset or find_model(config.model).recipes[0].dataset
+    source = open_source(dataset, config.data_dir, image_size=config.image_size)
+    share = pipeline.read_share(source, "train", 0, 1, cache_bytes=config.cache_gb * 1e9)
+    counter: collections.Counter[int] = collections.Counter()
+    for batch in pipeline.evaluation_batches(share, 1024).as_numpy_iterator():
+        counter.update(hashes(batch[0]))
+    return counter
+
+
+def show(report: dict[str, Any]) -> None:
+    """Prints a report, and a line of JSON."""
+    where = f"rank {report['rank']} on {report['host']}, step {report['step']}" if report["host"] else "did not happen"
+    ended = (
+        f"exit code {report['exit_code']}, {report['starts']} start(s), {report['ranks_at_the_end']} rank(s) at last"
+    )
+    samples = f"{report.get('samples_lost')}, trained twice {report.get('samples_twice')}, of {report.get('samples')}"
+    rows = [
+        ("fault", f"{report['fault']}: {where}"),
+        ("ended", ended),
+        ("recovered after", f"{report['recovery_seconds']} s"),
+        ("steps redone", f"{report['steps_redone']} of {report['steps']}"),
+        ("samples lost", samples),
+        ("test accuracy", f"{report['test_accuracy']}"),
+    ]
+    if report["warnings"]:
+        rows.insert(2, ("warnings", f"{report['warnings']} checkpoint(s) could not be written"))
+    print(*(f"{name:<16} {value}" for name, value in rows), sep="\n")
+    print(json.dumps(report), flush=True)
+
+
+def read_json(path: Path) -> Any:
+    """The content of a file; None if it is not there, or not whole."""
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return None
+
+
+def hashes(inputs: Any) -> list[int]:
+    """One number for each example of a batch [batch, ...], of its content."""
+    return [zlib.crc32(example.tobytes()) << 32 | zlib.adler32(example.tobytes()) for example in inputs]
