@@ -1,4 +1,4 @@
-"""`hvdkit.elastic`: training that goes on when ranks come and go, with Horovod's elastic launcher.
+"""`hvdkit.elastic`: training that goes on when ranks come and go.
 
     state = hvd.elastic.KerasState(model, epoch=0, batch=0)
 
@@ -12,16 +12,23 @@
 
     train(state)
 
-started with `horovodrun -np 2 --min-np 1 --host-discovery-script ./hosts.sh python train.py`. When a rank is lost, the
-others go back to the last commit; when one is added, they go on from where they are. Either way Horovod is
-started anew, with other ranks and another size, all take rank 0's state, and `train` is called again. It must not
-hold on to what depends on the size, such as this rank's share of the data.
+started with `python -m hvdkit.launch --elastic -H h1:2,h2:2 --workdir DIR -- python train.py`, or with Horovod's
+`horovodrun -np 2 --min-np 1 --host-discovery-script ./hosts.sh python train.py`. When a rank is lost, the others go
+back to the last commit; when hosts are added, they go on from where they are, with other ranks and another size: all
+take rank 0's state, and `train` is called again. It must not hold on to what depends on the size, such as this rank's
+share of the data.
+
+The two launchers differ in how. Horovod's keeps the processes of ranks that are left, and starts Horovod anew in them.
+hvdkit's starts all processes anew, which no state of a broken exchange can survive; there rank 0 keeps its commits in
+the launcher's `--workdir`.
 """
 
 import contextlib
 import functools
+import os
 import re
 from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import Any
 
 import keras
@@ -30,6 +37,9 @@ import tensorflow as tf
 
 from hvdkit import collectives, heartbeat, job, world
 from hvdkit.callbacks.broadcast import tell_seeds_apart
+from hvdkit.checkpoint.commits import Commits
+from hvdkit.checkpoint.preemption import Listener, Preempted
+from hvdkit.errors import UsageError
 
 world.horovod()  # says how to get Horovod where it is missing
 from horovod.common.elastic import ObjectState, run_fn  # noqa: E402
@@ -45,6 +55,7 @@ _BROKEN = (
     tf.errors.UnavailableError,
     tf.errors.UnknownError,
 )
+_FOLDER = "HVDKIT_ELASTIC"  # set by a launcher that starts ranks anew: where rank 0 keeps what it has committed
 _OF_HOROVOD = re.compile(r"horovod|gloo|nccl|hvdkit\.", re.IGNORECASE)
 
 
@@ -57,7 +68,8 @@ class KerasState(ObjectState):
     Args:
         model: a built Keras model.
         optimizer: by default the one that the model is compiled with.
-        **kwargs: further values, such as `epoch=0` and `batch=0`, that can be pickled.
+        **kwargs: further values, such as `epoch=0` and `batch=0`: what can be pickled, under Horovod's launcher;
+            numbers, texts, arrays, and lists, tuples and dicts of these, under hvdkit's, which pickles nothing.
 
     Raises:
         ValueError: the model is not built, or has no optimizer and none is given.
@@ -77,6 +89,8 @@ class KerasState(ObjectState):
         self.model = model
         self.optimizer = optimizer
         self._committed = self._values()
+        self._commits: Commits | None = None
+        self._listener = Listener(model)
         broadcast = functools.partial(collectives.broadcast_object, name="elastic.state")
         super().__init__(bcast_object=broadcast, get_rank=world.rank, **kwargs)
 
@@ -98,6 +112,54 @@ class KerasState(ObjectState):
             super().sync()
         tell_seeds_apart(self.model)
         self.save()
+
+    def commit(self) -> None:
+        """Saves, and looks whether hosts were added or are leaving; a collective call.
+
+        Raises:
+            Preempted: a rank was told to leave (SIGTERM, SIGUSR1): all leave, and the next start goes on from here.
+        """
+        if not os.environ.get(_FOLDER):
+            super().commit()
+            return
+        self.save()
+        leaving = self._listener.ask_all()
+        if self._commits:
+            self._commits.keep(self._committed, self._saved_state, may_drop=not leaving)
+        if leaving:
+            self._leave()
+
+    @contextlib.contextmanager
+    def kept_in(self, folder: Path) -> Iterator[None]:
+        """Goes on from the last commit that rank 0 finds in a folder, and keeps more there; for `run`."""
+        if world.rank() == 0:
+            self._commits = Commits(folder)
+            if found := self._commits.newest(self._committed):
+                self._committed, attributes = found
+                for name, value in attributes.items():
+                    setattr(self, name, value)
+                super().save()
+                self.restore()
+        self._listener.start()
+        try:
+            yield
+        finally:
+            self._listener.stop()
+            if self._commits:
+                self._commits.wait()
+
+    def forget_commits(self) -> None:
+        """Removes what is kept on disk, when all ranks are done."""
+        collectives.barrier()
+        if self._commits:
+            self._commits.forget()
+
+    def _leave(self) -> None:
+        error = self._commits.wait() if self._commits else ""
+        # Nobody leaves before it is written: a launcher ends the job with the first to go.
+        error = collectives.broadcast_object(error, name="elastic.leave")
+        outcome = f"it could not be kept ({error}), an older one is" if error else "it is kept"
+        raise Preempted(f"A rank was told to leave after a commit; {outcome}. All ranks leave; start the job again.")
 
     def reset(self) -> None:
         """Drops the graphs that were made for another number of ranks."""
@@ -128,7 +190,25 @@ def run(func: Callable[..., Any]) -> Callable[..., Any]:
         with broken_exchanges_as_horovods():
             return func(state, *args, **kwargs)
 
-    return run_fn(training, _reset)
+    under_horovod = run_fn(training, _reset)
+
+    @functools.wraps(func)
+    def elastic(state: Any, *args: Any, **kwargs: Any) -> Any:
+        folder = os.environ.get(_FOLDER)
+        if not folder:
+            return under_horovod(state, *args, **kwargs)
+        if not isinstance(state, KerasState):
+            raise UsageError(
+                f"{type(state).__name__} cannot be kept for the job's next start. Use hvd.elastic.KerasState, or start "
+                f"the job with Horovod's own launcher, horovodrun."
+            )
+        with state.kept_in(Path(folder)):
+            state.sync()
+            result = func(state, *args, **kwargs)
+            state.forget_commits()
+            return result
+
+    return elastic
 
 
 @contextlib.contextmanager

@@ -13,10 +13,11 @@ np='' hosts='' launcher=() flags=()
 while (($#)); do
   case $1 in
     -np) np=${2:?-np needs the number of ranks}; shift ;;
-    -H|--hostfile|--hosts-from) hosts=given launcher+=("$1" "${2:?$1 needs hosts}"); shift ;;
-    --bind|--interface|--ssh-args|--start-timeout|--stall-timeout|--host-timeout|--output|--python|--directory)
+    -H|--hostfile|--hosts-from|--host-discovery-script) hosts=given launcher+=("$1" "${2:?$1 needs hosts}"); shift ;;
+    --bind|--interface|--ssh-args|--start-timeout|--stall-timeout|--host-timeout|--output|--python|--directory|\
+    --min-np|--max-np|--slots|--elastic-timeout|--restarts)
       launcher+=("$1" "${2:?$1 needs a value}"); shift ;;
-    --gloo|--mpi|--insecure-host-keys|--dry-run) launcher+=("$1") ;;
+    --gloo|--mpi|--elastic|--insecure-host-keys|--dry-run) launcher+=("$1") ;;
     --strategy|--workdir) flags+=("$1=${2:?$1 needs a value}"); shift ;;
     *) flags+=("$1") ;;
   esac

@@ -7,6 +7,7 @@ background thread least of all, can be in the way of the new ones (as in TorchEl
 and unlike Horovod's own elastic mode, which mends the state of processes that go on).
 """
 
+import collections
 import contextlib
 import dataclasses
 import signal
@@ -22,6 +23,7 @@ from hvdkit.launch.job import Job, Settings, UnfitHostError, say
 from hvdkit.launch.link import Ssh, is_reachable
 
 POLL_SECONDS = 2.0
+_REST_SECONDS = 30.0  # before a host that was lost is used again; twice as long each time
 _SCRIPT_SECONDS = 60  # for a discovery script to answer
 
 
@@ -34,12 +36,14 @@ class Policy:
         most: ranks that it uses at most; None for all places that there are.
         restarts: starts after a failure; those for a change of hosts do not count.
         patience: seconds to wait for enough hosts.
+        may_change: start with other hosts than were given, or fewer ranks.
     """
 
     least: int
     most: int | None
     restarts: int
     patience: float
+    may_change: bool
 
 
 class Roster:
@@ -54,7 +58,8 @@ class Roster:
         self._discover = discover
         self._ssh = ssh
         self._listed: list[Host] = []
-        self._left_out: set[str] = set()
+        self._left_out: dict[str, float] = {}  # since when, by the monotonic clock
+        self._times: collections.Counter[str] = collections.Counter()
         self._complained = ""
         self._lock = threading.Lock()
 
@@ -65,16 +70,18 @@ class Roster:
             return [host for host in self._listed if host.name not in self._left_out]
 
     def leave_out(self, name: str) -> None:
-        """Uses a host no longer, until it can be reached again."""
+        """Uses a host no longer, until it can be reached again and has rested."""
         with self._lock:
-            self._left_out.add(name)
+            self._left_out[name] = time.monotonic()
+            self._times[name] += 1
 
-    def look_after(self) -> None:
-        """Takes back those that can be reached again."""
-        for name in list(self._left_out):
-            if is_reachable(name, self._ssh):
+    def look_after(self, *, in_need: bool = False) -> None:
+        """Takes back those that can be reached again; also those that have not rested, where there are too few."""
+        for name, since in list(self._left_out.items()):
+            has_rested = time.monotonic() - since > _REST_SECONDS * 2 ** (self._times[name] - 1)
+            if (has_rested or in_need) and is_reachable(name, self._ssh):
                 with self._lock:
-                    self._left_out.discard(name)
+                    self._left_out.pop(name, None)
 
     def _refresh(self) -> None:
         try:
@@ -110,6 +117,8 @@ class ElasticJob:
         self._signal = 0
         self._failed = 0
         self._has_run = False
+        self._before: set[str] = set()  # the hosts of the start before
+        self._newcomers: list[str] = []
         self._waits_since: float | None = None
         self._last_words = ""
 
@@ -136,7 +145,7 @@ class ElasticJob:
             try:
                 code = self._run_once(job, chosen, ranks)
             except UnfitHostError as unfit:
-                if not (self.settings.is_elastic or self._has_run):
+                if not (self.policy.may_change or self._has_run):
                     raise
                 self._leave_out(unfit)
             else:
@@ -147,6 +156,8 @@ class ElasticJob:
         try:
             job.connect()
             job.start()
+            self._newcomers = [host.name for host in chosen if self._has_run and host.name not in self._before]
+            self._before = {host.name for host in chosen}
             self._waits_since, self._has_run = None, True
             say(f"started {ranks} rank(s) on {_listed(chosen)}.")
             with self._watching(job, chosen, ranks):
@@ -156,10 +167,10 @@ class ElasticJob:
 
     def _is_final(self, job: Job, code: int, ranks: int) -> bool:
         """Whether the job is over, or given up; otherwise prepares the next start."""
-        if code in (0, failures.MISTAKE) or self._signal:
+        if code == 0 or self._signal or (code == failures.MISTAKE and not self._newcomers):
             return True
-        if job.lost_host:
-            self._roster.leave_out(job.lost_host)
+        for name in job.lost_hosts:
+            self._roster.leave_out(name)
         if job.regrouped:
             return False
         if code == failures.UNFIT:
@@ -168,6 +179,10 @@ class ElasticJob:
         if code == failures.PREEMPTED:  # a rank was told to leave its host, and all have saved
             say("the ranks have saved and left; starting again with the hosts that there are.")
             return False
+        if code == failures.MISTAKE:  # before these came, nothing was wrong
+            say(f"going on without {', '.join(self._newcomers)}.")
+            for name in self._newcomers:
+                self._roster.leave_out(name)
         self._failed += 1
         if self._failed > self.policy.restarts:
             say(
@@ -205,7 +220,7 @@ class ElasticJob:
             if not is_told:
                 say(f"waiting for hosts: there are places for {ranks} rank(s), and --min-np is {self.policy.least}.")
                 is_told = True
-            self._roster.look_after()
+            self._roster.look_after(in_need=True)
             time.sleep(POLL_SECONDS / 2)
 
     def _ranks(self, chosen: Sequence[Host]) -> int:

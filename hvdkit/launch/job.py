@@ -53,7 +53,7 @@ class Settings:
     stall_limit: float | None
     silence: float
     is_watched: bool
-    is_elastic: bool = False
+    elastic: str | None = None
 
 
 class UnfitHostError(UsageError):
@@ -67,12 +67,12 @@ class UnfitHostError(UsageError):
 class Lost(Exception):  # noqa: N818 - says what happened
     """The job cannot go on for a reason that is no rank's: the message says which, and the mend.
 
-    `host` is the name of the host that can no longer be seen, if it is that.
+    `hosts` are the names of those that it is better to do without, if it is that.
     """
 
-    def __init__(self, message: str, host: str = "") -> None:
+    def __init__(self, message: str, hosts: Sequence[str] = ()) -> None:
         super().__init__(message)
-        self.host = host
+        self.hosts = hosts
 
 
 @dataclasses.dataclass(frozen=True)
@@ -91,7 +91,7 @@ class Job:
 
     Attributes:
         events: what agents send, and signals' numbers, for the loop.
-        lost_host: the name of the host that could no longer be seen, after `run`.
+        lost_hosts: after `run`, the names of hosts that could no longer be seen, or whose ranks did not begin.
         regrouped: the ranks were told to leave because the hosts are to change.
     """
 
@@ -114,7 +114,7 @@ class Job:
         self._stopped_by = 0
         self._lost = ""
         self._is_closed = threading.Event()
-        self.lost_host = ""
+        self.lost_hosts: list[str] = []
         self.regrouped = False
 
     # ---- Start -------------------------------------------------------------------------------------------------------
@@ -247,7 +247,7 @@ class Job:
                 environment(), start_limit=self.settings.start_limit, stall_limit=self.settings.stall_limit
             ),
             **plan.watched(self.settings.is_watched),
-            **({"HVDKIT_ELASTIC": "1"} if self.settings.is_elastic else {}),
+            **({"HVDKIT_ELASTIC": self.settings.elastic} if self.settings.elastic else {}),
             **({"HVDKIT_RANK_LOGS": str(self.console.logs.resolve())} if self.console.logs else {}),
         }
 
@@ -330,7 +330,7 @@ class Job:
             if left and self._ends_at is None:
                 raise Lost(
                     f"{_ranks(left)} on host {event.link.host} can no longer be seen. {event.link.complaint()}",
-                    event.link.host,
+                    [event.link.host],
                 )
 
     def take_output(self, rank: int, data: bytes, *, is_error: bool) -> None:
@@ -391,7 +391,7 @@ class Job:
                     f"Host {link.host} has not been heard of for {limit:g} s: it is down, frozen or cut off. Its "
                     f"ranks end by themselves then. Start the job without it, or when it is back (ssh "
                     f"{link.host} true).",
-                    link.host,
+                    [link.host],
                 )
 
     def _check_start(self, now: float) -> None:
@@ -402,7 +402,8 @@ class Job:
             raise Lost(
                 f"{_ranks([slot.rank for slot in missing])} on {', '.join(hosts)} did not come to hvd.init() within "
                 f"{self.settings.start_limit} s after the first rank. See what they do there; --start-timeout=SECONDS "
-                f"gives more time."
+                f"gives more time.",
+                hosts,
             )
 
     def _end(self, grace: float) -> None:
@@ -413,7 +414,7 @@ class Job:
             link.send(end=grace)
 
     def _lose(self, lost: Lost) -> None:
-        self.lost_host = self.lost_host or lost.host
+        self.lost_hosts.extend(lost.hosts)
         if not self._lost and not self._failures:
             self._lost = str(lost)
         self._end(_END_SECONDS)

@@ -64,7 +64,8 @@ def parse(argv: list[str], description: str) -> argparse.Namespace:
     limits.add_argument("--host-timeout", type=float, default=30.0, metavar="S", help="for a host to be silent "
                         "[%(default)g; 0: none]")  # fmt: skip
     output = parser.add_argument_group("output")
-    output.add_argument("--workdir", metavar="DIR", help="keep each rank's output in DIR/logs/rank-NNNN.log")
+    output.add_argument("--workdir", metavar="DIR", help="keep each rank's output in DIR/logs/rank-NNNN.log, "
+                        "and what hvd.elastic commits in DIR/elastic")  # fmt: skip
     output.add_argument("--output", choices=MODES, help="on the screen: rank 0's; with the other ranks' standard "
                         "error; all [errors with --workdir, else all]")  # fmt: skip
     output.add_argument("--dry-run", action="store_true", help="ask the hosts, and show what would be started on them")
@@ -87,6 +88,8 @@ def _check_elastic(parser: argparse.ArgumentParser, arguments: argparse.Namespac
     for name in ("min_np", "max_np", "host_discovery_script"):
         if getattr(arguments, name) is not None and not arguments.elastic:
             parser.error(f"--{name.replace('_', '-')} was given without --elastic; add it")
+    if _starts_again(arguments) and not arguments.workdir:
+        parser.error("--elastic and --restarts go on from what the job keeps in a folder: name it with --workdir DIR")
     if arguments.elastic and arguments.mpi:
         parser.error("--elastic and --mpi exclude each other: MPI cannot go on without a rank. --restarts starts again")
     if arguments.host_discovery_script and (arguments.hosts or arguments.hostfile or arguments.hosts_from):
@@ -121,7 +124,7 @@ def settings(arguments: argparse.Namespace) -> Settings:
         stall_limit=arguments.stall_timeout if arguments.stall_timeout is not None or not arguments.elastic else 120.0,
         silence=arguments.host_timeout,
         is_watched=sys.stderr.isatty(),
-        is_elastic=arguments.elastic,
+        elastic=str((Path(arguments.workdir) / "elastic").resolve()) if _starts_again(arguments) else None,
     )
 
 
@@ -133,10 +136,15 @@ def policy(arguments: argparse.Namespace, settings: Settings) -> Policy | None:
             most=arguments.max_np or arguments.np,
             restarts=10 if arguments.restarts is None else arguments.restarts,
             patience=arguments.elastic_timeout,
+            may_change=True,
         )
     if arguments.restarts:
-        return Policy(settings.ranks, settings.ranks, arguments.restarts, arguments.elastic_timeout)
+        return Policy(settings.ranks, settings.ranks, arguments.restarts, arguments.elastic_timeout, may_change=False)
     return None
+
+
+def _starts_again(arguments: argparse.Namespace) -> bool:
+    return bool(arguments.elastic or arguments.restarts)
 
 
 def console(arguments: argparse.Namespace) -> Console:

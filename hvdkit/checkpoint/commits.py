@@ -1,0 +1,96 @@
+"""Commits of an elastic script, kept on disk for the job's next start.
+
+Horovod's elastic launcher keeps processes alive, and their memory with them. Where the launcher starts all ranks anew,
+as hvdkit's does, what rank 0 has committed is written by a thread while training goes on, as a checkpoint is.
+"""
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from hvdkit.checkpoint import store
+from hvdkit.checkpoint.plain import NotPlain, pack, unpack
+from hvdkit.checkpoint.writer import Writer
+from hvdkit.errors import UsageError
+
+_KEPT = 2  # the newest, and one before it should that be damaged
+
+
+class Commits:
+    """The commits of one job, which rank 0 alone reads and writes.
+
+    Args:
+        folder: where they lie; on a disk that all hosts share, if rank 0 may move to another host.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        self._writer = Writer()
+        self._number = 0
+        store.sweep(folder)
+
+    def newest(self, values: Sequence[np.ndarray]) -> tuple[list[np.ndarray], dict[str, Any]] | None:
+        """The values and attributes of the newest intact commit; None if there is none.
+
+        Args:
+            values: the present ones, which must be of the same shapes.
+
+        Raises:
+            UsageError: it is of another model.
+        """
+        found = store.newest(self.folder)
+        if found is None:
+            return None
+        self._number = found.state["step"]
+        kept = [found.arrays[f"value/{number}"] for number in range(found.state["values"])]
+        shapes, theirs = [v.shape for v in values], [v.shape for v in kept]
+        if shapes != theirs:
+            raise UsageError(
+                f"{found.path} is a commit of another model: its {len(theirs)} variables have the shapes "
+                f"{theirs!s:.80}..., and this one's {len(shapes)} have {shapes!s:.80}... Give the launcher another "
+                f"--workdir."
+            )
+        return kept, unpack(found.state["attributes"], found.arrays)
+
+    def keep(self, values: Sequence[np.ndarray], attributes: Mapping[str, Any], *, may_drop: bool) -> None:
+        """Writes a commit in the background.
+
+        Args:
+            values: not changed any more by the caller.
+            attributes: numbers, texts, arrays, and lists, tuples and dicts of these.
+            may_drop: leave it, if the one before is still being written.
+
+        Raises:
+            UsageError: an attribute is of another type.
+        """
+        if may_drop and self._writer.busy:
+            return
+        self._number += 1
+        number, arrays = self._number, {f"value/{number}": value for number, value in enumerate(values)}
+        try:
+            packed = pack(dict(attributes), arrays, "attribute")
+        except NotPlain as error:
+            raise UsageError(
+                f"An attribute of the elastic state holds a value of type {error}, which is not kept on disk without "
+                f"pickle. Give KerasState numbers, texts, arrays, and lists, tuples and dicts of these."
+            ) from None
+        state = {"step": number, "values": len(values), "attributes": packed}
+        self._writer.start(number, lambda: self._write(number, state, arrays))
+
+    def wait(self) -> str:
+        """Returns when nothing is being written: why the last commit could not be, or an empty text."""
+        self._writer.wait()
+        return str(self._writer.error or "")
+
+    def forget(self) -> None:
+        """Removes all commits: the job has ended well, and the next one begins at the beginning."""
+        self._writer.wait()
+        for path in store.folders(self.folder):
+            store.remove(path)
+
+    def _write(self, number: int, state: dict[str, Any], arrays: dict[str, np.ndarray]) -> Path:
+        path = store.write(self.folder, number, state, arrays, {})
+        store.retain(self.folder, keep=_KEPT, best=0, monitor="", mode="min")
+        return path
