@@ -40,6 +40,8 @@ up() {
   mkdir -p "$state" /run/sshd
   chmod 700 "$state"
   ssh-keygen -q -t ed25519 -N '' -C "$name" -f "$state/key"
+  touch "$state/network"
+  mount --bind /proc/self/ns/net "$state/network"  # this machine's own, for hosts that are to reach it
   ip link add "$name" type bridge
   ip link set "$name" up
   for ((i = 1; i <= count; i++)); do make_files "$i" "$count"; done
@@ -107,8 +109,7 @@ run() {
 
 cable() {  # up|down HOST
   [[ -e $state/${2:-}.pid ]] || die "there is no host '${2:-}'; make hosts with: $0 up 2"
-  # The other end of the cable is in the network of this machine, which is that of its first process.
-  nsenter --target 1 --net ip link set "$name-$2" "$1"
+  nsenter --net="$state/network" ip link set "$name-$2" "$1"  # the other end of the cable
 }
 
 down() {
@@ -119,6 +120,7 @@ down() {
     ip link delete "$space" 2>/dev/null || true  # gone with the namespace, a moment later
   done
   ip link delete "$name" 2>/dev/null || true
+  umount "$state/network" 2>/dev/null || true
   rm -rf "$state" /etc/netns/"$name"-h*
   rmdir /etc/netns /run/hvdkit-testhosts 2>/dev/null || true
 }

@@ -144,6 +144,11 @@ class Cluster:
         """The file that the host has in place of this machine's in /etc."""
         return Path(f"/etc/netns/{self.name}-{host}") / file
 
+    def cable(self, what, host):
+        """Takes a host's cable out (`cut`), or puts it in again (`mend`)."""
+        ended = run_command([self.script, what, host], timeout=60, env=self.environment)
+        assert ended.code == 0, ended.output
+
     def up(self, number):
         return run_command([self.script, "up", number], timeout=120, env=self.environment)
 

@@ -46,6 +46,10 @@ class Policy:
     may_change: bool
 
 
+class TooFewHostsError(UsageError):
+    """There were not enough hosts for too long."""
+
+
 class Roster:
     """The hosts that are listed now, without those that cannot be used.
 
@@ -137,10 +141,16 @@ class ElasticJob:
         """Starts the job until it has succeeded, and returns the launcher's exit code.
 
         Raises:
-            UsageError: there were not enough hosts for too long, or the first start shows a mistake.
+            UsageError: the first start shows a mistake, or there were not even enough hosts for it.
         """
         while True:
-            chosen, ranks = self._wait_for_hosts()
+            try:
+                chosen, ranks = self._wait_for_hosts()
+            except TooFewHostsError as error:
+                if not self._has_run:
+                    raise
+                say(str(error))
+                return failures.STALLED
             job = self._job = self._make(dataclasses.replace(self.settings, hosts=chosen, ranks=ranks))
             try:
                 code = self._run_once(job, chosen, ranks)
@@ -212,7 +222,7 @@ class ElasticJob:
             if ranks >= self.policy.least:
                 return _enough(chosen, ranks), ranks
             if time.monotonic() - self._waits_since > self.policy.patience:
-                raise UsageError(
+                raise TooFewHostsError(
                     f"There were places for {ranks} rank(s) only for {self.policy.patience:g} s, and --min-np is "
                     f"{self.policy.least}. {self._last_words or 'Add hosts.'} The same command goes on from its last "
                     f"checkpoint."

@@ -127,15 +127,14 @@ def test_no_orphan_on_any_host_when_the_launcher_is_killed(start):
 def test_a_cut_link_ends_both_sides(cluster, start):
     job = start(*TWO, "--host-timeout", "5", "--", "sh", "-c", STUBBORN)
     read_until(job, r"rank \d is", 2)
-    link = ["ip", "link", "set", f"{cluster.name}-h2"]
-    subprocess.run([*link, "down"], check=True)
+    cluster.cable("cut", "h2")
     try:
         code, output = end(job)
         assert code == 75, output
         assert "hvdkit.launch: Host h2 has not been heard of for 5 s: it is down, frozen or cut off." in output
         wait_until(lambda: not remains(), "processes are left on h2, which is still cut off")
     finally:
-        subprocess.run([*link, "up"], check=True)
+        cluster.cable("mend", "h2")
 
 
 # ---- Strangers ---------------------------------------------------------------------------------------------------

@@ -52,9 +52,9 @@ def wait_until(holds, what, seconds=60):
         time.sleep(0.1)
 
 
-def end(process):
+def end(process, seconds=60):
     """Waits for a job's end; returns its exit code and the rest of its output."""
-    output, _ = process.communicate(timeout=60)
+    output, _ = process.communicate(timeout=seconds)
     return process.returncode, output
 
 

@@ -1,4 +1,4 @@
-"""Ranks that come while a job runs, started by Horovod's elastic launcher as a user starts it."""
+"""Ranks that come and go while a job runs, started by Horovod's elastic launcher or by hvdkit's, as a user does it."""
 
 import os
 import re
@@ -20,26 +20,20 @@ PROGRAM = Path(__file__).with_name("elastic_main.py")
 class Elastic:
     """An elastic job whose hosts are what stands in a file."""
 
-    def __init__(self, folder, hosts, *launcher, pace, path=()):
+    def __init__(self, folder, hosts, *launcher, pace, by="horovodrun", path=()):
         self.hosts = folder / "hosts"
         self.set_hosts(hosts)
         script = folder / "discover.sh"
         script.write_text(f"#!/bin/sh\ncat {self.hosts}\n")
         script.chmod(0o755)
         self.log = folder / "log"
-        runner = Path(sys.executable).with_name("horovodrun")
-        # "lo" spares a minute in which Horovod looks for a network that all hosts share.
-        command = [
-            runner,
-            *launcher,
-            "--network-interfaces",
-            "lo",
-            "--host-discovery-script",
-            script,
-            sys.executable,
-            PROGRAM,
-            pace,
-        ]
+        start = {
+            # "lo" spares a minute in which Horovod looks for a network that all hosts share.
+            "horovodrun": [Path(sys.executable).with_name("horovodrun"), "--network-interfaces", "lo"],
+            "hvdkit": [sys.executable, "-m", "hvdkit.launch", "--elastic", "--workdir", folder, "--output", "all"],
+        }[by]
+        end = ["--"] if by == "hvdkit" else []
+        command = [*start, *launcher, "--host-discovery-script", script, *end, sys.executable, PROGRAM, pace]
         environment = {"PYTHONPATH": str(PROGRAM.parents[2]), "TF_CPP_MIN_LOG_LEVEL": "2"}
         environment["PATH"] = os.pathsep.join([*map(str, path), os.environ["PATH"]])
         with self.log.open("w") as log:
@@ -100,10 +94,10 @@ def elastic(tmp_path):
     psutil.wait_procs(helpers, timeout=30)
 
 
-def test_a_rank_that_comes_later_joins_the_training(elastic):
-    job = elastic(
-        "localhost:1", "-np", 1, "--min-np", 1, "--max-np", 2, pace=0.7
-    )  # Horovod looks at hosts every few seconds
+@pytest.mark.parametrize("by", ["horovodrun", "hvdkit"])
+def test_a_rank_that_comes_later_joins_the_training(elastic, by):
+    # Horovod looks at hosts every few seconds.
+    job = elastic("localhost:1", "-np", 1, "--min-np", 1, "--max-np", 2, pace=0.7, by=by)
     job.wait_for(r"rank 0 of 1 did epoch 1 ")
     job.set_hosts("localhost:2")
     job.wait_for(r"rank 1 of 2 starts at epoch \d+, batch \d+")
@@ -141,3 +135,21 @@ def test_after_a_kill_the_survivor_goes_on_from_the_last_commit(elastic, ssh_to_
     (steps, sizes) = re.findall(r"rank 0 of 1 is done: 6 epochs, (\d+) steps.*sizes \[(.*)\]", output)[0]
     assert steps == "120", f"a step was lost or done twice:\n{output}"
     assert sizes == "2, 1", "the state of before the kill was kept"
+
+
+def test_after_a_kill_new_ranks_go_on_from_the_last_commit(elastic):
+    """Under hvdkit's launcher all start anew, also on the host of the dead one."""
+    job = elastic("localhost:2", "--min-np", 1, pace=0.1, by="hvdkit")
+    victim = job.wait_for(r"rank 1 of 2 did epoch 2 .*\(process (\d+) of ")[0]
+    os.kill(int(victim), signal.SIGKILL)
+    job.wait_for(r"hvdkit.launch: restart 1 of 10")
+    assert job.finish() == 0
+    output = job.log.read_text(errors="replace")
+    starts = re.findall(r"rank 0 of 2 starts at epoch (\d+), batch (\d+)", output)
+    assert starts[0] == ("0", "0")
+    assert len(starts) == 2
+    assert (2, 0) <= tuple(map(int, starts[1])) < (4, 0), "what was committed is not done again"
+    (steps, sizes) = re.findall(r"rank 0 of 2 is done: 6 epochs, (\d+) steps.*sizes \[(.*)\]", output)[0]
+    assert steps == "120", f"a step was lost or done twice:\n{output}"
+    assert sizes == "2, 2", "the state of before the kill was kept"
+    assert not list((job.hosts.parent / "elastic").iterdir()), "a job that is done leaves no commits behind"
