@@ -1,5 +1,8 @@
 """The elastic state and its callbacks, in one process."""
 
+import os
+import signal
+
 import keras
 import numpy as np
 import pytest
@@ -7,6 +10,7 @@ import tensorflow as tf
 
 import hvdkit as hvd
 from hvdkit import elastic
+from hvdkit.checkpoint.commits import Commits
 
 
 @pytest.fixture
@@ -116,3 +120,92 @@ def test_early_stopping_behind_the_update_still_stops(model):
     history = model.fit(*_data(), batch_size=2, epochs=9, callbacks=callbacks, verbose=0)
     assert len(history.epoch) == 2
     assert int(model.optimizer.iterations) == 2 + 6, "the first epoch has 2 steps left of 6"
+
+
+# ---- Commits on disk, where a launcher starts ranks anew ---------------------------------------------------------
+
+
+def _train_until(model, step, number=signal.SIGTERM):
+    """Trains 2 epochs of 6 steps, commits after every second one, and gets a signal in a step; returns the state."""
+    state = elastic.KerasState(model, epoch=0, batch=0, seen=())
+
+    class Told(keras.callbacks.Callback):
+        left = step
+
+        def on_train_batch_end(self, batch, logs=None):
+            state.seen = (*state.seen, int(model.optimizer.iterations))
+            self.left -= 1
+            if not self.left:
+                os.kill(os.getpid(), number)
+
+    @elastic.run
+    def train(state):
+        callbacks = [
+            Told(),
+            elastic.UpdateBatchStateCallback(state),
+            elastic.UpdateEpochStateCallback(state),
+            elastic.CommitStateCallback(state, batches_per_commit=2),
+        ]
+        model.fit(*_data(), batch_size=2, epochs=2 - state.epoch, callbacks=callbacks, verbose=0)
+
+    train(state)
+    return state
+
+
+def _model():
+    keras.utils.set_random_seed(0)
+    model = keras.Sequential([keras.layers.Input([2]), keras.layers.Dropout(0.5), keras.layers.Dense(1)])
+    model.compile(hvd.DistributedOptimizer(keras.optimizers.Adam(0.1)), loss="mse", jit_compile=False)
+    return model
+
+
+def test_a_job_that_is_told_to_leave_goes_on_at_its_next_start(monkeypatch, tmp_path):
+    monkeypatch.setenv("HVDKIT_ELASTIC", str(tmp_path))
+    with pytest.raises(SystemExit, match="told to leave after a commit; it is kept") as left:
+        _train_until(_model(), step=9)
+    assert left.value.code == 85
+    assert signal.getsignal(signal.SIGTERM) == signal.SIG_DFL, "who listened has stopped"
+    resumed = _model()
+    state = _train_until(resumed, step=0)
+    assert state.seen == tuple(range(1, 13)), "no step is lost or done twice"
+    assert (state.epoch, state.batch) == (2, 0)
+    assert not list(tmp_path.iterdir()), "a job that is done leaves no commits behind"
+    monkeypatch.delenv("HVDKIT_ELASTIC")
+    whole = _model()
+    _train_until(whole, step=0)
+    assert all(np.array_equal(a, b) for a, b in zip(_values(whole), _values(resumed), strict=True)), "bit for bit"
+
+
+def test_what_is_not_committed_is_lost_and_what_is_committed_is_not(monkeypatch, tmp_path):
+    monkeypatch.setenv("HVDKIT_ELASTIC", str(tmp_path))
+    monkeypatch.setattr(Commits, "keep", lambda self, *values, may_drop: keep(self, *values, may_drop=False))
+    before = signal.signal(signal.SIGUSR2, _die)
+    try:
+        with pytest.raises(ZeroDivisionError):
+            _train_until(_model(), step=9, number=signal.SIGUSR2)
+    finally:
+        signal.signal(signal.SIGUSR2, before)
+    state = _train_until(_model(), step=0)
+    assert state.seen == tuple(range(1, 13)), "step 9 was done twice, and counts once"
+
+
+keep = Commits.keep
+
+
+def _die(*_):
+    raise ZeroDivisionError
+
+
+def test_commits_of_another_model_and_values_that_cannot_be_kept_are_refused(monkeypatch, tmp_path, model):
+    monkeypatch.setenv("HVDKIT_ELASTIC", str(tmp_path))
+    with pytest.raises(SystemExit):
+        _train_until(model, step=1)
+    other = keras.Sequential([keras.layers.Input([3]), keras.layers.Dense(1)])
+    other.compile("sgd", loss="mse")
+    with pytest.raises(hvd.UsageError, match=r"is a commit of another model.*another --workdir"):
+        elastic.run(lambda state: None)(elastic.KerasState(other))
+    commits = Commits(tmp_path / "other")
+    with pytest.raises(hvd.UsageError, match="holds a value of type object, which is not kept on disk"):
+        commits.keep([], {"epoch": object()}, may_drop=False)
+    with pytest.raises(hvd.UsageError, match="int cannot be kept for the job's next start"):
+        elastic.run(lambda state: None)(0)
