@@ -8,12 +8,7 @@ MISTAKE = 2  # of the user's: starting again would not mend it
 STALLED = 75  # EX_TEMPFAIL of sysexits.h, as in hvdkit.watchdog: the job may be started again
 PREEMPTED = 85  # as in hvdkit.checkpoint.preemption, which this module must not import: it would load TensorFlow
 UNFIT = 86  # in an elastic job: this number of ranks cannot be used, and another could
-SAID = (
-    MISTAKE,
-    STALLED,
-    PREEMPTED,
-    UNFIT,
-)  # exit codes of ranks that have said all: what the user can mend, a stall's report
+SAID = (MISTAKE, STALLED, PREEMPTED, UNFIT)  # exit codes of ranks that have said all that there is to say
 
 
 @dataclasses.dataclass(frozen=True)
@@ -57,8 +52,10 @@ def first(
     # A rank that a signal killed had no say; one that left in its wake did so by itself, and may be heard of first.
     # What aborts in the wake of another kills itself, too, but never with SIGKILL.
     killed = sorted((f for f in failures if f.code < 0), key=lambda failure: failure.code != -signal.SIGKILL)
+    # Nor does SIGKILL follow from an exception elsewhere, in whichever order the two become known.
+    killed_apart = [f for f in killed if cause and f.rank != cause[0] and f.code == -signal.SIGKILL]
     killed_before = [failure for failure in failures[:known_before] if failure.code < 0]
-    if cause is not None and not killed_before:
+    if cause is not None and not killed_before and not killed_apart:
         rank, told = cause
         own = next((failure.code for failure in failures if failure.rank == rank), None)
         # One that fails with an exception may be ended by the launcher while it cleans up.

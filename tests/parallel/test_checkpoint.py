@@ -59,7 +59,7 @@ def test_dropout_and_batch_normalization_go_on_bit_for_bit_after_sigkill(tmp_pat
     (tmp_path / "mine.py").write_text(MODELS)
     _, outcome = verify_resume(
         tmp_path, "--kills=2", "--model=mine.py:dropout", "--epochs=2", "--checkpoint_every=4", "--warmup_epochs=1",
-        "--optimizer=sgd:momentum=0.9", "--steps_per_execution=2",
+        "--optimizer=sgd:momentum=0.9", "--steps_per_execution=2", "--global_batch=64",
     )  # fmt: skip
     assert outcome["kills"] == 2
     assert outcome["compared"] == dict.fromkeys(outcome["compared"], True)

@@ -226,6 +226,7 @@ def test_the_watchdogs_sentence_names_the_rank_that_was_the_cause(screen, before
         ([(0, 1), (1, -9)], None, 0, (1, -9)),  # rank 0 left because rank 1 was killed
         ([(0, -6), (1, -9)], None, 0, (1, -9)),  # rank 0 aborted because rank 1 was killed
         ([(1, -9), (0, 1)], (0, 1), 1, (1, -9)),  # rank 0's exception follows from that death
+        ([(0, 1), (1, -9)], (0, 1), 0, (1, -9)),  # also where the exception is heard of first
         ([(1, -6), (0, 1)], (0, 1), 0, (0, 1)),  # and here rank 1's abort follows from the exception
         ([(1, 75)], (0, None), 0, (0, -15)),  # ended by the launcher before its own end was known
         ([], None, 0, None),
