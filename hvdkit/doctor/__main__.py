@@ -21,7 +21,7 @@ from hvdkit.doctor.checks.registry import FAILED
 from hvdkit.doctor.examination import Examination, Settings
 from hvdkit.errors import UsageError
 from hvdkit.launch import hosts
-from hvdkit.launch.link import Ssh
+from hvdkit.launch.shells import Ssh
 
 _SSH_SECONDS = 5
 

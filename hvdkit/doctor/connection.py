@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from hvdkit.doctor import probe
-from hvdkit.launch.link import Ssh
+from hvdkit.launch.shells import Ssh
 
 LIFETIME_SECONDS = 420  # after which a probe ends by itself, whatever became of the doctor
 # Takes its program from its input, where no other user of the host can read it.

@@ -19,7 +19,8 @@ from hvdkit.doctor.connection import LOADER, Connection, Lost
 from hvdkit.doctor.findings import Findings, HostFindings
 from hvdkit.errors import UsageError
 from hvdkit.launch.hosts import Host, assign
-from hvdkit.launch.link import Ssh, address_of, exported, is_this_host, own_address_towards
+from hvdkit.launch.link import address_of, exported, is_this_host, own_address_towards
+from hvdkit.launch.shells import Ssh
 
 HELLO_SECONDS = 20.0
 ANSWER_SECONDS = 20.0

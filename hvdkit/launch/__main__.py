@@ -37,7 +37,7 @@ def _launch(arguments: options.argparse.Namespace) -> int:
     policy = options.policy(arguments, settings)
     if policy is None or arguments.dry_run:
         return _run_once(make(settings), arguments.dry_run)
-    job = ElasticJob(settings, policy, Roster(lambda: options.discover(arguments), settings.ssh), make)
+    job = ElasticJob(settings, policy, Roster(lambda: options.discover(arguments), settings.shell), make)
     _receive(job.receive)
     try:
         return job.run()

@@ -75,7 +75,8 @@ class Agent:
         signal.set_wakeup_fd(alarm, warn_on_full_buffer=False)
         signal.signal(signal.SIGCHLD, lambda *_: None)
         for number in (signal.SIGTERM, signal.SIGHUP, signal.SIGINT):
-            signal.signal(number, lambda *_: self._end(5.0))
+            # As Slurm ends a step, 30 s before it kills: ranks may save first.
+            signal.signal(number, lambda *_: self._end(25.0))
         self.selector.register(awake, selectors.EVENT_READ, lambda: os.read(awake, 4096))
         self.selector.register(0, selectors.EVENT_READ, self._listen)
         while not self._is_done():

@@ -20,7 +20,8 @@ from hvdkit.errors import UsageError
 from hvdkit.launch import failures, hosts
 from hvdkit.launch.hosts import Host
 from hvdkit.launch.job import Job, Settings, UnfitHostError, say
-from hvdkit.launch.link import Ssh, is_reachable
+from hvdkit.launch.link import is_reachable
+from hvdkit.launch.shells import Shell
 
 POLL_SECONDS = 2.0
 _REST_SECONDS = 30.0  # before a host that was lost is used again; twice as long each time
@@ -55,12 +56,12 @@ class Roster:
 
     Args:
         discover: lists hosts; one that was listed before keeps its place, so that rank 0 stays where it is.
-        ssh: how to see whether a host is back.
+        shell: how to see whether a host is back.
     """
 
-    def __init__(self, discover: Callable[[], Sequence[Host]], ssh: Ssh) -> None:
+    def __init__(self, discover: Callable[[], Sequence[Host]], shell: Shell) -> None:
         self._discover = discover
-        self._ssh = ssh
+        self._shell = shell
         self._listed: list[Host] = []
         self._left_out: dict[str, float] = {}  # since when, by the monotonic clock
         self._times: collections.Counter[str] = collections.Counter()
@@ -83,7 +84,7 @@ class Roster:
         """Takes back those that can be reached again; also those that have not rested, where there are too few."""
         for name, since in list(self._left_out.items()):
             has_rested = time.monotonic() - since > _REST_SECONDS * 2 ** (self._times[name] - 1)
-            if (has_rested or in_need) and is_reachable(name, self._ssh):
+            if (has_rested or in_need) and is_reachable(name, self._shell):
                 with self._lock:
                     self._left_out.pop(name, None)
 

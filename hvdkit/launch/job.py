@@ -5,6 +5,7 @@ One loop takes events off a queue: what agents send, and signals. Nothing else c
 
 import dataclasses
 import queue
+import shlex
 import signal
 import sys
 import threading
@@ -21,13 +22,13 @@ from hvdkit.launch.link import (
     GONE,
     Event,
     Link,
-    Ssh,
     address_of,
     environment,
     exported,
     is_this_host,
     own_address_towards,
 )
+from hvdkit.launch.shells import Shell
 
 _ANSWER_SECONDS = 30  # for a host that does much else, at least: ssh itself is told sooner that nobody is there
 _SPEAK_SECONDS = 4.0  # for the other ranks to say why one has failed, before they are ended
@@ -45,7 +46,7 @@ class Settings:
     hosts: list[Host]
     ranks: int
     directory: str
-    ssh: Ssh
+    shell: Shell
     python: str
     interface: str | None
     bind: str
@@ -127,11 +128,11 @@ class Job:
         """
         used = [host.name for host in self.settings.hosts if any(slot.hostname == host.name for slot in self.slots)]
         for name in used:
-            self._addresses[name] = address_of(name, self.settings.ssh)
+            self._addresses[name] = address_of(name, self.settings.shell)
         for name, address in self._addresses.items():
             is_here = is_this_host(name, address)
             python = sys.executable if is_here else self.settings.python
-            link = Link(name, None if is_here else self.settings.ssh, python, self.events)
+            link = Link(name, None if is_here else self.settings.shell, python, self.events)
             self.links.append(link)
             self._names[link] = name
             link.send(
@@ -162,10 +163,11 @@ class Job:
                 event = self.events.get(timeout=max(until - time.monotonic(), 0.01))
             except queue.Empty:
                 names = ", ".join(link.host for link in missing)
+                trial = shlex.join(self.settings.shell.command(missing[0].host, "true"))
                 raise UnfitHostError(
                     missing[0].host,
-                    f"No answer from {names} within {limit} s. Does ssh {missing[0].host} true "
-                    f"work? --start-timeout=SECONDS gives more time.",
+                    f"No answer from {names} within {limit} s. Does this work: {trial}? --start-timeout=SECONDS gives "
+                    f"more time.",
                 ) from None
             self._on_event_of_start(event)
 
@@ -258,7 +260,13 @@ class Job:
     def description(self) -> str:
         """What `--dry-run` prints; the hosts must have been connected."""
         ranks = [
-            (slot, binding, f"by ssh as {self._addresses[link.host]}" if link.is_remote else "is this host")
+            (
+                slot,
+                binding,
+                f"by {self.settings.shell.program} as {self._addresses[link.host]}"
+                if link.is_remote
+                else "is this host",
+            )
             for link in self.links
             for slot, binding in self.placed_on(link)
         ]
@@ -389,8 +397,7 @@ class Job:
             if link.is_remote and limit and link.silent_for() > limit:
                 raise Lost(
                     f"Host {link.host} has not been heard of for {limit:g} s: it is down, frozen or cut off. Its "
-                    f"ranks end by themselves then. Start the job without it, or when it is back (ssh "
-                    f"{link.host} true).",
+                    f"ranks end by themselves then. Start the job without it, or when it is back.",
                     [link.host],
                 )
 

@@ -1,4 +1,4 @@
-"""The launcher's connection to one host: starts an agent there, over ssh where it is another host, and talks to it.
+"""The launcher's connection to one host: starts an agent there, by a remote shell if it is another, and talks to it.
 
 Everything that the agent is told, its own source first, goes through its input: the ranks' environment with whatever
 secrets it holds is on no command line. What comes back becomes events on one queue.
@@ -15,15 +15,14 @@ import shlex
 import signal
 import socket
 import subprocess
-import sys
 import threading
 import time
-from collections.abc import Sequence
 from pathlib import Path
 from typing import IO, Any
 
 from hvdkit.errors import UsageError
 from hvdkit.launch import agent
+from hvdkit.launch.shells import Shell
 
 _MOST_BYTES = 1 << 24  # of a frame: an agent sends 64 KiB at most
 _MOST_COMPLAINTS = 1 << 16  # bytes of what ssh said, the last ones
@@ -50,46 +49,19 @@ class Event:
 GONE = b"gone"
 
 
-@dataclasses.dataclass(frozen=True)
-class Ssh:
-    """How to reach other hosts.
-
-    Attributes:
-        arguments: more arguments for ssh, before those that the launcher gives itself, which they can override.
-        checks_keys: whether a host must prove to be the one in the user's known hosts.
-        patience: seconds to wait for a connection.
-    """
-
-    arguments: Sequence[str] = ()
-    checks_keys: bool = True
-    patience: int = 20
-
-    def options(self) -> list[str]:
-        """The options of every connection."""
-        keys = ["StrictHostKeyChecking=yes"]
-        if not self.checks_keys:
-            keys = ["StrictHostKeyChecking=no", "UserKnownHostsFile=/dev/null", "GlobalKnownHostsFile=/dev/null"]
-        given = ["BatchMode=yes", f"ConnectTimeout={self.patience}", "ForwardX11=no", "LogLevel=ERROR", *keys]
-        return [*self.arguments, "-T", *(part for option in given for part in ("-o", option))]
-
-    def command(self, host: str, command: str) -> list[str]:
-        """What runs a command line on another host."""
-        return ["ssh", *self.options(), "--", host, command]
-
-
 class Link:
     """An agent on one host.
 
     Args:
         host: the host's name, as the user gave it.
-        ssh: how to reach it; None for this host.
+        shell: how to reach it; None for this host.
         python: the interpreter to run the agent with, there.
         events: where what the agent sends is put.
     """
 
-    def __init__(self, host: str, ssh: Ssh | None, python: str, events: "queue.SimpleQueue[Any]") -> None:
+    def __init__(self, host: str, shell: Shell | None, python: str, events: "queue.SimpleQueue[Any]") -> None:
         self.host = host
-        self.ssh = ssh
+        self.shell = shell
         self.heard = time.monotonic()
         self.about: dict[str, Any] | None = None  # what the agent said of its host
         self.is_gone = False
@@ -102,14 +74,15 @@ class Link:
         try:
             # In a session of its own, or Ctrl-C would reach the connection before it could end the ranks.
             self._process = subprocess.Popen(
-                program if ssh is None else ssh.command(host, "exec " + shlex.join(program)),
+                program if shell is None else shell.command(host, "exec " + shlex.join(program)),
                 stdin=subprocess.PIPE,
                 stdout=subprocess.PIPE,
                 stderr=subprocess.PIPE,
                 start_new_session=True,
             )
         except FileNotFoundError as error:
-            raise UsageError(f"{error.filename} is missing; install it with: apt-get install openssh-client.") from None
+            mend = shell.install if shell else "reinstall Python"
+            raise UsageError(f"{error.filename} is missing; {mend}.") from None
         self._threads = [threading.Thread(target=work, daemon=True) for work in (self._read, self._read_complaints)]
         for thread in self._threads:
             thread.start()
@@ -119,7 +92,7 @@ class Link:
     @property
     def is_remote(self) -> bool:
         """Whether the agent is on another host."""
-        return self.ssh is not None
+        return self.shell is not None
 
     def send(self, **order: Any) -> None:
         """Sends an order; that the agent has gone is told by an event."""
@@ -140,7 +113,7 @@ class Link:
         try:
             self._process.wait(max(until - time.monotonic(), 0.1))
         except subprocess.TimeoutExpired:
-            # ssh, to a host that does not answer: what runs there ends itself when it hears nothing more.
+            # A remote shell, to a host that does not answer: what runs there ends itself when it hears nothing more.
             self._process.send_signal(signal.SIGKILL if self.is_remote else signal.SIGTERM)
         try:
             self._process.wait(8)
@@ -156,13 +129,11 @@ class Link:
         try:
             code = self._process.wait(5)
         except subprocess.TimeoutExpired:
-            code = 255  # as ssh itself has it for a connection that failed
+            code = 255  # as ssh has it for a connection that failed
         said = self._complaints.decode(errors="replace").strip()
-        return (
-            explain(self.host, said, code, self._python)
-            if self.is_remote
-            else f"The agent on this host ended: {said or code}"
-        )
+        if self.shell is None:
+            return f"The agent on this host ended: {said or code}"
+        return self.shell.explain(self.host, said, code, self._python)
 
     def _write(self, data: bytes) -> None:
         with contextlib.suppress(OSError, ValueError), self._lock:
@@ -199,56 +170,19 @@ def _frame(source: IO[bytes]) -> tuple[bytes, int, bytes] | None:
     return (kind, rank, body) if len(body) == length else None
 
 
-# What ssh says, what it means, and what to do; the first that is found counts.
-_EXPLANATIONS = {
-    "REMOTE HOST IDENTIFICATION HAS CHANGED|host key .* has changed": (
-        "Host {host} shows another key than the one known for it: it was set up anew, or another machine answers in "
-        "its place. If it was set up anew: ssh-keygen -R {host}, then ssh {host} once and compare the fingerprint."
-    ),
-    "Host key verification failed|host key is known for": (
-        "The key of host {host} is not known here, so it could be any machine. Run ssh {host} once and confirm its "
-        "fingerprint; --insecure-host-keys takes any key, for networks that you trust."
-    ),
-    "Permission denied": "Host {host} lets nobody in without a password. Set up a key with: ssh-copy-id {host}.",
-    "Could not resolve hostname": "Host {host} is not known here. Is the name right? getent hosts {host} must find it.",
-    "timed out|No route to host|Network is unreachable|Connection closed|Connection reset": (
-        "Host {host} cannot be reached by ssh. Is it up, and is its port 22 open for this host? Try: ssh {host} true."
-    ),
-    "Connection refused": "Host {host} is there, but nothing listens on its ssh port. Start sshd on it.",
-    "[Nn]o such file or directory|[Nn]ot found": (
-        "Host {host} has no Python at {python}. Install hvdkit at the same path as here, or name the one that is "
-        "there: --python PATH."
-    ),
-}
-
-
-def explain(host: str, said: str, code: int, python: str = sys.executable) -> str:
-    """What ssh said about a host, as a sentence with the mend, and ssh's own last line."""
-    last = said.splitlines()[-1].strip() if said else f"ssh ended with exit code {code}, and said nothing"
-    for pattern, sentence in _EXPLANATIONS.items():
-        if re.search(pattern, said):
-            return f"{sentence.format(host=host, python=python)} (ssh: {last})"
-    return f"The connection to host {host} failed. Try: ssh {host} true. (ssh: {last})"
-
-
 # --------------------------------------------------------------------------------------------- Names and addresses
 
 
-def address_of(host: str, ssh: Ssh) -> str:
-    """A host's IPv4 address; a name that only ssh's configuration knows is looked up there.
+def address_of(host: str, shell: Shell) -> str:
+    """A host's IPv4 address; a name that only the remote shell knows is looked up there.
 
     Raises:
         UsageError: the name has no address.
     """
-    for name in (host, None):
+    for name in (lambda: host, lambda: shell.name_of(host)):
         with contextlib.suppress(OSError):
-            return socket.gethostbyname(name or _name_for_ssh(host, ssh))
+            return socket.gethostbyname(name())
     raise UsageError(f"Host {host} is not known here. Is the name right? getent hosts {host} must find its address.")
-
-
-def _name_for_ssh(host: str, ssh: Ssh) -> str:
-    asked = subprocess.run(["ssh", *ssh.options(), "-G", "--", host], capture_output=True, text=True, check=False)
-    return next((line.split()[1] for line in asked.stdout.splitlines() if line.startswith("hostname ")), host)
 
 
 def is_this_host(host: str, address: str) -> bool:
@@ -263,13 +197,13 @@ def is_this_host(host: str, address: str) -> bool:
     return True
 
 
-def is_reachable(host: str, ssh: Ssh) -> bool:
+def is_reachable(host: str, shell: Shell) -> bool:
     """Whether a command can be run on a host; asked within ten seconds."""
     try:
-        if is_this_host(host, address_of(host, ssh)):
+        if is_this_host(host, address_of(host, shell)):
             return True
         asked = subprocess.run(
-            ssh.command(host, "true"), stdin=subprocess.DEVNULL, capture_output=True, timeout=10, check=False
+            shell.command(host, "true"), stdin=subprocess.DEVNULL, capture_output=True, timeout=10, check=False
         )
     except (UsageError, OSError, subprocess.TimeoutExpired):
         return False

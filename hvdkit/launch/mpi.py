@@ -17,7 +17,8 @@ from hvdkit.errors import UsageError
 from hvdkit.launch import plan
 from hvdkit.launch.failures import Failure
 from hvdkit.launch.job import Job, Lost
-from hvdkit.launch.link import Link, address_of, environment, explain, exported, is_this_host
+from hvdkit.launch.link import Link, address_of, environment, exported, is_this_host
+from hvdkit.launch.shells import Ssh
 
 _OF_A_RANK = re.compile(rb"\[\d+,(\d+)\]<std(?:out|err)>:(.*)", re.DOTALL)
 _EXITED = re.compile(r"Process name: \[\[\d+,\d+\],\s*(\d+)\]\s+Exit code:\s+(\d+)")
@@ -47,7 +48,7 @@ class MpiJob(Job):
                 f"--bind out, and set OMPI_MCA_hwloc_base_binding_policy=core for cores."
             )
         for host in self.settings.hosts:
-            self._addresses[host.name] = address_of(host.name, self.settings.ssh)
+            self._addresses[host.name] = address_of(host.name, self.settings.shell)
         link = Link("localhost", None, sys.executable, self.events)
         self.links.append(link)
         self._names[link] = link.host
@@ -63,7 +64,8 @@ class MpiJob(Job):
     def command(self) -> list[str]:
         """The exact command that starts the ranks."""
         hosts = ",".join(f"{host.name}:{host.slots}" for host in self.settings.hosts)
-        ssh = shlex.join(self.settings.ssh.options())
+        shell = self.settings.shell  # inside of a Slurm job, mpirun takes srun by itself
+        reach = ["-mca", "plm_rsh_args", shlex.join(shell.options())] if isinstance(shell, Ssh) else []
         everything = {**exported(environment()), **self.common_environment()}
         names = sorted(name for name in everything if re.fullmatch(r"\w+", name, re.ASCII))
         interface = str((self.links[0].about or {}).get("interface") or "")
@@ -74,7 +76,7 @@ class MpiJob(Job):
             *("-np", str(self.settings.ranks), "-H", hosts, "-wdir", self.settings.directory),
             *("-bind-to", "none", "-map-by", "slot"),  # TensorFlow's threads need more than one core
             *("-mca", "pml", "ob1", "-mca", "btl", "^openib"),
-            *("-mca", "plm_rsh_args", ssh),
+            *reach,
             *(["-mca", "oob_tcp_if_include", interface, "-mca", "btl_tcp_if_include", interface] if interface else []),
             *(part for name in names for part in ("-x", name)),
             *self.settings.command,
@@ -137,7 +139,9 @@ class MpiJob(Job):
             first = (killed or exited)[0]
         if first is None:
             raise Lost(
-                explain(self._failed_host(said), said.strip(), code) if "ssh" in said else f"mpirun: {said.strip()}"
+                self.settings.shell.explain(self._failed_host(said), said.strip(), code, sys.executable)
+                if "ssh" in said
+                else f"mpirun: {said.strip()}"
             )
         return first
 

@@ -1,7 +1,9 @@
 """The launcher's command line."""
 
 import argparse
+import os
 import shlex
+import shutil
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -12,7 +14,7 @@ from hvdkit.launch.console import MODES, Console
 from hvdkit.launch.elastic import Policy, run_script
 from hvdkit.launch.hosts import Host
 from hvdkit.launch.job import Settings
-from hvdkit.launch.link import Ssh
+from hvdkit.launch.shells import Shell, Srun, Ssh
 
 
 def parse(argv: list[str], description: str) -> argparse.Namespace:
@@ -42,6 +44,8 @@ def parse(argv: list[str], description: str) -> argparse.Namespace:
     how.add_argument("--bind", choices=("none", "cores", "gpus", "both"), default="none", help="share out a host's "
                      "cores or GPUs among its ranks; hvd.init() takes the local rank's GPU in any case")  # fmt: skip
     how.add_argument("--interface", metavar="NAME", help="the job's network interface, on every host [the route's]")
+    how.add_argument("--remote-shell", choices=("ssh", "srun"), help="how other hosts are reached "
+                     "[srun with --hosts-from slurm, where it is installed, else ssh]")  # fmt: skip
     how.add_argument("--ssh-args", metavar="ARGS", default="", help="more arguments for ssh, as in: '-p 2222'")
     how.add_argument("--insecure-host-keys", action="store_true", help="let any machine pass for a host")
     elastic = parser.add_argument_group("when ranks and hosts are lost, or come and go")
@@ -116,7 +120,7 @@ def settings(arguments: argparse.Namespace) -> Settings:
         hosts=given,
         ranks=ranks,
         directory=arguments.directory or str(Path.cwd()),
-        ssh=Ssh(_ssh_arguments(arguments), not arguments.insecure_host_keys, max(1, min(20, arguments.start_timeout))),
+        shell=_shell(arguments),
         python=arguments.python or sys.executable,
         interface=arguments.interface,
         bind=arguments.bind,
@@ -183,6 +187,19 @@ def _listed(arguments: argparse.Namespace) -> list[Host]:
         return hosts.from_file(arguments.hostfile)
     sources: dict[str, Callable[[], list[Host]]] = {"slurm": hosts.from_slurm, "kubernetes": hosts.from_kubernetes}
     return sources[arguments.hosts_from]() if arguments.hosts_from else []
+
+
+def _shell(arguments: argparse.Namespace) -> Shell:
+    is_slurm = arguments.hosts_from == "slurm" and shutil.which("srun")
+    if (arguments.remote_shell or ("srun" if is_slurm else "ssh")) == "srun":
+        if "SLURM_JOB_ID" not in os.environ:
+            raise UsageError(
+                "--remote-shell srun was given outside of a Slurm job (SLURM_JOB_ID is not set). Start the launcher "
+                "inside of one, with sbatch or salloc, or leave the option out."
+            )
+        return Srun()
+    patience = max(1, min(20, arguments.start_timeout))
+    return Ssh(_ssh_arguments(arguments), not arguments.insecure_host_keys, patience)
 
 
 def _ssh_arguments(arguments: argparse.Namespace) -> list[str]:

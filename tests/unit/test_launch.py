@@ -11,6 +11,7 @@ from hvdkit.launch.console import Console
 from hvdkit.launch.failures import Failure
 from hvdkit.launch.hosts import Host
 from hvdkit.launch.rendezvous import MOST_BYTES, Rendezvous
+from hvdkit.launch.shells import Ssh
 
 # ---- Hosts -------------------------------------------------------------------------------------------------------
 
@@ -265,7 +266,7 @@ def test_failures_in_words():
     ],
 )
 def test_what_ssh_says_is_explained(said, message):
-    assert message in link.explain("h2", said, 255, "/a/python")
+    assert message in Ssh().explain("h2", said, 255, "/a/python")
 
 
 # ---- The command line --------------------------------------------------------------------------------------------
@@ -290,9 +291,9 @@ def test_the_number_of_ranks_comes_from_the_hosts():
 
 
 def test_host_keys_are_checked_unless_the_user_says_otherwise():
-    assert "StrictHostKeyChecking=yes" in parsed("-np", "1").ssh.options()
-    assert "StrictHostKeyChecking=no" in parsed("-np", "1", "--insecure-host-keys").ssh.options()
-    command = parsed("-np", "1", "--ssh-args=-p 2222").ssh.command("h1", "true")
+    assert "StrictHostKeyChecking=yes" in parsed("-np", "1").shell.options()
+    assert "StrictHostKeyChecking=no" in parsed("-np", "1", "--insecure-host-keys").shell.options()
+    command = parsed("-np", "1", "--ssh-args=-p 2222").shell.command("h1", "true")
     assert command[:3] == ["ssh", "-p", "2222"]
     assert command[-3:] == ["--", "h1", "true"]
 
@@ -376,3 +377,41 @@ def test_a_pickle_from_one_who_knows_the_token_is_only_bytes(rendezvous, tmp_pat
     assert ask(rendezvous, "PUT", "/TOKEN/worker_addresses/h1:0", body)[0] == 200
     assert ask(rendezvous, "GET", "/TOKEN/worker_addresses/h1:0") == (200, body)
     assert not trap.exists()
+
+
+# ---- Remote shells -----------------------------------------------------------------------------------------------
+
+
+def test_srun_starts_one_task_on_one_node_beside_all_others():
+    command = Srun().command("h2", "exec a 'b c'")
+    assert command[0] == "srun"
+    assert {"--overlap", "--nodes=1", "--ntasks=1", "--nodelist=h2", "--cpu-bind=none"} <= set(command)
+    assert command[-3:] == ["sh", "-c", "exec a 'b c'"]
+
+
+@pytest.mark.parametrize(
+    ("said", "message"),
+    [
+        (
+            "srun: error: Unable to create step: Requested node configuration is not available",
+            "is not one of this Slurm",
+        ),
+        ("srun: error: Unable to confirm allocation for job 3: Invalid job id specified", "The Slurm job is over"),
+        ("sh: 1: exec: /a/python: not found", "Node h2 has no Python at /a/python"),
+        ("srun: error: Connection refused", "Try, inside of the job: srun -w h2 true. (srun: srun: error: Connection"),
+        ("", "srun ended with exit code 1, and said nothing"),
+    ],
+)
+def test_what_srun_says_is_explained(said, message):
+    assert message in Srun().explain("h2", said, 1, "/a/python")
+
+
+def test_srun_is_the_shell_of_a_slurm_job_where_it_is_installed(monkeypatch, tmp_path):
+    monkeypatch.setenv("SLURM_JOB_ID", "7")
+    monkeypatch.setenv("SLURM_JOB_NODELIST", "h[1-2]")
+    monkeypatch.setenv("PATH", str(tmp_path))
+    assert isinstance(parsed("--hosts-from", "slurm").shell, Ssh)
+    (tmp_path / "srun").touch(mode=0o755)
+    assert isinstance(parsed("--hosts-from", "slurm").shell, Srun)
+    assert isinstance(parsed("--hosts-from", "slurm", "--remote-shell", "ssh").shell, Ssh)
+    assert isinstance(parsed("-np", "1").shell, Ssh)
