@@ -11,7 +11,7 @@ from hvdkit.launch.console import Console
 from hvdkit.launch.failures import Failure
 from hvdkit.launch.hosts import Host
 from hvdkit.launch.rendezvous import MOST_BYTES, Rendezvous
-from hvdkit.launch.shells import Ssh
+from hvdkit.launch.shells import Srun, Ssh
 
 # ---- Hosts -------------------------------------------------------------------------------------------------------
 
