@@ -124,6 +124,16 @@ def many_stalls():
     mismatched_shapes()
 
 
+def uneven_generators(validates):
+    """`fit` cannot know how many batches a generator has."""
+    keras.utils.set_random_seed(0)
+    model = keras.Sequential([keras.layers.Input([4]), keras.layers.Dense(1)])
+    model.compile(hvd.DistributedOptimizer(keras.optimizers.SGD(0.1)), loss="mse", jit_compile=False)
+    batch = np.ones([2, 4]), np.ones([2, 1])
+    validation = {"validation_data": batch} if validates == "validates" else {}
+    model.fit((batch for _ in range(3 + 2 * hvd.rank())), verbose=0, **validation)
+
+
 @tf.function
 def exchange(value):  # a constant's exchange would be folded into the graph, and run once
     return hvd.world.horovod().allreduce(value, name="step", ignore_name_scope=True)
