@@ -4,7 +4,7 @@ While a job of several ranks runs, `keras.Model.fit` is wrapped (`install`, call
 tools such as MLflow's autologging). Each `fit` gets one more callback, the last in line, which
 
 - proves at the first step that gradients are exchanged, and says so if they are not;
-- makes the ranks' state common when training begins and ends;
+- makes the ranks' state common when training begins and ends, and random seeds different;
 - lets all ranks leave after the same step, whichever of them wanted to;
 - gives callbacks that decide by metrics those of all ranks, and lets no file be written twice.
 
@@ -26,6 +26,7 @@ from hvdkit import collectives, heartbeat, watchdog, world
 from hvdkit.agreement import check_equal_steps
 from hvdkit.callbacks import AverageStateCallback, CheckpointCallback, MetricAverageCallback
 from hvdkit.callbacks.average_state import average_state
+from hvdkit.callbacks.broadcast import tell_seeds_apart
 from hvdkit.errors import UsageError
 from hvdkit.optimizer import DistributedOptimizer, ExchangingOptimizer, keeps_local
 
@@ -138,6 +139,7 @@ class FitGuard(keras.callbacks.Callback):
         if optimizer is not None and not optimizer.built and self._weights:
             optimizer.build(self.model.trainable_variables)
         self._make_common("when training begins")
+        self._tell_seeds_apart()
         if hasattr(self.model, "_initial_epoch"):
             self.model._initial_epoch = collectives.broadcast_object(self.model._initial_epoch, name="initial_epoch")
 
@@ -206,6 +208,13 @@ class FitGuard(keras.callbacks.Callback):
                 f"{self.model.name!r} is distributed: its train_step goes around optimizer.apply. Call "
                 f"self.optimizer.apply(gradients, variables) in it, or use hvdkit.DistributedGradientTape."
             )
+
+    def _tell_seeds_apart(self) -> None:
+        """Lets no two ranks drop the same units, as after `keras.utils.set_random_seed(0)` on all of them."""
+        seeds = [v for v in self.model.variables if v.path.endswith("seed_generator_state")]
+        everyone = collectives.allgather_object([collectives.digest([v]) for v in seeds], name="seeds")
+        if any(len(set(digests)) == 1 for digests in zip(*everyone, strict=False)):
+            tell_seeds_apart(self.model)
 
     def _make_common(self, when: str) -> None:
         """Compares weights and optimizer slots over the ranks, and takes the root's where they differ."""
