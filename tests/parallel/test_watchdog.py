@@ -110,7 +110,7 @@ def test_models_that_differ_are_found_when_they_are_traced():
     ended = run(2, "other_models", limit=60)
     assert ended.code == 1, ended.output
     assert (
-        "hvdkit: the ranks' models differ: in the exchange 'gradients' head/kernel is float32[4, 3] on rank 0 and "
+        "hvdkit: the ranks' models differ: in the exchange 'DistributedSGD' head/kernel is float32[4, 3] on rank 0 and "
         "float32[4, 4] on rank 1." in ended.output
     )
 
