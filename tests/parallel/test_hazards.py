@@ -217,8 +217,10 @@ def deciding_callbacks(folder):
     found = {
         "early stopping": train([keras.callbacks.EarlyStopping(patience=1, min_delta=0.1, restore_best_weights=True)]),
         "plateau": train([keras.callbacks.ReduceLROnPlateau(patience=1, min_delta=0.1, factor=0.5)]),
-        "nan": {**train([keras.callbacks.TerminateOnNaN()], bad=True), "weights": None},
     }
+    watch = Leave(None)
+    found["nan"] = {**train([keras.callbacks.TerminateOnNaN(), watch], bad=True), "weights": None}
+    found["nan"]["last"] = watch.seen[-1]
     leaving = {"at a step": Leave(1, 2), "at the last step": Leave(1, 7), "at an epoch's end": Leave(2)}
     for name, callback in leaving.items():
         with _warnings("hvdkit.fit_guard") as said:
@@ -248,6 +250,7 @@ def test_all_ranks_leave_at_the_same_step_for_a_common_reason(ranks, tmp_path):
     assert 1 < first["early stopping"]["epochs"] < 12
     assert first["plateau"]["rate"] < 0.5
     assert first["nan"]["epochs"] == 1
+    assert first["nan"]["last"] == (0, 6), "rank 1 meets the NaN in step 5, and tells the others with step 6"
     assert first["at a step"]["last"] == (1, 3), "one step later, when the others have been told"
     assert first["at the last step"]["last"] == (1, 7)
     assert first["at an epoch's end"] == {**first["at an epoch's end"], "epochs": 3, "last": (2, 7)}
