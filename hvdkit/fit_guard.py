@@ -4,7 +4,7 @@ While a job of several ranks runs, `keras.Model.fit` is wrapped (`install`, call
 tools such as MLflow's autologging). Each `fit` gets one more callback, the last in line, which
 
 - proves at the first step that gradients are exchanged, and says so if they are not;
-- makes the ranks' state common when training begins and ends;
+- makes the ranks' state common when training begins and ends, and random seeds different;
 - lets all ranks leave after the same step, whichever of them wanted to;
 - gives callbacks that decide by metrics those of all ranks, and lets no file be written twice.
 
@@ -26,6 +26,7 @@ from hvdkit import collectives, heartbeat, watchdog, world
 from hvdkit.agreement import check_equal_steps
 from hvdkit.callbacks import AverageStateCallback, CheckpointCallback, MetricAverageCallback
 from hvdkit.callbacks.average_state import average_state
+from hvdkit.callbacks.broadcast import tell_seeds_apart
 from hvdkit.errors import UsageError
 from hvdkit.optimizer import DistributedOptimizer, ExchangingOptimizer, keeps_local
 
@@ -64,18 +65,27 @@ class Marks(keras.callbacks.Callback):
 
     checkpointed = False
     _epoch = 0
+    _begun: int | None = None
+    _done: int | None = None
 
     def on_epoch_begin(self, epoch: int, logs: dict | None = None) -> None:
         """From here on a step must follow."""
         self._epoch = epoch
+        self._begun = self._done = None
         watchdog.in_phase("training")
 
     def on_train_batch_begin(self, batch: int, logs: dict | None = None) -> None:
         """A step begins."""
+        self._begun = batch
         watchdog.at_step(self._epoch, batch)
+
+    def on_train_batch_end(self, batch: int, logs: dict | None = None) -> None:
+        """A step is done."""
+        self._done = self._begun
 
     def on_test_begin(self, logs: dict | None = None) -> None:
         """Validation begins."""
+        self._take_back()
         watchdog.in_phase("evaluating")
 
     def on_test_batch_begin(self, batch: int, logs: dict | None = None) -> None:
@@ -84,11 +94,18 @@ class Marks(keras.callbacks.Callback):
 
     def on_epoch_end(self, epoch: int, logs: dict | None = None) -> None:
         """What callbacks do now may take its time."""
+        self._take_back()
         watchdog.in_phase("between")
 
     def on_train_end(self, logs: dict | None = None) -> None:
         """As at an epoch's end."""
         watchdog.in_phase("between")
+
+    def _take_back(self) -> None:
+        """Keras begins a step before it sees that a generator has no more: this rank has not come that far."""
+        if self._done is not None and self._done != self._begun:
+            self._begun = self._done
+            watchdog.at_step(self._epoch, self._done)
 
 
 class FitGuard(keras.callbacks.Callback):
@@ -111,7 +128,7 @@ class FitGuard(keras.callbacks.Callback):
         # Where tf.distribute exchanges there is nothing to count.
         self._proven = self._one_model and not self._exchanges
         self._exchanged = False
-        self._wishes = False
+        self._wishes = self._told = False  # to stop; by this rank, by another
         self._steps = 0
         self._before = heartbeat.current().read()[0]
         self._weights = len(self.model.weights)
@@ -122,6 +139,7 @@ class FitGuard(keras.callbacks.Callback):
         if optimizer is not None and not optimizer.built and self._weights:
             optimizer.build(self.model.trainable_variables)
         self._make_common("when training begins")
+        self._tell_seeds_apart()
         if hasattr(self.model, "_initial_epoch"):
             self.model._initial_epoch = collectives.broadcast_object(self.model._initial_epoch, name="initial_epoch")
 
@@ -141,7 +159,7 @@ class FitGuard(keras.callbacks.Callback):
             if self.model.stop_training and not votes:
                 self._wishes = True
                 beat.wish_to_stop()  # the next exchange tells the others, and all stop after it
-            self.model.stop_training = votes > 0
+            self.model.stop_training = self._told = votes > 0
 
     def on_epoch_end(self, epoch: int, logs: dict | None = None) -> None:
         """Asks all ranks whether one wants to stop: callbacks of an epoch's end decide here."""
@@ -149,10 +167,10 @@ class FitGuard(keras.callbacks.Callback):
         if not self._together():
             return
         wishes = np.zeros(world.size())
-        wishes[world.rank()] = bool(self.model.stop_training) or self._wishes
+        wishes[world.rank()] = self._wishes or (bool(self.model.stop_training) and not self._told)
         process_set = self._exchanges[0].process_set if self._exchanges else None
         wishes = collectives.allreduce_sum(wishes, name="stop", process_set=process_set)
-        self.model.stop_training = bool(wishes.any())
+        self.model.stop_training = self._told or bool(wishes.any())
         if wishes.any() and world.rank() == 0 and not wishes.all():
             ranks = ", ".join(str(r) for r in np.flatnonzero(wishes))
             _log.warning("Training stops in epoch %d on all ranks, because rank(s) %s asked for it.", epoch + 1, ranks)
@@ -190,6 +208,13 @@ class FitGuard(keras.callbacks.Callback):
                 f"{self.model.name!r} is distributed: its train_step goes around optimizer.apply. Call "
                 f"self.optimizer.apply(gradients, variables) in it, or use hvdkit.DistributedGradientTape."
             )
+
+    def _tell_seeds_apart(self) -> None:
+        """Lets no two ranks drop the same units, as after `keras.utils.set_random_seed(0)` on all of them."""
+        seeds = [v for v in self.model.variables if v.path.endswith("seed_generator_state")]
+        everyone = collectives.allgather_object([collectives.digest([v]) for v in seeds], name="seeds")
+        if any(len(set(digests)) < len(digests) for digests in zip(*everyone, strict=False)):
+            tell_seeds_apart(self.model)
 
     def _make_common(self, when: str) -> None:
         """Compares weights and optimizer slots over the ranks, and takes the root's where they differ."""

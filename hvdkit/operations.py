@@ -289,7 +289,7 @@ def broadcast_global_variables(root_rank: int) -> None:
     if world.size() > 1:
         raise RuntimeError(
             f"broadcast_global_variables({root_rank}) has no variables to broadcast: TensorFlow 2 keeps no list of all "
-            f"variables. Write hvdkit.broadcast_variables([*model.variables, *model.optimizer.variables], "
+            f"variables. Write hvdkit.broadcast_variables([*model.weights, *model.optimizer.variables], "
             f"root_rank={root_rank}), or give model.fit "
             f"callbacks=[hvdkit.callbacks.BroadcastGlobalVariablesCallback({root_rank})]."
         )

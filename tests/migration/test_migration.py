@@ -13,6 +13,7 @@ from tests.conftest import run_command
 from tests.migration.originals import migrate, shorten
 
 HERE = Path(__file__).parent
+README = (HERE.parents[1] / "README.md").read_text()
 # What README's guide to migration names: a changed line is one of these.
 GUIDE = {
     "import": r"import hvdkit as hvd|",
@@ -52,6 +53,13 @@ def weights(output):
     return [float(w) for w in re.findall(r"weights ([\d.]+)", output)]
 
 
+def test_the_readme_shows_one_of_the_pairs():
+    shown = re.search(r"`diff mnist_single\.py mnist\.py`:\n\n```diff\n(.*?)```", README, re.DOTALL)[1].splitlines()
+    gone, new = changes(*((HERE / name).read_text() for name in ("mnist_single.py", "mnist.py")))
+    assert [line[1:] for line in shown if line[0] == "-"] == [line for line in gone if line]
+    assert [line[1:] for line in shown if line[0] == "+"] == [line for line in new if line]
+
+
 @pytest.mark.parametrize("name", LINES)
 def test_both_scripts_of_a_pair_run(name, tmp_path):
     for folder in ("single", "ranks"):
@@ -76,9 +84,9 @@ def test_both_scripts_of_a_pair_run(name, tmp_path):
 
 @pytest.fixture(scope="module")
 def examples():
-    """The folder of Horovod's own Keras examples, which are not part of this repository."""
+    """Horovod's folder `examples`, which is not part of this repository."""
     if "HOROVOD_EXAMPLES" not in os.environ:
-        pytest.skip("HOROVOD_EXAMPLES does not name a folder with Horovod's examples/keras and examples/tensorflow2")
+        pytest.skip("HOROVOD_EXAMPLES does not name Horovod's folder examples/, of its source at v0.28.1")
     return Path(os.environ["HOROVOD_EXAMPLES"])
 
 
@@ -110,7 +118,7 @@ ORIGINALS = {  # its arguments, and how many of its lines change
 @pytest.mark.parametrize("name", ORIGINALS)
 def test_horovods_own_example_runs_with_the_import_changed(examples, mnist, name, tmp_path):
     arguments, expected = ORIGINALS[name]
-    source = (examples / name).read_text()
+    source = next(examples.rglob(name)).read_text()
     migrated, reasons = migrate(source)
     diff = list(difflib.unified_diff(source.splitlines(), migrated.splitlines(), lineterm="", n=0))[2:]
     print(f"\n{name}: {'; '.join(reasons)}", *diff, sep="\n")

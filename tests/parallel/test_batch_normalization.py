@@ -165,3 +165,39 @@ model.compile("sgd", "sparse_categorical_crossentropy")
 model.fit(data["inputs"], numpy.zeros(len(data["inputs"])), verbose=0)
 """
     subprocess.run([sys.executable, "-c", program], check=True)
+
+
+def saved_by_a_callback(folder):
+    import keras
+
+    import hvdkit as hvd
+
+    world = hvd.init()
+    x, _, bounds = _batches(world.size)
+    part = slice(bounds[world.rank], bounds[world.rank + 1])
+    model = _small(keras.layers.BatchNormalization)
+    seen = []
+
+    class Watch(keras.callbacks.Callback):
+        def on_train_batch_end(self, batch, logs=None):
+            if batch == STEPS - 1:
+                seen.append([np.array(w) for w in self.model.non_trainable_weights])
+
+    model.compile(hvd.DistributedOptimizer(keras.optimizers.SGD(0.05)), loss="mse", jit_compile=False)
+    data = np.concatenate(x[:, part]), np.zeros([STEPS * (part.stop - part.start), 2])
+    save = keras.callbacks.ModelCheckpoint(f"{folder}/{{epoch}}.keras")
+    model.fit(*data, batch_size=part.stop - part.start, epochs=2, shuffle=False, verbose=0, callbacks=[Watch(), save])
+    return seen
+
+
+def test_a_checkpoint_holds_the_mean_of_all_ranks_statistics(ranks, tmp_path):
+    import keras
+
+    (tmp_path / "saved").mkdir()
+    first, second = ranks(2, saved_by_a_callback, folder=str(tmp_path / "saved"))
+    for epoch, (mine, others) in enumerate(zip(first, second, strict=True), 1):
+        assert max(np.abs(a - b).max() for a, b in zip(mine, others, strict=True)) > 1, "they must differ before"
+        saved = keras.models.load_model(tmp_path / "saved" / f"{epoch}.keras").non_trainable_weights
+        for value, one, other in zip(saved, mine, others, strict=True):
+            assert np.allclose(value, (one + other) / 2, rtol=1e-6, atol=1e-6), value.path
+    assert len(first) == 2

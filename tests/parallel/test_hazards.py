@@ -1,5 +1,7 @@
 """The hard cases: kinds of models and of training in which ranks are known to hang, to diverge or to report wrong."""
 
+import contextlib
+import logging
 import os
 
 import numpy as np
@@ -17,6 +19,16 @@ def _examples(ranks, seed=5):
 
 def _flat(model):
     return np.concatenate([np.ravel(np.asarray(w)) for w in model.get_weights()])
+
+
+@contextlib.contextmanager
+def _warnings(name):
+    """A list to which each message of a logger is added."""
+    said, handler = [], logging.Handler()
+    handler.emit = lambda record: said.append(record.getMessage())
+    logging.getLogger(name).addHandler(handler)
+    yield said
+    logging.getLogger(name).removeHandler(handler)
 
 
 def _sequential(keras):
@@ -82,11 +94,10 @@ def _with_two_optimizers(keras, wrap):
 
 
 def _two_inputs_and_outputs(keras):
-    inputs = keras.Input([6], name="a")
-    left, right = inputs[:, :3], inputs[:, 3:]
+    left, right = keras.Input([4], name="left"), keras.Input([2], name="right")
     hidden = keras.layers.Concatenate()([keras.layers.Dense(4, "tanh")(left), keras.layers.Dense(4)(right)])
     outputs = {"class": keras.layers.Dense(3, name="class")(hidden), "size": keras.layers.Dense(1, name="size")(hidden)}
-    return keras.Model({"a": inputs}, outputs)
+    return keras.Model({"left": left, "right": right}, outputs)
 
 
 _MODELS = {
@@ -122,7 +133,7 @@ def kinds_of_models():
             x, y = inputs[:, part].reshape([-1, 6]), labels[:, part].reshape([-1])
             batch = len(x) // STEPS
             if dictionary:
-                x, y = {"a": x}, {"class": y, "size": x[:, :1]}
+                x, y = {"left": x[:, :4], "right": x[:, 4:]}, {"class": y, "size": x[:, :1]}
             model.fit(x, y, batch_size=batch, shuffle=False, verbose=0)
             model.layers[0 if epoch else -1].trainable = False  # for the second epoch
         return _flat(model)
@@ -206,11 +217,15 @@ def deciding_callbacks(folder):
     found = {
         "early stopping": train([keras.callbacks.EarlyStopping(patience=1, min_delta=0.1, restore_best_weights=True)]),
         "plateau": train([keras.callbacks.ReduceLROnPlateau(patience=1, min_delta=0.1, factor=0.5)]),
-        "nan": {**train([keras.callbacks.TerminateOnNaN()], bad=True), "weights": None},
     }
+    watch = Leave(None)
+    found["nan"] = {**train([keras.callbacks.TerminateOnNaN(), watch], bad=True), "weights": None}
+    found["nan"]["last"] = watch.seen[-1]
     leaving = {"at a step": Leave(1, 2), "at the last step": Leave(1, 7), "at an epoch's end": Leave(2)}
     for name, callback in leaving.items():
-        found[name] = {**train([callback]), "last": callback.seen[-1]}
+        with _warnings("hvdkit.fit_guard") as said:
+            found[name] = {**train([callback]), "last": callback.seen[-1]}
+        found[name, "said"] = said
     path = os.path.join(folder, "best.weights.h5")  # noqa: PTH118
     writes = []
 
@@ -225,11 +240,17 @@ def deciding_callbacks(folder):
 
 def test_all_ranks_leave_at_the_same_step_for_a_common_reason(ranks, tmp_path):
     first, second = ranks(2, deciding_callbacks, folder=str(tmp_path))
+    for name in ("at a step", "at the last step", "at an epoch's end"):
+        epoch = first[name]["last"][0] + 1
+        reason = f"Training stops in epoch {epoch} on all ranks, because rank(s) 1 asked for it."
+        assert first.pop((name, "said")).count(reason) == 1, "rank 0 says why all leave"
+        assert reason not in second.pop((name, "said"))
     for name in set(first) - {"checkpoint"}:
         assert first[name] == second[name], f"{name}: the ranks differ"
     assert 1 < first["early stopping"]["epochs"] < 12
     assert first["plateau"]["rate"] < 0.5
     assert first["nan"]["epochs"] == 1
+    assert first["nan"]["last"] == (0, 6), "rank 1 meets the NaN in step 5, and tells the others with step 6"
     assert first["at a step"]["last"] == (1, 3), "one step later, when the others have been told"
     assert first["at the last step"]["last"] == (1, 7)
     assert first["at an epoch's end"] == {**first["at an epoch's end"], "epochs": 3, "last": (2, 7)}
@@ -237,13 +258,14 @@ def test_all_ranks_leave_at_the_same_step_for_a_common_reason(ranks, tmp_path):
     assert second["checkpoint"]["writes"] == 0, "no checkpoint is written twice"
 
 
-def compiled_by_xla():
+def compiled_by_xla(jit_compile):
     import keras
     import tensorflow as tf
 
     import hvdkit as hvd
 
     world = hvd.init()
+    keras.Model._resolve_auto_jit_compile = lambda model: True  # what "auto" is where there is a GPU
     inputs, labels = _examples(world.size)
     mine = slice(world.rank * LOCAL_BATCH, (world.rank + 1) * LOCAL_BATCH)
     loss = keras.losses.SparseCategoricalCrossentropy(from_logits=True)
@@ -258,7 +280,7 @@ def compiled_by_xla():
             model.train_on_batch(a, b)
         return model
 
-    ours = train(hvd.DistributedOptimizer, mine, True)
+    ours = train(hvd.DistributedOptimizer, mine, jit_compile)
     nodes = []
     for function in _functions_of(ours):
         nodes += [(node.op, node.attr["_XlaCompile"].b) for node in function.graph.as_graph_def().node]
@@ -289,10 +311,11 @@ def _functions_of(model):
     return seen
 
 
-def test_xla_compiles_the_step_around_the_exchange(ranks):
-    for difference, nodes, jit_compile, message in ranks(2, compiled_by_xla):
+@pytest.mark.parametrize("asked", [True, "auto"])
+def test_xla_compiles_the_step_around_the_exchange(ranks, asked):
+    for difference, nodes, jit_compile, message in ranks(2, compiled_by_xla, jit_compile=asked):
         assert difference < 1e-5
-        assert jit_compile, "what the user asked for is kept"
+        assert jit_compile is True, "what the user asked for is kept"
         exchanges = [marked for op, marked in nodes if op.startswith("Horovod")]
         multiplications = [marked for op, marked in nodes if op == "MatMul"]
         assert exchanges
@@ -334,27 +357,44 @@ def what_is_forgotten(case):
             return {"loss": tf.reduce_mean(loss)}
 
     kind = {"goes around": Around, "optimizer of its own": WithItsOwn}.get(case, keras.Sequential)
-    model = kind([keras.layers.Input([6]), keras.layers.Dense(8, "tanh"), keras.layers.Dense(3)])
+    units = 8 + world.rank if case == "another model" else 8
+    model = kind([keras.layers.Input([6]), keras.layers.Dense(units, "tanh"), keras.layers.Dense(3)])
     optimizer = keras.optimizers.SGD(0.1)
     if case == "optimizer of its own":
         model.own_optimizer = hvd.DistributedOptimizer(keras.optimizers.SGD(0.1))
     elif case != "unwrapped":
         optimizer = hvd.DistributedOptimizer(optimizer)
     model.compile(optimizer, loss=keras.losses.SparseCategoricalCrossentropy(from_logits=True), jit_compile=False)
-    try:
-        model.fit(inputs, labels, batch_size=8, verbose=0)
-    except RuntimeError as error:
-        return str(error)
-    return _flat(model).tobytes()
+    if case == "not a sum":  # as if Horovod gave each rank its own back
+        hvd.collectives.reduce_dense = lambda tensors, *args, **kwargs: list(tensors)
+    rows = slice(0, 24 if case == "fewer steps" and world.rank == 1 else 32)
+    with _warnings("hvdkit.fit_guard") as said:
+        try:
+            model.fit(inputs[rows], labels[rows], batch_size=8, verbose=0)
+        except (RuntimeError, ValueError, hvd.UsageError) as error:
+            return str(error), said
+    return _flat(model).tobytes(), said
 
 
-@pytest.mark.parametrize("case", ["goes around", "unwrapped", "not broadcast", "optimizer of its own"])
+@pytest.mark.parametrize(
+    ("case", "error"),
+    [
+        ("goes around", "exchanged no gradients, although the optimizer of model"),
+        ("not a sum", "a vector known in closed form came back wrong in the first steps of fit"),
+        ("fewer steps", "different numbers of steps an epoch (rank 0: 4, rank 1: 3)"),
+        ("another model", "kernel is (6, 8) float32 on rank 0 and (6, 9) float32 on rank 1"),
+    ],
+)
+def test_what_is_wrong_ends_fit_on_all_ranks(ranks, case, error):
+    for found, _ in ranks(2, what_is_forgotten, case=case):
+        assert error in found
+
+
+@pytest.mark.parametrize("case", ["unwrapped", "not broadcast", "optimizer of its own"])
 def test_what_is_forgotten_is_not_silent(ranks, case):
-    first, second = ranks(2, what_is_forgotten, case=case)
-    if case == "goes around":
-        assert "exchanged no gradients, although the optimizer of model" in first
-        assert first == second
-    elif case == "unwrapped":
-        assert first != second
-    else:
-        assert first == second, "the starting point is made common, with a warning"
+    (first, said), (second, also_said) = ranks(2, what_is_forgotten, case=case)
+    warned = [any("differ between the ranks when training begins" in line for line in s) for s in (said, also_said)]
+    alone = [any("is not distributed: each of the 2 ranks trains" in line for line in s) for s in (said, also_said)]
+    assert (first == second, warned, alone) == (
+        (False, [False] * 2, [True] * 2) if case == "unwrapped" else (True, [True] * 2, [False] * 2)
+    ), "the starting point is made common, with a warning, but each rank of an unwrapped optimizer trains its own"

@@ -149,6 +149,27 @@ def test_fit_behaves_as_with_horovod(ranks, tmp_path):
     _opens_in_plain_keras(path)
 
 
+def stopped_by_one_worker():
+    from hvdkit import strategies
+
+    strategy = strategies.create("multiworker")
+    rank = strategy.world.rank
+    model = _model(strategy.distribute, rank)
+
+    def leave(batch, logs=None):
+        if rank == 1 and batch == 2:
+            model.stop_training = True
+
+    callbacks = [*strategy.callbacks(), keras.callbacks.LambdaCallback(on_train_batch_end=leave)]
+    history = model.fit(_data(rank)[0], epochs=5, callbacks=callbacks, verbose=0)
+    return history.epoch, model.optimizer.iterations.numpy().item()
+
+
+def test_all_workers_leave_with_the_one_that_wants_to(ranks):
+    first, second = ranks(2, stopped_by_one_worker)
+    assert first == second == ([0], 5), "at the end of the epoch"
+
+
 def _opens_in_plain_keras(path):
     program = f"""
 import sys

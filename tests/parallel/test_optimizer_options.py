@@ -197,6 +197,50 @@ def test_process_sets_local_variables_and_sums(ranks):
         assert found["local, scaled"] == found["local sparse"] == found["partial"] == pytest.approx([mine / 3, 2])
 
 
+def fit_with_a_layer_of_its_own():
+    import keras
+    import tensorflow as tf
+
+    import hvdkit as hvd
+
+    world = hvd.init()
+    keras.utils.set_random_seed(world.rank)  # each rank begins with weights of its own
+    names = ("shared", "mine", "head")
+    layers = {name: keras.layers.Dense(3, use_bias=False, name=name) for name in names}
+    model = keras.Sequential([keras.layers.Input([3]), *layers.values()])
+    before = layers["mine"].kernel.numpy()
+    optimizer = hvd.PartialDistributedOptimizer(keras.optimizers.SGD(0.0), local_layers=layers["mine"])
+    model.compile(optimizer, loss="mse", jit_compile=False)
+    guard = hvd.callbacks.ReplicaGuardCallback(every=1)
+    x = np.ones([4, 3], "float32") * (world.rank + 1)
+    model.fit(x, x, batch_size=2, verbose=0, callbacks=[*hvd.callbacks.standard(guard_every=0), guard])
+    kept = np.array_equal(layers["mine"].kernel.numpy(), before)
+    optimizer.learning_rate = 0.1
+    model.fit(x, x, batch_size=2, verbose=0, callbacks=[*hvd.callbacks.standard(guard_every=0), guard])
+
+    broadcast = hvd.callbacks.BroadcastGlobalVariablesCallback(0, local_variables=[layers["head"].kernel])
+    layers["head"].kernel.assign(np.full([3, 3], world.rank))
+    broadcast.set_model(model)
+    broadcast.on_train_begin()
+    with tf.GradientTape() as tape:
+        loss = float(world.rank + 1) * sum(tf.reduce_sum(layers[name].kernel.value) for name in names)
+    tape = hvd.PartialDistributedGradientTape(tape, local_layers=[layers["head"]], scale_local_gradients=False)
+    gradients = tape.gradient(loss, [layers[name].kernel.value for name in names])
+    weights = {name: layers[name].kernel.numpy().tolist() for name in names}
+    return kept, weights, [float(g[0, 0]) for g in gradients]
+
+
+def test_layers_of_a_ranks_own_stay_so_in_fit(ranks):
+    everyone = ranks(2, fit_with_a_layer_of_its_own)
+    (_, first, _), (_, second, _) = everyone
+    assert first["shared"] == second["shared"]
+    assert first["mine"] != second["mine"]
+    for rank, (kept, weights, gradients) in enumerate(everyone):
+        assert kept, "neither broadcast nor guard may touch what is local"
+        assert np.array_equal(weights["head"], np.full([3, 3], rank)), "the callback leaves local_variables alone"
+        assert gradients == [1.5, 1.5, rank + 1]
+
+
 def _adasum_of(vectors):
     """The formula of the paper, in a binary tree."""
     if len(vectors) == 1:
@@ -224,7 +268,17 @@ def by_adasum():
     optimizer.apply([mine[0]], [variable])
     with hvd.DistributedGradientTape(tf.GradientTape(), op=hvd.Adasum) as tape:
         loss = tf.reduce_sum(variable.value * mine[0])
-    return found, np.asarray(variable).tolist(), tape.gradient(loss, [variable])[0].numpy().tolist()
+
+    model = keras.Sequential([keras.layers.Input([11]), keras.layers.Dense(1, use_bias=False)])
+    model.set_weights([np.zeros([11, 1])])
+    optimizer = hvd.DistributedOptimizer(keras.optimizers.SGD(0.5), op=hvd.Adasum)
+    model.compile(optimizer, loss=lambda y_true, y_pred: y_pred, jit_compile=False)
+    model.fit(everyone[world.rank : world.rank + 1], np.zeros([1, 1]), verbose=0)
+    return (
+        found,
+        [np.asarray(variable).tolist(), model.get_weights()[0][:, 0].tolist()],
+        tape.gradient(loss, [variable])[0].numpy().tolist(),
+    )
 
 
 @pytest.mark.parametrize("size", [2, 4])
@@ -363,19 +417,16 @@ def losses_of_scaled_precision():
         lambda: hvd.DistributedOptimizer(lso(keras.optimizers.Adam(1e-2, gradient_accumulation_steps=2))),
         bad_step=2,
     )
-    run("bfloat16", lambda: hvd.DistributedOptimizer(keras.optimizers.Adam(1e-2)), "mixed_bfloat16", bad_step=None)
     return found
 
 
 def test_an_overflow_on_one_rank_is_skipped_by_all_wherever_the_loss_scale_is(ranks):
     first, second = ranks(2, losses_of_scaled_precision)
     assert first == second, "weights, scale and iterations must be equal on the ranks after each step"
-    assert len(first) == 5
+    assert len(first) == 4
     for name, states in first.items():
         weights, scales, iterations = zip(*states, strict=True)
-        if name == "bfloat16":
-            assert len(set(weights)) == STEPS
-        elif name == "inside, accumulating":
+        if name == "inside, accumulating":
             assert scales[2] == scales[1] / 2
             assert iterations[-1] == 2, "five micro-steps are two updates"
             assert len(set(weights)) == 3
@@ -383,6 +434,34 @@ def test_an_overflow_on_one_rank_is_skipped_by_all_wherever_the_loss_scale_is(ra
             assert weights[2] == weights[3] != weights[4], f"{name}: step 3 is skipped, step 4 is not"
             assert scales[3] == scales[2] / 2
             assert iterations[-1] == STEPS - 1
+
+
+def in_bfloat16():
+    import keras
+
+    import hvdkit as hvd
+
+    world = hvd.init()
+    inputs, labels = _batches(world.size)
+    mine = _mine(world)
+    keras.config.set_dtype_policy("mixed_bfloat16")
+
+    def train(optimizer, part):
+        model = _model(optimizer)
+        assert not isinstance(model.optimizer, keras.optimizers.LossScaleOptimizer)  # there is nothing to scale
+        return _train(model, inputs[:, part], labels[:, part])
+
+    reference = train(keras.optimizers.SGD(0.1, momentum=0.9), slice(None))
+    ours = train(hvd.DistributedOptimizer(keras.optimizers.SGD(0.1, momentum=0.9)), mine)
+    alone = train(keras.optimizers.SGD(0.1, momentum=0.9), mine)
+    return [float(np.abs(path - reference).max()) for path in (ours, alone)], ours.tobytes()
+
+
+def test_mixed_bfloat16_trains_the_model_of_one_process(ranks):
+    everyone = ranks(2, in_bfloat16)
+    for (ours, alone), weights in everyone:
+        assert ours < 5e-3 < 5e-2 < alone, "equal to the rounding of bfloat16, and only because of the exchange"
+        assert weights == everyone[0][1]
 
 
 def inside_a_loss_scale_that_was_built_without_it():

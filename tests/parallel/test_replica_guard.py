@@ -1,8 +1,13 @@
 """A replica that is no longer a replica is found, named and, if asked, mended."""
 
 import logging
+import re
+import sys
+from pathlib import Path
 
 import numpy as np
+
+from tests.conftest import run_command
 
 
 def _fit(world, harms, *, steps_per_execution=1, epochs=1, steps=6, **guard):
@@ -115,3 +120,13 @@ def test_all_ranks_stop_together(ranks):
     for message in ranks(2, stopped):
         assert "differ at step 6: " in message
         assert "first/kernel on rank(s) 1 is not that of rank 0 (of 2 ranks). They were equal at step 3." in message
+
+
+def test_it_costs_less_than_a_percent():
+    """A cheap step is the hardest case: a check is worth many of them sooner."""
+    program = Path(__file__).with_name("guard_cost.py")
+    command = [sys.executable, "-m", "hvdkit.launch", "-np", 2, "--", sys.executable, program, "mnist_mlp:28x28x1:64"]
+    ended = run_command(command, timeout=300)
+    assert ended.code == 0, ended.output
+    (percent,) = re.findall(r"with every=500 ([\d.]+)% of the training", ended.output)
+    assert 0 < float(percent) < 1, ended.output

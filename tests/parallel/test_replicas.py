@@ -140,6 +140,30 @@ def test_all_state_is_common_before_the_first_step_and_dropout_differs(ranks):
     assert moving == other_moving, "moving statistics are averaged at the end"
 
 
+def seeds_without_a_callback():
+    import keras
+
+    import hvdkit as hvd
+
+    world = hvd.init()
+    model = _model(0, [keras.layers.Dropout(0.5), keras.layers.Dropout(0.5, seed=7)])  # the same seeds on all ranks
+    seeds = [v for v in model.variables if v.path.endswith("seed_generator_state")]
+    found = []
+    for _ in range(2):
+        _fit(model, hvd.DistributedOptimizer(keras.optimizers.SGD(0.1)), world.rank, [], epochs=1)
+        found.append([np.asarray(v).tolist() for v in seeds])
+    return found
+
+
+def test_ranks_with_one_seed_drop_different_units_without_a_callback_too(ranks):
+    (first, again), (other, other_again) = ranks(2, seeds_without_a_callback)
+    for before, after, theirs, theirs_after in zip(first, again, other, other_again, strict=True):
+        assert before[0] != theirs[0], "ranks with equal seeds drop the same units"
+        assert (before[0], theirs[0]) == (after[0], theirs_after[0]), "what differs is left as it is"
+        assert before[1] == theirs[1] == 6 < after[1], "both have drawn as often"
+    assert len(first) == 2
+
+
 def trained_where_rank_0_made_another_model_first():
     import keras
 

@@ -49,6 +49,18 @@ def test_stalls_that_end_again_are_reported_one_by_one():
     assert ended.output.count(f"explained: {sentence}") == 2
 
 
+@pytest.mark.parametrize("then", ["ends", "validates"])
+def test_generators_of_different_length_end_fit_with_one_report(then):
+    ended = run(2, "uneven_generators", then)
+    assert ended.code == 75, ended.output
+    assert ended.output.count("the job has stood still") == 1, ended.output
+    assert re.search(
+        r"^Likely cause: uneven data: rank 0 is done after step 3 of epoch 1 and .*, while rank 1 is in step 4",
+        ended.output,
+        re.M,
+    ), ended.output
+
+
 def test_an_exception_on_one_rank_is_the_common_reason():
     ended = run(2, "raise_in_fit", 1, limit=60)
     assert ended.code == 1, ended.output
@@ -98,7 +110,7 @@ def test_models_that_differ_are_found_when_they_are_traced():
     ended = run(2, "other_models", limit=60)
     assert ended.code == 1, ended.output
     assert (
-        "hvdkit: the ranks' models differ: in the exchange 'gradients' head/kernel is float32[4, 3] on rank 0 and "
+        "hvdkit: the ranks' models differ: in the exchange 'DistributedSGD' head/kernel is float32[4, 3] on rank 0 and "
         "float32[4, 4] on rank 1." in ended.output
     )
 

@@ -79,14 +79,19 @@ def die_in_fit(rank, name):
 
 
 def other_models():
+    """In a loop of one's own nothing compares the models before the first exchange."""
     watchdog.in_phase("training")
     watchdog.at_step(0, 0)
-    units = 3 + hvd.rank()
+    head = keras.layers.Dense(3 + hvd.rank(), name="head")
+    head.build([None, 4])
+    optimizer = hvd.DistributedOptimizer(keras.optimizers.SGD(0.1))
+    optimizer.build(head.trainable_variables)
 
     @tf.function
     def step():
-        watchdog.traced("gradients", [((4, units), tf.float32, "head/kernel")])
-        return hvd.world.horovod().grouped_allreduce([tf.zeros([4, units])], name="gradients", ignore_name_scope=True)
+        with tf.GradientTape() as tape:
+            loss = tf.reduce_sum(head(tf.ones([2, 4])))
+        optimizer.apply(tape.gradient(loss, head.trainable_variables), head.trainable_variables)
 
     while True:
         step()
@@ -122,6 +127,16 @@ def many_stalls():
         list(slow_input())
     hvd.barrier()
     mismatched_shapes()
+
+
+def uneven_generators(validates):
+    """`fit` cannot know how many batches a generator has."""
+    keras.utils.set_random_seed(0)
+    model = keras.Sequential([keras.layers.Input([4]), keras.layers.Dense(1)])
+    model.compile(hvd.DistributedOptimizer(keras.optimizers.SGD(0.1)), loss="mse", jit_compile=False)
+    batch = np.ones([2, 4]), np.ones([2, 1])
+    validation = {"validation_data": batch} if validates == "validates" else {}
+    model.fit((batch for _ in range(3 + 2 * hvd.rank())), verbose=0, **validation)
 
 
 @tf.function

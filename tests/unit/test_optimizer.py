@@ -35,6 +35,32 @@ def test_what_is_not_an_optimizer_is_refused(optimizer, message):
         hvd.DistributedOptimizer(optimizer)
 
 
+def test_an_optimizer_of_keras_2_is_refused_with_its_new_name():
+    legacy = type("SGD", (), {"__module__": "tf_keras.src.optimizers.legacy.gradient_descent"})
+    with pytest.raises(
+        TypeError, match=r"of Keras 2 or TensorFlow; write keras\.optimizers\.SGD\(\.\.\.\), with learning_rate"
+    ):
+        hvd.DistributedOptimizer(legacy())
+
+
+@pytest.mark.parametrize(
+    ("name", "instead"),
+    [
+        ("lr", "read and set optimizer.learning_rate instead"),
+        ("get_gradients", "take gradients with tf.GradientTape"),
+        ("compute_gradients", "take gradients with tf.GradientTape"),
+        ("minimize", "take gradients with tf.GradientTape"),
+    ],
+)
+def test_what_optimizers_of_keras_2_had_is_answered_with_what_to_write(name, instead):
+    wrapped = hvd.DistributedOptimizer(keras.optimizers.SGD(0.5))
+    with pytest.raises(AttributeError, match=rf"Keras 3 has no optimizer\.{name}: {instead}"):
+        getattr(wrapped, name)
+    with pytest.raises(AttributeError, match=rf"Keras 3 has no optimizer\.{name}: {instead}"):
+        setattr(wrapped, name, 0.1)
+    assert not hasattr(wrapped.__wrapped__, name), "nothing was set in silence"
+
+
 def test_wrapping_twice_is_refused():
     with pytest.raises(TypeError, match="is a DistributedOptimizer already"):
         hvd.DistributedOptimizer(hvd.DistributedOptimizer(keras.optimizers.Adam()))

@@ -104,6 +104,17 @@ def test_the_report_shows_ranks_in_one_place_together():
     assert "the job goes on waiting" in stall_report([state(0)], 600, False, 75)
 
 
+def test_the_report_says_where_each_rank_is():
+    inside = training(0, 3, collective="loss", detail="float32[3]", last="gradients", still=42.0)
+    lines = stall_report([inside, training(1, 4, last="loss"), state(2, status="dead")], 600, True, 75).split("\n")
+    assert lines[2] == (
+        "rank 0 on h0: training, step 4 of epoch 1, in the collective 'loss' with float32[3], last collective "
+        "'gradients', here for 42 s"
+    )
+    assert lines[3].startswith("rank 1 on h1: training, step 5 of epoch 1, last collective 'loss'")
+    assert lines[4].startswith("rank 2 on h2: dead; when last heard of: ")
+
+
 def test_the_sentence_of_a_failure():
     failure = Failure(1, "h2", "error", "failed: ValueError: no", 1)
     assert (
