@@ -126,7 +126,7 @@ def _pip_of_this_machine(folder):
 
 
 def _build(images, folder):
-    """The Dockerfile, given the Horovod wheels that were built here: they fit if compiler and C library are the same."""
+    """The Dockerfile, given the Horovod wheels that were built here: they fit if compiler and C library do."""
     home = Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache"))
     cache = Path(os.environ.get("HVDKIT_CACHE", home / "hvdkit"))
     cache.mkdir(parents=True, exist_ok=True)
