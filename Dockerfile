@@ -1,37 +1,73 @@
 # hvdkit with everything it needs: `docker run IMAGE` trains two ranks on the embedded digits.
 #
 #   docker build -t hvdkit .                                                             for CPUs
-#   docker build -t hvdkit-gpu --build-arg GPU=yes \
+#   docker build -t hvdkit-gpu --build-arg GPU=yes --build-arg FINAL_IMAGE=ubuntu:24.04 \
 #     --build-arg BASE_IMAGE=nvidia/cuda:12.5.1-devel-ubuntu24.04 .                      for GPUs, with NCCL
 #
-# BASE_IMAGE needs apt-get and Python 3.11 or newer. The same script sets up this image and a checkout: launch/bootstrap.sh.
+# The same script sets up this image and a checkout: launch/bootstrap.sh. Versions of Python packages are those of
+# requirements.txt. BASE_IMAGE needs apt-get and Python 3.11 to 3.13; a digest pins it: BASE_IMAGE=debian@sha256:...
+# FINAL_IMAGE, what the image stands on, is a system of the same release: the CUDA compiler is needed for building only,
+# the CUDA libraries come with TensorFlow.
+# Docker keeps no HEALTHCHECK in the OCI format: `buildah` and `podman` need `--format docker` for it.
 ARG BASE_IMAGE=debian:bookworm-slim
+ARG FINAL_IMAGE=${BASE_IMAGE}
 
 FROM ${BASE_IMAGE} AS build
 ARG GPU=no
+# The release decides the versions of its packages, and gives them security updates: none is pinned.
+# hadolint ignore=DL3008
 RUN apt-get update \
  && DEBIAN_FRONTEND=noninteractive apt-get install -y --no-install-recommends \
-      ca-certificates g++ make python3 python3-venv \
+      ca-certificates g++ libopenmpi-dev make openmpi-bin python3 python3-venv \
  && rm -rf /var/lib/apt/lists/*
-COPY launch /src/launch
+COPY launch/bootstrap.sh launch/image/slim.sh /src/launch/
 COPY hvdkit /src/hvdkit
 COPY models /src/models
 COPY requirements.txt pyproject.toml README.md LICENSE /src/
 # Compiles Horovod, and ends with two ranks that prove it: an image whose Horovod does not work is not built.
+# What pip fetched and the built Horovod stay with the builder, for the next build; none of it is in the image.
 # (Builders without a network of their own leave the host's name unresolved; Gloo would crash on that.)
-RUN { getent hosts "$(hostname)" || echo "127.0.0.1 $(hostname)" >>/etc/hosts; } \
+RUN --mount=type=cache,id=hvdkit,target=/root/.cache/hvdkit --mount=type=cache,id=hvdkit-pip,target=/root/.cache/pip \
+    { getent hosts "$(hostname)" || echo "127.0.0.1 $(hostname)" >>/etc/hosts; } \
  && python3 -m venv /opt/hvdkit \
- && HVDKIT_CACHE=/tmp/cache /src/launch/bootstrap.sh --into /opt/hvdkit --gpu ${GPU} \
- && rm -rf /tmp/cache /opt/hvdkit/bootstrap.log
+ && /src/launch/bootstrap.sh --into /opt/hvdkit --gpu ${GPU} --mpi yes \
+ && rm -f /opt/hvdkit/bootstrap.log \
+ && /src/launch/slim.sh /opt/hvdkit
 
-FROM ${BASE_IMAGE}
+FROM ${FINAL_IMAGE}
+ARG VERSION=0.1.0
+ARG SOURCE=
+ARG REVISION=
+LABEL org.opencontainers.image.title="hvdkit" \
+      org.opencontainers.image.description="Train Keras 3 models on TensorFlow across GPUs and hosts with Horovod" \
+      org.opencontainers.image.licenses="Apache-2.0" \
+      org.opencontainers.image.version="${VERSION}" \
+      org.opencontainers.image.source="${SOURCE}" \
+      org.opencontainers.image.revision="${REVISION}"
+# Debian's openssh-server makes host keys when it is installed, the same for all who have the image: they go again.
+# The user has no password, and is not locked (an sshd that root starts would turn it away).
+# hadolint ignore=DL3008
 RUN apt-get update \
- && DEBIAN_FRONTEND=noninteractive apt-get install -y --no-install-recommends ca-certificates python3 \
- && rm -rf /var/lib/apt/lists/* \
- && useradd --create-home --uid 10001 hvdkit
+ && DEBIAN_FRONTEND=noninteractive apt-get install -y --no-install-recommends \
+      ca-certificates openmpi-bin openssh-client openssh-server python3 \
+ && rm -rf /var/lib/apt/lists/* /var/cache/apt/*.bin /etc/ssh/ssh_host_*_key* \
+ && useradd --create-home --uid 10001 --user-group --shell /bin/bash --password '*' hvdkit \
+ && install -d -o hvdkit -g hvdkit -m 700 /home/hvdkit/.ssh
 COPY --from=build /opt/hvdkit /opt/hvdkit
-ENV PATH=/opt/hvdkit/bin:$PATH PYTHONUNBUFFERED=1
-USER hvdkit
+COPY launch/image/healthcheck.py launch/image/exchange.py /opt/hvdkit/
+COPY launch/image/ssh_config /etc/ssh/ssh_config.d/hvdkit.conf
+COPY launch/image/sshd_config /home/hvdkit/.sshd_config
+ENV PATH=/opt/hvdkit/bin:$PATH PYTHONUNBUFFERED=1 NVIDIA_DRIVER_CAPABILITIES=compute,utility
+# The check is of what is left, as the image's user, over Gloo and over MPI.
+RUN { getent hosts "$(hostname)" || echo "127.0.0.1 $(hostname)" >>/etc/hosts; } \
+ && export HOME=/home/hvdkit \
+ && runuser -u hvdkit -- python -I /opt/hvdkit/healthcheck.py \
+ && runuser -u hvdkit -- python -m hvdkit.launch -np 2 -- python /opt/hvdkit/exchange.py \
+ && runuser -u hvdkit -- python -m hvdkit.launch -np 2 --mpi -- python /opt/hvdkit/exchange.py
+# A number: Kubernetes' runAsNonRoot does not take a name for one who is not root.
+USER 10001:10001
 WORKDIR /home/hvdkit
+EXPOSE 2222
+HEALTHCHECK --interval=5m --timeout=60s CMD ["python", "-I", "/opt/hvdkit/healthcheck.py"]
 ENTRYPOINT ["python", "-m", "hvdkit.launch"]
 CMD ["-np", "2", "--", "python", "-m", "hvdkit.train"]

@@ -418,7 +418,7 @@ PY
   # horovodrun takes a library that does not load for one built without Gloo: the loader's own words say more.
   stage "Loading what was compiled" "$prefix/bin/python" -c 'import horovod.tensorflow'
   stage "Proving it: two ranks, one allreduce (about 20 s)" \
-    timeout -k 10 120 "$prefix/bin/horovodrun" -np 2 --gloo "$prefix/bin/python" "$tmp/proof.py"
+    timeout -k 10 300 "$prefix/bin/horovodrun" -np 2 --gloo "$prefix/bin/python" "$tmp/proof.py"
   sed -n 's/.*proof: /    /p' "$log" | sort -u
 }
 
