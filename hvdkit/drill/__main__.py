@@ -29,6 +29,7 @@ from hvdkit.drill import report
 FAULTS = ("kill", "freeze", "slow", "partition", "disk-full", "term")
 _CHILD = "--in-this-process"
 _DISK = "32m"
+_CUT_SECONDS = 30.0  # under MPI: all ranks start again, so the host must be back
 
 
 def main(argv: list[str]) -> int:
@@ -146,6 +147,8 @@ def _network(arguments: argparse.Namespace, notes: Path) -> Iterator[None]:
             if fault := report.read_json(notes / "fault.json"):
                 cut.append(fault["host"])
                 _shell(commands["cut"], fault["host"])
+                if arguments.mpi and not over.wait(_CUT_SECONDS):
+                    _shell(commands["mend"], cut.pop())
                 return
 
     thread = threading.Thread(target=wait_and_cut)

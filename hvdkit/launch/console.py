@@ -13,6 +13,7 @@ from hvdkit.errors import UsageError
 MODES = ("rank0", "errors", "all")
 # What hvdkit.watchdog says of the rank whose failure is the cause of the others': which ends first is chance.
 _FAILED = re.compile(r"hvdkit: rank (\d+) on host \S+ (failed|died|ended).*?(?: exit code (\d+)\.)?\s*$", re.DOTALL)
+_LEAVING = re.compile(r"hvdkit: .*\b[Aa]ll ranks leave with exit code (\d+)\.")
 _DIED = re.compile(r"hvdkit: rank \d+ on host \S+ (?:died|ended)")
 # TensorFlow writes these at every import, whatever TF_CPP_MIN_LOG_LEVEL says; the last where there is no GPU driver.
 _NOTICES = re.compile(
@@ -39,6 +40,7 @@ class Console:
     def __init__(self, mode: str = "all", logs: Path | None = None) -> None:
         self.cancelled = False  # by the user: ranks die then, which is no news
         self.cause: tuple[int, int | None] | None = None  # rank, and the exit code if the rank itself told it
+        self.leaving: int | None = None  # the exit code with which, as a rank said, all ranks leave
         self.logs = logs
         self._mode = mode
         self._streams: dict[tuple[int, bool], _Stream] = {}
@@ -82,6 +84,8 @@ class Console:
         failed = _FAILED.search(piece)  # it may follow a progress bar's unfinished line
         if failed and self.cause is None:
             self.cause = int(failed[1]), int(failed[3]) if failed[2] == "failed" and failed[3] else None
+        if (leaving := _LEAVING.search(piece)) and self.leaving is None:
+            self.leaving = int(leaving[1])
         hidden = rank != 0 and not failed and (self._mode == "rank0" or (self._mode == "errors" and not is_error))
         if hidden or (self.cancelled and _DIED.search(piece)) or _NOTICES.match(piece):
             return

@@ -444,7 +444,8 @@ class Job:
             first = self.verdict()
         except Lost as lost:
             say(str(lost))
-            return failures.MISTAKE
+            self.lost_hosts.extend(lost.hosts)
+            return failures.STALLED if lost.hosts else failures.MISTAKE
         if first is None:
             return 0
         if first.exit_code not in failures.SAID:

@@ -20,8 +20,10 @@ from hvdkit.launch.job import Job, Lost
 from hvdkit.launch.link import Link, address_of, environment, exported, is_this_host
 from hvdkit.launch.shells import Ssh
 
+_LEAVE_SECONDS = 15.0  # for mpirun to end when all ranks leave: it waits for the daemon of a host that is cut off
 _OF_A_RANK = re.compile(rb"\[\d+,(\d+)\]<std(?:out|err)>:(.*)", re.DOTALL)
 _EXITED = re.compile(r"Process name: \[\[\d+,\d+\],\s*(\d+)\]\s+Exit code:\s+(\d+)")
+_CUT_OFF = re.compile(r"lost communication with a remote daemon.*?Remote daemon:.*? on node (\S+)", re.DOTALL)
 _KILLED = re.compile(r"rank (\d+) with PID \d+ on node \S+ exited\s+on signal (\d+)")
 
 
@@ -35,6 +37,7 @@ class MpiJob(Job):
             UsageError: there is no mpirun, or something was asked that it does otherwise.
         """
         self._said = b""  # by mpirun itself
+        self._leaving_since: float | None = None
         self._begun: dict[bool, bytes] = {False: b"", True: b""}
         self._mpirun = shutil.which("mpirun") or ""
         if not self._mpirun:
@@ -77,6 +80,7 @@ class MpiJob(Job):
             *("-bind-to", "none", "-map-by", "slot"),  # TensorFlow's threads need more than one core
             *("-mca", "pml", "ob1", "-mca", "btl", "^openib"),
             *reach,
+            *_signs_of_life(self.settings.silence),
             *(["-mca", "oob_tcp_if_include", interface, "-mca", "btl_tcp_if_include", interface] if interface else []),
             *(part for name in names for part in ("-x", name)),
             *self.settings.command,
@@ -131,9 +135,13 @@ class MpiJob(Job):
         # Those that mpirun itself has ended in the wake of another.
         killed = [failure for failure in killed if failure.code != -signal.SIGTERM]
         exited = [Failure(int(rank), int(number)) for rank, number in _EXITED.findall(said)]
+        if lost := _CUT_OFF.search(said):
+            raise self._without_answer(lost[1])
         cause = self.console.cause
         if cause and cause[1]:
             return Failure(cause[0], cause[1])
+        if self._leaving_since is not None and self.console.leaving:
+            return Failure(cause[0] if cause else 0, self.console.leaving)
         first = next((f for f in [*killed, *exited] if cause is None or f.rank == cause[0]), None)
         if first is None and (killed or exited):
             first = (killed or exited)[0]
@@ -156,5 +164,28 @@ class MpiJob(Job):
     def _failed_host(self, said: str) -> str:
         return next((name for name in self._addresses if re.search(rf"\b{re.escape(name)}\b", said)), "of the job")
 
+    def _without_answer(self, node: str) -> Lost:
+        hosts = [name for name, address in self._addresses.items() if node in (name, address)]
+        return Lost(
+            f"Host {node} is down, frozen or cut off: mpirun hears nothing of it. Its ranks end by themselves then. "
+            f"Start the job without it, or when it is back.",
+            hosts or [node],
+        )
+
+    def _keep_time(self) -> None:
+        super()._keep_time()
+        if self.console.leaving is not None and self._over_at is None:
+            self._leaving_since = self._leaving_since or time.monotonic()
+            if time.monotonic() - self._leaving_since > _LEAVE_SECONDS:
+                self._end(0)
+
     def _check_start(self, now: float) -> None:
         """mpirun has a limit of its own."""
+
+
+def _signs_of_life(silence: float) -> list[str]:
+    """What lets mpirun and its daemons notice in `silence` seconds that a host is cut off; 0 for their own limit."""
+    if not silence:
+        return []
+    parts = {"time": silence / 2, "intvl": silence / 8, "probes": 4}
+    return [word for name, n in parts.items() for word in ("-mca", f"oob_tcp_keepalive_{name}", str(max(1, int(n))))]

@@ -263,3 +263,17 @@ def test_a_remote_rank_that_is_killed_under_mpi_is_named(launch, tmp_path):
     assert "rank 1 on host h2 was the first to fail, killed by SIGKILL" in ended.output.splitlines()[-1]
     logs = [(tmp_path / "logs" / f"rank-000{rank}.log").read_text() for rank in (0, 1)]
     assert ["h1 mpi\n" in logs[0], "h2 mpi\n" in logs[1]] == [True, True]
+
+
+@pytest.mark.skipif(shutil.which("mpirun") is None, reason="no mpirun: apt-get install openmpi-bin")
+def test_a_host_that_is_cut_off_under_mpi_is_named(cluster, start):
+    job = start("--mpi", *TWO, "--host-timeout", "4", "--", "sh", "-c", 'echo "rank $(hostname)"; exec sleep 600')
+    read_until(job, r"rank h\d", 2)
+    cluster.cable("cut", "h2")
+    try:
+        code, output = end(job, 120)
+    finally:
+        cluster.cable("mend", "h2")
+    assert code == 75, output
+    assert "hvdkit.launch: Host h2 is down, frozen or cut off: mpirun hears nothing of it." in output
+    wait_until(lambda: not remains(), "processes are left", 90)
