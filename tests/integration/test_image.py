@@ -60,12 +60,15 @@ class Container:
         self.images = images
         self.name = images("from", image).output.split()[-1]
         self.folder = Path(images("mount", self.name).output.split()[-1])
+        self.hosts = images.folder / "hosts"
+        self.hosts.write_text("127.0.0.1 localhost container\n")  # what docker writes, and buildah does not
 
     def run(self, *command, user="10001:10001", timeout=300, volumes=(), fails=False):
         """Runs a command as the image's user, without a network."""
         storage = ["--root", self.images.folder / "root", "--runroot", self.images.folder / "run"]
         volumes = [part for volume in volumes for part in ("--volume", volume)]
-        run = ["run", "--isolation", "chroot", "--user", user, *volumes, self.name, "--", *command]
+        named = ["--hostname", "container", "--volume", f"{self.hosts}:/etc/hosts:ro"]
+        run = ["run", "--isolation", "chroot", "--user", user, *named, *volumes, self.name, "--", *command]
         line = shlex.join(str(part) for part in ["buildah", *storage, "--storage-driver", self.images.driver, *run])
         alone = ["unshare", "--net", "sh", "-c", f"ip link set lo up && exec {line}"]
         ended = run_command(alone, timeout=timeout, env=self.images.environment)
@@ -168,7 +171,7 @@ def _check_training(container, command):
     ended = container.run(*command)
     assert "2 replica(s): test accuracy" in ended.output
     (result,) = container.folder.glob("home/hvdkit/runs/*/result.json")
-    assert json.loads(result.read_text())["accuracy"] > 0.9
+    assert json.loads(result.read_text())["test_accuracy"] > 0.95
     assert (result.parent / "model.keras").stat().st_uid == 10001
 
 
@@ -195,7 +198,7 @@ def _check_mpi(container):
 
 SSHD = """
 serve() { /usr/sbin/sshd -De -f /home/hvdkit/.sshd_config "$@" & }
-reaches() { echo "$1: $(shift; "$@" 2>&1 | tr '\n' ' ')"; }
+reaches() { echo "$1: $(shift; "$@" 2>&1 | tr '\\r\\n' '  ')"; }
 serve
 serve -p 2223 -h /strangers/key
 for port in 2222 2223; do until (: </dev/tcp/127.0.0.1/$port) 2>/dev/null; do sleep 0.1; done; done
