@@ -8,6 +8,7 @@ import pytest
 from hvdkit import UsageError
 from hvdkit.launch import failures, hosts, link, options, plan
 from hvdkit.launch.console import Console
+from hvdkit.launch.elastic import run_script
 from hvdkit.launch.failures import Failure
 from hvdkit.launch.hosts import Host
 from hvdkit.launch.rendezvous import MOST_BYTES, Rendezvous
@@ -415,3 +416,32 @@ def test_srun_is_the_shell_of_a_slurm_job_where_it_is_installed(monkeypatch, tmp
     assert isinstance(parsed("--hosts-from", "slurm").shell, Srun)
     assert isinstance(parsed("--hosts-from", "slurm", "--remote-shell", "ssh").shell, Ssh)
     assert isinstance(parsed("-np", "1").shell, Ssh)
+
+
+# ---- Hosts that a script prints ----------------------------------------------------------------------------------
+
+
+def script(tmp_path, text):
+    path = tmp_path / "discover.sh"
+    path.write_text(f"#!/bin/sh\n{text}\n")
+    path.chmod(0o755)
+    return str(path)
+
+
+def test_a_script_prints_hosts_with_and_without_places(tmp_path):
+    assert run_script(script(tmp_path, "echo h1:4; echo; echo '  h2 '"), 2) == [Host("h1", 4), Host("h2", 2)]
+    assert run_script(script(tmp_path, "true"), 2) == [], "no host is there now"
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("echo no route >&2; exit 3", r"ended with exit code 3: no route"),
+        ("echo h1 slots=2", r"has the host 'h1 slots=2:1', and expected is a name or IPv4 address"),
+    ],
+)
+def test_a_script_that_fails_is_explained(tmp_path, text, message):
+    with pytest.raises(UsageError, match=message):
+        run_script(script(tmp_path, text), 1)
+    with pytest.raises(UsageError, match=r"--host-discovery-script /no/script cannot be run .*Is it executable"):
+        run_script("/no/script", 1)
