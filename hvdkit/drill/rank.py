@@ -13,12 +13,12 @@ import keras
 import numpy as np
 import tensorflow as tf
 
-from hvdkit import artifacts, collectives, train, world
+from hvdkit import artifacts, collectives, train, train_flags, world
 from hvdkit.drill.report import hashes
 
 _SIGNALS = {"kill": signal.SIGKILL, "freeze": signal.SIGSTOP, "term": signal.SIGTERM}
 _SLOW_SECONDS = 0.2  # a step
-_FULL_STEPS = 60  # how long the disk is full
+_FULL_STEPS = 60  # how long the disk is full, at least; long enough for a checkpoint to fail
 
 
 @dataclasses.dataclass(frozen=True)
@@ -83,12 +83,14 @@ class Trouble(keras.callbacks.Callback):
         fault: what.
         notes: this rank's, for the number of steps done; it comes before this one in the list.
         folder: where it is told that it has happened.
+        checkpoint_every: steps from one checkpoint to the next.
     """
 
     checkpointed = False
 
-    def __init__(self, fault: Fault, notes: Notes, folder: Path) -> None:
+    def __init__(self, fault: Fault, notes: Notes, folder: Path, checkpoint_every: int) -> None:
         super().__init__()
+        self._full_steps = max(_FULL_STEPS, checkpoint_every + checkpoint_every // 2)
         self._fault = fault
         self._notes = notes
         self._told = folder / "fault.json"
@@ -101,7 +103,7 @@ class Trouble(keras.callbacks.Callback):
             return
         if fault.kind == "slow":
             time.sleep(_SLOW_SECONDS)
-        if fault.kind == "disk-full" and done >= fault.step + _FULL_STEPS:
+        if fault.kind == "disk-full" and done >= fault.step + self._full_steps:
             self._filler.unlink(missing_ok=True)
         if not self._told.exists():
             host = os.uname().nodename
@@ -121,5 +123,7 @@ def main(what: str, flags: list[str]) -> int:
     """Trains; `what` is KIND:RANK:STEP:FOLDER."""
     kind, rank, step, folder = what.split(":", 3)
     notes = Notes(Path(folder))
-    trouble = Trouble(Fault(kind, int(rank), int(step)), notes, Path(folder))
+    every = train_flags.parse(["hvdkit.drill", *flags]).checkpoint_steps
+    fault = Fault(kind, int(rank), int(step))
+    trouble = Trouble(fault, notes, Path(folder), every if isinstance(every, int) else 0)
     return train.main(["hvdkit.train", *flags], [notes, trouble], notes.tap)

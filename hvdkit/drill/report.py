@@ -45,7 +45,8 @@ def make(kind: str, workdir: Path, code: int, output: str, flags: list[str]) -> 
     }
     if code == 0 and result:
         report |= _audit(runs, result, flags)
-    ended_well = code == 0 and fault is not None
+    has_struck = fault is not None and (kind != "disk-full" or report["warnings"] > 0)
+    ended_well = code == 0 and has_struck
     report["is_well"] = ended_well and report["samples_lost"] == report["samples_twice"] == 0
     return report
 

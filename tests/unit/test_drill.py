@@ -76,6 +76,12 @@ def test_a_job_that_failed_or_had_no_fault_is_not_well(job):
     assert (found["is_well"], found["recovery_seconds"]) == (False, None)
 
 
+def test_a_full_disk_that_no_checkpoint_met_is_no_drill(job):
+    assert not report.make("disk-full", job, 0, "", [])["is_well"]
+    said = "The checkpoint of step 3 could not be written (OSError: No space left on device)."
+    assert report.make("disk-full", job, 0, said, [])["is_well"]
+
+
 def test_a_hash_is_of_the_content():
     batch = np.arange(12, dtype=np.float32).reshape(3, 2, 2)
     first, second, third = report.hashes(batch)
