@@ -97,8 +97,8 @@ class _Handler(RendezvousHandler):
                 self._refuse(413)
                 return
             _, scope, key = self.path.split("/")
+            self.server.rendezvous.note(scope, key)  # before it is answered
             super().do_PUT()
-            self.server.rendezvous.note(scope, key)
 
     def do_DELETE(self) -> None:  # noqa: N802 - http.server calls it so
         if self._is_admitted():

@@ -12,6 +12,7 @@ import signal
 import subprocess
 import sys
 
+import psutil
 import pytest
 
 from tests.conftest import ROOT, Cluster, remains, run_command
@@ -111,9 +112,7 @@ def test_a_remote_rank_that_is_killed_ends_the_job(start):
 def test_no_orphan_on_any_host_when_the_launcher_is_killed(start):
     secret = "s3cret-of-the-user"
     job = start(*TWO, "--", "sh", "-c", STUBBORN, env={"SECRET": secret})
-    read_until(job, r"rank \d is", 2)
-    ranks = [p for p in remains() if p.name() == "sh"]
-    assert len(ranks) == 2
+    ranks = [psutil.Process(int(pid)) for pid in read_until(job, r"rank \d is (\d+)", 2)]
     assert [p.environ()["SECRET"] for p in ranks] == [secret] * 2
     commands = subprocess.run(["ps", "-e", "-ww", "-o", "args"], capture_output=True, text=True, check=True).stdout
     assert "hvdkit-agent" in commands, "the agent's command line is among them"
