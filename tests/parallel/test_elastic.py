@@ -96,8 +96,8 @@ def elastic(tmp_path):
 
 @pytest.mark.parametrize("by", ["horovodrun", "hvdkit"])
 def test_a_rank_that_comes_later_joins_the_training(elastic, by):
-    # Horovod looks at hosts every few seconds.
-    job = elastic("localhost:1", "-np", 1, "--min-np", 1, "--max-np", 2, pace=0.7, by=by)
+    pace = {"horovodrun": 0.7, "hvdkit": 0.3}[by]  # both look at hosts every few seconds only
+    job = elastic("localhost:1", "-np", 1, "--min-np", 1, "--max-np", 2, pace=pace, by=by)
     job.wait_for(r"rank 0 of 1 did epoch 1 ")
     job.set_hosts("localhost:2")
     job.wait_for(r"rank 1 of 2 starts at epoch \d+, batch \d+")
