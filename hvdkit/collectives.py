@@ -12,7 +12,7 @@ import cloudpickle
 import numpy as np
 import tensorflow as tf
 
-from hvdkit import watchdog, wire, world
+from hvdkit import shared_memory, watchdog, wire, world
 
 # Horovod moves these; anything else (uint32 seeds, bfloat16 weights, ...) travels as bytes.
 _HOROVOD_DTYPES = {"uint8", "int8", "uint16", "int16", "int32", "int64", "float16", "float32", "float64", "bool"}
@@ -193,14 +193,15 @@ def reduce_dense(
 ) -> list[tf.Tensor]:
     """Averages or sums tensors over the ranks of a process set; in a graph or eagerly.
 
-    All tensors of one dtype travel as one group, so that Horovod starts on them together and fuses them.
+    All tensors of one dtype travel as one group, so that Horovod starts on them together and fuses them. Between ranks of
+    one host they go through its memory instead, where that can be done (see `hvdkit.shared_memory`).
 
     Args:
         tensors: dense tensors, in the same order and of the same shapes on all ranks.
         name: prefix of the exchange's name, the same on all ranks.
         op: Horovod's `Average` or `Sum`.
         process_set: the Horovod process set that takes part.
-        prescale: factor before the sum; not used for bfloat16, whose sums are taken in float32.
+        prescale: factor before the sum; Horovod does not use it for bfloat16, whose sums are taken in float32.
         postscale: factor after the sum; likewise.
     """
     hvd = world.horovod()
@@ -208,7 +209,10 @@ def reduce_dense(
     for dtype in sorted({t.dtype.name for t in tensors}):
         places = [i for i, t in enumerate(tensors) if t.dtype.name == dtype]
         group = [tensors[i] for i in places]
-        if dtype == "bfloat16":
+        if shared_memory.serves(process_set, dtype):
+            divisor = process_set.size() if op == hvd.Average else 1
+            reduced = wire.run_shared(group, f"{name}.{dtype}", before=prescale, after=postscale / divisor)
+        elif dtype == "bfloat16":
             average = op == hvd.Average
             reduced = _sum_bfloat16(group, f"{name}.bfloat16", average=average, process_set=process_set)
         else:

@@ -334,7 +334,7 @@ def _make_train_function(make: Callable, model: keras.Model, args: tuple, kwargs
     step, own = model.train_step, vars(model).get("train_step")
 
     def train_step(data: Any) -> Any:
-        with tf.xla.experimental.jit_scope(compile_ops=lambda node: not node.op.startswith("Horovod")):
+        with tf.xla.experimental.jit_scope(compile_ops=lambda node: not node.op.startswith(("Horovod", "Hvdkit"))):
             return step(data)
 
     model.jit_compile, model.train_step = False, train_step

@@ -2,7 +2,7 @@
 
 from typing import Any
 
-from hvdkit import batch_normalization, fit_guard, keras2, watchdog, wire, world
+from hvdkit import batch_normalization, fit_guard, keras2, shared_memory, watchdog, wire, world
 from hvdkit.world import World
 
 
@@ -31,6 +31,7 @@ def init(*args: Any, **kwargs: Any) -> World:
     if first and me.size > 1:
         try:
             watchdog.start(me)
+            shared_memory.start(me)
         except BaseException:
             world.shutdown()  # so that a second `init` starts all of it
             raise
@@ -44,5 +45,6 @@ def shutdown() -> None:
     fit_guard.uninstall()
     keras2.leave_keras_alone()
     watchdog.stop()
+    shared_memory.stop()
     wire.forget()
     world.shutdown()

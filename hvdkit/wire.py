@@ -17,7 +17,7 @@ from typing import Any
 
 import tensorflow as tf
 
-from hvdkit import watchdog, world
+from hvdkit import shared_memory, watchdog, world
 
 _OURS = ("hvdkit", "tensorflow", "keras")  # packages in which the user's line is not to be found
 # How often each name is used in each graph: a second node of one name would be taken for the first.
@@ -47,8 +47,7 @@ def run(
         The operation's outputs; for "alltoall" the rows and the received splits.
     """
     process_set = process_set or world.horovod().global_process_set
-    name = re.sub(r"[^A-Za-z0-9_.\-]", "_", name)
-    name = name if name[:1].isalnum() else f"x{name}"
+    name = _clean(name)
     options = (("device", device), *sorted(attributes.items()))
     if not tf.executing_eagerly():
         return _operation(kind, tensors, _unique(name), process_set, options)
@@ -56,6 +55,28 @@ def run(
     function = _one_node(kind, specs, name, process_set, process_set.process_set_id, options)
     with watchdog.waiting(name, _detail(kind, tensors), everyone=process_set.process_set_id == 0):
         return list(function(*tensors))
+
+
+def run_shared(tensors: Sequence[tf.Tensor], name: str, *, before: float, after: float) -> list[tf.Tensor]:
+    """Sums tensors over all ranks through shared memory, eagerly or as part of the graph that is being traced.
+
+    Args:
+        tensors: of one dtype; see `hvdkit.shared_memory.reduce`.
+        name: as for `run`.
+        before: factor before the sum.
+        after: factor after the sum.
+    """
+    name = _clean(name)
+    if not tf.executing_eagerly():
+        return shared_memory.reduce(tensors, _unique(name), before=before, after=after)
+    with watchdog.waiting(name, _detail("shared_sum", tensors), everyone=True):
+        return shared_memory.reduce(tensors, name, before=before, after=after)
+
+
+def _clean(name: str) -> str:
+    """The name in characters that TensorFlow takes for a node's."""
+    name = re.sub(r"[^A-Za-z0-9_.\-]", "_", name)
+    return name if name[:1].isalnum() else f"x{name}"
 
 
 def _detail(kind: str, tensors: Sequence[tf.Tensor]) -> str:

@@ -1,0 +1,65 @@
+"""The part of hvdkit that is compiled: TensorFlow operations in C++, built against the TensorFlow that is installed.
+
+`launch/bootstrap.sh` builds it; by hand, `python -m hvdkit.native`. Where it is not built, hvdkit does without.
+"""
+
+import functools
+import hashlib
+import os
+import shlex
+import subprocess
+import tempfile
+from pathlib import Path
+from typing import Any
+
+import tensorflow as tf
+
+from hvdkit.errors import UsageError
+
+_SOURCE = Path(__file__).with_name("shared_sum.cc")
+
+
+def library() -> Path:
+    """Where the compiled library is, or would be: its name tells source and TensorFlow apart."""
+    key = hashlib.sha256(_SOURCE.read_bytes() + tf.version.VERSION.encode() + tf.version.COMPILER_VERSION.encode())
+    return _SOURCE.with_name(f"shared_sum-{key.hexdigest()[:12]}.so")
+
+
+def is_built() -> bool:
+    """Whether `load` will find it."""
+    return library().is_file()
+
+
+@functools.lru_cache(maxsize=1)
+def load() -> Any:
+    """The operations, as `tf.load_op_library` gives them."""
+    return tf.load_op_library(str(library()))
+
+
+def build() -> Path:
+    """Compiles the library with `$CXX`, or `g++`, in about ten seconds; one that is there stays.
+
+    Raises:
+        UsageError: there is no compiler, TensorFlow's headers are missing, or the folder cannot be written to.
+    """
+    made = library()
+    if made.is_file():
+        return made
+    compiler = os.environ.get("CXX") or "g++"
+    flags = [*tf.sysconfig.get_compile_flags(), "-O3", "-w", "-fPIC", "-shared"]
+    try:
+        # Made aside, then renamed: what stands under its name is whole.
+        with tempfile.TemporaryDirectory(dir=made.parent) as folder:
+            aside = Path(folder, made.name)
+            command = [*shlex.split(compiler), *flags, "-o", str(aside), str(_SOURCE), *tf.sysconfig.get_link_flags()]
+            subprocess.run(command, check=True, capture_output=True, text=True)
+            aside.rename(made)
+    except (OSError, subprocess.CalledProcessError) as error:
+        said = getattr(error, "stderr", None) or str(error)
+        line = next((line for line in said.splitlines() if "error" in line.lower()), said.strip())
+        raise UsageError(
+            f"{_SOURCE.name} cannot be compiled with {compiler}: {line}. Install g++, or name a compiler in CXX; "
+            f"TensorFlow's headers must be there, and {made.parent} writable. Without it ranks of one host exchange "
+            f"over the loopback network."
+        ) from None
+    return made
