@@ -45,7 +45,7 @@ class MpiJob(Job):
                 "--mpi needs mpirun. Install it with: apt-get install openmpi-bin libopenmpi-dev, on every host, and "
                 "run launch/bootstrap.sh again, which then builds Horovod with MPI."
             )
-        if self.settings.bind != "none":
+        if self.settings.bind not in ("auto", "none"):
             raise UsageError(
                 f"--bind {self.settings.bind} and --mpi exclude each other: mpirun binds its ranks itself. Leave "
                 f"--bind out, and set OMPI_MCA_hwloc_base_binding_policy=core for cores."

@@ -41,8 +41,9 @@ def parse(argv: list[str], description: str) -> argparse.Namespace:
     backend = how.add_mutually_exclusive_group()
     backend.add_argument("--gloo", action="store_true", help="ranks meet over Gloo, the default")
     backend.add_argument("--mpi", action="store_true", help="ranks are started by mpirun, and meet over MPI")
-    how.add_argument("--bind", choices=("none", "cores", "gpus", "both"), default="none", help="share out a host's "
-                     "cores or GPUs among its ranks; hvd.init() takes the local rank's GPU in any case")  # fmt: skip
+    how.add_argument("--bind", choices=("auto", "none", "cores", "gpus", "both"), default="auto", help="share out "
+                     "a host's cores or GPUs among its ranks [cores, where there are no GPUs]; hvd.init() takes the "
+                     "local rank's GPU in any case")  # fmt: skip
     how.add_argument("--interface", metavar="NAME", help="the job's network interface, on every host [the route's]")
     how.add_argument("--remote-shell", choices=("ssh", "srun"), help="how other hosts are reached "
                      "[srun with --hosts-from slurm, where it is installed, else ssh]")  # fmt: skip

@@ -113,7 +113,14 @@ def test_cores_are_shared_evenly(cores, ranks, expected):
     about = {"cores": cores, "gpus": [], "hostname": "h1"}
     bound = [binding.cores for binding in plan.bindings(about, ranks, "cores")]
     assert bound == expected
+    assert [b.cores for b in plan.bindings(about, ranks, "auto")] == expected, "there are no GPUs"
     assert [b.cores for b in plan.bindings(about, ranks, "none")] == [None] * ranks
+
+
+def test_cores_are_left_alone_where_gpus_compute_or_a_rank_has_them_all():
+    about = {"cores": [0, 1], "gpus": ["0", "1"], "hostname": "h1"}
+    assert [(b.cores, b.gpu) for b in plan.bindings(about, 2, "auto")] == [(None, None)] * 2
+    assert plan.bindings({**about, "gpus": []}, 1, "auto")[0].cores is None
 
 
 def test_gpus_are_bound_one_to_a_rank():
