@@ -24,6 +24,7 @@ _HOME = {
     "hvdkit.evaluation": ("evaluate", "predict"),
     "hvdkit.gradient_tape": ("DistributedGradientTape", "PartialDistributedGradientTape"),
     "hvdkit.job": ("init", "shutdown"),
+    "hvdkit.local_sgd": ("LocalSGD",),
     "hvdkit.operations": (
         "allgather", "allreduce", "alltoall", "broadcast", "broadcast_global_variables",
         "grouped_allgather", "grouped_allreduce", "grouped_reducescatter", "join", "reducescatter",
@@ -49,6 +50,7 @@ __all__ = [
     "Compression",
     "DistributedGradientTape",
     "DistributedOptimizer",
+    "LocalSGD",
     "Max",
     "Min",
     "PartialDistributedGradientTape",

@@ -28,6 +28,7 @@ from hvdkit.callbacks import AverageStateCallback, CheckpointCallback, MetricAve
 from hvdkit.callbacks.average_state import average_state
 from hvdkit.callbacks.broadcast import tell_seeds_apart
 from hvdkit.errors import UsageError
+from hvdkit.local_sgd import local_optimizers
 from hvdkit.optimizer import DistributedOptimizer, ExchangingOptimizer, keeps_local
 
 _log = logging.getLogger(__name__)
@@ -139,6 +140,8 @@ class FitGuard(keras.callbacks.Callback):
         if optimizer is not None and not optimizer.built and self._weights:
             optimizer.build(self.model.trainable_variables)
         self._make_common("when training begins")
+        for local in local_optimizers(self.model):
+            local.start()
         self._tell_seeds_apart()
         if hasattr(self.model, "_initial_epoch"):
             self.model._initial_epoch = collectives.broadcast_object(self.model._initial_epoch, name="initial_epoch")

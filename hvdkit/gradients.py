@@ -8,7 +8,8 @@ import tensorflow as tf
 
 from hvdkit import collectives, heartbeat, watchdog, world
 from hvdkit.adasum import adasum
-from hvdkit.compression import Compression
+from hvdkit.compression import Compression, ErrorFeedback
+from hvdkit.compression.feedback import elements, ring_bytes
 
 Gradient = Any  # tf.Tensor, tf.IndexedSlices or None
 
@@ -50,9 +51,17 @@ class GradientExchange:
         hvd = world.horovod()
         self.op = hvd.Average if op is None else op
         _check(self.op, gradient_predivide_factor, groups, process_set)
+        if isinstance(compression, type) and issubclass(compression, ErrorFeedback):
+            compression = compression()
+        self.feedback: ErrorFeedback | None = compression if isinstance(compression, ErrorFeedback) else None
+        if self.feedback and (self.op == hvd.Adasum or groups is not None or gradient_predivide_factor != 1):
+            raise ValueError(
+                f"{type(compression).__name__} sends all gradients in an exchange of its own, and averages or sums "
+                f"them: leave out groups, gradient_predivide_factor and op=hvdkit.Adasum."
+            )
         self.process_set = process_set or hvd.global_process_set
         self._name = name
-        self._compression = compression
+        self._compression = Compression.none if self.feedback else compression
         self._sparse_as_dense = sparse_as_dense or self.op == hvd.Adasum
         self._predivide = gradient_predivide_factor
         self._groups = groups
@@ -75,6 +84,30 @@ class GradientExchange:
     def has_local(self) -> bool:
         """Whether any variable was registered as local."""
         return bool(self._local)
+
+    def build(self, variables: Sequence[Any]) -> None:
+        """Makes what compression keeps from step to step, for the gradients of these variables.
+
+        An Embedding's is sparse, and goes as it is. Other variables of sparse gradients are not known here.
+        """
+        if self.feedback and not self.is_alone():
+            dense = [v for v in variables if not self.is_local(v)]
+            if not self._sparse_as_dense:
+                dense = [v for v in dense if not getattr(v, "path", "").endswith("/embeddings")]
+            self.feedback.build([tuple(v.shape) for v in dense], self.process_set.size())
+
+    def wire_bytes(self, shapes: Sequence[tuple[int, ...]]) -> tuple[float, float]:
+        """Bytes that a rank sends for dense float32 gradients of these shapes, and what they would be uncompressed."""
+        ranks = 1 if self.is_alone() else self.process_set.size()
+        whole = ring_bytes(4 * elements(shapes), ranks)
+        if self.feedback:
+            return self.feedback.wire_bytes(shapes, ranks), whole
+        cast = getattr(self._compression, "wire_dtype", None)
+        return whole * (cast.size / 4 if cast else 1), whole
+
+    def state(self) -> list[Any]:
+        """The variables that compression keeps."""
+        return [*self.feedback.common, *self.feedback.own] if self.feedback else []
 
     def is_alone(self) -> bool:
         """Whether there is nobody to exchange with."""
@@ -132,6 +165,9 @@ class GradientExchange:
         """Replaces dense gradients by the reduced ones. The heartbeat travels with the first group."""
         beat = heartbeat.current()
         payload: tf.Tensor | None = beat.payload()
+        if self.feedback:
+            self._reduce_with_feedback(result, groups[0] if groups else [], name)
+            return
         for number, places in enumerate(groups or [[]]):
             compressed = [self._compression.compress(tf.convert_to_tensor(result[i])) for i in places]
             wires = [wire for wire, _ in compressed] + ([] if payload is None else [payload])
@@ -143,6 +179,15 @@ class GradientExchange:
                 payload = None
             for place, tensor, (_, context) in zip(places, reduced, compressed, strict=True):
                 result[place] = self._compression.decompress(tensor, context)
+
+    def _reduce_with_feedback(self, result: list[Gradient], places: list[int], name: str) -> None:
+        beat = heartbeat.current()
+        grads = [tf.convert_to_tensor(result[i]) for i in places]
+        averages, total = self.feedback.reduce(grads, beat.payload(), name, self.process_set)
+        beat.receive(total, heartbeat.members(self.process_set))
+        factor = 1 if self.op == world.horovod().Average else self.process_set.size()
+        for place, average in zip(places, averages, strict=True):
+            result[place] = average * tf.cast(factor, average.dtype)
 
     def _reduce(self, wires: list[tf.Tensor], name: str) -> list[tf.Tensor]:
         hvd = world.horovod()

@@ -19,7 +19,7 @@ import tensorflow as tf
 import wrapt
 
 from hvdkit import call_stack, loss_scale, world
-from hvdkit.compression import Compression
+from hvdkit.compression import Compression, ErrorFeedback
 from hvdkit.gradients import Gradient, GradientExchange, weights_of
 
 
@@ -74,7 +74,8 @@ class DistributedOptimizer(ExchangingOptimizer):
         name: prefix of the exchanges' names.
         device_dense: accepted for Horovod's sake: gradients travel from where they are.
         device_sparse: likewise.
-        compression: `hvdkit.Compression.none`, `.fp16` or `.bf16`, or a class with the same two methods.
+        compression: `hvdkit.Compression.none`, `.fp16` or `.bf16`, or a class with the same two methods; or
+            one that keeps what it leaves out: `.int8()`, `.onebit()`, `.topk(fraction)`, `.powersgd(rank)`.
         sparse_as_dense: turns sparse gradients (of embeddings) into dense ones. Off by default: Keras' adaptive
             optimizers update only the rows that a sparse gradient names, so a dense one trains another model.
         gradient_predivide_factor: divide by this before the sum over ranks, and by size / this after it; for
@@ -169,6 +170,24 @@ class DistributedOptimizer(ExchangingOptimizer):
         if outer is not None:
             loss_scale.judge_overflow_together(outer, self._self_gradients)
         self.__wrapped__.build(variables)
+        self._self_gradients.build(variables)
+
+    @property
+    def variables(self) -> list[Any]:
+        """The optimizer's variables, and what compression keeps from step to step."""
+        return [*self.__wrapped__.variables, *self._self_gradients.state()]
+
+    @property
+    def compression(self) -> ErrorFeedback | None:
+        """The compressor with error feedback, if there is one."""
+        return self._self_gradients.feedback
+
+    def wire_bytes(self, variables: Sequence[Any]) -> tuple[float, float]:
+        """Bytes that a rank sends a step for gradients of these variables, and what it would send of them uncompressed.
+
+        By a ring, as Horovod and Gloo reduce; sparse gradients are counted as if they were dense.
+        """
+        return self._self_gradients.wire_bytes([tuple(v.shape) for v in variables])
 
     def register_local_var(self, var: Any) -> None:
         """Keeps the gradient of `var` (a Keras or TensorFlow variable) on this rank: each trains its own.
@@ -184,6 +203,8 @@ class DistributedOptimizer(ExchangingOptimizer):
         count as local once one variable does.
         """
         exchange = self._self_gradients
+        if exchange.feedback and any(variable is v for v in exchange.feedback.own):
+            return True
         own_slots = exchange.is_adasum() or exchange.has_local()
         return exchange.is_local(variable) or (own_slots and any(variable is v for v in self.__wrapped__.variables))
 

@@ -29,7 +29,7 @@ from hvdkit import artifacts, callbacks, collectives, job, strategies, train_fla
 from hvdkit.agreement import check_equal, together
 from hvdkit.checkpoint import preemption, resuming
 from hvdkit.checkpoint.store import Checkpoint
-from hvdkit.compression import Compression
+from hvdkit.compression import by_name
 from hvdkit.data import balance, checks, pipeline
 from hvdkit.data.epoch_order import Stretch
 from hvdkit.data.sources import Source, open_source
@@ -43,6 +43,7 @@ from hvdkit.model import (
     find_model,
     make_optimizer,
 )
+from hvdkit.optimizer import DistributedOptimizer
 from hvdkit.strategies import Strategy
 from hvdkit.train_flags import Config, Settings
 
@@ -141,12 +142,21 @@ def run(
         "train_seconds": round(progress.seconds, 3),
         # Too few steps for a rate without the first execution: then with all that it takes to begin.
         "samples_per_second": round(progress.samples_per_second or steps * settings.global_batch / progress.seconds, 1),
+        **_wire_bytes(model),
         **_measured(model, history.history, test),
     }
     if strategy.world.is_root:
         _write_artifacts(workdir, model, history.history, steps_per_epoch, settings.eval_every, result)
     collectives.barrier()  # nobody leaves before the artefacts are there: a launcher ends the job with the first to go
     return result
+
+
+def _wire_bytes(model: keras.Model) -> dict[str, Any]:
+    """What a rank sends a step for its dense gradients, and what it would send of them whole."""
+    if not isinstance(model.optimizer, DistributedOptimizer) or world.size() == 1:
+        return {}
+    sent, whole = model.optimizer.wire_bytes(model.trainable_variables)
+    return {"wire_bytes_per_step": round(sent), "dense_wire_bytes_per_step": round(whole)}
 
 
 def _measured(model: keras.Model, history: dict[str, Any], test: dict[str, float]) -> dict[str, Any]:
@@ -411,7 +421,9 @@ def _compile(
         given |= {"vocabulary_size": vocabulary.size, "sequence_length": vocabulary.sequence_length}
     model = build_model(model_source, given)
     check_output(model, spec, given["num_classes"], model_source.name)
-    options = {} if settings.compression == "none" else {"compression": getattr(Compression, settings.compression)}
+    options: dict[str, Any] = {} if settings.compression == "none" else {"compression": by_name(settings.compression)}
+    if settings.local_steps:
+        options |= {n: getattr(settings, n) for n in ("local_steps", "outer_learning_rate", "outer_momentum")}
     if model.compiled:
         rate = float(keras.ops.convert_to_numpy(model.optimizer.learning_rate))
         settings = train_flags.leave_optimizer_to_model(config, settings, model_source.name, rate)
@@ -443,6 +455,8 @@ def _callbacks(
     if settings.lr_schedule == "cosine":
         multiplier = _cosine(warmup, epochs)
         chosen.append(callbacks.LearningRateScheduleCallback(None, multiplier, start_epoch=warmup, staircase=False))
+    if settings.compression_guard and strategy.size > 1:
+        chosen.append(callbacks.CompressionGuard(settings.compression_guard))
     if steps % steps_per_epoch and steps > steps_per_epoch:
         chosen.append(callbacks.StopAtStepCallback(steps, steps_per_epoch))
     if strategy.world.is_root:

@@ -1,6 +1,7 @@
 """The flags of the main job: their groups, their help, and what can be checked without loading TensorFlow."""
 
 import dataclasses
+import re
 import sys
 from typing import Any
 
@@ -10,6 +11,7 @@ from hvdkit_models.recipe import Recipe
 from hvdkit.errors import UnfitSizeError, UsageError
 
 STRATEGIES = ("single", "horovod", "mirrored", "multiworker")
+COMPRESSIONS = ("none", "fp16", "bf16", "int8", "onebit", "topk", "powersgd")
 _WHAT, _HOW, _MACHINE, _OUTPUT = "What to train", "How to train it", "On which machine", "What to write"
 _RESUME = "Checkpoints"
 
@@ -34,6 +36,10 @@ class Config:
     lr_schedule: str | None
     warmup_epochs: float | None
     compression: str
+    compression_guard: int
+    local_steps: int | None
+    outer_learning_rate: float
+    outer_momentum: float
     precision: str
     sampling: str
     class_weights: bool
@@ -89,7 +95,15 @@ def define() -> None:
     add(enum, _HOW, "lr_schedule", None, "constant, or cosine to zero [the recipe's]", ("constant", "cosine"))
     add(number, _HOW, "warmup_epochs", None, "epochs in which the rate rises from 1/replicas of it [the recipe's; a "
         "tenth of all, 5 at most, where the rate was scaled up]", lower_bound=0.0)  # fmt: skip
-    add(enum, _HOW, "compression", "none", "gradients on the wire (horovod)", ("none", "fp16", "bf16"))
+    add(string, _HOW, "compression", "none", "gradients on the wire (horovod): none, fp16, bf16, int8, onebit, "
+        "topk:fraction=0.01, powersgd:rank=4")  # fmt: skip
+    add(integer, _HOW, "compression_guard", 0, "dense steps at the beginning; if the loss rises after them, compression "
+        "ends [0: compress from the first step to the last]", lower_bound=0)  # fmt: skip
+    add(integer, _HOW, "local_steps", None, "each rank trains alone for so many steps, then all agree on one model "
+        "(horovod; for slow links)", lower_bound=1)  # fmt: skip
+    add(number, _HOW, "outer_learning_rate", 0.7, "of what local steps have moved; 1, with a momentum of 0, is their "
+        "mean", lower_bound=1e-9)  # fmt: skip
+    add(number, _HOW, "outer_momentum", 0.9, "Nesterov's, of the same", lower_bound=0.0, upper_bound=0.999)
     add(enum, _HOW, "precision", "float32", "Keras' dtype policy", ("float32", "mixed_float16", "mixed_bfloat16"))
     add(enum, _HOW, "sampling", "none", "draw small classes more often (over), or large ones less (under)",
         ("none", "over", "under"))  # fmt: skip
@@ -139,6 +153,14 @@ def parse(argv: list[str]) -> Config:
     for one, other in (("epochs", "steps"), ("global_batch", "local_batch")):
         if getattr(config, one) is not None and getattr(config, other) is not None:
             raise UsageError(f"--{one} and --{other} exclude each other: give one of them.")
+    name, _, arguments = config.compression.partition(":")
+    if name not in COMPRESSIONS or (arguments and not re.fullmatch(r"\w+=[\d.e-]+", arguments)):
+        raise UsageError(
+            f"--compression={config.compression} is unknown. Use one of {', '.join(COMPRESSIONS)}, where topk may have a "
+            f"fraction and powersgd a rank: topk:fraction=0.01, powersgd:rank=4."
+        )
+    if config.compression_guard and name in COMPRESSIONS[:3]:
+        raise UsageError(f"--compression_guard has nothing to switch off with --compression={config.compression}.")
     if config.checkpoint_steps not in ("epoch", "never") and not (
         isinstance(config.checkpoint_steps, int) and config.checkpoint_steps
     ):

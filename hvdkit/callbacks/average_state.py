@@ -5,6 +5,7 @@ from typing import Any
 import keras
 
 from hvdkit import collectives
+from hvdkit.local_sgd import local_optimizers
 
 
 class AverageStateCallback(keras.callbacks.Callback):
@@ -29,6 +30,8 @@ class AverageStateCallback(keras.callbacks.Callback):
 
 
 def average_state(model: keras.Model) -> None:
-    """Sets the model's float non-trainable weights to their mean over all ranks."""
+    """Sets the model's float non-trainable weights to their mean over all ranks; under `LocalSGD` they agree first."""
+    for optimizer in local_optimizers(model):
+        optimizer.synchronise()
     state: list[Any] = [v for v in model.non_trainable_weights if "float" in keras.backend.standardize_dtype(v.dtype)]
     collectives.average_variables(state)

@@ -3,6 +3,7 @@
 `launch/bootstrap.sh` builds it; by hand, `python -m hvdkit.native`. Where it is not built, hvdkit does without.
 """
 
+import ctypes
 import functools
 import hashlib
 import os
@@ -63,3 +64,11 @@ def build() -> Path:
             f"over the loopback network."
         ) from None
     return made
+
+
+def exchange_times() -> tuple[int, int, int]:
+    """What this process has spent in sums through shared memory: nanoseconds in all, of these waiting for others, calls."""
+    values = [ctypes.c_uint64() for _ in range(3)]
+    ctypes.CDLL(str(library())).hvdkit_exchange_times(*map(ctypes.byref, values))
+    in_all, waiting, number = (value.value for value in values)
+    return in_all, waiting, number

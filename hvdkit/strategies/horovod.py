@@ -10,6 +10,7 @@ import tensorflow as tf
 from hvdkit import callbacks, job
 from hvdkit.errors import UsageError
 from hvdkit.evaluation import evaluate_part
+from hvdkit.local_sgd import LocalSGD
 from hvdkit.optimizer import DistributedOptimizer
 
 
@@ -37,8 +38,9 @@ class HorovodStrategy:
         return contextlib.nullcontext()
 
     def distribute(self, optimizer: keras.optimizers.Optimizer, **options: Any) -> keras.optimizers.Optimizer:
-        """A `DistributedOptimizer`."""
-        return DistributedOptimizer(optimizer, **options)
+        """A `DistributedOptimizer`; with the option `local_steps` a `LocalSGD`, which takes the other options, too."""
+        steps = options.pop("local_steps", None)
+        return LocalSGD(optimizer, steps, **options) if steps else DistributedOptimizer(optimizer, **options)
 
     def callbacks(self) -> list[keras.callbacks.Callback]:
         """Broadcast, exact metrics, common state, and silence on all ranks but 0."""

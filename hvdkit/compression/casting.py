@@ -40,11 +40,3 @@ class BF16Compressor(NoneCompressor):
     """
 
     wire_dtype = tf.bfloat16
-
-
-class Compression:
-    """The compressions by name, as in Horovod: `Compression.none`, `Compression.fp16`, and `Compression.bf16`."""
-
-    none = NoneCompressor
-    fp16 = FP16Compressor
-    bf16 = BF16Compressor

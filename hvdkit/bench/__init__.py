@@ -1,0 +1,1 @@
+"""Measures: `python -m hvdkit.bench throughput|collectives|scaling|peers|accuracy`."""

@@ -1,0 +1,54 @@
+"""`python -m hvdkit.bench COMMAND`: how fast training is, and against what.
+
+    throughput    samples a second, start-up and memory
+    collectives   latency and bandwidth of exchanges, against what network and memory can do
+    scaling       N ranks against one
+    peers         the same models under PyTorch DDP, Horovod on Keras 2, and TensorFlow's own strategies
+    accuracy      time to a target accuracy
+
+Cases are measured in turn, round after round, since a machine's speed changes; compare within a table, not across.
+"""
+
+import argparse
+import sys
+
+from hvdkit.bench import accuracy, collectives, peers, scaling, show, throughput
+from hvdkit.errors import UsageError
+
+_COMMANDS = {
+    "throughput": throughput, "collectives": collectives, "scaling": scaling, "peers": peers, "accuracy": accuracy,
+}  # fmt: skip
+
+
+def main(argv: list[str]) -> int:
+    """Measures, shows, and returns the exit code: 2 if something that the user gave is wrong."""
+    parser = argparse.ArgumentParser(
+        prog="python -m hvdkit.bench", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
+    for name, module in _COMMANDS.items():
+        one = commands.add_parser(name, help=(module.__doc__ or "").partition("\n")[0].partition(": ")[2])
+        one.add_argument("--seconds", type=float, default=4.0, help="of each measurement [4]")
+        one.add_argument("--rounds", type=int, default=3, help="how often each case is measured [3]")
+        one.add_argument("--json", metavar="FILE", help="write the numbers there")
+        one.add_argument("--plot", metavar="FILE.png", help="draw them there")
+        module.add_arguments(one)
+    arguments = parser.parse_args(argv[1:])
+    module = _COMMANDS[arguments.command]
+    try:
+        if arguments.seconds <= 0 or arguments.rounds < 1:
+            raise UsageError("--seconds must be above 0 and --rounds 1 or more.")
+        found = module.measure(arguments)
+    except UsageError as error:
+        print(f"hvdkit.bench: {error}", file=sys.stderr)
+        return 2
+    print(module.report(found))
+    show.write_json(arguments.json, found)
+    x, y = module.AXES
+    scales = {"xscale": "log", "yscale": "log"} if arguments.command == "collectives" else {}
+    show.plot(arguments.plot, f"hvdkit.bench {arguments.command}", x, y, module.lines(found), **scales)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv))

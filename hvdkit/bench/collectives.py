@@ -1,0 +1,119 @@
+"""`collectives`: latency and bus bandwidth of exchanges by size, against what this machine's network and memory can do.
+
+Bus bandwidth is the bytes that a rank must move at least, by the time they take: 2 (N - 1) / N of an allreduce's size,
+(N - 1) times a part for an allgather, the size itself for a broadcast (NVIDIA's nccl-tests, PERFORMANCE.md).
+"""
+
+import argparse
+import json
+import socket
+import sys
+import tempfile
+import threading
+import time
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from hvdkit.bench import jobs, show
+
+_LIMIT_BYTES = 64 << 20
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """The command's own arguments."""
+    parser.add_argument("--sizes", default="4,1024,65536,1048576,16777216", help="bytes that each rank brings")
+    parser.add_argument("--case", action="append", default=[], metavar="'LAUNCHER ARGS'",
+        help="how the ranks are started, as in '-np 2 --mpi' or '-H h1:1,h2:1' [-np 2]")  # fmt: skip
+
+
+def measure(arguments: argparse.Namespace) -> dict[str, Any]:
+    """Measures the limits, then each case."""
+    found: dict[str, Any] = {"limits": {"loopback": loopback_bandwidth(), "memory_copy": copy_bandwidth()}, "cases": []}
+    for case in arguments.case or ["-np 2"]:
+        print(f"measuring {case}", file=sys.stderr, flush=True)
+        with tempfile.TemporaryDirectory() as folder:
+            result = Path(folder, "result.json")
+            program = [
+                sys.executable,
+                "-m",
+                "hvdkit.bench.exchange",
+                str(result),
+                arguments.sizes,
+                str(arguments.seconds),
+            ]
+            jobs.run([sys.executable, "-m", "hvdkit.launch", *case.split(), "--", *program])
+            one = json.loads(result.read_text())
+        controller = "mpi" if "--mpi" in case.split() else "gloo"
+        found["cases"].append({"case": case, "controller": controller, **one})
+    return {**found, **found["cases"][0]}  # the first one's rows at the top, for hvdkit.plan
+
+
+def bus_bytes(operation: str, size: int, ranks: int) -> float:
+    """Bytes that a rank must move at least, where each brings `size` bytes."""
+    if operation.endswith("allreduce"):
+        return 2 * (ranks - 1) / ranks * size
+    return (ranks - 1) * size if operation == "allgather" else size
+
+
+def loopback_bandwidth() -> float:
+    """Bytes a second between two sockets of this machine, one way."""
+    server = socket.create_server(("127.0.0.1", 0))
+    block = bytes(1 << 20)
+
+    def send() -> None:
+        with socket.create_connection(server.getsockname()) as out:
+            for _ in range(_LIMIT_BYTES >> 20):
+                out.sendall(block)
+
+    thread = threading.Thread(target=send)
+    thread.start()
+    with server, server.accept()[0] as incoming:
+        began, buffer = time.perf_counter(), bytearray(1 << 20)
+        while incoming.recv_into(buffer):
+            continue
+        seconds = time.perf_counter() - began
+    thread.join()
+    return _LIMIT_BYTES / seconds
+
+
+def copy_bandwidth() -> float:
+    """Bytes a second that one core copies in memory, of a block that no cache holds."""
+    source, target = np.ones(_LIMIT_BYTES, np.uint8), np.zeros(_LIMIT_BYTES, np.uint8)
+    seconds = []
+    for _ in range(5):
+        began = time.perf_counter()
+        np.copyto(target, source)
+        seconds.append(time.perf_counter() - began)
+    return _LIMIT_BYTES / min(seconds)
+
+
+def report(found: dict[str, Any]) -> str:
+    """The table."""
+    rows = [
+        [
+            case["case"],
+            row["operation"].replace("_", " "),
+            f"{row['bytes']:,}",
+            f"{row['seconds'] * 1e6:,.0f}",
+            f"{row['quartiles'][0] * 1e6:,.0f} to {row['quartiles'][1] * 1e6:,.0f}",
+            f"{bus_bytes(row['operation'], row['bytes'], case['ranks']) / row['seconds'] / 1e9:.3f}",
+        ]
+        for case in found["cases"]
+        for row in case["rows"]
+    ]
+    limits = ", ".join(f"{name.replace('_', ' ')} {value / 1e9:.2f} GB/s" for name, value in found["limits"].items())
+    return show.table(["case", "operation", "bytes", "µs", "quartiles", "bus GB/s"], rows) + f"\n\nLimits: {limits}"
+
+
+def lines(found: dict[str, Any]) -> dict[str, list[tuple[float, float]]]:
+    """What is plotted: microseconds by bytes."""
+    drawn: dict[str, list[tuple[float, float]]] = {}
+    for case in found["cases"]:
+        for row in case["rows"]:
+            drawn.setdefault(f"{case['case']}: {row['operation']}", []).append((row["bytes"], row["seconds"] * 1e6))
+    return drawn
+
+
+AXES = ("bytes", "µs")

@@ -1,0 +1,87 @@
+"""The rank of `collectives`: times Horovod's operations, and sums through shared memory, inside a TensorFlow graph.
+
+python -m hvdkit.launch -np 2 -- python -m hvdkit.bench.exchange RESULT.json BYTES,BYTES,... SECONDS
+"""
+
+import json
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import tensorflow as tf
+
+import hvdkit as hvd
+from hvdkit import collectives, shared_memory, wire, world
+
+_FEWEST = 5  # timings of one size
+
+
+def operations(elements: int) -> dict[str, Callable[[tf.Tensor], tf.Tensor]]:
+    """What is timed, by name: functions of a float32 tensor of so many elements."""
+    everyone = world.horovod().global_process_set
+    sums = {"op": world.horovod().Sum}
+    found = {
+        "allreduce": lambda x: wire.run("allreduce", [x], f"bench.allreduce.{elements}", **sums)[0],
+        "allgather": lambda x: wire.run("allgather", [x], f"bench.allgather.{elements}")[0],
+        "broadcast": lambda x: wire.run("broadcast", [x], f"bench.broadcast.{elements}", root_rank=0)[0],
+    }
+    if shared_memory.is_used():
+        found["shared_allreduce"] = lambda x: collectives.reduce_dense(
+            [x], f"bench.shared.{elements}", process_set=everyone, **sums
+        )[0]
+    return found
+
+
+def timings(operation: Callable[[tf.Tensor], tf.Tensor], elements: int, seconds: float) -> list[float]:
+    """Seconds of each of many exchanges, the slowest rank's."""
+
+    @tf.function
+    def repeat(x: tf.Tensor, times: tf.Tensor) -> tf.Tensor:
+        for _ in tf.range(times):
+            with tf.control_dependencies([operation(x)]):
+                x = tf.identity(x)
+        return x
+
+    x = tf.ones([elements])
+    repeat(x, tf.constant(3))  # traces, and lets Horovod remember the operation
+    collectives.barrier(name="bench")
+    began = time.perf_counter()
+    repeat(x, tf.constant(3))
+    once = collectives.broadcast_object((time.perf_counter() - began) / 3, name="bench.once")
+    times = max(1, int(seconds / 20 / once))
+    measured = []
+    for _ in range(max(_FEWEST, min(20, int(seconds / once / times)))):
+        began = time.perf_counter()
+        repeat(x, tf.constant(times))
+        measured.append((time.perf_counter() - began) / times)
+    everyone = collectives.allgather_object(measured, name="bench.measured")
+    return [float(value) for value in np.max(everyone, axis=0)]
+
+
+def main(argv: list[str]) -> None:
+    """Times all operations at all sizes, and leaves the result in a file on rank 0."""
+    me = hvd.init()
+    rows = []
+    for size in map(int, argv[2].split(",")):
+        elements = max(1, size // 4)
+        for name, operation in operations(elements).items():
+            measured = timings(operation, elements, float(argv[3]))
+            low, middle, high = np.quantile(measured, [0.25, 0.5, 0.75])
+            row: dict[str, Any] = {
+                "operation": name,
+                "bytes": elements * 4,
+                "seconds": middle,
+                "quartiles": [low, high],
+            }
+            rows.append(row)
+    if me.rank == 0:
+        content = {"kind": "collectives", "ranks": me.size, "hosts": me.cross_size, "local_size": me.local_size}
+        Path(argv[1]).write_text(json.dumps({**content, "rows": rows}))
+    hvd.shutdown()
+
+
+if __name__ == "__main__":
+    main(sys.argv)

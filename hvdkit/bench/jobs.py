@@ -1,0 +1,58 @@
+"""Starts what is measured, as a user would, and reads what it found."""
+
+import json
+import os
+import subprocess
+import sys
+import tempfile
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from hvdkit.errors import UsageError
+
+_LIMIT = 600  # seconds for one measurement
+
+
+def run(command: Sequence[str], environment: dict[str, str] | None = None, limit: float = _LIMIT) -> str:
+    """Runs a command and returns what it printed.
+
+    Raises:
+        UsageError: it failed, or was not done in time; with its last lines.
+    """
+    everything = {**os.environ, "TF_CPP_MIN_LOG_LEVEL": "2", "PYTHONUNBUFFERED": "1", **(environment or {})}
+    process = subprocess.Popen(
+        list(command), stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, errors="replace", env=everything
+    )
+    try:
+        output, _ = process.communicate(timeout=limit)
+    except subprocess.TimeoutExpired:
+        process.terminate()  # the launcher ends its ranks
+        output, _ = process.communicate()
+        raise UsageError(f"{' '.join(command)} was not done within {limit:g} s:\n{_end(output)}") from None
+    if process.returncode:
+        raise UsageError(f"{' '.join(command)} ended with {process.returncode}:\n{_end(output)}")
+    return output
+
+
+def train(
+    launcher: Sequence[str], flags: Sequence[str], seconds: float, environment: dict[str, str] | None = None
+) -> dict[str, Any]:
+    """Measures one training job.
+
+    Args:
+        launcher: arguments of hvdkit.launch, such as `-np 2`; none for a process without a launcher.
+        flags: of hvdkit.train.
+        seconds: to measure.
+        environment: variables besides.
+    """
+    with tempfile.TemporaryDirectory() as folder:
+        result = Path(folder, "result.json")
+        program = [sys.executable, "-m", "hvdkit.bench.training", str(seconds), str(result), *flags]
+        start = [sys.executable, "-m", "hvdkit.launch", *launcher, "--"] if launcher else []
+        run([*start, *program], environment)
+        return dict(json.loads(result.read_text()))
+
+
+def _end(output: str) -> str:
+    return "\n".join(output.strip().splitlines()[-15:])

@@ -1,0 +1,192 @@
+"""`peers`: the same models and batches under what else there is, each in an environment of its own.
+
+Every peer is tried with each sensible thread setting in the first round, and keeps the best one after it.
+"""
+
+import argparse
+import contextlib
+import json
+import shutil
+import statistics
+import sys
+import tempfile
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from hvdkit.bench import jobs, show, statistic, workloads
+from hvdkit.bench.peers import environments
+from hvdkit.errors import UsageError
+from hvdkit.world import usable_cores
+
+_HERE = Path(__file__).parent
+OURS = "hvdkit"
+
+
+def _torch(ranks: int) -> list[str]:
+    python = environments.TORCH.python()
+    return [str(python.with_name("torchrun")), "--standalone", f"--nproc_per_node={ranks}", str(_HERE / "torch_ddp.py")]
+
+
+def _keras_2(ranks: int) -> list[str]:
+    python = environments.KERAS_2.python()
+    return [str(python.with_name("horovodrun")), "-np", str(ranks), str(python), str(_HERE / "keras_fit.py"), "horovod"]
+
+
+def _multiworker(ranks: int) -> list[str]:
+    return [str(environments.TF_KERAS.python()), str(_HERE / "keras_fit.py"), "multiworker"]
+
+
+def _mirrored(ranks: int) -> list[str]:
+    return [sys.executable, str(_HERE / "keras_fit.py"), "mirrored"]
+
+
+def _tape(ranks: int) -> list[str]:
+    launcher = shutil.which("horovodrun", path=str(Path(sys.executable).parent))
+    if not launcher:
+        raise UsageError("horovodrun is not beside this Python")
+    return [launcher, "-np", str(ranks), "--gloo", sys.executable, str(_HERE / "tape.py")]
+
+
+PEERS: dict[str, Callable[[int], list[str]]] = {
+    "torch_ddp": _torch,
+    "horovod_keras2": _keras_2,
+    "horovod_tape": _tape,
+    "mirrored": _mirrored,
+    "multiworker_tf_keras": _multiworker,
+}
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """The command's own arguments."""
+    parser.add_argument("--workloads", default=",".join(workloads.WORKLOADS), help="[all]")
+    parser.add_argument("--peers", default=",".join(PEERS), help="[all]")
+    parser.add_argument("--ranks", type=int, default=2, help="ranks, or replicas [2]")
+
+
+def measure(arguments: argparse.Namespace) -> dict[str, Any]:
+    """Measures hvdkit and every peer in turn, as often as asked for."""
+    names = [w.name for w in workloads.named(arguments.workloads)]
+    commands, missing = _commands(arguments)
+    best: dict[tuple[str, str], dict[str, str]] = {}
+    rounds: list[dict[tuple[str, str], float]] = []
+    for number in range(arguments.rounds):
+        rounds.append({(OURS, name): _ours(name, arguments) for name in names})
+        for peer, command in commands.items():
+            if number == 0:
+                rounds[-1] |= _tune(peer, command, names, arguments, best)
+            else:
+                for setting in _distinct(best[peer, name] for name in names):
+                    these = [name for name in names if best[peer, name] == setting]
+                    rounds[-1] |= {
+                        (peer, name): rate for name, rate in _run(command, these, setting, arguments).items()
+                    }
+        for key, rate in rounds[-1].items():
+            print(f"round {number + 1}: {key[0]}, {key[1]}: {rate:,.0f} samples/s", file=sys.stderr, flush=True)
+    rows = [_row(peer, name, rounds, best) for name in names for peer in [OURS, *commands]]
+    return {"ranks": arguments.ranks, "rows": rows, "missing": missing}
+
+
+def _commands(arguments: argparse.Namespace) -> tuple[dict[str, list[str]], dict[str, str]]:
+    """How each peer is started, and why some cannot be."""
+    commands, missing = {}, {}
+    for peer in filter(None, arguments.peers.split(",")):
+        if peer not in PEERS:
+            raise UsageError(f"There is no peer {peer!r}. Choose from {', '.join(PEERS)}.")
+        try:
+            commands[peer] = PEERS[peer](arguments.ranks)
+        except UsageError as error:
+            missing[peer] = str(error)
+    return commands, missing
+
+
+def _ours(name: str, arguments: argparse.Namespace) -> float:
+    flags = workloads.WORKLOADS[name].train_flags()
+    found = jobs.train(["-np", str(arguments.ranks)], flags, arguments.seconds)
+    return statistics.median(found["samples_per_second"])
+
+
+def _settings(ranks: int) -> list[dict[str, str]]:
+    """Threads of a rank: its share of the cores, bound to them or not, or all of them."""
+    share = max(1, usable_cores() // ranks)
+    tried = [(share, "1"), (share, "0"), (usable_cores(), "0")]
+    return [{"HVDKIT_BENCH_THREADS": str(threads), "HVDKIT_BENCH_PIN": pin} for threads, pin in tried]
+
+
+def _tune(
+    peer: str, command: list[str], names: list[str], arguments: argparse.Namespace, best: dict[Any, dict[str, str]]
+) -> dict[tuple[str, str], float]:
+    """Runs a peer with every setting, keeps each workload's best, and returns what that reached."""
+    reached: dict[tuple[str, str], float] = {}
+    for setting in _settings(1 if peer == "mirrored" else arguments.ranks):
+        for name, rate in _run(command, names, setting, arguments).items():
+            if rate > reached.get((peer, name), 0):
+                reached[peer, name], best[peer, name] = rate, setting
+    return reached
+
+
+def _run(
+    command: list[str], names: list[str], setting: dict[str, str], arguments: argparse.Namespace
+) -> dict[str, float]:
+    with tempfile.TemporaryDirectory() as folder:
+        environment = {
+            **setting,
+            "HVDKIT_BENCH_FOLDER": folder,
+            "HVDKIT_BENCH_SECONDS": str(arguments.seconds),
+            "HVDKIT_BENCH_RANKS": str(arguments.ranks),
+            "PYTHONPATH": "",
+        }
+        output = jobs.run([*command, ",".join(names)], environment)
+    found = {}
+    for line in output.splitlines():
+        _, mark, content = line.partition("BENCH ")
+        with contextlib.suppress(ValueError):
+            one = json.loads(content) if mark else {}
+            if one:
+                found[one["workload"]] = statistics.median(one["samples_per_second"])
+    lacking = set(names) - set(found)
+    if lacking:
+        raise UsageError(f"{' '.join(command)} told nothing of {', '.join(sorted(lacking))}:\n{output[-2000:]}")
+    return found
+
+
+def _row(peer: str, name: str, rounds: list[dict[tuple[str, str], float]], best: dict[Any, Any]) -> dict[str, Any]:
+    theirs = [one[peer, name] for one in rounds]
+    row = {"workload": name, "peer": peer, "samples_per_second": statistics.median(theirs), "rounds": theirs}
+    if peer != OURS:
+        row["setting"] = best[peer, name]
+        row["ratio"] = statistic.ratio([one[OURS, name] for one in rounds], theirs)
+    return row
+
+
+def _distinct(settings: Any) -> list[dict[str, str]]:
+    return [dict(items) for items in sorted({tuple(sorted(setting.items())) for setting in settings})]
+
+
+def report(found: dict[str, Any]) -> str:
+    """The table."""
+    rows = []
+    for row in found["rows"]:
+        ratio = row.get("ratio")
+        told = f"{ratio['median']:.2f}" + (" (noisy)" if ratio["noisy"] else "") if ratio else ""
+        setting = row.get("setting", {})
+        threads = f"{setting['HVDKIT_BENCH_THREADS']} thread(s)" if setting else ""
+        if setting.get("HVDKIT_BENCH_PIN") == "1":
+            threads += ", bound"
+        spread = f"{ratio['lowest']:.2f} to {ratio['highest']:.2f}" if ratio else ""
+        rows.append([row["workload"], row["peer"], f"{row['samples_per_second']:,.0f}", told, spread, threads])
+    heads = ["workload", "peer", "samples/s", f"{OURS} is so much faster", "rounds", "its best setting"]
+    notes = [f"{peer} was left out: {why}" for peer, why in found["missing"].items()]
+    return "\n".join([show.table(heads, rows), *notes])
+
+
+def lines(found: dict[str, Any]) -> dict[str, list[tuple[float, float]]]:
+    """What is plotted: each peer's rate, workload by workload."""
+    drawn: dict[str, list[tuple[float, float]]] = {}
+    for row in found["rows"]:
+        points = drawn.setdefault(row["peer"], [])
+        points.append((len(points) + 1, row["samples_per_second"]))
+    return drawn
+
+
+AXES = ("workload", "samples/s")

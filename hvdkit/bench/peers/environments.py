@@ -1,0 +1,67 @@
+"""The peers' own Python environments: made when they are first needed, in the cache, and kept."""
+
+import dataclasses
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+from hvdkit.errors import UsageError
+
+_HOROVOD = {
+    "HOROVOD_WITH_TENSORFLOW": "1", "HOROVOD_WITHOUT_PYTORCH": "1", "HOROVOD_WITHOUT_MXNET": "1",
+    "HOROVOD_WITH_GLOO": "1", "HOROVOD_WITHOUT_MPI": "1",
+}  # fmt: skip
+
+
+@dataclasses.dataclass(frozen=True)
+class Environment:
+    """What a peer needs.
+
+    Attributes:
+        name: of the folder.
+        installs: arguments of `pip install`, one call each.
+        newest_python: minor version of Python 3 above which its packages have no wheels.
+    """
+
+    name: str
+    installs: tuple[tuple[str, ...], ...]
+    newest_python: int = 99
+
+    def python(self) -> Path:
+        """Its interpreter; the environment is made if it is not there.
+
+        Raises:
+            UsageError: it cannot be made, with the reason.
+        """
+        folder = Path(os.environ.get("HVDKIT_CACHE") or Path.home() / ".cache" / "hvdkit", "peers", self.name)
+        python, ready = folder / "bin" / "python", folder / ".hvdkit-ready"
+        wanted = repr(self.installs)
+        if ready.is_file() and ready.read_text() == wanted:
+            return python
+        if sys.version_info[1] > self.newest_python:
+            raise UsageError(f"needs Python 3.{self.newest_python} or older, and this is 3.{sys.version_info[1]}")
+        print(f"making the environment {folder} (minutes, once)", file=sys.stderr, flush=True)
+        self._call([sys.executable, "-m", "venv", str(folder)])
+        for arguments in self.installs:
+            self._call([str(python), "-m", "pip", "install", "-q", *arguments])
+        ready.write_text(wanted)
+        return python
+
+    def _call(self, command: list[str]) -> None:
+        done = subprocess.run(command, env={**os.environ, **_HOROVOD}, capture_output=True, text=True, check=False)
+        if done.returncode:
+            last = "\n".join((done.stdout + done.stderr).strip().splitlines()[-5:])
+            raise UsageError(f"`{' '.join(command)}` failed: {last}")
+
+
+TORCH = Environment("torch", (("torch==2.13.0", "numpy"),))
+KERAS_2 = Environment(
+    "horovod-keras2",
+    (
+        ("tensorflow==2.15.1", "setuptools<81", "wheel", "cloudpickle", "psutil", "pyyaml", "packaging", "cffi"),
+        ("--no-build-isolation", "horovod==0.28.1"),
+    ),
+    newest_python=11,
+)
+TF_KERAS = Environment("tf_keras", (("tensorflow==2.21.0", "tf_keras==2.21.0"),))

@@ -1,0 +1,53 @@
+"""Horovod without a Keras layer: a GradientTape loop on Keras 3, as good as it gets: horovodrun -np 2 tape.py mlp."""
+
+import os
+
+import models
+
+os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
+os.environ["TF_ENABLE_ONEDNN_OPTS"] = "1"
+
+
+def measure(tf, hvd, keras, name):
+    keras.utils.set_random_seed(0)
+    model, optimizer = models.build_keras(keras, name), models.optimizer_of(keras, name)
+    optimizer.build(model.trainable_variables)
+    loss_of = keras.losses.SparseCategoricalCrossentropy(from_logits=True)
+    images = tf.random.uniform([models.EXAMPLES, *models.SHAPES[name]], 0, 255)
+    labels = tf.random.uniform([models.EXAMPLES], 0, 10, tf.int64)
+    data = tf.data.Dataset.from_tensor_slices((images, labels)).cache().shuffle(models.EXAMPLES).repeat()
+    batches = iter(data.batch(models.BATCHES[name], drop_remainder=True).prefetch(tf.data.AUTOTUNE))
+
+    @tf.function
+    def steps():
+        for _ in tf.range(models.STEPS_PER_CALL):
+            x, y = next(batches)
+            with tf.GradientTape() as tape:
+                loss = loss_of(y, model(x, training=True))
+            gradients = tape.gradient(loss, model.trainable_variables)
+            optimizer.apply(hvd.grouped_allreduce(gradients, op=hvd.Average), model.trainable_variables)
+
+    def run(number):
+        for _ in range(number // models.STEPS_PER_CALL):
+            steps()
+
+    hvd.broadcast_variables([v.value for v in model.variables], root_rank=0)
+    weights = sum(int(tf.size(w)) for w in model.trainable_weights)
+    models.timed(run, hvd.rank(), name, models.BATCHES[name] * hvd.size(), weights)
+
+
+def main():
+    models.pin(int(os.environ.get("HOROVOD_LOCAL_RANK", 0)))
+    import horovod.tensorflow as hvd
+    import keras
+    import tensorflow as tf
+
+    tf.config.threading.set_intra_op_parallelism_threads(models.threads())
+    tf.config.threading.set_inter_op_parallelism_threads(max(2, models.threads()))
+    hvd.init()
+    for name in models.chosen():
+        measure(tf, hvd, keras, name)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,101 @@
+"""PyTorch DistributedDataParallel over Gloo: torchrun --nproc_per_node 2 torch_ddp.py mlp,lenet."""
+
+import os
+
+import models
+import torch
+from torch import nn
+from torch.nn.parallel import DistributedDataParallel
+
+_DENSE = {"mlp": (128, 64), "large_mlp": (2048, 2048)}
+
+
+class Scale(nn.Module):
+    """Pixels to numbers around 0, as the Keras models do."""
+
+    def __init__(self, factor, offset=0.0):
+        super().__init__()
+        self.factor, self.offset = factor, offset
+
+    def forward(self, x):
+        return x * self.factor + self.offset
+
+
+class Block(nn.Module):
+    """Two convolutions and a shortcut."""
+
+    def __init__(self, before, filters, strides):
+        super().__init__()
+        self.first, self.second = convolution(before, filters, 3, strides), convolution(filters, filters, 3, 1)
+        self.shortcut = nn.Identity() if strides == 1 else convolution(before, filters, 1, strides)
+
+    def forward(self, x):
+        y = self.second(torch.relu(self.first(x)))
+        return torch.relu(y + self.shortcut(x))
+
+
+def convolution(before, filters, size, strides):
+    return nn.Sequential(
+        nn.Conv2d(before, filters, size, strides, padding=size // 2, bias=False), nn.BatchNorm2d(filters)
+    )
+
+
+def build(name):
+    if name in _DENSE:
+        sizes = [784, *_DENSE[name]]
+        hidden = [m for a, b in zip(sizes, sizes[1:]) for m in (nn.Linear(a, b), nn.ReLU())]
+        return nn.Sequential(Scale(1 / 255), nn.Flatten(), *hidden, nn.Linear(sizes[-1], 10))
+    if name == "lenet":
+        return nn.Sequential(
+            Scale(1 / 64, -1.875),
+            *(nn.Conv2d(3, 6, 5, padding=2), nn.ReLU(), nn.MaxPool2d(2)),
+            *(nn.Conv2d(6, 16, 5, padding=2), nn.ReLU(), nn.MaxPool2d(2)),
+            *(nn.Flatten(), nn.Linear(1024, 120), nn.ReLU(), nn.Linear(120, 84), nn.ReLU(), nn.Linear(84, 10)),
+        )
+    blocks, before = [], 16
+    for stage, filters in enumerate((16, 32, 64)):
+        for block in range(3):
+            blocks.append(Block(before, filters, 2 if stage and not block else 1))
+            before = filters
+    head = [nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(64, 10)]
+    return nn.Sequential(Scale(1 / 64, -1.875), convolution(3, 16, 3, 1), nn.ReLU(), *blocks, *head)
+
+
+def measure(name, rank, size):
+    torch.manual_seed(0)
+    model = build(name)
+    weights = sum(p.numel() for p in model.parameters())
+    model = DistributedDataParallel(model, gradient_as_bucket_view=True)
+    if name == "resnet20":
+        optimizer = torch.optim.SGD(model.parameters(), 0.05, momentum=0.9)
+    else:
+        optimizer = torch.optim.Adam(model.parameters(), 1e-3)
+    height, width, channels = models.SHAPES[name]
+    images = torch.rand(models.EXAMPLES, channels, height, width) * 255
+    labels = torch.randint(0, 10, (models.EXAMPLES,))
+    loss_of, batch = nn.CrossEntropyLoss(), models.BATCHES[name]
+
+    def run(steps):
+        order = torch.randperm(models.EXAMPLES)
+        for step in range(steps):
+            start = step * batch % models.EXAMPLES
+            rows = order[start : start + batch]
+            optimizer.zero_grad(set_to_none=True)
+            loss_of(model(images[rows]), labels[rows]).backward()
+            optimizer.step()
+
+    models.timed(run, rank, name, batch * size, weights)
+
+
+def main():
+    rank, size = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
+    models.pin(int(os.environ["LOCAL_RANK"]))
+    torch.set_num_threads(models.threads())
+    torch.distributed.init_process_group("gloo")
+    for name in models.chosen():
+        measure(name, rank, size)
+    torch.distributed.destroy_process_group()
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,96 @@
+"""`scaling`: what N ranks make of a training, against N times what one makes.
+
+Weak scaling keeps the local batch, strong scaling the global one (J. Gustafson, "Reevaluating Amdahl's law", 1988).
+One rank is bound to as many cores as each of N has, so that ranks are compared with ranks.
+"""
+
+import argparse
+import statistics
+import sys
+from typing import Any
+
+from hvdkit.bench import show, statistic, workloads
+from hvdkit.bench.throughput import run_case
+from hvdkit.errors import UsageError
+from hvdkit.world import usable_cores
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """The command's own arguments."""
+    parser.add_argument("--workloads", default="mlp,lenet", help="of " + ", ".join(workloads.WORKLOADS))
+    parser.add_argument("--ranks", default="1,2", help="numbers of ranks, the smallest being the yardstick")
+    parser.add_argument("--mode", choices=("weak", "strong"), default="weak", help="keep the local or the global batch")
+    parser.add_argument("--hosts", default="", metavar="H", help="hosts to start on, as in h1:1,h2:1 for two ranks")
+
+
+def measure(arguments: argparse.Namespace) -> dict[str, Any]:
+    """Measures each number of ranks in turn, as often as asked for."""
+    try:
+        ranks = sorted({int(number) for number in arguments.ranks.split(",")})
+    except ValueError:
+        raise UsageError(f"--ranks={arguments.ranks} is no list of numbers, as in --ranks=1,2,4.") from None
+    found: dict[tuple[str, int], list[float]] = {}
+    for _ in range(arguments.rounds):
+        for workload in workloads.named(arguments.workloads):
+            for number in ranks:
+                one = run_case(*_case(workload, number, ranks, arguments), arguments.seconds)
+                rate = statistics.median(one["samples_per_second"])
+                found.setdefault((workload.name, number), []).append(rate)
+                print(f"{workload.name}, {number} rank(s): {rate:,.0f} samples/s", file=sys.stderr, flush=True)
+    return {"mode": arguments.mode, "rows": [_row(found, name, number, ranks[0]) for name, number in found]}
+
+
+def _case(
+    workload: workloads.Workload, number: int, ranks: list[int], arguments: argparse.Namespace
+) -> tuple[str, list[str]]:
+    flags = workload.train_flags()
+    if arguments.mode == "strong":
+        flags = [flag for flag in flags if not flag.startswith("--local_batch")]
+        flags.append(f"--global_batch={workload.local_batch * ranks[0]}")
+    if arguments.hosts:
+        hosts = ",".join(arguments.hosts.split(",")[:number])
+        return f"-H {hosts} -np {number}", flags
+    threads = max(1, usable_cores() // ranks[-1])
+    return f"-np {number}", [*flags, f"--threads={threads}"]
+
+
+def _row(found: dict[tuple[str, int], list[float]], name: str, number: int, yardstick: int) -> dict[str, Any]:
+    rates, alone = found[name, number], found[name, yardstick]
+    efficiencies = [a / b / (number / yardstick) for a, b in zip(rates, alone, strict=True)]
+    return {
+        "workload": name,
+        "ranks": number,
+        "samples_per_second": statistics.median(rates),
+        "speedup": statistics.median(efficiencies) * number / yardstick,
+        "efficiency": statistics.median(efficiencies),
+        "interval": statistic.confidence_interval(efficiencies),
+        "noisy": statistic.is_noisy(efficiencies),
+    }
+
+
+def report(found: dict[str, Any]) -> str:
+    """The table."""
+    rows = [
+        [
+            row["workload"],
+            row["ranks"],
+            f"{row['samples_per_second']:,.0f}",
+            f"{row['speedup']:.2f}",
+            f"{row['efficiency']:.2f}" + (" (noisy)" if row["noisy"] else ""),
+            f"{row['interval'][0]:.2f} to {row['interval'][1]:.2f}",
+        ]
+        for row in found["rows"]
+    ]
+    return show.table(["workload", "ranks", "samples/s", "speed-up", f"{found['mode']} efficiency", "95 %"], rows)
+
+
+def lines(found: dict[str, Any]) -> dict[str, list[tuple[float, float]]]:
+    """What is plotted: the speed-up of each workload, and the ideal."""
+    by_name: dict[str, list[tuple[float, float]]] = {}
+    for row in found["rows"]:
+        by_name.setdefault(row["workload"], []).append((row["ranks"], row["speedup"]))
+    longest = max(by_name.values(), key=len)
+    return {**by_name, "ideal": [(ranks, ranks / longest[0][0]) for ranks, _ in longest]}
+
+
+AXES = ("ranks", "speed-up")

@@ -1,0 +1,90 @@
+"""`throughput`: samples a second, start-up and memory of any model, strategy, batch and number of ranks."""
+
+import argparse
+import statistics
+import sys
+from typing import Any
+
+from hvdkit.bench import jobs, show, statistic, workloads
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """The command's own arguments."""
+    parser.add_argument("--workloads", default="mlp,lenet", help="of " + ", ".join(workloads.WORKLOADS))
+    parser.add_argument("--case", action="append", default=[], metavar="'LAUNCHER ARGS'",
+        help="how the job is started, as in '-np 2 --bind none'; a word with = at the front is a variable of the "
+        "environment. Several are measured in turn [one process, and -np 2]")  # fmt: skip
+    parser.add_argument("flags", nargs="*", help="after --: flags of hvdkit.train, instead of --workloads")
+
+
+def measure(arguments: argparse.Namespace) -> dict[str, Any]:
+    """Measures every case of every workload, in turn, as often as asked for."""
+    trainings = {"yours": arguments.flags} if arguments.flags else {
+        w.name: w.train_flags() for w in workloads.named(arguments.workloads)
+    }  # fmt: skip
+    cases = arguments.case or ["-np 1", "-np 2"]
+    found: dict[tuple[str, str], list[dict[str, Any]]] = {}
+    for _ in range(arguments.rounds):
+        for name, flags in trainings.items():
+            for case in cases:
+                one = run_case(case, flags, arguments.seconds)
+                found.setdefault((name, case), []).append(one)
+                rate = statistics.median(one["samples_per_second"])
+                print(f"{name}, {case}: {rate:,.0f} samples/s", file=sys.stderr, flush=True)
+    return {"rows": [{"workload": name, "case": case, **_row(runs)} for (name, case), runs in found.items()]}
+
+
+def run_case(case: str, flags: list[str], seconds: float) -> dict[str, Any]:
+    """Measures one case: words with `=` are variables of the environment, the rest is the launcher's."""
+    words = case.split()
+    environment = dict(word.split("=", 1) for word in words if "=" in word and not word.startswith("-"))
+    launcher = [word for word in words if "=" not in word or word.startswith("-")]
+    return jobs.train(launcher, flags, seconds, environment)
+
+
+def _row(runs: list[dict[str, Any]]) -> dict[str, Any]:
+    rates = [statistics.median(run["samples_per_second"]) for run in runs]
+    middle, low, high = statistic.median_and_quartiles(rates)
+    return {
+        "samples_per_second": middle,
+        "quartiles": [low, high],
+        "noisy": statistic.is_noisy(rates),
+        "rounds": rates,
+        "startup_seconds": {
+            phase: statistics.median(run["startup_seconds"][phase] for run in runs)
+            for phase in runs[0]["startup_seconds"]
+        },
+        "peak_bytes": max(max(run["peak_bytes"]) for run in runs),
+        "exchange": runs[0]["exchange"],
+        "exchange_seconds": runs[-1].get("exchange_seconds"),
+        "waiting_seconds": runs[-1].get("waiting_seconds"),
+    }
+
+
+def report(found: dict[str, Any]) -> str:
+    """The table."""
+    rows = [
+        [
+            row["workload"],
+            row["case"],
+            f"{row['samples_per_second']:,.0f}" + (" (noisy)" if row["noisy"] else ""),
+            f"{row['quartiles'][0]:,.0f} to {row['quartiles'][1]:,.0f}",
+            f"{row['peak_bytes'] / 2**20:,.0f}",
+            " + ".join(f"{name.replace('_', ' ')} {value:.1f}" for name, value in row["startup_seconds"].items()),
+            row["exchange"],
+        ]
+        for row in found["rows"]
+    ]
+    heads = ["workload", "case", "samples/s", "quartiles", "peak MiB a rank", "seconds to the first step", "exchange"]
+    return show.table(heads, rows)
+
+
+def lines(found: dict[str, Any]) -> dict[str, list[tuple[float, float]]]:
+    """What is plotted: rounds of each case."""
+    return {
+        f"{row['workload']}, {row['case']}": [(i + 1, rate) for i, rate in enumerate(row["rounds"])]
+        for row in found["rows"]
+    }
+
+
+AXES = ("round", "samples/s")

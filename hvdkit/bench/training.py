@@ -1,0 +1,108 @@
+"""The rank of a measurement: `hvdkit.train` for some seconds, with a clock beside.
+
+    python -m hvdkit.launch -np 2 -- python -m hvdkit.bench.training SECONDS RESULT.json [flags of hvdkit.train]
+
+What is timed is the main job itself, with its input pipeline, metrics and guards; no checkpoints are written.
+"""
+
+import json
+import resource
+import sys
+import tempfile
+import time
+from pathlib import Path
+from typing import Any
+
+import psutil
+
+_STARTED = psutil.Process().create_time()
+_LOADING = time.time()
+
+import keras
+
+from hvdkit import collectives, job, native, shared_memory, train, train_flags, world
+
+_LOADED = time.time()
+_WINDOWS = 20  # into which the measured time is cut
+_WARM_UP = 0.2  # of it, dropped: caches, and threads that find their cores
+
+
+class Clock(keras.callbacks.Callback):
+    """Notes the time at the end of each execution, and ends training when there are enough.
+
+    Args:
+        seconds: from the first execution's end to the last's.
+    """
+
+    checkpointed = False
+
+    def __init__(self, seconds: float) -> None:
+        super().__init__()
+        self.ends: list[tuple[float, int]] = []  # time, and steps done by then
+        self.began = self.first_step = 0.0
+        self._seconds = seconds
+        self._epoch = 0
+
+    def on_train_begin(self, logs: dict | None = None) -> None:
+        """Training begins: everything before was start-up."""
+        self.began = time.time()
+
+    def on_epoch_begin(self, epoch: int, logs: dict | None = None) -> None:
+        """Counts on."""
+        self._epoch = epoch
+
+    def on_train_batch_end(self, batch: int, logs: dict | None = None) -> None:
+        """Notes the time."""
+        self.first_step = self.first_step or time.time()
+        self.ends.append((time.perf_counter(), self._epoch * self.params["steps"] + batch + 1))
+        if self.ends[-1][0] - self.ends[0][0] > self._seconds:
+            self.model.stop_training = True
+
+    def rates(self) -> list[float]:
+        """Steps a second, of windows of about equal length after the warm-up."""
+        begin = self.ends[0][0] + _WARM_UP * self._seconds
+        kept = [end for end in self.ends if end[0] >= begin]
+        marks = kept[:: max(1, len(kept) // _WINDOWS)]
+        return [(b[1] - a[1]) / (b[0] - a[0]) for a, b in zip(marks, marks[1:], strict=False)]
+
+
+def measure(seconds: float, flags: list[str]) -> dict[str, Any]:
+    """Trains, and returns what was measured: samples a second, seconds to the first step, bytes."""
+    clock = Clock(seconds)
+    with tempfile.TemporaryDirectory() as folder:
+        fixed = ["--checkpoint_every=never", "--notensorboard", f"--workdir={folder}/run", "--steps=1000000000"]
+        result = train.run(train_flags.parse(["hvdkit.bench", *fixed, *flags]), [clock])
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+    peaks = collectives.allgather_object(peak, name="peaks")
+    phases = {
+        "python": _LOADING - _STARTED,
+        "imports": _LOADED - _LOADING,
+        "data_and_model": clock.began - _LOADED,
+        "first_step": clock.first_step - clock.began,
+    }
+    waiting = {}
+    if shared_memory.is_used():
+        in_all, waited, number = native.exchange_times()
+        waiting = {"exchange_seconds": in_all / number / 1e9, "waiting_seconds": waited / number / 1e9}
+    return {
+        "ranks": world.size(),
+        "replicas": result["size"],
+        "global_batch": result["global_batch"],
+        "samples_per_second": [rate * result["global_batch"] for rate in clock.rates()],
+        "startup_seconds": {name: round(value, 2) for name, value in phases.items()},
+        "peak_bytes": peaks,
+        "exchange": "shared memory" if shared_memory.is_used() else "horovod" if world.size() > 1 else "none",
+        **waiting,
+    }
+
+
+def main(argv: list[str]) -> None:
+    """Measures, and leaves the result in a file on rank 0."""
+    found = measure(float(argv[1]), argv[3:])
+    if world.rank() == 0:
+        Path(argv[2]).write_text(json.dumps(found))
+    job.shutdown()
+
+
+if __name__ == "__main__":
+    main(sys.argv)

@@ -1,0 +1,138 @@
+"""What compressors with error feedback have in common.
+
+Each rank adds what it left out of earlier gradients to the next one, so that nothing is lost, only late (F. Seide et
+al., "1-bit stochastic gradient descent", 2014; S. Karimireddy et al., "Error feedback fixes SignSGD", 2019,
+https://arxiv.org/abs/1901.09847). The gradients of a model travel as one vector: a compressor sees no layers, unless it
+asks for them.
+"""
+
+import abc
+from collections.abc import Sequence
+from typing import Any
+
+import keras
+import numpy as np
+import tensorflow as tf
+
+from hvdkit import collectives, world
+
+
+class ErrorFeedback(abc.ABC):
+    """An exchange of gradients that sends less than all of them.
+
+    A user makes one for each optimizer; its state is made when the optimizer is built, and saved with it. `reduce` is
+    called by `GradientExchange`, in the graph of a step.
+    """
+
+    def __init__(self) -> None:
+        self._shapes: list[tuple[int, ...]] | None = None
+        self.common: list[keras.Variable] = []  # state that all ranks have alike
+        self.own: list[keras.Variable] = []  # state of this rank
+        self._dense: keras.Variable | None = None
+
+    @abc.abstractmethod
+    def make_state(self, shapes: Sequence[tuple[int, ...]], ranks: int) -> None:
+        """Makes the variables in `common` and `own` for gradients of these shapes."""
+
+    @abc.abstractmethod
+    def average(
+        self, gradients: list[tf.Tensor], payload: tf.Tensor, name: str, process_set: Any
+    ) -> tuple[list[tf.Tensor], tf.Tensor]:
+        """The ranks' mean of `gradients` (float32, dense), nearly; and their exact sum of `payload` (float32 [n])."""
+
+    @abc.abstractmethod
+    def wire_bytes(self, shapes: Sequence[tuple[int, ...]], ranks: int) -> float:
+        """Bytes that a rank sends for gradients of these shapes, a step."""
+
+    def build(self, shapes: Sequence[tuple[int, ...]], ranks: int) -> None:
+        """Makes the state, once.
+
+        Raises:
+            ValueError: it was made for other gradients: a compressor serves one optimizer.
+        """
+        shapes = [tuple(shape) for shape in shapes]
+        if self._shapes is None:
+            with tf.init_scope():
+                self._dense = variable((), "dense", "int32")
+                self.common.append(self._dense)
+                self.make_state(shapes, ranks)
+            self._shapes = shapes
+        elif shapes != self._shapes:
+            raise ValueError(
+                f"{type(self).__name__} keeps what it leaves out for {len(self._shapes)} gradients, and was given "
+                f"{len(shapes)} of other shapes. Make one for each optimizer: hvdkit.Compression.{_name_of(self)}(...)."
+            )
+
+    @classmethod
+    def compress(cls, tensor: tf.Tensor) -> Any:
+        """Refuses a single tensor.
+
+        Raises:
+            TypeError: always: what was left out would have nowhere to stay.
+        """
+        raise TypeError(
+            f"{cls.__name__} compresses the gradients of an optimizer, and keeps what it leaves out with it: give it to "
+            f"DistributedOptimizer or DistributedGradientTape. A single exchange can have fp16 or bf16."
+        )
+
+    @property
+    def is_dense(self) -> bool:
+        """Whether it has been told to send everything."""
+        return self._dense is not None and bool(self._dense.numpy())
+
+    def set_dense(self, dense: bool) -> None:
+        """Sends everything from the next step on, or compresses again; on all ranks alike."""
+        if self._dense is None:
+            raise RuntimeError("The optimizer is not built yet: there is nothing to switch.")
+        self._dense.assign(int(dense))
+
+    def reduce(
+        self, gradients: Sequence[tf.Tensor], payload: tf.Tensor, name: str, process_set: Any
+    ) -> tuple[list[tf.Tensor], tf.Tensor]:
+        """As `average`, for gradients of any float dtype, and all of them where that was asked for."""
+        wide = [tf.cast(g, tf.float32) for g in gradients]
+        self.build([tuple(g.shape) for g in wide], process_set.size())
+
+        def compressed() -> list[tf.Tensor]:
+            averages, total = self.average(wide, payload, f"{name}.{_name_of(self)}", process_set)
+            return [*averages, total]
+
+        def everything() -> list[tf.Tensor]:
+            hvd = world.horovod()
+            *sums, total = collectives.reduce_dense(
+                [*wide, payload], f"{name}.dense", op=hvd.Sum, process_set=process_set
+            )
+            return [*(s / process_set.size() for s in sums), total]
+
+        *averages, total = tf.cond(self._dense.value > 0, everything, compressed)
+        return [tf.cast(a, g.dtype) for a, g in zip(averages, gradients, strict=True)], total
+
+
+def variable(shape: tuple[int, ...], name: str, dtype: str = "float32") -> keras.Variable:
+    """Zeros that training keeps."""
+    return keras.Variable(np.zeros(shape), trainable=False, dtype=dtype, name=f"compression_{name}")
+
+
+def join(tensors: Sequence[tf.Tensor]) -> tf.Tensor:
+    """All elements as one vector."""
+    return tf.concat([tf.reshape(t, [-1]) for t in tensors], axis=0)
+
+
+def part(vector: tf.Tensor, shapes: Sequence[tuple[int, ...]]) -> list[tf.Tensor]:
+    """Undoes `join`."""
+    pieces = tf.split(vector, [elements([shape]) for shape in shapes])
+    return [tf.reshape(piece, shape) for piece, shape in zip(pieces, shapes, strict=True)]
+
+
+def elements(shapes: Sequence[tuple[int, ...]]) -> int:
+    """How many numbers there are in tensors of these shapes."""
+    return int(sum(np.prod(shape) for shape in shapes))
+
+
+def ring_bytes(size: float, ranks: int) -> float:
+    """Bytes that a rank sends when `size` bytes are reduced by a ring: 2 (N - 1) / N times."""
+    return 2 * (ranks - 1) / ranks * size
+
+
+def _name_of(compressor: ErrorFeedback) -> str:
+    return type(compressor).__name__.lower()

@@ -1,0 +1,118 @@
+"""Few bits a number: 8, or one, with a scale for each block.
+
+The exchange is a ring's traffic, as for a dense allreduce: each rank sends every other its part, compressed; adds up
+the part that is its own; and sends the sum to all, compressed again. What either compression loses is kept and added the
+next time, on both sides (H. Tang et al., "DoubleSqueeze", 2019, https://arxiv.org/abs/1905.05957).
+"""
+
+import abc
+from collections.abc import Sequence
+from typing import Any
+
+import tensorflow as tf
+
+from hvdkit import collectives, wire
+from hvdkit.compression.feedback import ErrorFeedback, elements, join, part, ring_bytes, variable
+
+_BLOCK = 256  # numbers with one scale
+
+
+class Quantised(ErrorFeedback):
+    """Sends every number in few bits. Subclasses say how a block becomes bytes."""
+
+    block_bytes: int
+
+    @staticmethod
+    @abc.abstractmethod
+    def encode(blocks: tf.Tensor) -> tuple[tf.Tensor, tf.Tensor]:
+        """Bytes of float32 [n, 256], as uint8 [n, bytes], and the scales, float32 [n]."""
+
+    @staticmethod
+    @abc.abstractmethod
+    def decode(codes: tf.Tensor, scales: tf.Tensor) -> tf.Tensor:
+        """The numbers again, float32 [n, 256]."""
+
+    def make_state(self, shapes: Sequence[tuple[int, ...]], ranks: int) -> None:
+        """What was lost of the gradient that is sent, and of the sum that this rank makes."""
+        blocks = self._blocks(shapes, ranks)
+        self._lost, self._lost_of_sum = (variable((n, _BLOCK), "error") for n in (blocks * ranks, blocks))
+        self.own += [self._lost, self._lost_of_sum]
+
+    def average(
+        self, gradients: list[tf.Tensor], payload: tf.Tensor, name: str, process_set: Any
+    ) -> tuple[list[tf.Tensor], tf.Tensor]:
+        """Scatters codes, sums, gathers codes of the sums; the payload rides with these."""
+        ranks, shapes = process_set.size(), [tuple(g.shape) for g in gradients]
+        count, length = self._blocks(shapes, ranks), elements(shapes)
+        vector = tf.pad(join(gradients), [[0, count * ranks * _BLOCK - length]])
+        message = self._pack(tf.reshape(vector, [-1, _BLOCK]) + self._lost.value, self._lost)
+        even = tf.constant([], tf.int32)
+        mine, _ = wire.run("alltoall", [message, even], f"{name}.scatter", process_set)
+        parts = tf.reshape(self._unpack(mine), [ranks, count, _BLOCK])
+        mean = tf.reduce_sum(parts, axis=0) / ranks
+        message = self._pack(mean + self._lost_of_sum.value, self._lost_of_sum)
+        rows = -(-payload.shape[0] * 4 // message.shape[1])  # of codes, into which the payload is put
+        bits = tf.reshape(tf.bitcast(payload, tf.uint8), [-1])
+        extra = tf.reshape(tf.pad(bits, [[0, rows * message.shape[1] - bits.shape[0]]]), [rows, -1])
+        everyone = collectives.gather_rows(tf.concat([message, extra], axis=0), f"{name}.gather", process_set)
+        everyone = tf.reshape(everyone, [ranks, count + rows, message.shape[1]])
+        bits = tf.reshape(everyone[:, count:], [ranks, -1])[:, : payload.shape[0] * 4]
+        payloads = tf.bitcast(tf.reshape(bits, [ranks, payload.shape[0], 4]), tf.float32)
+        whole = self._unpack(tf.reshape(everyone[:, :count], [ranks * count, message.shape[1]]))
+        return part(tf.reshape(whole, [-1])[:length], shapes), tf.reduce_sum(payloads, axis=0)
+
+    def wire_bytes(self, shapes: Sequence[tuple[int, ...]], ranks: int) -> float:
+        """Two passes of the codes, as in a ring."""
+        return ring_bytes(self._blocks(shapes, ranks) * ranks * (self.block_bytes + 4), ranks)
+
+    @staticmethod
+    def _blocks(shapes: Sequence[tuple[int, ...]], ranks: int) -> int:
+        """Blocks of one rank's part."""
+        return -(-elements(shapes) // (_BLOCK * ranks))
+
+    def _pack(self, blocks: tf.Tensor, lost: Any) -> tf.Tensor:
+        """Codes with their scales as uint8 [n, bytes]; keeps what they lose."""
+        codes, scales = self.encode(blocks)
+        lost.assign(blocks - self.decode(codes, scales))
+        return tf.concat([codes, tf.bitcast(scales, tf.uint8)], axis=1)
+
+    def _unpack(self, message: tf.Tensor) -> tf.Tensor:
+        return self.decode(message[:, : self.block_bytes], tf.bitcast(message[:, self.block_bytes :], tf.float32))
+
+
+class Int8(Quantised):
+    """Eight bits a number: a quarter of float32's bytes. The scale is a block's largest magnitude."""
+
+    block_bytes = _BLOCK
+
+    @staticmethod
+    def encode(blocks: tf.Tensor) -> tuple[tf.Tensor, tf.Tensor]:
+        """Rounds to 127ths of the largest."""
+        scales = tf.reduce_max(tf.abs(blocks), axis=1) / 127
+        steps = tf.math.divide_no_nan(blocks, scales[:, tf.newaxis])
+        return tf.bitcast(tf.cast(tf.round(steps), tf.int8), tf.uint8), scales
+
+    @staticmethod
+    def decode(codes: tf.Tensor, scales: tf.Tensor) -> tf.Tensor:
+        """Times the scale."""
+        return tf.cast(tf.bitcast(codes, tf.int8), tf.float32) * scales[:, tf.newaxis]
+
+
+class OneBit(Quantised):
+    """One bit a number, its sign: about a 28th of float32's bytes. The scale is a block's mean magnitude."""
+
+    block_bytes = _BLOCK // 8
+
+    @staticmethod
+    def encode(blocks: tf.Tensor) -> tuple[tf.Tensor, tf.Tensor]:
+        """Packs eight signs into a byte."""
+        weights = tf.constant([1, 2, 4, 8, 16, 32, 64, 128], tf.int32)
+        signs = tf.reshape(tf.cast(blocks >= 0, tf.int32), [-1, _BLOCK // 8, 8])
+        return tf.cast(tf.reduce_sum(signs * weights, axis=2), tf.uint8), tf.reduce_mean(tf.abs(blocks), axis=1)
+
+    @staticmethod
+    def decode(codes: tf.Tensor, scales: tf.Tensor) -> tf.Tensor:
+        """Plus or minus the scale."""
+        masks = tf.constant([1, 2, 4, 8, 16, 32, 64, 128], tf.uint8)
+        signs = tf.bitwise.bitwise_and(codes[:, :, tf.newaxis], masks) > 0
+        return tf.where(tf.reshape(signs, [-1, _BLOCK]), scales[:, tf.newaxis], -scales[:, tf.newaxis])

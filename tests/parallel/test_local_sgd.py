@@ -1,0 +1,172 @@
+"""Local SGD and DiLoCo: against dense training where they are the same, and against the paper's algorithm in NumPy."""
+
+import json
+
+import numpy as np
+import pytest
+
+STEPS, LOCAL_BATCH = 12, 4
+
+
+def _batches(size):
+    generator = np.random.default_rng(3)
+    inputs = generator.normal(size=[STEPS, size * LOCAL_BATCH, 5]).astype("float32")
+    return inputs, generator.normal(size=[STEPS, size * LOCAL_BATCH, 1]).astype("float32")
+
+
+def trained(make, arguments, steps=STEPS, finish=True):
+    """A linear model's weights after each step on this rank's part of each batch."""
+    import keras
+
+    import hvdkit as hvd
+
+    me = hvd.init()
+    keras.utils.set_random_seed(2)
+    model = keras.Sequential([keras.layers.Input([5]), keras.layers.Dense(1)])
+    optimizer = getattr(hvd, make)(keras.optimizers.SGD(0.05), **arguments)
+    model.compile(optimizer, loss="mse", jit_compile=False)
+    optimizer.build(model.trainable_variables)
+    inputs, targets = _batches(me.size)
+    mine = slice(me.rank * LOCAL_BATCH, (me.rank + 1) * LOCAL_BATCH)
+    path = []
+    for x, y in zip(inputs[:steps], targets[:steps], strict=True):
+        model.train_on_batch(x[mine], y[mine])
+        path.append(np.concatenate([np.ravel(w) for w in model.get_weights()]))
+    if make == "LocalSGD" and finish:
+        optimizer.synchronise()
+        path.append(np.concatenate([np.ravel(w) for w in model.get_weights()]))
+    return np.array(path)
+
+
+@pytest.mark.parametrize("number", [2, 3])
+def test_one_local_step_and_the_mean_is_dense_training(ranks, number):
+    local = {"steps": 1, "outer_learning_rate": 1.0, "outer_momentum": 0.0}
+    dense = ranks(number, trained, make="DistributedOptimizer", arguments={})
+    for path in ranks(number, trained, make="LocalSGD", arguments=local, finish=False):
+        np.testing.assert_allclose(path, dense[0], rtol=1e-5, atol=1e-6)
+
+
+def _diloco(size, every, rate, momentum, start):
+    """Algorithm 1 of Douillard et al. for a linear model with SGD inside, ended by an exchange."""
+    inputs, targets = _batches(size)
+    anchor, velocity = start.copy(), np.zeros_like(start)
+    models, since = [start.copy() for _ in range(size)], 0
+    for step in range(STEPS):
+        for rank in range(size):
+            rows = slice(rank * LOCAL_BATCH, (rank + 1) * LOCAL_BATCH)
+            x = np.c_[inputs[step][rows], np.ones(LOCAL_BATCH)]
+            error = x @ models[rank] - targets[step][rows][:, 0]
+            models[rank] = models[rank] - 0.05 * 2 * x.T @ error / LOCAL_BATCH
+        since += 1
+        if since == every or step == STEPS - 1:
+            change = np.mean([anchor - model for model in models], axis=0)
+            velocity = momentum * velocity + change
+            anchor = anchor - rate * (change + momentum * velocity)
+            models, since = [anchor.copy() for _ in range(size)], 0
+    return anchor
+
+
+@pytest.mark.parametrize(("number", "every"), [(2, 5), (3, 4)])
+def test_diloco_is_the_papers(ranks, number, every):
+    arguments = {"steps": every, "outer_learning_rate": 0.7, "outer_momentum": 0.9}
+    found = ranks(number, trained, make="LocalSGD", arguments=arguments)
+    start = ranks(1, trained, make="DistributedOptimizer", arguments={}, steps=0)  # the seed's weights
+    assert start[0].size == 0
+    first = _start()
+    expected = _diloco(number, every, 0.7, 0.9, first)
+    for path in found:
+        np.testing.assert_allclose(path[-1], expected, rtol=1e-4, atol=1e-5)
+    assert not np.allclose(found[0][0], found[1][0]), "the ranks did not train alone"
+    assert np.array_equal(found[0][every - 1], found[1][every - 1]), "they did not agree after so many steps"
+
+
+def _start():
+    import keras
+
+    keras.utils.set_random_seed(2)
+    model = keras.Sequential([keras.layers.Input([5]), keras.layers.Dense(1)])
+    return np.concatenate([np.ravel(w) for w in model.get_weights()]).astype(np.float64)
+
+
+def fitted(every, compression="none"):
+    """`fit` with validation, guards and an Embedding: what ends with one model on all ranks."""
+    import keras
+
+    import hvdkit as hvd
+    from hvdkit.compression import by_name
+
+    me = hvd.init()
+    keras.utils.set_random_seed(me.rank)  # other weights on each rank: fit begins with those of rank 0
+    model = keras.Sequential(
+        [
+            keras.layers.Input([4], dtype="int32"),
+            keras.layers.Embedding(30, 8),
+            keras.layers.Flatten(),
+            keras.layers.Dense(16, "relu"),
+            keras.layers.BatchNormalization(),
+            keras.layers.Dense(2),
+        ]
+    )
+    optimizer = hvd.LocalSGD(keras.optimizers.Adam(5e-3), every, 1.0, 0.0, compression=by_name(compression))
+    loss = keras.losses.SparseCategoricalCrossentropy(from_logits=True)
+    model.compile(optimizer, loss=loss, metrics=["accuracy"], steps_per_execution=3)
+    generator = np.random.default_rng(me.rank)
+    x = generator.integers(30, size=[240, 4])
+    y = (x[:, 0] > 14).astype("int64")
+    history = model.fit(
+        x, y, batch_size=10, epochs=5, verbose=0, validation_data=(x[:100], y[:100]),
+        callbacks=hvd.callbacks.standard(guard_every=5),
+    )  # fmt: skip
+    weights = np.concatenate([np.ravel(w) for w in model.get_weights()])
+    return weights, history.history["val_accuracy"], history.history["accuracy"][-1]
+
+
+@pytest.mark.parametrize(("every", "compression"), [(7, "none"), (4, "int8")])
+def test_fit_ends_with_one_model(ranks, every, compression):
+    one, other = ranks(2, fitted, every=every, compression=compression)
+    assert np.array_equal(one[0], other[0])
+    assert one[1] == other[1], "evaluations are of the model that they agreed on"
+    assert one[2] > 0.9
+
+
+def test_the_main_job_trains_with_few_exchanges(train, tmp_path):
+    ended = train(2, f"--workdir={tmp_path}/a", "--local_steps=11", "--outer_learning_rate=1", "--outer_momentum=0")
+    assert ended.code == 0, ended.output
+    result = json.loads((tmp_path / "a" / "result.json").read_text())
+    assert result["test_accuracy"] > 0.9
+    assert result["wire_bytes_per_step"] == pytest.approx(result["dense_wire_bytes_per_step"] / 11, rel=0.01)
+    stopped = train(2, f"--workdir={tmp_path}/b", "--local_steps=11", "--steps=95", "--checkpoint_every=30")
+    assert stopped.code == 0, stopped.output
+
+
+def test_a_run_that_is_resumed_between_two_exchanges_ends_bit_for_bit(tmp_path):
+    from tests.conftest import run_command, sys
+
+    flags = ["--model=mnist_mlp", "--local_steps=8", "--epochs=2", "--checkpoint_every=11", "--compression=int8"]
+    ended = run_command(
+        [sys.executable, "-m", "hvdkit.verify_resume", "-np", "2", *flags], timeout=500, cwd=tmp_path
+    )  # fmt: skip
+    assert ended.code == 0, ended.output
+
+
+def test_wrong_arguments_are_told(ranks):
+    assert ranks(1, refusals) == [[
+        "steps must be 1 or more, but is 0.",
+        "outer_learning_rate must be above 0, and outer_momentum from 0 up to but not 1, but they are 0.7 and 1.",
+        "LocalSGD and gradient_accumulation_steps exclude each other: give a larger `steps`.",
+    ]]  # fmt: skip
+
+
+def refusals():
+    import keras
+
+    import hvdkit as hvd
+
+    hvd.init()
+    messages = []
+    for arguments, more in (({"steps": 0}, {}), ({"outer_momentum": 1}, {}), ({}, {"gradient_accumulation_steps": 2})):
+        try:
+            hvd.LocalSGD(keras.optimizers.SGD(0.1, **more), **arguments)
+        except ValueError as error:
+            messages.append(str(error))
+    return messages
