@@ -193,8 +193,8 @@ def reduce_dense(
 ) -> list[tf.Tensor]:
     """Averages or sums tensors over the ranks of a process set; in a graph or eagerly.
 
-    All tensors of one dtype travel as one group, so that Horovod starts on them together and fuses them. Between ranks of
-    one host they go through its memory instead, where that can be done (see `hvdkit.shared_memory`).
+    All tensors of one dtype travel as one group, so that Horovod starts on them together and fuses them. Between ranks
+    of one host they go through its memory instead, where that can be done (see `hvdkit.shared_memory`).
 
     Args:
         tensors: dense tensors, in the same order and of the same shapes on all ranks.

@@ -166,7 +166,7 @@ class GradientExchange:
         beat = heartbeat.current()
         payload: tf.Tensor | None = beat.payload()
         if self.feedback:
-            self._reduce_with_feedback(result, groups[0] if groups else [], name)
+            self._reduce_with_feedback(self.feedback, result, groups[0] if groups else [], name)
             return
         for number, places in enumerate(groups or [[]]):
             compressed = [self._compression.compress(tf.convert_to_tensor(result[i])) for i in places]
@@ -180,10 +180,12 @@ class GradientExchange:
             for place, tensor, (_, context) in zip(places, reduced, compressed, strict=True):
                 result[place] = self._compression.decompress(tensor, context)
 
-    def _reduce_with_feedback(self, result: list[Gradient], places: list[int], name: str) -> None:
+    def _reduce_with_feedback(
+        self, feedback: ErrorFeedback, result: list[Gradient], places: list[int], name: str
+    ) -> None:
         beat = heartbeat.current()
         grads = [tf.convert_to_tensor(result[i]) for i in places]
-        averages, total = self.feedback.reduce(grads, beat.payload(), name, self.process_set)
+        averages, total = feedback.reduce(grads, beat.payload(), name, self.process_set)
         beat.receive(total, heartbeat.members(self.process_set))
         factor = 1 if self.op == world.horovod().Average else self.process_set.size()
         for place, average in zip(places, averages, strict=True):

@@ -116,7 +116,7 @@ class LocalSGD(DistributedOptimizer):
         return sent / self._self_steps, whole
 
     def keeps_local(self, variable: Any) -> bool:
-        """Whether it is each rank's own: weights and slots are, between two exchanges; the outer optimizer's are not."""
+        """Whether it is each rank's own: weights and slots are, between exchanges; the outer optimizer's are not."""
         return any(variable is v for v in self._self_own) or super().keeps_local(variable)
 
     def start(self) -> None:

@@ -2,9 +2,9 @@
 
 Horovod has no way between CPU ranks of one host but TCP over loopback: about 3 ms for the gradients of a small model on
 two cores, where the model itself takes 1 ms. `hvdkit.native` does it in 0.3 ms. It is chosen when a job begins, for
-all ranks alike, and carries what `collectives.reduce_dense` moves; everything else stays with Horovod, and so do jobs on
-several hosts, on GPUs (NCCL does this itself), and those whose ranks come and go (`horovodrun --min-np`: there a death
-must end an exchange, which only Horovod can do).
+all ranks alike, and carries what `collectives.reduce_dense` moves; everything else stays with Horovod, and so do jobs
+on several hosts, on GPUs (NCCL does this itself), and those whose ranks come and go (`horovodrun --min-np`: there a
+death must end an exchange, which only Horovod can do).
 """
 
 import hashlib

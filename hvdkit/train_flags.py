@@ -97,8 +97,8 @@ def define() -> None:
         "tenth of all, 5 at most, where the rate was scaled up]", lower_bound=0.0)  # fmt: skip
     add(string, _HOW, "compression", "none", "gradients on the wire (horovod): none, fp16, bf16, int8, onebit, "
         "topk:fraction=0.01, powersgd:rank=4")  # fmt: skip
-    add(integer, _HOW, "compression_guard", 0, "dense steps at the beginning; if the loss rises after them, compression "
-        "ends [0: compress from the first step to the last]", lower_bound=0)  # fmt: skip
+    add(integer, _HOW, "compression_guard", 0, "dense steps at the beginning; if the loss rises after them, "
+        "compression ends [0: compress from the first step to the last]", lower_bound=0)  # fmt: skip
     add(integer, _HOW, "local_steps", None, "each rank trains alone for so many steps, then all agree on one model "
         "(horovod; for slow links)", lower_bound=1)  # fmt: skip
     add(number, _HOW, "outer_learning_rate", 0.7, "of what local steps have moved; 1, with a momentum of 0, is their "
@@ -156,8 +156,8 @@ def parse(argv: list[str]) -> Config:
     name, _, arguments = config.compression.partition(":")
     if name not in COMPRESSIONS or (arguments and not re.fullmatch(r"\w+=[\d.e-]+", arguments)):
         raise UsageError(
-            f"--compression={config.compression} is unknown. Use one of {', '.join(COMPRESSIONS)}, where topk may have a "
-            f"fraction and powersgd a rank: topk:fraction=0.01, powersgd:rank=4."
+            f"--compression={config.compression} is unknown. Use one of {', '.join(COMPRESSIONS)}, where topk may have "
+            f"a fraction and powersgd a rank: topk:fraction=0.01, powersgd:rank=4."
         )
     if config.compression_guard and name in COMPRESSIONS[:3]:
         raise UsageError(f"--compression_guard has nothing to switch off with --compression={config.compression}.")

@@ -5,6 +5,7 @@
 What is timed is the main job itself, with its input pipeline, metrics and guards; no checkpoints are written.
 """
 
+import itertools
 import json
 import resource
 import sys
@@ -16,11 +17,11 @@ from typing import Any
 import psutil
 
 _STARTED = psutil.Process().create_time()
-_LOADING = time.time()
+_LOADING = time.time()  # imports that take seconds come after it
 
-import keras
+import keras  # noqa: E402
 
-from hvdkit import collectives, job, native, shared_memory, train, train_flags, world
+from hvdkit import collectives, job, native, shared_memory, train, train_flags, world  # noqa: E402
 
 _LOADED = time.time()
 _WINDOWS = 20  # into which the measured time is cut
@@ -63,7 +64,7 @@ class Clock(keras.callbacks.Callback):
         begin = self.ends[0][0] + _WARM_UP * self._seconds
         kept = [end for end in self.ends if end[0] >= begin]
         marks = kept[:: max(1, len(kept) // _WINDOWS)]
-        return [(b[1] - a[1]) / (b[0] - a[0]) for a, b in zip(marks, marks[1:], strict=False)]
+        return [(b[1] - a[1]) / (b[0] - a[0]) for a, b in itertools.pairwise(marks)]
 
 
 def measure(seconds: float, flags: list[str]) -> dict[str, Any]:

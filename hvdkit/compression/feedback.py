@@ -25,7 +25,7 @@ class ErrorFeedback(abc.ABC):
     """
 
     def __init__(self) -> None:
-        self._shapes: list[tuple[int, ...]] | None = None
+        self._shapes: list[tuple[int, ...]] = []
         self.common: list[keras.Variable] = []  # state that all ranks have alike
         self.own: list[keras.Variable] = []  # state of this rank
         self._dense: keras.Variable | None = None
@@ -44,14 +44,14 @@ class ErrorFeedback(abc.ABC):
     def wire_bytes(self, shapes: Sequence[tuple[int, ...]], ranks: int) -> float:
         """Bytes that a rank sends for gradients of these shapes, a step."""
 
-    def build(self, shapes: Sequence[tuple[int, ...]], ranks: int) -> None:
-        """Makes the state, once.
+    def build(self, shapes: Sequence[tuple[int, ...]], ranks: int) -> keras.Variable:
+        """Makes the state, once, and returns the switch: whether all is sent.
 
         Raises:
             ValueError: it was made for other gradients: a compressor serves one optimizer.
         """
         shapes = [tuple(shape) for shape in shapes]
-        if self._shapes is None:
+        if self._dense is None:
             with tf.init_scope():
                 self._dense = variable((), "dense", "int32")
                 self.common.append(self._dense)
@@ -62,6 +62,7 @@ class ErrorFeedback(abc.ABC):
                 f"{type(self).__name__} keeps what it leaves out for {len(self._shapes)} gradients, and was given "
                 f"{len(shapes)} of other shapes. Make one for each optimizer: hvdkit.Compression.{_name_of(self)}(...)."
             )
+        return self._dense
 
     @classmethod
     def compress(cls, tensor: tf.Tensor) -> Any:
@@ -71,8 +72,8 @@ class ErrorFeedback(abc.ABC):
             TypeError: always: what was left out would have nowhere to stay.
         """
         raise TypeError(
-            f"{cls.__name__} compresses the gradients of an optimizer, and keeps what it leaves out with it: give it to "
-            f"DistributedOptimizer or DistributedGradientTape. A single exchange can have fp16 or bf16."
+            f"{cls.__name__} compresses the gradients of an optimizer, and keeps what it leaves out with it: give it "
+            f"to DistributedOptimizer or DistributedGradientTape. A single exchange can have fp16 or bf16."
         )
 
     @property
@@ -91,7 +92,7 @@ class ErrorFeedback(abc.ABC):
     ) -> tuple[list[tf.Tensor], tf.Tensor]:
         """As `average`, for gradients of any float dtype, and all of them where that was asked for."""
         wide = [tf.cast(g, tf.float32) for g in gradients]
-        self.build([tuple(g.shape) for g in wide], process_set.size())
+        dense = self.build([tuple(g.shape) for g in wide], process_set.size())
 
         def compressed() -> list[tf.Tensor]:
             averages, total = self.average(wide, payload, f"{name}.{_name_of(self)}", process_set)
@@ -104,7 +105,7 @@ class ErrorFeedback(abc.ABC):
             )
             return [*(s / process_set.size() for s in sums), total]
 
-        *averages, total = tf.cond(self._dense.value > 0, everything, compressed)
+        *averages, total = tf.cond(dense.value > 0, everything, compressed)
         return [tf.cast(a, g.dtype) for a, g in zip(averages, gradients, strict=True)], total
 
 

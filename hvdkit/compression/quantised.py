@@ -1,8 +1,8 @@
 """Few bits a number: 8, or one, with a scale for each block.
 
 The exchange is a ring's traffic, as for a dense allreduce: each rank sends every other its part, compressed; adds up
-the part that is its own; and sends the sum to all, compressed again. What either compression loses is kept and added the
-next time, on both sides (H. Tang et al., "DoubleSqueeze", 2019, https://arxiv.org/abs/1905.05957).
+the part that is its own; and sends the sum to all, compressed again. What either compression loses is kept and added
+the next time, on both sides (H. Tang et al., "DoubleSqueeze", 2019, https://arxiv.org/abs/1905.05957).
 """
 
 import abc

@@ -67,7 +67,7 @@ def build() -> Path:
 
 
 def exchange_times() -> tuple[int, int, int]:
-    """What this process has spent in sums through shared memory: nanoseconds in all, of these waiting for others, calls."""
+    """Nanoseconds that this process has spent in sums through shared memory, of these waiting for others, and calls."""
     values = [ctypes.c_uint64() for _ in range(3)]
     ctypes.CDLL(str(library())).hvdkit_exchange_times(*map(ctypes.byref, values))
     in_all, waiting, number = (value.value for value in values)

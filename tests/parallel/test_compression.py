@@ -42,7 +42,7 @@ SHAPES = [[40, 30], [30], [3, 3, 8, 16], []]
 @pytest.mark.parametrize("number", [2, 3])
 @pytest.mark.parametrize("spec", ["topk:fraction=1", "powersgd:rank=30"])
 def test_what_sends_everything_is_the_dense_mean(ranks, number, spec):
-    for found in ranks(number, exchanged, spec=spec, steps=1, shapes=SHAPES[:2] + [[]]):
+    for found in ranks(number, exchanged, spec=spec, steps=1, shapes=[*SHAPES[:2], []]):
         for arrived, dense in zip(found["arrived"][0], found["dense"][0], strict=True):
             np.testing.assert_allclose(arrived, dense, atol=2e-5)
 
@@ -68,7 +68,6 @@ def test_nothing_is_lost_only_late(ranks, number, spec):
 
 def _kept(spec, found, total):
     """What all ranks left out, as the mean's share, in the order of the gradients."""
-    number = len(found)
     if spec.startswith("powersgd"):
         errors = iter(zip(*[f["kept"] for f in found], strict=True))
         parts = []

@@ -1,11 +1,13 @@
 """PyTorch DistributedDataParallel over Gloo: torchrun --nproc_per_node 2 torch_ddp.py mlp,lenet."""
 
+import itertools
 import os
 
-import models
 import torch
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
+
+import models
 
 _DENSE = {"mlp": (128, 64), "large_mlp": (2048, 2048)}
 
@@ -43,7 +45,7 @@ def convolution(before, filters, size, strides):
 def build(name):
     if name in _DENSE:
         sizes = [784, *_DENSE[name]]
-        hidden = [m for a, b in zip(sizes, sizes[1:]) for m in (nn.Linear(a, b), nn.ReLU())]
+        hidden = [m for a, b in itertools.pairwise(sizes) for m in (nn.Linear(a, b), nn.ReLU())]
         return nn.Sequential(Scale(1 / 255), nn.Flatten(), *hidden, nn.Linear(sizes[-1], 10))
     if name == "lenet":
         return nn.Sequential(
