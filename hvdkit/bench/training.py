@@ -20,6 +20,7 @@ _STARTED = psutil.Process().create_time()
 _LOADING = time.time()  # imports that take seconds come after it
 
 import keras  # noqa: E402
+import numpy as np  # noqa: E402
 
 from hvdkit import collectives, job, native, shared_memory, train, train_flags, world  # noqa: E402
 
@@ -59,6 +60,16 @@ class Clock(keras.callbacks.Callback):
         if self.ends[-1][0] - self.ends[0][0] > self._seconds:
             self.model.stop_training = True
 
+    def facts(self) -> dict[str, Any]:
+        """Shapes and bytes of the model that was trained."""
+        weights, optimizer = self.model.trainable_weights, self.model.optimizer
+        held = [*self.model.weights, *getattr(optimizer, "variables", [])]
+        return {
+            "shapes": [list(w.shape) for w in weights],
+            "gradient_bytes": sum(4 * int(np.prod(w.shape)) for w in weights),
+            "state_bytes": sum(int(np.prod(v.shape)) * keras.backend.dtype_size(v.dtype) // 8 for v in held),
+        }
+
     def rates(self) -> list[float]:
         """Steps a second, of windows of about equal length after the warm-up."""
         begin = self.ends[0][0] + _WARM_UP * self._seconds
@@ -92,6 +103,7 @@ def measure(seconds: float, flags: list[str]) -> dict[str, Any]:
         "samples_per_second": [rate * result["global_batch"] for rate in clock.rates()],
         "startup_seconds": {name: round(value, 2) for name, value in phases.items()},
         "peak_bytes": peaks,
+        "facts": clock.facts(),
         "exchange": "shared memory" if shared_memory.is_used() else "horovod" if world.size() > 1 else "none",
         **waiting,
     }

@@ -72,17 +72,16 @@ def measure(arguments: argparse.Namespace) -> dict[str, Any]:
     rounds: list[dict[tuple[str, str], float]] = []
     for number in range(arguments.rounds):
         rounds.append({(OURS, name): _ours(name, arguments) for name in names})
-        for peer, command in commands.items():
-            if number == 0:
-                rounds[-1] |= _tune(peer, command, names, arguments, best)
-            else:
-                for setting in _distinct(best[peer, name] for name in names):
-                    these = [name for name in names if best[peer, name] == setting]
-                    rounds[-1] |= {
-                        (peer, name): rate for name, rate in _run(command, these, setting, arguments).items()
-                    }
-        for key, rate in rounds[-1].items():
-            print(f"round {number + 1}: {key[0]}, {key[1]}: {rate:,.0f} samples/s", file=sys.stderr, flush=True)
+        _tell(number, rounds[-1])
+        for peer, command in list(commands.items()):
+            try:
+                found = (_again if number else _tune)(peer, command, names, arguments, best)
+            except UsageError as error:  # the others' numbers are not lost for it
+                missing[peer] = str(error)
+                del commands[peer]
+                continue
+            _tell(number, found)
+            rounds[-1] |= found
     rows = [_row(peer, name, rounds, best) for name in names for peer in [OURS, *commands]]
     return {"ranks": arguments.ranks, "rows": rows, "missing": missing}
 
@@ -123,6 +122,22 @@ def _tune(
             if rate > reached.get((peer, name), 0):
                 reached[peer, name], best[peer, name] = rate, setting
     return reached
+
+
+def _again(
+    peer: str, command: list[str], names: list[str], arguments: argparse.Namespace, best: dict[Any, dict[str, str]]
+) -> dict[tuple[str, str], float]:
+    """Runs a peer with each workload's best setting."""
+    reached: dict[tuple[str, str], float] = {}
+    for setting in _distinct(best[peer, name] for name in names):
+        these = [name for name in names if best[peer, name] == setting]
+        reached |= {(peer, name): rate for name, rate in _run(command, these, setting, arguments).items()}
+    return reached
+
+
+def _tell(number: int, found: dict[tuple[str, str], float]) -> None:
+    for (peer, name), rate in found.items():
+        print(f"round {number + 1}: {peer}, {name}: {rate:,.0f} samples/s", file=sys.stderr, flush=True)
 
 
 def _run(

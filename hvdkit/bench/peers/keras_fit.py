@@ -73,7 +73,9 @@ def measure(tf, keras, name, rank, size, strategy, wrap, callbacks):
     def build():
         model = models.build_keras(keras, name)
         loss = keras.losses.SparseCategoricalCrossentropy(from_logits=True)
-        model.compile(wrap(models.optimizer_of(keras, name)), loss, steps_per_execution=models.STEPS_PER_CALL)
+        # Keras 3 fails under MirroredStrategy with more than one (seen with 3.15 and TensorFlow 2.21).
+        steps = 1 if isinstance(strategy, tf.distribute.MirroredStrategy) else models.STEPS_PER_CALL
+        model.compile(wrap(models.optimizer_of(keras, name)), loss, steps_per_execution=steps)
         return model
 
     if strategy:

@@ -1,0 +1,152 @@
+"""`python -m hvdkit.plan`: how a training will scale, and whether it should.
+
+    python -m hvdkit.plan --batch 64 --ranks 1,2,4,8 --links links.json -- --model=cifar_cnn --dataset=cifar10
+    python -m hvdkit.plan --batch 64 --ranks 1,16,1024 --latency 20us --bandwidth 25Gbit/s -- --model=mine.py:build
+    python -m hvdkit.plan score FILE.json              predictions against what was measured
+    python -m hvdkit.plan published FILE.png           ResNet-50 to 1,024 GPUs, beside what others measured
+
+The model is measured here, in one process, for some seconds. links.json comes from `python -m hvdkit.bench collectives
+-H ... --json links.json`, run where the training is to run.
+"""
+
+import argparse
+import sys
+from typing import Any
+
+from hvdkit.bench import show
+from hvdkit.errors import UsageError
+from hvdkit.plan import advice, facts, links, modes, published, report
+from hvdkit.plan import score as scoring
+from hvdkit.plan.cost import Cluster, Link
+from hvdkit.world import usable_cores
+
+_MEMORY = Link(5e-6, 1 / 4e9, 2e-4)  # between ranks of a host, where nothing was measured: shared memory
+
+
+def main(argv: list[str]) -> int:
+    """Plans, and returns the exit code: 2 if something that the user gave is wrong."""
+    try:
+        if argv[1:2] == ["score"]:
+            return _score(argv[2:])
+        if argv[1:2] == ["published"]:
+            return _published(argv[2:])
+        return _plan(_parse(argv[1:]))
+    except UsageError as error:
+        print(f"hvdkit.plan: {error}", file=sys.stderr)
+        return 2
+
+
+def _parse(argv: list[str]) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        prog="python -m hvdkit.plan", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--batch", type=int, default=64, help="samples a step of each rank [64]")
+    parser.add_argument("--ranks", default="1,2,4,8", help="numbers of ranks, to thousands [1,2,4,8]")
+    parser.add_argument("--ranks-per-host", type=int, default=1, metavar="N", help="at most [1]")
+    parser.add_argument("--links", metavar="FILE", help="measured exchanges between hosts")
+    parser.add_argument("--inside", metavar="FILE", help="measured exchanges between ranks of one host")
+    parser.add_argument("--latency", default="50us", help="of a message between hosts, without --links [50us]")
+    parser.add_argument("--bandwidth", default="10Gbit/s", help="between hosts, without --links [10Gbit/s]")
+    parser.add_argument("--agreeing", default="1ms", help="Horovod's negotiation between two ranks [1ms]")
+    parser.add_argument("--threads", type=int, help="cores that each rank has [its share of this machine's]")
+    parser.add_argument("--shared-machine", action="store_true", help="the hosts are parts of this one machine")
+    parser.add_argument("--modes", default="", help="only these, by name, separated by commas [all]")
+    parser.add_argument("-H", dest="hosts", default="", help="hosts to name in the command that is recommended")
+    parser.add_argument("--price", type=float, help="of a rank for an hour")
+    parser.add_argument("--seconds", type=float, default=4.0, help="of each measurement [4]")
+    parser.add_argument("--json", metavar="FILE", help="write the numbers there")
+    parser.add_argument("--plot", metavar="FILE.png", help="draw them there")
+    parser.add_argument("flags", nargs="*", help="after --: flags of hvdkit.train, without a batch")
+    return parser.parse_args(argv)
+
+
+def _plan(arguments: argparse.Namespace) -> int:
+    numbers = _numbers(arguments.ranks)
+    if arguments.batch < 1 or arguments.ranks_per_host < 1:
+        raise UsageError("--batch and --ranks-per-host must be 1 or more.")
+    threads = arguments.threads or max(1, usable_cores() // arguments.ranks_per_host)
+    cluster, deviations = _cluster(arguments)
+    compute, known = facts.measure(arguments.flags, arguments.batch, threads, arguments.seconds)
+    deviations = {**deviations, "compute": max(compute.deviation, 0.02)}
+    ways = modes.all_modes(
+        known["shapes"], _optimizer(arguments.flags), lambda name: facts.compression_seconds(name, known["shapes"])
+    )
+    ways = _chosen(ways, arguments.modes)
+    found = report.rows(numbers, arguments.batch, compute, ways, cluster, deviations, arguments.price)
+    sentence = advice.advise(found, ways, " ".join(arguments.flags), arguments.hosts)
+    print(report.table(found))
+    print(f"\n{sentence}")
+    show.write_json(
+        arguments.json, {"rows": found, "compute": vars(compute), "deviations": deviations, "advice": sentence}
+    )
+    lines: dict[str, list[tuple[float, float]]] = {}
+    for row in found:
+        lines.setdefault(row["mode"], []).append((row["ranks"], row["speedup"]))
+    lines["ideal"] = [(n, n) for n in numbers]
+    show.plot(arguments.plot, "predicted scaling", "ranks", "times one process", lines, xscale="log", yscale="log")
+    return 0
+
+
+def _cluster(arguments: argparse.Namespace) -> tuple[Cluster, dict[str, float]]:
+    deviations = {"start": 0.2, "byte": 0.1}  # of what was not measured
+    if arguments.links:
+        between, deviations = links.read(arguments.links)
+    else:
+        between = links.given(arguments.latency, arguments.bandwidth, arguments.agreeing)
+    inside = links.read(arguments.inside)[0] if arguments.inside else _MEMORY
+    cluster = Cluster(between, inside, arguments.ranks_per_host, usable_cores(), arguments.shared_machine)
+    return cluster, deviations
+
+
+def _numbers(text: str) -> list[int]:
+    try:
+        numbers = sorted({int(number) for number in text.split(",")})
+    except ValueError:
+        numbers = [0]
+    if numbers[0] < 1:
+        raise UsageError(f"--ranks={text} is no list of numbers from 1 up, as in --ranks=1,2,4.")
+    return numbers
+
+
+def _optimizer(flags: list[str]) -> str:
+    return next((flag.partition("=")[2] for flag in flags if flag.startswith("--optimizer=")), "adam")
+
+
+def _chosen(ways: dict[str, Any], names: str) -> dict[str, Any]:
+    for name in filter(None, names.split(",")):
+        if name not in ways:
+            raise UsageError(f"There is no mode {name!r}. Choose from {', '.join(ways)}.")
+    return {name: ways[name] for name in names.split(",")} if names else ways
+
+
+def _score(argv: list[str]) -> int:
+    if len(argv) != 1:
+        raise UsageError("score needs one file, as in: python -m hvdkit.plan score FILE.json")
+    pairs = scoring.read(argv[0])
+    lines = [[p["case"], f"{p['predicted']:,.0f}", f"{p['measured']:,.0f}", f"{p['error']:+.0%}"] for p in pairs]
+    print(show.table(["case", "predicted samples/s", "measured", "error"], lines))
+    print(f"\nmedian error {scoring.score(pairs):.0%}")
+    return 0
+
+
+def _published(argv: list[str]) -> int:
+    if len(argv) != 1:
+        raise UsageError("published needs one file, as in: python -m hvdkit.plan published FILE.png")
+    predictions = {
+        "predicted, nothing hidden": published.predicted(0.0),
+        "predicted, 90 % hidden": published.predicted(0.9),
+    }
+    points = {one.name: list(one.points) for one in published.ALL}
+    show.plot(argv[0], "ResNet-50, weak scaling", "GPUs", "efficiency", {**predictions, **points}, xscale="log")
+    rows = [[name, *(f"{efficiency:.2f}" for _, efficiency in line)] for name, line in predictions.items()]
+    print(show.table(["GPUs", *map(str, published.RANKS)], rows))
+    print(
+        "\n".join(
+            f"{one.name}: {', '.join(f'{n}: {e:.2f}' for n, e in one.points)} ({one.source})" for one in published.ALL
+        )
+    )
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv))

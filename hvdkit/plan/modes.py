@@ -1,0 +1,48 @@
+"""The ways to train that are compared, with the bytes that each really sends."""
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+from hvdkit.plan.cost import Mode
+
+LOCAL_STEPS, DILOCO_STEPS, ACCUMULATED = 16, 100, 4
+_FEEDBACK = ("int8", "onebit", "topk", "powersgd")
+
+
+def all_modes(
+    shapes: Sequence[Sequence[int]], optimizer: str, compression_seconds: Callable[[str], float]
+) -> dict[str, Mode]:
+    """Every mode by name.
+
+    Args:
+        shapes: of the trainable weights.
+        optimizer: as the flag of hvdkit.train has it.
+        compression_seconds: what a compressor computes a step, by name.
+    """
+    colon = "," if ":" in optimizer else ":"
+    accumulate = f"--optimizer={optimizer}{colon}gradient_accumulation_steps={ACCUMULATED}"
+    mean = "--outer_learning_rate=1 --outer_momentum=0"
+    modes = [
+        Mode("data parallel"),
+        Mode("fp16", "--compression=fp16", share=0.5, exact=False),
+        *(_with_feedback(name, shapes, compression_seconds(name)) for name in _FEEDBACK),
+        Mode("accumulation", accumulate, every=ACCUMULATED, exact=False),
+        Mode("local SGD", f"--local_steps={LOCAL_STEPS} {mean}", every=LOCAL_STEPS, exact=False),
+        Mode("DiLoCo", f"--local_steps={DILOCO_STEPS}", every=DILOCO_STEPS, exact=False),
+        Mode("mirrored", "--strategy=mirrored", one_host=True),
+        Mode("independent", "--strategy=single", share=0.0, every=10**9),
+    ]
+    return {mode.name: mode for mode in modes}
+
+
+def _with_feedback(name: str, shapes: Sequence[Sequence[int]], seconds: float) -> Mode:
+    from hvdkit.compression import by_name
+    from hvdkit.compression.feedback import elements, ring_bytes
+
+    compressor: Any = by_name(name)
+    known = [tuple(shape) for shape in shapes]
+    sent, whole = compressor.wire_bytes(known, 2), ring_bytes(4 * elements(known), 2)
+    gathers = name == "topk"  # of what each rank brings, not of a ring's two passes
+    share = sent / (4 * elements(known)) if gathers else sent / whole
+    return Mode(name, f"--compression={name}", share, extra=seconds, gathers=gathers, exact=False,
+                exchanges=1 if gathers else 2)  # fmt: skip

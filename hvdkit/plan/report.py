@@ -1,0 +1,99 @@
+"""What a plan shows: a table, and how sure it is of each number."""
+
+import dataclasses
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+
+from hvdkit.bench import show
+from hvdkit.plan.cost import Cluster, Compute, Link, Mode, predict
+
+_DRAWS = 400
+
+
+def rows(
+    ranks: Sequence[int],
+    local_batch: int,
+    compute: Compute,
+    modes: Mapping[str, Mode],
+    cluster: Cluster,
+    deviations: Mapping[str, float],
+    price: float | None = None,
+) -> list[dict[str, Any]]:
+    """Predictions of every mode for every number of ranks, with 90 % intervals of the samples a second.
+
+    Args:
+        ranks: numbers of ranks.
+        local_batch: of each.
+        compute: as measured.
+        modes: by name.
+        cluster: where they run.
+        deviations: of `compute`, `start` and `byte`, as shares of them.
+        price: of a rank for an hour, in whatever currency; for the cost of a million samples.
+    """
+    alone = local_batch / compute.seconds(local_batch)
+    found = []
+    for mode in modes.values():
+        for number in ranks:
+            if mode.one_host and number > cluster.ranks_per_host:
+                continue
+            one = predict(number, local_batch, compute, mode, cluster)
+            low, high = _interval(number, local_batch, compute, mode, cluster, deviations)
+            cost = price * number * 1e6 / one.samples_per_second / 3600 if price is not None else None
+            found.append(
+                {"mode": mode.name, "ranks": number, **dataclasses.asdict(one), "interval": [low, high],
+                 "speedup": one.samples_per_second / alone, "cost_per_million": cost}
+            )  # fmt: skip
+    return found
+
+
+def _interval(
+    ranks: int, local_batch: int, compute: Compute, mode: Mode, cluster: Cluster, deviations: Mapping[str, float]
+) -> tuple[float, float]:
+    """Draws what was measured anew, as uncertain as it is, and predicts with each."""
+    generator = np.random.default_rng(ranks)
+    drawn = []
+    for work, start, byte in generator.normal(size=(_DRAWS, 3)):
+        factors = [np.exp(d * deviations[n]) for d, n in ((work, "compute"), (start, "start"), (byte, "byte"))]
+        slower = dataclasses.replace(compute, fixed=compute.fixed * factors[0], sample=compute.sample * factors[0])
+        links = {
+            name: Link(old.latency * factors[1], old.byte_seconds * factors[2], old.agreeing * factors[1])
+            for name, old in (("between", cluster.between), ("inside", cluster.inside))
+        }
+        drawn.append(
+            predict(ranks, local_batch, slower, mode, dataclasses.replace(cluster, **links)).samples_per_second
+        )
+    low, high = np.quantile(drawn, [0.05, 0.95])
+    return float(low), float(high)
+
+
+def table(found: Sequence[Mapping[str, Any]]) -> str:
+    """The table."""
+    priced = any(row["cost_per_million"] is not None for row in found)
+    heads = [
+        "mode",
+        "ranks",
+        "ms a step",
+        "samples/s",
+        "90 %",
+        "speed-up",
+        "efficiency",
+        "MiB a rank",
+        "wire MB a step",
+    ]
+    lines = []
+    for row in found:
+        line = [
+            row["mode"],
+            row["ranks"],
+            f"{row['step_seconds'] * 1e3:,.1f}",
+            f"{row['samples_per_second']:,.0f}",
+            f"{row['interval'][0]:,.0f} to {row['interval'][1]:,.0f}",
+            f"{row['speedup']:.2f}",
+            f"{row['efficiency']:.2f}",
+            f"{row['memory_bytes'] / 2**20:,.0f}",
+            f"{row['wire_bytes'] / 1e6:,.3f}",
+        ]
+        lines.append(line + ([f"{row['cost_per_million']:.4f}"] if priced else []))
+    return show.table(heads + (["cost of 1M samples"] if priced else []), lines)

@@ -1,0 +1,146 @@
+"""The planner's model on paper: closed forms, fits, and what it advises."""
+
+import dataclasses
+
+import numpy as np
+import pytest
+
+from hvdkit.errors import UsageError
+from hvdkit.plan import advice, links, published, report, score
+from hvdkit.plan.cost import (
+    Cluster,
+    Compute,
+    Link,
+    Mode,
+    allreduce,
+    computation,
+    exchange,
+    predict,
+    ring,
+    tree,
+    wire_bytes,
+)
+
+LINK = Link(1e-4, 1e-8, 1e-3)
+COMPUTE = Compute(fixed=1e-3, sample=1e-4, gradient_bytes=4e6)
+CLUSTER = Cluster(LINK, Link(1e-6, 1e-10))
+DENSE = Mode("data parallel")
+
+
+def test_an_allreduce_costs_what_the_formulas_say():
+    assert ring(4, 1e6, LINK) == pytest.approx(6 * 1e-4 + 1.5 * 1e6 * 1e-8)
+    assert tree(8, 1e3, LINK) == pytest.approx(3 * (1e-4 + 1e3 * 1e-8))
+    assert tree(5, 0, LINK) == pytest.approx(3e-4), "the depth is rounded up"
+    assert ring(1, 1e6, LINK) == tree(1, 1e6, LINK) == 0
+    assert ring(10_000, 1e9, Link(0, 1e-8)) == pytest.approx(2 * 1e9 * 1e-8, rel=1e-3), "twice the bytes, for many"
+
+
+def test_hosts_of_several_ranks_exchange_inside_first():
+    cluster = Cluster(LINK, Link(0.0, 1e-9), ranks_per_host=4)
+    seconds = allreduce(8, 4e6, cluster)
+    inside = 1.5 * 4e6 * 1e-9
+    between = 1e-3 + min(2 * 1e-4 + 1e6 * 1e-8, 1e-4 + 1e6 * 1e-8)
+    assert seconds == pytest.approx(inside + between)
+
+
+def test_one_rank_exchanges_nothing():
+    one = predict(1, 64, COMPUTE, DENSE, CLUSTER)
+    assert (one.efficiency, one.wire_bytes, one.step_seconds) == (1.0, 0.0, pytest.approx(7.4e-3))
+
+
+def test_modes_divide_what_is_exchanged():
+    whole = exchange(2, 4e6, DENSE, CLUSTER)
+    assert exchange(2, 4e6, Mode("local", every=16), CLUSTER) == pytest.approx(whole / 16)
+    assert wire_bytes(4, 4e6, Mode("x", share=0.25)) == pytest.approx(1.5e6)
+    gathered = Mode("topk", share=0.02, gathers=True)
+    assert exchange(4, 4e6, gathered, CLUSTER) == pytest.approx(2e-3 + 3 * (1e-4 + 8e4 * 1e-8))
+    assert wire_bytes(4, 4e6, gathered) == pytest.approx(3 * 8e4)
+
+
+def test_ranks_that_share_cores_compute_slower():
+    shared = Cluster(LINK, LINK, ranks_per_host=1, cores=2, shared_machine=True)
+    assert computation(4, 64, COMPUTE, shared) == pytest.approx(2 * COMPUTE.seconds(64))
+    apart = dataclasses.replace(shared, shared_machine=False)
+    assert computation(4, 64, COMPUTE, apart) == pytest.approx(COMPUTE.seconds(64))
+    slow = dataclasses.replace(COMPUTE, deviation=0.1)
+    assert computation(8, 64, slow, apart) == pytest.approx(COMPUTE.seconds(64) * (1 + 0.1 * np.sqrt(2 * np.log(8))))
+
+
+def test_more_bandwidth_is_never_slower():
+    speeds = [
+        predict(8, 64, COMPUTE, DENSE, Cluster(Link(1e-4, 1 / b), LINK)).samples_per_second
+        for b in (1e6, 1e7, 1e8, 1e9)
+    ]
+    assert speeds == sorted(speeds)
+    assert len(set(speeds)) == 4
+
+
+@pytest.mark.parametrize("ranks", [2, 4])
+def test_a_link_is_found_again_in_noisy_timings(ranks):
+    true = Link(0.0, 2e-9, 3e-3)
+    cluster = Cluster(true, true)
+    generator = np.random.default_rng(1)
+    rows = []
+    for size in (1e3, 1e4, 1e5, 1e6, 1e7, 1e8):
+        seconds = (3e-3 * np.ceil(np.log2(ranks)) + ring(ranks, size, true)) * generator.normal(1, 0.03)
+        rows.append(
+            {"operation": "allreduce", "bytes": size, "seconds": seconds, "quartiles": [0.98 * seconds, 1.02 * seconds]}
+        )
+    found, deviations = links.fit(rows, ranks)
+    assert found.byte_seconds == pytest.approx(true.byte_seconds, rel=0.1)
+    assert allreduce(ranks, 0.0, Cluster(found, found)) == pytest.approx(allreduce(ranks, 0.0, cluster), rel=0.1)
+    assert deviations["byte"] == pytest.approx(0.04 / 1.349)
+
+
+def test_the_flags_of_a_link_are_understood():
+    assert links.given("50us", "10Gbit/s", "1ms") == Link(pytest.approx(5e-5), 1 / 1.25e9, 1e-3)
+    for latency, bandwidth in (("50", "1Gbit/s"), ("1ms", "fast"), ("1ms", "0Gbit/s")):
+        with pytest.raises(UsageError, match=r"The form is a number and"):
+            links.given(latency, bandwidth, "1ms")
+
+
+def _advice(link, modes):
+    cluster = Cluster(link, link)
+    found = report.rows([1, 2, 4], 64, COMPUTE, modes, cluster, {"compute": 0.05, "start": 0.1, "byte": 0.1})
+    return advice.advise(found, modes, "--model=m", "h1:1,h2:1")
+
+
+def test_the_advice_changes_with_the_link():
+    modes = {m.name: m for m in (DENSE, Mode("DiLoCo", "--local_steps=100", every=100, exact=False))}
+    fast = _advice(Link(1e-6, 1e-10), modes)
+    assert fast.startswith("Use data parallel on 4 ranks, 3.")
+    assert fast.endswith("launch/hosts.sh -H h1:1,h2:1 -np 4 --model=m")
+    slow = _advice(Link(1e-2, 1e-7), modes)
+    assert slow.startswith("Dense data parallelism does not pay here; DiLoCo on 4 ranks")
+    assert slow.endswith("--model=m --local_steps=100")
+    none = _advice(Link(1e-2, 1e-6), {"data parallel": DENSE})
+    assert none.startswith("Not at all: train in one process (the best, data parallel on 2 ranks, makes 0.0")
+
+
+def test_intervals_hold_the_prediction_and_grow_with_doubt():
+    widths = []
+    for doubt in (0.02, 0.2):
+        (row,) = report.rows([4], 64, COMPUTE, {"d": DENSE}, CLUSTER, {"compute": doubt, "start": doubt, "byte": doubt})
+        low, high = row["interval"]
+        assert low < row["samples_per_second"] < high
+        widths.append(high - low)
+    assert widths[1] > 5 * widths[0]
+
+
+def test_the_score_is_the_median_error(tmp_path):
+    pairs = [{"predicted": p, "measured": 100} for p in (110, 95, 130)]
+    assert score.score(pairs) == pytest.approx(0.10)
+    file = tmp_path / "pairs.json"
+    file.write_text('{"rows": [{"case": "a", "predicted": 1, "measured": 0}]}')
+    with pytest.raises(UsageError, match="does not hold predictions and measurements"):
+        score.read(str(file))
+
+
+def test_published_points_lie_near_the_prediction():
+    """Of one host with NVLink; hidden exchanges make the difference between hosts, which the paper model brackets."""
+    hidden, plain = dict(published.predicted(0.9)), dict(published.predicted(0.0))
+    for number, efficiency in published.NVIDIA_DGX1.points:
+        assert plain[number] == pytest.approx(efficiency, abs=0.03)
+    for one in (published.HOROVOD, published.GOYAL):
+        for number, efficiency in one.points:
+            assert plain[number] - 0.05 < efficiency < hidden[number] + 0.05
