@@ -10,6 +10,7 @@ from hvdkit import collectives, heartbeat, watchdog, world
 from hvdkit.adasum import adasum
 from hvdkit.compression import Compression, ErrorFeedback
 from hvdkit.compression.feedback import elements, ring_bytes
+from hvdkit.profile import marks
 
 Gradient = Any  # tf.Tensor, tf.IndexedSlices or None
 
@@ -140,7 +141,9 @@ class GradientExchange:
         dense = [i for i in shared if i not in sparse]
         if self.process_set.process_set_id == 0:
             watchdog.traced(name, [_signature(result[i], variables[i] if variables else i) for i in shared])
+        marks.note("ready", [result[i] for i in dense])
         self._reduce_dense(result, self._group(dense, variables), name)
+        marks.note("reduced", [result[i] for i in dense])
         for place in sparse:
             result[place] = self._gather_sparse(result[place], f"{name}.sparse{place}")
         if self._scale_local:

@@ -71,6 +71,8 @@ def run(
         ReplicasDiverged: at the end, if the ranks' weights differ.
     """
     # ---- Who am I -------------------------------------------------------------------------------------------------
+    if config.profile:
+        os.environ.setdefault("HOROVOD_TIMELINE", "DYNAMIC")  # started when the window opens
     if config.threads:
         os.environ["TF_NUM_INTRAOP_THREADS"] = os.environ["TF_NUM_INTEROP_THREADS"] = str(config.threads)
     with together():
@@ -455,6 +457,9 @@ def _callbacks(
     if settings.lr_schedule == "cosine":
         multiplier = _cosine(warmup, epochs)
         chosen.append(callbacks.LearningRateScheduleCallback(None, multiplier, start_epoch=warmup, staircase=False))
+    if settings.profile:
+        start, _, stop = ("32:96" if settings.profile == "auto" else settings.profile).partition(":")
+        chosen.append(callbacks.ProfileCallback(workdir / "profile", int(start), int(stop)))
     if settings.compression_guard and strategy.size > 1:
         chosen.append(callbacks.CompressionGuard(settings.compression_guard))
     if steps % steps_per_epoch and steps > steps_per_epoch:

@@ -51,6 +51,7 @@ class Config:
     overwrite: bool
     eval_every: int
     tensorboard: bool
+    profile: str | None
     resume: str
     checkpoint_every: str
     keep: int
@@ -121,6 +122,8 @@ def define() -> None:
     add(integer, _OUTPUT, "eval_every", 0, "evaluate on the test split every N epochs too, not only at the end",
         lower_bound=0)  # fmt: skip
     add(boolean, _OUTPUT, "tensorboard", True, "write TensorBoard logs")
+    add(string, _OUTPUT, "profile", None, "START:STOP, steps of which workdir/profile then tells where the time went, "
+        "on all ranks; auto is 32:96")  # fmt: skip
 
     add(string, _RESUME, "resume", "auto", "auto goes on from the newest intact checkpoint of the workdir, if it has "
         "one; never begins anew; or the path of a checkpoint, or of another run's workdir")  # fmt: skip
@@ -150,6 +153,12 @@ def parse(argv: list[str]) -> Config:
     if rest:
         raise UsageError(f"{rest[0]!r} is not a flag; flags have the form --name=value. `--help` lists all.")
     config = Config(**{field.name: flags.FLAGS[field.name].value for field in dataclasses.fields(Config)})
+    _check(config)
+    return config
+
+
+def _check(config: Config) -> None:
+    """Raises a `UsageError` if flags exclude each other, or have a form that their kind does not refuse."""
     for one, other in (("epochs", "steps"), ("global_batch", "local_batch")):
         if getattr(config, one) is not None and getattr(config, other) is not None:
             raise UsageError(f"--{one} and --{other} exclude each other: give one of them.")
@@ -161,13 +170,16 @@ def parse(argv: list[str]) -> Config:
         )
     if config.compression_guard and name in COMPRESSIONS[:3]:
         raise UsageError(f"--compression_guard has nothing to switch off with --compression={config.compression}.")
+    if config.profile not in (None, "auto") and not re.fullmatch(r"\d+:\d+", config.profile or ""):
+        raise UsageError(
+            f"--profile={config.profile} is no window of steps. The form is START:STOP, as in 32:96, or auto."
+        )
     if config.checkpoint_steps not in ("epoch", "never") and not (
         isinstance(config.checkpoint_steps, int) and config.checkpoint_steps
     ):
         raise UsageError(
             f"--checkpoint_every={config.checkpoint_every} is neither a number of steps, 1 or more, nor epoch or never."
         )
-    return config
 
 
 @dataclasses.dataclass(frozen=True)

@@ -3,7 +3,7 @@
 import json
 import os
 import platform
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -31,7 +31,7 @@ def write_json(path: str | None, content: dict[str, Any]) -> None:
 
 
 def plot(
-    path: str | None, title: str, x: str, y: str, lines: dict[str, Sequence[tuple[float, float]]], **scales: str
+    path: str | None, title: str, x: str, y: str, lines: Mapping[str, Sequence[tuple[float, float]]], **scales: str
 ) -> None:
     """Draws lines of (x, y) into a PNG, if a file was named; `xscale` and `yscale` as matplotlib has them."""
     if not path:

@@ -10,6 +10,7 @@ from hvdkit.callbacks.compression_guard import CompressionGuard
 from hvdkit.callbacks.learning_rate_schedule import LearningRateScheduleCallback
 from hvdkit.callbacks.learning_rate_warmup import LearningRateWarmupCallback
 from hvdkit.callbacks.metric_average import MetricAverageCallback
+from hvdkit.callbacks.profile import ProfileCallback
 from hvdkit.callbacks.progress import ProgressCallback
 from hvdkit.callbacks.replica_guard import ReplicaGuardCallback
 from hvdkit.callbacks.root_output import RootOutputCallback
@@ -25,6 +26,7 @@ __all__ = [
     "LearningRateScheduleCallback",
     "LearningRateWarmupCallback",
     "MetricAverageCallback",
+    "ProfileCallback",
     "ProgressCallback",
     "ReplicaGuardCallback",
     "RootOutputCallback",

@@ -57,13 +57,12 @@ def _interval(
     for work, start, byte in generator.normal(size=(_DRAWS, 3)):
         factors = [np.exp(d * deviations[n]) for d, n in ((work, "compute"), (start, "start"), (byte, "byte"))]
         slower = dataclasses.replace(compute, fixed=compute.fixed * factors[0], sample=compute.sample * factors[0])
-        links = {
-            name: Link(old.latency * factors[1], old.byte_seconds * factors[2], old.agreeing * factors[1])
-            for name, old in (("between", cluster.between), ("inside", cluster.inside))
-        }
-        drawn.append(
-            predict(ranks, local_batch, slower, mode, dataclasses.replace(cluster, **links)).samples_per_second
+        between, inside = (
+            Link(old.latency * factors[1], old.byte_seconds * factors[2], old.agreeing * factors[1])
+            for old in (cluster.between, cluster.inside)
         )
+        elsewhere = dataclasses.replace(cluster, between=between, inside=inside)
+        drawn.append(predict(ranks, local_batch, slower, mode, elsewhere).samples_per_second)
     low, high = np.quantile(drawn, [0.05, 0.95])
     return float(low), float(high)
 

@@ -114,7 +114,7 @@ def test_the_advice_changes_with_the_link():
     assert slow.startswith("Dense data parallelism does not pay here; DiLoCo on 4 ranks")
     assert slow.endswith("--model=m --local_steps=100")
     none = _advice(Link(1e-2, 1e-6), {"data parallel": DENSE})
-    assert none.startswith("Not at all: train in one process (the best, data parallel on 2 ranks, makes 0.0")
+    assert none.startswith("Not at all: train in one process (the best, data parallel on 4 ranks, makes 0.0")
 
 
 def test_intervals_hold_the_prediction_and_grow_with_doubt():
