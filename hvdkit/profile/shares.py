@@ -119,6 +119,7 @@ def page(profile: Profile, names: Sequence[str]) -> str:
 
 _LEGEND = """
 *input*: from the end of a step to the next batch, with what Python does between executions. *compute*: forward,
-backward and update. *waiting*: from this rank's gradients to the last rank's. *exchange*: the rest, until all have the sum.
-Clocks of the ranks are known to each other within {error:.2f} ms. Medians of parts need not add up to the median step.
+backward and update. *waiting*: from this rank's gradients to the last rank's. *exchange*: the rest, until all have the
+sum. Clocks of the ranks are known to each other within {error:.2f} ms. Medians of parts need not add up to the median
+step.
 """

@@ -1,0 +1,128 @@
+"""`python -m hvdkit.bench` and `python -m hvdkit.plan`: that they measure; how fast things are, tests do not judge."""
+
+import json
+import sys
+
+import pytest
+
+from tests.conftest import run_command
+
+
+@pytest.fixture
+def bench(tmp_path):
+    """Runs a command of the bench, and returns its JSON and its table."""
+
+    def start(command, *arguments, timeout=400):
+        file, plot = tmp_path / f"{command}.json", tmp_path / f"{command}.png"
+        common = ["--rounds", "1", "--seconds", "1", "--json", file, "--plot", plot]
+        ended = run_command(
+            [sys.executable, "-m", "hvdkit.bench", command, *common, *arguments], timeout=timeout
+        )  # fmt: skip
+        assert ended.code == 0, ended.output
+        assert plot.read_bytes().startswith(b"\x89PNG")
+        return json.loads(file.read_text()), ended.output
+
+    return start
+
+
+def test_throughput_tells_speed_start_and_memory(bench):
+    found, output = bench(
+        "throughput", "--workloads", "mlp", "--case", "-np 2", "--case", "HVDKIT_SHARED_MEMORY=0 -np 2"
+    )
+    ours, horovods = found["rows"]
+    assert (ours["exchange"], horovods["exchange"]) == ("shared memory", "horovod")
+    for row in found["rows"]:
+        assert row["samples_per_second"] > 100
+        assert row["peak_bytes"] > 100e6
+        assert set(row["startup_seconds"]) == {"python", "imports", "data_and_model", "first_step"}
+    assert 0 < ours["waiting_seconds"] < ours["exchange_seconds"] < 1
+    assert "| mlp" in output
+    assert found["machine"]["cores"] >= 1
+
+
+def test_collectives_lie_below_what_the_machine_can_do(bench, tmp_path):
+    found, _ = bench("collectives", "--sizes", "1024,4194304")
+    rows = {(row["operation"], row["bytes"]): row for row in found["rows"]}
+    assert {name for name, _ in rows} == {"allreduce", "allgather", "broadcast", "shared_allreduce"}
+    for (_, size), row in rows.items():
+        assert row["quartiles"][0] <= row["seconds"] <= row["quartiles"][1]
+        assert size / row["seconds"] < 2 * found["limits"]["memory_copy"]
+    assert rows["allreduce", 4194304]["seconds"] > rows["allreduce", 1024]["seconds"]
+    options = ["--links", tmp_path / "collectives.json", "--batch", "32", "--ranks", "1,2,512", "--seconds", "1"]
+    flags = ["--model=mnist_mlp", "--dataset=synthetic:28x28x1:10:2048"]
+    plan = [sys.executable, "-m", "hvdkit.plan", *options, "--json", tmp_path / "plan.json", "--", *flags]
+    ended = run_command(plan, timeout=400)
+    assert ended.code == 0, ended.output
+    content = json.loads((tmp_path / "plan.json").read_text())
+    assert content["compute"]["gradient_bytes"] == 4 * 109386
+    assert {row["ranks"] for row in content["rows"]} == {1, 2, 512}
+    modes = {row["mode"] for row in content["rows"]}
+    assert modes >= {"data parallel", "int8", "topk", "powersgd", "local SGD", "DiLoCo", "independent"}
+    assert content["advice"].startswith(("Use ", "Dense data parallelism does not pay", "Not at all"))
+    assert content["advice"].splitlines()[0] in ended.output
+
+
+def test_scaling_is_against_one_rank(bench):
+    found, _ = bench("scaling", "--workloads", "mlp", "--mode", "strong")
+    one, two = found["rows"]
+    assert (one["ranks"], one["speedup"], one["efficiency"]) == (1, 1.0, 1.0)
+    assert two["efficiency"] == pytest.approx(two["speedup"] / 2)
+
+
+def test_accuracy_is_timed_to_the_epoch_that_reached_it(bench):
+    found, output = bench("accuracy", "--target", "0.9", "--case", "-np 2", "--", "--model=mnist_mlp", "--epochs=4")
+    (run,) = found["rows"][0]["runs"]
+    assert 1 <= run["epochs"] <= 4
+    assert 0 < run["train_seconds"] < run["seconds_with_start"]
+    assert "90.0%" in output
+
+
+def test_peers_train_the_same_model(bench):
+    """Those that need no environment of their own; the others are started in the same way."""
+    found, output = bench("peers", "--workloads", "mlp", "--peers", "horovod_tape,mirrored", timeout=550)
+    assert found["missing"] == {}, output
+    rows = {row["peer"]: row for row in found["rows"]}
+    assert set(rows) == {"hvdkit", "horovod_tape", "mirrored"}
+    for peer in ("horovod_tape", "mirrored"):
+        expected = rows["hvdkit"]["samples_per_second"] / rows[peer]["samples_per_second"]
+        assert rows[peer]["ratio"]["median"] == pytest.approx(expected)
+        assert rows[peer]["setting"]["HVDKIT_BENCH_THREADS"]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["bench", "throughput", "--workloads", "vgg"], "There is no workload 'vgg'. Choose from mlp, lenet"),
+        (["bench", "peers", "--peers", "jax"], "There is no peer 'jax'. Choose from torch_ddp"),
+        (["bench", "accuracy", "--target", "97"], "--target=97.0 is no accuracy between 0 and 1."),
+        (["bench", "scaling", "--ranks", "two"], "--ranks=two is no list of numbers, as in --ranks=1,2,4."),
+        (["plan", "--ranks", "0"], "--ranks=0 is no list of numbers from 1 up"),
+        (["plan", "--bandwidth", "fast"], "'fast' is no bandwidth."),
+        (["plan", "--links", "nowhere.json"], "nowhere.json does not hold measured exchanges"),
+        (["plan", "score", "nowhere.json"], "nowhere.json does not hold predictions and measurements"),
+    ],
+)
+def test_mistakes_get_a_sentence(arguments, message):
+    module, *rest = arguments
+    ended = run_command([sys.executable, "-m", f"hvdkit.{module}", *rest], timeout=60)
+    assert ended.code == 2
+    assert message in ended.output
+    assert "Traceback" not in ended.output
+
+
+def test_predictions_are_scored(tmp_path):
+    file = tmp_path / "pairs.json"
+    rows = [{"case": f"{n} hosts", "predicted": p, "measured": 100} for n, p in ((2, 90), (3, 105), (4, 130))]
+    file.write_text(json.dumps({"rows": rows}))
+    ended = run_command([sys.executable, "-m", "hvdkit.plan", "score", file], timeout=60)
+    assert ended.code == 0
+    assert "median error 10%" in ended.output
+    assert "+30%" in ended.output
+
+
+def test_resnet_50_is_drawn_beside_what_others_published(tmp_path):
+    plot = tmp_path / "published.png"
+    ended = run_command([sys.executable, "-m", "hvdkit.plan", "published", plot], timeout=60)
+    assert ended.code == 0, ended.output
+    assert plot.read_bytes().startswith(b"\x89PNG")
+    assert "512: 0.90" in ended.output

@@ -1,0 +1,149 @@
+"""Sums through shared memory: right for every dtype and size, alike on all ranks, and gone when the job is."""
+
+import os
+import signal
+import time
+from pathlib import Path
+
+import numpy as np
+import psutil
+import pytest
+
+from tests.conftest import sys
+
+SEGMENTS = Path("/dev/shm")
+SHAPES = [[3], [], [0], [700, 512], [131072], [5, 7]]  # about three chunks of half a MiB in float32; one ends in one
+
+
+def summed(dtype, shared=True):
+    """Two exchanges of several tensors, and what NumPy makes of them in float64."""
+    import tensorflow as tf
+
+    import hvdkit as hvd
+    from hvdkit import collectives, shared_memory, world
+
+    me = hvd.init()
+    assert shared_memory.is_used() is shared
+    everyone = world.horovod().global_process_set
+    generator = np.random.default_rng(4)
+    parts = [[generator.normal(size=shape) for shape in SHAPES] for _ in range(me.size)]
+    mine = [tf.cast(part, dtype) for part in parts[me.rank]]
+
+    @tf.function
+    def reduce(tensors):
+        average = world.horovod().Average
+        return collectives.reduce_dense(tensors, "t", op=average, process_set=everyone, prescale=0.25, postscale=4.0)
+
+    reduce(mine)
+    results = reduce(mine)
+    eager = collectives.reduce_dense(mine[:1], "e", op=world.horovod().Sum, process_set=everyone)
+    exact = [
+        np.mean([np.asarray(tf.cast(tf.cast(p[i], dtype), tf.float64)) for p in parts], axis=0)
+        for i in range(len(SHAPES))
+    ]
+    return {
+        "results": [tf.cast(r, tf.float64).numpy() for r in results],
+        "exact": exact,
+        "eager": (tf.cast(eager[0], tf.float64).numpy(), exact[0] * me.size),
+        "bits": [r.numpy().tobytes() for r in results],
+        "left": [f.name for f in SEGMENTS.glob("hvdkit-*")],
+    }
+
+
+@pytest.mark.parametrize(
+    ("number", "dtype", "bound"),
+    [(2, "float32", 1e-6), (2, "float16", 2e-3), (2, "bfloat16", 2e-2), (3, "float64", 1e-12), (5, "float32", 1e-6)],
+)
+def test_sums_are_right_and_alike(ranks, number, dtype, bound):
+    """Five ranks divide the adding among themselves."""
+    found = ranks(number, summed, dtype=dtype)
+    for result in found:
+        for got, exact in zip(result["results"], result["exact"], strict=True):
+            np.testing.assert_allclose(got, exact, rtol=bound, atol=bound)
+        np.testing.assert_allclose(*result["eager"], rtol=bound, atol=bound)
+        assert result["bits"] == found[0]["bits"]
+        assert result["left"] == [], "a segment can still be seen"
+
+
+def test_horovod_gives_the_same_bits_on_two_ranks(ranks):
+    one = ranks(2, summed, dtype="float32")
+    other = ranks(2, summed, dtype="float32", shared=False, env={"HVDKIT_SHARED_MEMORY": "0"})
+    assert one[0]["bits"] == other[0]["bits"]
+
+
+def out_of_order():
+    """Exchanges of one step that ranks come to in different order, more of them than TensorFlow has threads."""
+    import tensorflow as tf
+
+    import hvdkit as hvd
+    from hvdkit import collectives, world
+
+    me = hvd.init()
+    everyone = world.horovod().global_process_set
+
+    @tf.function
+    def step():
+        found, before = {}, []
+        numbers = range(6) if me.rank == 0 else reversed(range(6))
+        for number in numbers:  # each rank waits for its own last one to be begun, not to be over
+            with tf.control_dependencies(before):
+                x = tf.fill([1000], float(number + me.rank)) + 0.0
+            before = [x]
+            (found[number],) = collectives.reduce_dense([x], f"n{number}", op=world.horovod().Sum, process_set=everyone)
+        return [found[number] for number in range(6)]
+
+    return [[float(x[0]) for x in step()] for _ in range(20)]
+
+
+def test_exchanges_of_one_step_need_no_order(ranks):
+    for found in ranks(2, out_of_order):
+        assert found == [[2.0 * number + 1 for number in range(6)]] * 20
+
+
+def traced_anew():
+    """A rank that traces its step again, for a batch of another size, goes on where the others are."""
+    import tensorflow as tf
+
+    import hvdkit as hvd
+    from hvdkit import collectives, world
+
+    me = hvd.init()
+    everyone = world.horovod().global_process_set
+
+    @tf.function
+    def step(batch):
+        x = tf.reduce_mean(batch, axis=0)
+        return collectives.reduce_dense([x], "g", op=world.horovod().Sum, process_set=everyone)[0]
+
+    rows = [4, 4, 3, 4, 2] if me.rank else [4] * 5
+    return [float(step(tf.fill([r, 8], float(me.rank + i)))[0]) for i, r in enumerate(rows)]
+
+
+def test_a_step_that_one_rank_traces_anew_still_meets_the_others(ranks):
+    assert ranks(2, traced_anew) == [[2.0 * i + 1 for i in range(5)]] * 2
+
+
+def test_a_killed_job_leaves_no_memory_behind(tmp_path):
+    """Also one that is killed with all its ranks at once, in the middle of its steps."""
+    flags = ["--model=mnist_mlp", "--dataset=synthetic:28x28x1:10:4096", "--steps=1000000", f"--workdir={tmp_path}/run"]
+    process = psutil.Popen(
+        [sys.executable, "-m", "hvdkit.launch", "-np", "2", "--", sys.executable, "-m", "hvdkit.train", *flags]
+    )
+    deadline = time.monotonic() + 120
+    while not (tmp_path / "run" / "loss.csv").exists() and time.monotonic() < deadline:
+        time.sleep(0.2)
+    time.sleep(1)
+    family = [process, *process.children(recursive=True)]
+    held = {m.path for p in family for m in _maps(p) if m.path.startswith("/dev/shm/hvdkit-")}
+    for member in family:
+        os.kill(member.pid, signal.SIGKILL)
+    psutil.wait_procs(family, timeout=30)
+    assert held, "the ranks did not share memory"
+    assert not [path for path in held if Path(path.removesuffix(" (deleted)")).exists()]
+
+
+def _maps(process):
+    try:
+        return process.memory_maps()
+    except psutil.Error:
+        return []
