@@ -71,8 +71,6 @@ def run(
         ReplicasDiverged: at the end, if the ranks' weights differ.
     """
     # ---- Who am I -------------------------------------------------------------------------------------------------
-    if config.profile:
-        os.environ.setdefault("HOROVOD_TIMELINE", "DYNAMIC")  # started when the window opens
     if config.threads:
         os.environ["TF_NUM_INTRAOP_THREADS"] = os.environ["TF_NUM_INTEROP_THREADS"] = str(config.threads)
     with together():

@@ -21,6 +21,7 @@ _LOADING = time.time()  # imports that take seconds come after it
 
 import keras  # noqa: E402
 import numpy as np  # noqa: E402
+import tensorflow as tf  # noqa: E402
 
 from hvdkit import collectives, job, native, shared_memory, train, train_flags, world  # noqa: E402
 
@@ -67,7 +68,7 @@ class Clock(keras.callbacks.Callback):
         return {
             "shapes": [list(w.shape) for w in weights],
             "gradient_bytes": sum(4 * int(np.prod(w.shape)) for w in weights),
-            "state_bytes": sum(int(np.prod(v.shape)) * keras.backend.dtype_size(v.dtype) // 8 for v in held),
+            "state_bytes": sum(int(np.prod(v.shape)) * tf.as_dtype(v.dtype).size for v in held),
         }
 
     def rates(self) -> list[float]:

@@ -25,8 +25,9 @@ class ProfileCallback(keras.callbacks.Callback):
     """Measures a window of steps: shares of input, computation, waiting and exchange, and which rank is slow.
 
     Rank 0 writes into `folder`: `summary.md`, a page; `summary.json`, the same for programs; and `trace.json.gz`, all
-    ranks' steps, operations (`tf.profiler`) and Horovod's timeline on one clock, for https://ui.perfetto.dev. Give it
-    to all ranks. What is trained does not change.
+    ranks' steps and operations (`tf.profiler`) on one clock, for https://ui.perfetto.dev. Horovod's timeline joins them
+    if HOROVOD_TIMELINE=DYNAMIC is set for all ranks; its writer then keeps a core of rank 0 busy, also outside of the
+    window. Give the callback to all ranks. What is trained does not change.
 
     Args:
         folder: where to write; made if it is not there.
