@@ -211,7 +211,7 @@ def reduce_dense(
         group = [tensors[i] for i in places]
         if shared_memory.serves(process_set, dtype):
             divisor = process_set.size() if op == hvd.Average else 1
-            reduced = wire.run_shared(group, f"{name}.{dtype}", before=prescale, after=postscale / divisor)
+            reduced = wire.run_shared(group, f"{name}.{dtype}", before=prescale, after=postscale, divisor=divisor)
         elif dtype == "bfloat16":
             average = op == hvd.Average
             reduced = _sum_bfloat16(group, f"{name}.bfloat16", average=average, process_set=process_set)

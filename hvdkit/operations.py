@@ -17,7 +17,7 @@ from typing import Any
 
 import tensorflow as tf
 
-from hvdkit import collectives, watchdog, wire, world
+from hvdkit import collectives, shared_memory, watchdog, wire, world
 from hvdkit.adasum import adasum
 from hvdkit.compression import Compression
 
@@ -272,6 +272,7 @@ def join() -> Any:
     """
     if world.size() == 1:
         return tf.constant(0)
+    shared_memory.refuse_to_join()
     with watchdog.waiting("hvdkit.join"):
         last = world.horovod().join()
     watchdog.count_anew()

@@ -19,6 +19,7 @@ from typing import Any
 import tensorflow as tf
 
 from hvdkit import native
+from hvdkit.errors import UsageError
 from hvdkit.introduction import introduce
 from hvdkit.world import World, usable_cores
 
@@ -36,11 +37,10 @@ class _Job:
 
     def __init__(self, world: World, token: str) -> None:
         self.rank, self.size = world.rank, world.size
+        self.has_exchanged = False
         self._token = token
         # Who waits may spin if nobody else needs the core.
         self.own_core = os.environ.get("HVDKIT_OWN_CORES") == "1" or usable_cores() >= world.local_size
-        # TensorFlow's only thread must not wait: another exchange may have to come first.
-        self.may_block = tf.config.threading.get_inter_op_parallelism_threads() != 1
 
     def path(self, name: str) -> str:
         """The segment of an exchange; ranks of another job, or user, find none of its parts."""
@@ -70,12 +70,25 @@ def is_used() -> bool:
     return _job is not None
 
 
+def refuse_to_join() -> None:
+    """Ends a job whose rank leaves the exchanges to the others: in shared memory they would wait for it.
+
+    Raises:
+        UsageError: gradients of this rank went through shared memory.
+    """
+    if _job is not None and _job.has_exchanged:
+        raise UsageError(
+            "hvdkit.join() was called after exchanges through shared memory, which need all ranks. Give every rank as "
+            "many steps with hvdkit.data.shard(..., uneven='join'), or set HVDKIT_SHARED_MEMORY=0 for all ranks."
+        )
+
+
 def serves(process_set: Any, dtype: str) -> bool:
     """Whether `reduce` takes the place of Horovod's allreduce; alike on all ranks."""
     return _job is not None and process_set.process_set_id == 0 and dtype in _DTYPES
 
 
-def reduce(tensors: Sequence[tf.Tensor], name: str, *, before: float, after: float) -> list[tf.Tensor]:
+def reduce(tensors: Sequence[tf.Tensor], name: str, *, before: float, after: float, divisor: int) -> list[tf.Tensor]:
     """Sums tensors over all ranks, as part of the graph that is being traced.
 
     Args:
@@ -83,9 +96,11 @@ def reduce(tensors: Sequence[tf.Tensor], name: str, *, before: float, after: flo
         name: the same on all ranks, and in use for no other exchange of this graph.
         before: factor before the sum.
         after: factor after the sum.
+        divisor: what the sum is divided by, too.
     """
     if _job is None:
         raise RuntimeError("hvdkit.shared_memory is not in use.")
+    _job.has_exchanged = True
     with tf.device("CPU:0"):
         return native.load().hvdkit_shared_sum(
             list(tensors),
@@ -94,8 +109,8 @@ def reduce(tensors: Sequence[tf.Tensor], name: str, *, before: float, after: flo
             size=_job.size,
             before=before,
             after=after,
+            divisor=divisor,
             own_core=_job.own_core,
-            may_block=_job.may_block,
             name=name,
         )
 

@@ -57,7 +57,9 @@ def run(
         return list(function(*tensors))
 
 
-def run_shared(tensors: Sequence[tf.Tensor], name: str, *, before: float, after: float) -> list[tf.Tensor]:
+def run_shared(
+    tensors: Sequence[tf.Tensor], name: str, *, before: float, after: float, divisor: int
+) -> list[tf.Tensor]:
     """Sums tensors over all ranks through shared memory, eagerly or as part of the graph that is being traced.
 
     Args:
@@ -65,12 +67,13 @@ def run_shared(tensors: Sequence[tf.Tensor], name: str, *, before: float, after:
         name: as for `run`.
         before: factor before the sum.
         after: factor after the sum.
+        divisor: what the sum is divided by, too.
     """
     name = _clean(name)
     if not tf.executing_eagerly():
-        return shared_memory.reduce(tensors, _unique(name), before=before, after=after)
+        return shared_memory.reduce(tensors, _unique(name), before=before, after=after, divisor=divisor)
     with watchdog.waiting(name, _detail("shared_sum", tensors), everyone=True):
-        return shared_memory.reduce(tensors, name, before=before, after=after)
+        return shared_memory.reduce(tensors, name, before=before, after=after, divisor=divisor)
 
 
 def _clean(name: str) -> str:

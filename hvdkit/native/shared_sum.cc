@@ -206,24 +206,17 @@ class SharedSum : public AsyncOpKernel {
     OP_REQUIRES_OK(construction, construction->GetAttr("size", &size_));
     OP_REQUIRES_OK(construction, construction->GetAttr("before", &before_));
     OP_REQUIRES_OK(construction, construction->GetAttr("after", &after_));
+    OP_REQUIRES_OK(construction, construction->GetAttr("divisor", &divisor_));
     OP_REQUIRES_OK(construction, construction->GetAttr("own_core", &own_core_));
-    OP_REQUIRES_OK(construction, construction->GetAttr("may_block", &may_block_));
   }
 
-  // Waits on the thread that called, unless it waits for another exchange already: ranks may come to several exchanges
-  // of a step in different order, and TensorFlow's threads must not all be taken by them.
+  // On a thread of its own: whatever TensorFlow has queued behind this call, which may be an exchange that other ranks
+  // have come to first, would wait with it.
   void ComputeAsync(OpKernelContext* context, DoneCallback done) override {
-    static std::atomic<int> under_way{0};
-    const auto run = [this, context, done] {
+    std::thread([this, context, done] {
       Exchange(context);
-      --under_way;
       done();
-    };
-    if (++under_way == 1 && may_block_) {
-      run();
-    } else {
-      std::thread(run).detach();
-    }
+    }).detach();
   }
 
  private:
@@ -285,13 +278,13 @@ class SharedSum : public AsyncOpKernel {
     size_t offset = 0;
     if (size_ <= kDivideAbove) {
       for (const Piece<T>& piece : chunk) {
-        Add<T>(slots, offset, piece.count, W(after_), piece.out);
+        Add<T>(slots, offset, piece.count, W(after_) / W(divisor_), piece.out);
         offset += piece.count;
       }
     } else {
       const auto begin = [&](int rank) { return filled * rank / size_; };
       T* part = reinterpret_cast<T*>(segment->Slot(rank_)) + begin(rank_);  // which no other rank reads before it is a sum
-      Add<T>(slots, begin(rank_), begin(rank_ + 1) - begin(rank_), W(after_), part);
+      Add<T>(slots, begin(rank_), begin(rank_ + 1) - begin(rank_), W(after_) / W(divisor_), part);
       if (!Meet(segment, context)) return false;
       int rank = 0;
       for (const Piece<T>& piece : chunk) {
@@ -315,9 +308,9 @@ class SharedSum : public AsyncOpKernel {
   }
 
   std::string path_;
-  int rank_, size_;
+  int rank_, size_, divisor_;  // apart from `after`, which is a float: a third of a double must be one
   float before_, after_;
-  bool own_core_, may_block_;
+  bool own_core_;
 };
 
 }  // namespace
@@ -332,8 +325,8 @@ REGISTER_OP("HvdkitSharedSum")
     .Attr("size: int")
     .Attr("before: float = 1.0")
     .Attr("after: float = 1.0")
+    .Attr("divisor: int = 1")
     .Attr("own_core: bool = true")
-    .Attr("may_block: bool = true")
     .SetIsStateful()
     .SetShapeFn([](tensorflow::shape_inference::InferenceContext* context) {
       for (int i = 0; i < context->num_inputs(); ++i) context->set_output(i, context->input(i));
