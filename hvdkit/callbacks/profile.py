@@ -99,6 +99,7 @@ class ProfileCallback(keras.callbacks.Callback):
             self._timeline_began = time.time()
         if self._operations:
             with contextlib.suppress(tf.errors.AlreadyExistsError, tf.errors.UnavailableError):  # the user's own
+                self._profiler_began = time.time()
                 tf.profiler.experimental.start(str(self._scratch))
         if self._marks:
             self._marks.reset()
@@ -112,7 +113,7 @@ class ProfileCallback(keras.callbacks.Callback):
         if self._timeline_began:
             world.horovod().stop_timeline()
         # Operations are put on this rank's clock; rank 0 takes the difference when it knows it.
-        operations = trace.of_profiler(self._scratch, world.rank(), 0.0) if self._operations else []
+        operations = trace.of_profiler(self._scratch, world.rank(), self._profiler_began) if self._operations else []
         shutil.rmtree(self._scratch, ignore_errors=True)
         told = (mine, operations, f"rank {world.rank()} on {socket.gethostname()}")
         everyone: list[Any] = collectives.allgather_object(told, name="profile")

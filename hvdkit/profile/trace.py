@@ -13,6 +13,7 @@ from typing import Any
 from hvdkit.profile.shares import Profile
 
 _SHORTEST = 20.0  # µs; shorter operations are left out
+_ANOTHER_CLOCK = 60.0  # seconds
 _MOST = 20_000  # operations of a rank; the longest stay
 
 
@@ -61,13 +62,14 @@ def of_timeline(file: Path, began: float) -> list[dict[str, Any]]:
     return shifted
 
 
-def of_profiler(folder: Path, rank: int, offset: float) -> list[dict[str, Any]]:
+def of_profiler(folder: Path, rank: int, began: float) -> list[dict[str, Any]]:
     """The host's operations that `tf.profiler` has written.
 
     Args:
         folder: given to `tf.profiler.experimental.start`.
         rank: whose they are.
-        offset: seconds to take from their times, to be on rank 0's clock.
+        began: seconds since 1970 when the profiler was started; where it counts from another moment, its first line is
+            taken to have begun then.
     """
     from tensorflow.tsl.profiler.protobuf import xplane_pb2
 
@@ -75,6 +77,9 @@ def of_profiler(folder: Path, rank: int, offset: float) -> list[dict[str, Any]]:
     for file in folder.rglob("*.xplane.pb"):
         space = xplane_pb2.XSpace()
         space.ParseFromString(file.read_bytes())
+        firsts = [line.timestamp_ns for plane in space.planes for line in plane.lines if line.timestamp_ns]
+        first = min(firsts, default=0) / 1e9
+        offset = first - began if abs(first - began) > _ANOTHER_CLOCK else 0.0
         for plane in space.planes:
             if plane.name.startswith(("/host:CPU", "/device:GPU")):
                 events += _of_plane(plane, rank, offset)
