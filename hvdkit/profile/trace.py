@@ -44,7 +44,7 @@ def of_timeline(file: Path, began: float) -> list[dict[str, Any]]:
 
     Args:
         file: as Horovod has written it; a list that need not be closed.
-        began: seconds since 1970 at its start.
+        began: seconds since 1970 at its start, if it does not say so itself.
     """
     text = file.read_text().strip().rstrip(",") if file.is_file() else ""
     if not text:
@@ -55,6 +55,8 @@ def of_timeline(file: Path, began: float) -> list[dict[str, Any]]:
         found = json.loads(text[: text.rindex("},") + 1] + "]")
     shifted = []
     for event in found:
+        # Horovod counts from when it was initialised, and says when that was.
+        began = event.get("args", {}).get("start_time_since_epoch_in_micros", began * 1e6) / 1e6
         if "ts" in event:
             event = {**event, "ts": event["ts"] + began * 1e6}
         if event:
