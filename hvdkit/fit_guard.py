@@ -29,7 +29,7 @@ from hvdkit.callbacks.average_state import average_state
 from hvdkit.callbacks.broadcast import tell_seeds_apart
 from hvdkit.errors import UsageError
 from hvdkit.local_sgd import local_optimizers
-from hvdkit.optimizer import DistributedOptimizer, ExchangingOptimizer, keeps_local
+from hvdkit.optimizer import DistributedOptimizer, ExchangingOptimizer, keeps_local, optimizers_of
 
 _log = logging.getLogger(__name__)
 
@@ -352,8 +352,7 @@ def _make_train_function(make: Callable, model: keras.Model, args: tuple, kwargs
 
 def _distributed(model: keras.Model) -> list[ExchangingOptimizer]:
     """The model's optimizers that exchange, at whatever depth; those of its own attributes (GANs have two), too."""
-    candidates = [getattr(model, "optimizer", None), *vars(model).values()]
-    found = {id(o): o for c in candidates if isinstance(c, keras.optimizers.Optimizer) for o in _exchanging(c)}
+    found = {id(o): o for optimizer in optimizers_of(model) for o in _exchanging(optimizer)}
     return list(found.values())
 
 

@@ -20,7 +20,7 @@ import tensorflow as tf
 from hvdkit import collectives, world
 from hvdkit.compression import Compression
 from hvdkit.gradients import Gradient
-from hvdkit.optimizer import DistributedOptimizer, parts_of
+from hvdkit.optimizer import DistributedOptimizer, optimizers_of, parts_of
 
 
 class LocalSGD(DistributedOptimizer):
@@ -148,9 +148,7 @@ class LocalSGD(DistributedOptimizer):
 
 def local_optimizers(model: keras.Model) -> list[LocalSGD]:
     """The optimizers of a model under which its ranks train alone for some steps."""
-    candidates = [getattr(model, "optimizer", None), *vars(model).values()]
-    found = {id(c): c for c in candidates if isinstance(c, LocalSGD)}
-    return list(found.values()) if world.is_initialized() else []
+    return [o for o in optimizers_of(model) if isinstance(o, LocalSGD)] if world.is_initialized() else []
 
 
 def _like(weight: Any, name: str) -> keras.Variable:

@@ -18,15 +18,17 @@ RECIPES = (
 )
 
 
-def build(input_shape: tuple[int, int, int], num_classes: int) -> keras.Model:
-    """Returns the model from raw pixels (0 to 255, [batch, height, width, channels]) to logits [batch, num_classes]."""
+def build(input_shape: tuple[int, int, int], num_classes: int, hidden: tuple[int, ...] = (128, 64)) -> keras.Model:
+    """Returns the model from raw pixels (0 to 255, [batch, height, width, channels]) to logits [batch, num_classes].
+
+    `hidden` gives the widths of the layers in between.
+    """
     return keras.Sequential(
         [
             keras.layers.Input(input_shape),
             keras.layers.Rescaling(1 / 255),
             keras.layers.Flatten(),
-            keras.layers.Dense(128, activation="relu"),
-            keras.layers.Dense(64, activation="relu"),
+            *(keras.layers.Dense(width, activation="relu") for width in hidden),
             keras.layers.Dense(num_classes, dtype="float32"),
         ],
         name="mnist_mlp",

@@ -19,7 +19,7 @@ import numpy as np
 import tensorflow as tf
 
 from hvdkit import collectives, world
-from hvdkit.optimizer import keeps_local
+from hvdkit.optimizer import keeps_local, optimizers_of
 
 COMMON, OWN, METRIC, SEED = "common", "own", "metric", "seed"
 
@@ -60,13 +60,6 @@ def kept_of(model: keras.Model) -> list[Kept]:
 
     kept = [Kept(v, kind(v)) for i, v in everything.items() if i not in metrics and v.dtype != "string"]
     return kept + [Kept(v, METRIC) for v in metrics.values() if v.dtype != "string"]
-
-
-def optimizers_of(model: keras.Model) -> list[Any]:
-    """The optimizer that a model is compiled with, and those in attributes of its own (GANs have two)."""
-    candidates = [getattr(model, "optimizer", None), *vars(model).values()]
-    found: list[Any] = [c for c in candidates if isinstance(c, keras.optimizers.Optimizer)]
-    return list({id(o): o for o in found}.values())
 
 
 class Snapshot:

@@ -16,6 +16,8 @@ import tensorflow as tf
 
 from hvdkit import collectives, world
 
+State = Sequence[tuple[keras.Variable, tf.Tensor]]
+
 
 class ErrorFeedback(abc.ABC):
     """An exchange of gradients that sends less than all of them.
@@ -37,8 +39,15 @@ class ErrorFeedback(abc.ABC):
     @abc.abstractmethod
     def average(
         self, gradients: list[tf.Tensor], payload: tf.Tensor, name: str, process_set: Any
-    ) -> tuple[list[tf.Tensor], tf.Tensor]:
-        """The ranks' mean of `gradients` (float32, dense), nearly; and their exact sum of `payload` (float32 [n])."""
+    ) -> tuple[list[tf.Tensor], tf.Tensor, State]:
+        """Exchanges, and assigns nothing.
+
+        A gradient of any rank that is no finite number must make the result of all ranks no finite number.
+
+        Returns:
+            The ranks' mean of `gradients` (float32, dense), nearly; their exact sum of `payload` (float32 [n]); and
+            what the variables of the state are to be.
+        """
 
     @abc.abstractmethod
     def wire_bytes(self, shapes: Sequence[tuple[int, ...]], ranks: int) -> float:
@@ -95,7 +104,11 @@ class ErrorFeedback(abc.ABC):
         dense = self.build([tuple(g.shape) for g in wide], process_set.size())
 
         def compressed() -> list[tf.Tensor]:
-            averages, total = self.average(wide, payload, f"{name}.{_name_of(self)}", process_set)
+            averages, total, state = self.average(wide, payload, f"{name}.{_name_of(self)}", process_set)
+            # A step that overflowed is skipped (see `hvdkit.loss_scale`), and must not live on in what is kept. The
+            # averages are the same on all ranks, and so is this.
+            is_finite = tf.math.is_finite(tf.add_n([tf.reduce_sum(a) for a in averages]))
+            tf.cond(is_finite, lambda: _assign(state), lambda: None)
             return [*averages, total]
 
         def everything() -> list[tf.Tensor]:
@@ -112,6 +125,16 @@ class ErrorFeedback(abc.ABC):
 def variable(shape: tuple[int, ...], name: str, dtype: str = "float32") -> keras.Variable:
     """Zeros that training keeps."""
     return keras.Variable(np.zeros(shape), trainable=False, dtype=dtype, name=f"compression_{name}")
+
+
+def _assign(state: State) -> None:
+    for kept, value in state:
+        kept.assign(value)
+
+
+def poison(vector: tf.Tensor, axis: int | None = None) -> tf.Tensor:
+    """0 where a vector, or each of its rows, is finite; otherwise NaN. To be added to what other ranks are sent."""
+    return 0.0 * tf.reduce_sum(vector, axis=axis)
 
 
 def join(tensors: Sequence[tf.Tensor]) -> tf.Tensor:

@@ -13,7 +13,7 @@ import numpy as np
 import tensorflow as tf
 
 from hvdkit import collectives, world
-from hvdkit.compression.feedback import ErrorFeedback, elements, ring_bytes, variable
+from hvdkit.compression.feedback import ErrorFeedback, State, elements, ring_bytes, variable
 
 
 class PowerSGD(ErrorFeedback):
@@ -48,7 +48,7 @@ class PowerSGD(ErrorFeedback):
 
     def average(
         self, gradients: list[tf.Tensor], payload: tf.Tensor, name: str, process_set: Any
-    ) -> tuple[list[tf.Tensor], tf.Tensor]:
+    ) -> tuple[list[tf.Tensor], tf.Tensor, State]:
         """Two exchanges: left factors with all that travels whole, then right factors."""
         results = list(gradients)
         matrices = {
@@ -65,12 +65,12 @@ class PowerSGD(ErrorFeedback):
         lefts = [tf.linalg.qr(left).q for left in received[: len(lefts)]]
         rights = [tf.matmul(m, left, transpose_a=True) for m, left in zip(matrices.values(), lefts, strict=True)]
         rights = [r / process_set.size() for r in _sum(rights, f"{name}.right", process_set)] if rights else []
+        state: list[tuple[keras.Variable, tf.Tensor]] = []
         for place, left, right in zip(matrices, lefts, rights, strict=True):
             product = tf.matmul(left, right, transpose_b=True)
-            self._right[place].assign(right)
-            self._error[place].assign(matrices[place] - product)
+            state += [(self._right[place], right), (self._error[place], matrices[place] - product)]
             results[place] = tf.reshape(product, tf.shape(gradients[place]))
-        return results, total
+        return results, total, state
 
     def wire_bytes(self, shapes: Sequence[tuple[int, ...]], ranks: int) -> float:
         """Both factors of each matrix, and what goes whole, by a ring."""

@@ -12,7 +12,7 @@ from typing import Any
 import tensorflow as tf
 
 from hvdkit import collectives, wire
-from hvdkit.compression.feedback import ErrorFeedback, elements, join, part, ring_bytes, variable
+from hvdkit.compression.feedback import ErrorFeedback, State, elements, join, part, poison, ring_bytes, variable
 
 _BLOCK = 256  # numbers with one scale
 
@@ -33,24 +33,30 @@ class Quantised(ErrorFeedback):
         """The numbers again, float32 [n, 256]."""
 
     def make_state(self, shapes: Sequence[tuple[int, ...]], ranks: int) -> None:
-        """What was lost of the gradient that is sent, and of the sum that this rank makes."""
-        blocks = self._blocks(shapes, ranks)
-        self._lost, self._lost_of_sum = (variable((n, _BLOCK), "error") for n in (blocks * ranks, blocks))
+        """What was lost of the gradient that is sent, and of the part of the sum that this rank makes.
+
+        Both as long as the gradients, so that a checkpoint can be gone on with by another number of ranks.
+        """
+        self._lost, self._lost_of_sum = (variable((elements(shapes),), name) for name in ("error", "error_of_sum"))
         self.own += [self._lost, self._lost_of_sum]
 
     def average(
         self, gradients: list[tf.Tensor], payload: tf.Tensor, name: str, process_set: Any
-    ) -> tuple[list[tf.Tensor], tf.Tensor]:
+    ) -> tuple[list[tf.Tensor], tf.Tensor, State]:
         """Scatters codes, sums, gathers codes of the sums; the payload rides with these."""
         ranks, shapes = process_set.size(), [tuple(g.shape) for g in gradients]
         count, length = self._blocks(shapes, ranks), elements(shapes)
-        vector = tf.pad(join(gradients), [[0, count * ranks * _BLOCK - length]])
-        message = self._pack(tf.reshape(vector, [-1, _BLOCK]) + self._lost.value, self._lost)
+        shape = [ranks, count, _BLOCK]
+
+        def in_blocks(vector: tf.Tensor) -> tf.Tensor:
+            return tf.reshape(tf.pad(vector, [[0, count * ranks * _BLOCK - length]]), shape)
+
+        message, lost = self._pack(tf.reshape(in_blocks(join(gradients) + self._lost.value), [-1, _BLOCK]))
         even = tf.constant([], tf.int32)
         mine, _ = wire.run("alltoall", [message, even], f"{name}.scatter", process_set)
-        parts = tf.reshape(self._unpack(mine), [ranks, count, _BLOCK])
-        mean = tf.reduce_sum(parts, axis=0) / ranks
-        message = self._pack(mean + self._lost_of_sum.value, self._lost_of_sum)
+        mean = tf.reduce_sum(tf.reshape(self._unpack(mine), shape), axis=0) / ranks
+        rank = process_set.rank()
+        message, lost_of_sum = self._pack(mean + in_blocks(self._lost_of_sum.value)[rank])
         rows = -(-payload.shape[0] * 4 // message.shape[1])  # of codes, into which the payload is put
         bits = tf.reshape(tf.bitcast(payload, tf.uint8), [-1])
         extra = tf.reshape(tf.pad(bits, [[0, rows * message.shape[1] - bits.shape[0]]]), [rows, -1])
@@ -59,7 +65,10 @@ class Quantised(ErrorFeedback):
         bits = tf.reshape(everyone[:, count:], [ranks, -1])[:, : payload.shape[0] * 4]
         payloads = tf.bitcast(tf.reshape(bits, [ranks, payload.shape[0], 4]), tf.float32)
         whole = self._unpack(tf.reshape(everyone[:, :count], [ranks * count, message.shape[1]]))
-        return part(tf.reshape(whole, [-1])[:length], shapes), tf.reduce_sum(payloads, axis=0)
+        begin = rank * count * _BLOCK  # of this rank's part
+        placed = tf.pad(tf.reshape(lost_of_sum, [-1]), [[begin, (ranks - 1) * count * _BLOCK - begin]])
+        state = [(self._lost, tf.reshape(lost, [-1])[:length]), (self._lost_of_sum, placed[:length])]
+        return part(tf.reshape(whole, [-1])[:length], shapes), tf.reduce_sum(payloads, axis=0), state
 
     def wire_bytes(self, shapes: Sequence[tuple[int, ...]], ranks: int) -> float:
         """Two passes of the codes, as in a ring."""
@@ -70,11 +79,11 @@ class Quantised(ErrorFeedback):
         """Blocks of one rank's part."""
         return -(-elements(shapes) // (_BLOCK * ranks))
 
-    def _pack(self, blocks: tf.Tensor, lost: Any) -> tf.Tensor:
-        """Codes with their scales as uint8 [n, bytes]; keeps what they lose."""
+    def _pack(self, blocks: tf.Tensor) -> tuple[tf.Tensor, tf.Tensor]:
+        """Codes with their scales as uint8 [n, bytes], and what they lose."""
         codes, scales = self.encode(blocks)
-        lost.assign(blocks - self.decode(codes, scales))
-        return tf.concat([codes, tf.bitcast(scales, tf.uint8)], axis=1)
+        scales += poison(blocks, axis=1)  # codes have no NaN
+        return tf.concat([codes, tf.bitcast(scales, tf.uint8)], axis=1), blocks - self.decode(codes, scales)
 
     def _unpack(self, message: tf.Tensor) -> tf.Tensor:
         return self.decode(message[:, : self.block_bytes], tf.bitcast(message[:, self.block_bytes :], tf.float32))

@@ -11,7 +11,7 @@ from typing import Any
 import tensorflow as tf
 
 from hvdkit import collectives
-from hvdkit.compression.feedback import ErrorFeedback, elements, join, part, variable
+from hvdkit.compression.feedback import ErrorFeedback, State, elements, join, part, poison, variable
 
 _SAMPLE = 1 << 16
 _ENTRY_BYTES = 8  # a float32 and an int32
@@ -40,12 +40,12 @@ class TopK(ErrorFeedback):
 
     def average(
         self, gradients: list[tf.Tensor], payload: tf.Tensor, name: str, process_set: Any
-    ) -> tuple[list[tf.Tensor], tf.Tensor]:
+    ) -> tuple[list[tf.Tensor], tf.Tensor, State]:
         """Gathers every rank's entries and adds them up in their places."""
         vector = join(gradients) + self._error.value
-        places = self._largest(vector)
-        values = tf.gather(vector, places)
-        self._error.assign(tf.tensor_scatter_nd_update(vector, places[:, tf.newaxis], tf.zeros_like(values)))
+        places = self._largest(tf.where(tf.math.is_finite(vector), vector, 0.0))
+        values = tf.gather(vector, places) + poison(vector)
+        rest = tf.tensor_scatter_nd_update(vector, places[:, tf.newaxis], tf.zeros_like(values))
         # One message: entries as pairs, then the payload as pairs with its places.
         extra = tf.stack([payload, tf.bitcast(tf.range(-1, -1 - payload.shape[0], -1), tf.float32)], axis=1)
         pairs = tf.concat([tf.stack([values, tf.bitcast(places, tf.float32)], axis=1), extra], axis=0)
@@ -53,7 +53,8 @@ class TopK(ErrorFeedback):
         where = tf.bitcast(everyone[:, 1], tf.int32)
         total = tf.math.unsorted_segment_sum(everyone[:, 0], tf.where(where < 0, -1 - where, -1), payload.shape[0])
         sums = tf.math.unsorted_segment_sum(everyone[:, 0], where, vector.shape[0])  # negative places are left out
-        return part(sums / process_set.size(), [tuple(g.shape) for g in gradients]), total
+        averages = part(sums / process_set.size(), [tuple(g.shape) for g in gradients])
+        return averages, total, [(self._error, rest)]
 
     def wire_bytes(self, shapes: Sequence[tuple[int, ...]], ranks: int) -> float:
         """Each rank's entries go to all others."""

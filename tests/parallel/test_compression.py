@@ -78,7 +78,89 @@ def _kept(spec, found, total):
     sent = np.mean([np.ravel(f["kept"][0]) for f in found], axis=0)[:total]
     if spec.startswith("topk"):
         return sent
-    return sent + np.concatenate([np.ravel(f["kept"][1]) for f in found])[:total]  # each rank's own part of the sum
+    return sent + sum(f["kept"][1] for f in found)  # each rank has its own part of the sum
+
+
+def overflowing(spec):
+    """An inf on rank 1 alone in the second of three steps; and the same without that step."""
+    import tensorflow as tf
+
+    import hvdkit as hvd
+    from hvdkit.compression import by_name
+    from hvdkit.gradients import GradientExchange
+
+    me = hvd.init()
+    generator = np.random.default_rng(8)
+    first, last = (generator.normal(size=(me.size, 40, 30)).astype("float32")[me.rank] for _ in range(2))
+    broken = first.copy()
+    if me.rank == 1:
+        broken[3, 5], broken[30, 7] = np.inf, np.nan
+    found = []
+    for name, steps in (("with", [first, broken, last]), ("without", [first, last])):
+        exchange = GradientExchange(name, compression=by_name(spec))
+        reduce = tf.function(exchange)
+        arrived = [reduce([tf.constant(g), tf.constant(g[0])]) for g in steps]
+        finite = [all(np.isfinite(a).all() for a in step) for step in arrived]
+        found.append((finite, arrived[-1][0].numpy(), [v.numpy() for v in exchange.feedback.own]))
+    return found
+
+
+@pytest.mark.parametrize("spec", ["topk:fraction=0.05", "powersgd:rank=2", "int8", "onebit"])
+def test_an_overflow_reaches_all_ranks_and_is_not_kept(ranks, spec):
+    for broken, clean in ranks(2, overflowing, spec=spec):
+        assert broken[0] == [True, False, True]
+        assert clean[0] == [True, True]
+        assert np.array_equal(broken[1], clean[1]), "the step after the overflow is not as if there had been none"
+        assert all(np.array_equal(a, b) for a, b in zip(broken[2], clean[2], strict=True))
+
+
+@pytest.mark.parametrize("spec", ["topk", "powersgd:rank=2", "int8", "onebit"])
+def test_what_is_kept_has_a_shape_that_other_numbers_of_ranks_share(spec):
+    from hvdkit.compression import by_name
+
+    shapes = []
+    for number in (2, 3, 8):
+        compressor = by_name(spec)
+        compressor.build(SHAPES, number)
+        shapes.append([tuple(v.shape) for v in [*compressor.common, *compressor.own]])
+    assert shapes[0] == shapes[1] == shapes[2]
+
+
+def guarded(turns):
+    """`fit` under CompressionGuard, on data whose labels are turned around after the dense steps, or are not."""
+    import keras
+
+    import hvdkit as hvd
+
+    me = hvd.init()
+    keras.utils.set_random_seed(1)
+    model = keras.Sequential([keras.layers.Input([20]), keras.layers.Dense(2)])
+    optimizer = hvd.DistributedOptimizer(keras.optimizers.SGD(0.2), compression=hvd.Compression.int8())
+    model.compile(optimizer, keras.losses.SparseCategoricalCrossentropy(from_logits=True))
+    generator = np.random.default_rng(me.rank)
+    x = generator.normal(size=[640, 20]).astype("float32")
+    y = (x[:, 0] > 0).astype("int64")
+    if turns and me.rank == 1:  # the loss of one rank alone rises: both must act
+        y[320:] = 1 - y[320:]
+    dense = []
+    note = keras.callbacks.LambdaCallback(
+        on_train_batch_end=lambda batch, logs: dense.append(optimizer.compression.is_dense)
+    )
+    guard = hvd.callbacks.CompressionGuard(dense_steps=10, every=5, smoothing=0.5)
+    callbacks = [*hvd.callbacks.standard(guard_every=0), guard, note]
+    model.fit(x, y, batch_size=16, epochs=1, shuffle=False, verbose=0, callbacks=callbacks)
+    return guard.fell_back_at, dense
+
+
+def test_the_guard_goes_back_to_dense_on_all_ranks_at_once(ranks):
+    one, other = ranks(2, guarded, turns=True)
+    assert one == other
+    assert one[0] is not None
+    assert 20 < one[0] <= 40
+    assert one[1] == [step < 10 or step >= one[0] for step in range(1, 41)]
+    calm = ranks(2, guarded, turns=False)
+    assert [c[0] for c in calm] == [None, None]
+    assert calm[0][1] == [step < 10 for step in range(1, 41)]
 
 
 def test_bytes_are_as_few_as_promised():
