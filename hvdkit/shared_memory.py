@@ -50,13 +50,22 @@ class _Job:
 def start(world: World) -> None:
     """Agrees with all ranks whether their sums go through memory. A collective call, before TensorFlow starts."""
     global _job
-    answers = introduce({"obstacle": _obstacle(world), "token": secrets.token_hex(8), "where": _where()}, "memory")
-    obstacle = next((a["obstacle"] for a in answers if a["obstacle"]), "")
-    if not obstacle and len({a["where"] for a in answers}) > 1:
-        obstacle = f"the ranks do not see the same {_FOLDER}"
-    _job = None if obstacle else _Job(world, answers[0]["token"])
-    if world.is_root:
-        _log.debug("gradients travel through %s", f"Horovod: {obstacle}" if obstacle else "shared memory")
+    mine = {
+        "instead": _what_is_used_instead(world),
+        "lack": _lack(world),
+        "token": secrets.token_hex(8),
+        "where": _where(),
+    }
+    answers = introduce(mine, "memory")
+    instead, lack = (next((a[what] for a in answers if a[what]), "") for what in ("instead", "lack"))
+    if not lack and len({a["where"] for a in answers}) > 1:
+        lack = f"they do not see the same {_FOLDER}: start them in one container, or with one volume for it"
+    _job = None if instead or lack else _Job(world, answers[0]["token"])
+    if lack and not instead and world.is_root:
+        _log.warning(
+            "The ranks of this host exchange over the loopback network, several times slower than through memory, "
+            "because %s. HVDKIT_SHARED_MEMORY=0 says that this is meant.", lack,
+        )  # fmt: skip
 
 
 def stop() -> None:
@@ -115,21 +124,24 @@ def reduce(tensors: Sequence[tf.Tensor], name: str, *, before: float, after: flo
         )
 
 
-def _obstacle(world: World) -> str:
-    """What speaks against shared memory on this rank; empty if nothing does."""
+def _what_is_used_instead(world: World) -> str:
+    """Why Horovod is right for this job; empty if nothing but a lack speaks for it."""
     if os.environ.get("HVDKIT_SHARED_MEMORY") == "0":
         return "HVDKIT_SHARED_MEMORY=0 is set"
     if world.local_size != world.size:
         return "the ranks are on several hosts"
     if tf.config.list_physical_devices("GPU"):
         return "there are GPUs"
-    if os.environ.get("HOROVOD_ELASTIC") == "1":
-        return "ranks may come and go"
+    return "ranks may come and go" if os.environ.get("HOROVOD_ELASTIC") == "1" else ""
+
+
+def _lack(world: World) -> str:
+    """What is missing on this rank's host, with the mend."""
     if not native.is_built():
-        return "hvdkit.native is not built (python -m hvdkit.native)"
+        return "hvdkit.native is not compiled for this TensorFlow: python -m hvdkit.native"
     needed = _SEGMENTS * world.size * _BYTES_A_RANK
     if not _FOLDER.is_dir() or shutil.disk_usage(_FOLDER).free < needed:
-        return f"{_FOLDER} has less than {needed >> 20} MiB free"
+        return f"{_FOLDER} has less than {needed >> 20} MiB free: give it more (docker run --shm-size=1g)"
     return ""
 
 

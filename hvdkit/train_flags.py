@@ -174,6 +174,11 @@ def _check(config: Config) -> None:
         raise UsageError(
             f"--profile={config.profile} is no window of steps. The form is START:STOP, as in 32:96, or auto."
         )
+    if config.profile and config.strategy in ("mirrored", "multiworker"):
+        raise UsageError(
+            f"--profile does not see inside tf.distribute. Use --strategy=horovod or single, or leave it out with "
+            f"--strategy={config.strategy}."
+        )
     if config.checkpoint_steps not in ("epoch", "never") and not (
         isinstance(config.checkpoint_steps, int) and config.checkpoint_steps
     ):

@@ -36,7 +36,7 @@ class ProfileCallback(keras.callbacks.Callback):
         operations: whether `tf.profiler` notes operations as well; it slows steps down a little.
 
     Raises:
-        UsageError: the window holds fewer than three steps.
+        UsageError: the window holds fewer than three steps, or the model trains under `tf.distribute`.
 
     Example: `model.fit(dataset, callbacks=[*hvd.callbacks.standard(), hvd.callbacks.ProfileCallback("profile")])`
     """
@@ -55,8 +55,10 @@ class ProfileCallback(keras.callbacks.Callback):
 
     def on_train_begin(self, logs: dict | None = None) -> None:
         """Asks for marks, before the step is traced."""
-        self._marks = marks.start(self._stop - self._start + 256)
         model = self.model
+        if getattr(model, "_distribute_strategy", None) is not None:
+            raise UsageError("ProfileCallback does not see inside tf.distribute: leave it out under such a strategy.")
+        self._marks = marks.start(self._stop - self._start + 256)
         self._own = vars(model).get("train_step")
         model.train_step = self._marks.wrap(model.train_step)
         model.make_train_function(force=True)

@@ -86,9 +86,17 @@ def test_the_main_job_writes_one_trace_of_all_ranks(train, tmp_path, exchange):
         assert any(begin - 1e4 <= e["ts"] <= end + 1e4 for e in horovods)
 
 
-@pytest.mark.parametrize("window", ["5", "5:a", "7:8"])
-def test_a_wrong_window_is_told(train, window):
-    ended = train(0, "--strategy=single", f"--profile={window}", "--steps=20")
+@pytest.mark.parametrize(
+    ("window", "strategy", "message"),
+    [
+        ("5", "single", "--profile=5 is no window of steps. The form is START:STOP"),
+        ("5:a", "single", "--profile=5:a is no window of steps."),
+        ("7:8", "single", "A profile needs a window of three steps or more, but was given 7 to 8."),
+        ("auto", "mirrored", "--profile does not see inside tf.distribute."),
+    ],
+)
+def test_a_wrong_window_is_told(train, window, strategy, message):
+    ended = train(0, f"--strategy={strategy}", f"--profile={window}", "--steps=20")
     assert ended.code == 2
-    assert "window" in ended.output
+    assert message in ended.output
     assert "Traceback" not in ended.output

@@ -94,6 +94,53 @@ def test_a_step_that_one_rank_traces_anew_still_meets_the_others(ranks):
     assert ranks(2, traced_anew) == [[2.0 * i + 1 for i in range(5)]] * 2
 
 
+def joining():
+    import tensorflow as tf
+
+    import hvdkit as hvd
+    from hvdkit import collectives, world
+
+    me = hvd.init()
+    everyone = world.horovod().global_process_set
+    collectives.reduce_dense([tf.ones([3])], "g", op=world.horovod().Sum, process_set=everyone)
+    if me.rank == 1:
+        hvd.join()
+    collectives.reduce_dense([tf.ones([3])], "g", op=world.horovod().Sum, process_set=everyone)
+
+
+def test_a_rank_cannot_leave_the_others_waiting(ranks):
+    ended = ranks(2, joining, fails=True, timeout=120)
+    assert "hvdkit.join() was called after exchanges through shared memory, which need all ranks." in ended.output
+
+
+def test_what_is_lacking_is_told_and_the_job_goes_on(ranks, tmp_path):
+    found = ranks(2, without_library)
+    assert found == [(False, 3.0)] * 2
+
+
+def without_library():
+    import logging
+
+    import tensorflow as tf
+
+    import hvdkit as hvd
+    from hvdkit import collectives, native, shared_memory, world
+
+    told = []
+    handler = logging.Handler()
+    handler.emit = lambda record: told.append(record.getMessage())
+    logging.getLogger("hvdkit.shared_memory").addHandler(handler)
+    native.is_built = lambda: False
+    me = hvd.init()
+    everyone = world.horovod().global_process_set
+    (total,) = collectives.reduce_dense(
+        [tf.constant([me.rank + 1.0])], "g", op=world.horovod().Sum, process_set=everyone
+    )
+    expected = "because hvdkit.native is not compiled for this TensorFlow: python -m hvdkit.native."
+    assert [expected in message for message in told] == ([True] if me.rank == 0 else [])
+    return shared_memory.is_used(), float(total[0])
+
+
 def test_a_killed_job_leaves_no_memory_behind(tmp_path):
     """Also one that is killed with all its ranks at once, in the middle of its steps."""
     flags = ["--model=mnist_mlp", "--dataset=synthetic:28x28x1:10:4096", "--steps=1000000", f"--workdir={tmp_path}/run"]
