@@ -189,7 +189,8 @@ def _check_health(container):
 
 def _check_mpi(container):
     """Ranks that mpirun starts find each other, with the launcher and without."""
-    program = "import hvdkit as hvd; hvd.init(); print('rank', hvd.rank(), 'of', hvd.size(), hvd.mpi_enabled())"
+    line = "f'rank {hvd.rank()} of {hvd.size()} {hvd.mpi_enabled()}\\n'"
+    program = f"import hvdkit as hvd; hvd.init(); print({line}, end='')"  # in one write: other ranks' fall between two
     ended = container.run(*LAUNCH, "--mpi", "--output", "all", "--", "python", "-c", program)
     assert {"rank 0 of 2 True", "rank 1 of 2 True"} <= set(re.findall(r"rank \d of \d \w+", ended.output))
     ended = container.run("mpirun", "-np", "2", "--oversubscribe", "python", "-c", program)

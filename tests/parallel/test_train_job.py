@@ -56,7 +56,8 @@ def test_a_run_leaves_everything_behind(train, tmp_path):
     result = result_of(workdir)
     assert list(result) == [
         "model", "dataset", "strategy", "size", "global_batch", "epochs", "steps", "train_seconds",
-        "samples_per_second", "test_accuracy", "test_loss", "train_loss", "weights_sha256", "versions",
+        "samples_per_second", "wire_bytes_per_step", "dense_wire_bytes_per_step", "test_accuracy", "test_loss",
+        "train_loss", "weights_sha256", "versions",
     ]  # fmt: skip
     assert (result["size"], result["global_batch"], result["steps"], result["epochs"]) == (2, 32, 66, 2)
     steps = [int(row["step"]) for row in csv.DictReader((workdir / "loss.csv").open())]
