@@ -95,6 +95,8 @@ def broadcast_variables(
 ) -> None:
     """Assigns the root rank's values to `variables` on all ranks.
 
+    What all ranks have alike, as after equal seeds, is told by its SHA-256 and does not travel.
+
     Args:
         variables: `keras.Variable`s or `tf.Variable`s of any dtype, in the same order and of the same shapes on all
             ranks.
@@ -110,19 +112,19 @@ def broadcast_variables(
     if not takes_part(process_set):
         return
     native = [getattr(v, "value", v) if not isinstance(v, tf.Variable) else v for v in variables]
-    _check_same_shapes(variables, native, process_set)
+    differing = _differing(variables, native, process_set)
 
     @tf.function
     def broadcast() -> None:
-        for number, variable in enumerate(native):
+        for number, variable in differing:
             tensor = [to_wire(variable.read_value())]
             name = f"hvdkit.broadcast.{number}"
             (received,) = wire.run("broadcast", tensor, name, process_set, root_rank=root_rank)
             variable.assign(from_wire(received, variable.dtype))
 
-    if native:
+    if differing:
         everyone = process_set is None or process_set.process_set_id == 0
-        with watchdog.waiting("hvdkit.broadcast", f"{len(native)} variables", everyone):
+        with watchdog.waiting("hvdkit.broadcast", f"{len(differing)} variables", everyone):
             broadcast()
 
 
@@ -272,10 +274,19 @@ def _bytes(content: bytes) -> tf.Tensor:
     return tf.convert_to_tensor(np.frombuffer(content, np.uint8))
 
 
-def _check_same_shapes(variables: Sequence[Any], native: Sequence[tf.Variable], process_set: Any) -> None:
-    """By position: names are numbered, differently on a rank that has made one more model."""
+def _differing(
+    variables: Sequence[Any], native: Sequence[tf.Variable], process_set: Any
+) -> list[tuple[int, tf.Variable]]:
+    """The variables whose values are not the same on all ranks, with their places.
+
+    By position: names are numbered, differently on a rank that has made one more model.
+
+    Raises:
+        ValueError: the ranks' lists differ in length, shape or dtype.
+    """
     mine = [
-        (f"{tuple(n.shape)} {n.dtype.name}", getattr(v, "path", n.name)) for v, n in zip(variables, native, strict=True)
+        (f"{tuple(n.shape)} {n.dtype.name}", getattr(v, "path", n.name), _digest(n))
+        for v, n in zip(variables, native, strict=True)
     ]
     everyone = allgather_object(mine, name="shapes", process_set=process_set)
     ranks = range(len(everyone)) if process_set is None or not process_set.process_set_id else process_set.ranks
@@ -283,7 +294,7 @@ def _check_same_shapes(variables: Sequence[Any], native: Sequence[tf.Variable], 
         pairs = zip(everyone[0], other, strict=False)
         differing = next(((a, b) for a, b in pairs if a[0] != b[0]), None)
         if differing:
-            (shape, path), (other_shape, _) = differing
+            (shape, path, _), (other_shape, _, _) = differing
             difference = f"{path} is {shape} on rank {ranks[0]} and {other_shape} on rank {rank}"
         elif len(other) != len(everyone[0]):
             difference = f"rank {ranks[0]} has {len(everyone[0])} variables and rank {rank} has {len(other)}"
@@ -293,3 +304,13 @@ def _check_same_shapes(variables: Sequence[Any], native: Sequence[tf.Variable], 
             f"Ranks cannot share their variables, because their models differ: {difference}. "
             f"Build the same model, with the same trainable layers, on every rank."
         )
+    digests = zip(*([digest for _, _, digest in other] for other in everyone), strict=True)
+    alike = [len(set(of_all)) == 1 for of_all in digests]
+    return [(number, variable) for number, variable in enumerate(native) if not alike[number]]
+
+
+def _digest(variable: tf.Variable) -> bytes:
+    values = np.ascontiguousarray(variable.numpy())
+    if values.dtype == object:  # strings, whose lengths count
+        values = np.frombuffer(repr(values.tolist()).encode(), np.uint8)
+    return hashlib.sha256(values.reshape(-1).view(np.uint8).data).digest()

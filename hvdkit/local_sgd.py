@@ -106,6 +106,11 @@ class LocalSGD(DistributedOptimizer):
         tf.cond(self._self_since.value >= self._self_steps, self._agree, lambda: None)
 
     @property
+    def local_steps(self) -> int:
+        """Steps from one exchange to the next."""
+        return self._self_steps
+
+    @property
     def variables(self) -> list[Any]:
         """The optimizer's variables, the outer optimizer's, and what compression keeps."""
         return [*super().variables, *self._self_outer]

@@ -36,7 +36,11 @@ def run(command: Sequence[str], environment: dict[str, str] | None = None, limit
 
 
 def train(
-    launcher: Sequence[str], flags: Sequence[str], seconds: float, environment: dict[str, str] | None = None
+    launcher: Sequence[str],
+    flags: Sequence[str],
+    seconds: float,
+    environment: dict[str, str] | None = None,
+    cores: Sequence[int] | None = None,
 ) -> dict[str, Any]:
     """Measures one training job.
 
@@ -45,12 +49,14 @@ def train(
         flags: of hvdkit.train.
         seconds: to measure.
         environment: variables besides.
+        cores: of this host that the job may use; by default all.
     """
     with tempfile.TemporaryDirectory() as folder:
         result = Path(folder, "result.json")
         program = [sys.executable, "-m", "hvdkit.bench.training", str(seconds), str(result), *flags]
         start = [sys.executable, "-m", "hvdkit.launch", *launcher, "--"] if launcher else []
-        run([*start, *program], environment)
+        bound = ["taskset", "-c", ",".join(map(str, cores))] if cores else []
+        run([*bound, *start, *program], environment)
         return dict(json.loads(result.read_text()))
 
 

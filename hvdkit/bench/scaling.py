@@ -5,6 +5,7 @@ One rank is bound to as many cores as each of N has, so that ranks are compared 
 """
 
 import argparse
+import os
 import statistics
 import sys
 from typing import Any
@@ -33,7 +34,8 @@ def measure(arguments: argparse.Namespace) -> dict[str, Any]:
     for _ in range(arguments.rounds):
         for workload in workloads.named(arguments.workloads):
             for number in ranks:
-                one = run_case(*_case(workload, number, ranks, arguments), arguments.seconds)
+                cores = None if arguments.hosts else _cores(number, ranks[-1])
+                one = run_case(*_case(workload, number, ranks, arguments), arguments.seconds, cores)
                 rate = statistics.median(one["samples_per_second"])
                 found.setdefault((workload.name, number), []).append(rate)
                 print(f"{workload.name}, {number} rank(s): {rate:,.0f} samples/s", file=sys.stderr, flush=True)
@@ -50,8 +52,13 @@ def _case(
     if arguments.hosts:
         hosts = ",".join(arguments.hosts.split(",")[:number])
         return f"-H {hosts} -np {number}", flags
-    threads = max(1, usable_cores() // ranks[-1])
-    return f"-np {number}", [*flags, f"--threads={threads}"]
+    return f"-np {number}", flags
+
+
+def _cores(number: int, most: int) -> list[int]:
+    """Cores for `number` ranks: as many each as each of `most` ranks has."""
+    usable = sorted(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else list(range(usable_cores()))
+    return usable[: number * max(1, len(usable) // most)]
 
 
 def _row(found: dict[tuple[str, int], list[float]], name: str, number: int, yardstick: int) -> dict[str, Any]:

@@ -34,12 +34,12 @@ def measure(arguments: argparse.Namespace) -> dict[str, Any]:
     return {"rows": [{"workload": name, "case": case, **_row(runs)} for (name, case), runs in found.items()]}
 
 
-def run_case(case: str, flags: list[str], seconds: float) -> dict[str, Any]:
+def run_case(case: str, flags: list[str], seconds: float, cores: list[int] | None = None) -> dict[str, Any]:
     """Measures one case: words with `=` are variables of the environment, the rest is the launcher's."""
     words = case.split()
     environment = dict(word.split("=", 1) for word in words if "=" in word and not word.startswith("-"))
     launcher = [word for word in words if "=" not in word or word.startswith("-")]
-    return jobs.train(launcher, flags, seconds, environment)
+    return jobs.train(launcher, flags, seconds, environment, cores)
 
 
 def _row(runs: list[dict[str, Any]]) -> dict[str, Any]:

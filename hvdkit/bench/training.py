@@ -23,7 +23,7 @@ import keras  # noqa: E402
 import numpy as np  # noqa: E402
 import tensorflow as tf  # noqa: E402
 
-from hvdkit import collectives, job, native, shared_memory, train, train_flags, world  # noqa: E402
+from hvdkit import collectives, job, local_sgd, native, shared_memory, train, train_flags, world  # noqa: E402
 
 _LOADED = time.time()
 _WINDOWS = 20  # into which the measured time is cut
@@ -34,21 +34,23 @@ class Clock(keras.callbacks.Callback):
     """Notes the time at the end of each execution, and ends training when there are enough.
 
     Args:
-        seconds: from the first execution's end to the last's.
+        seconds: from the first execution's end to the last's; longer if two exchanges do not fit into it.
     """
 
     checkpointed = False
 
     def __init__(self, seconds: float) -> None:
         super().__init__()
-        self.ends: list[tuple[float, int]] = []  # time, and steps done by then
+        self.ends: list[tuple[float, int, int]] = []  # time, steps done by then, bytes that left this host
         self.began = self.first_step = 0.0
         self._seconds = seconds
         self._epoch = 0
+        self._every = 1
 
     def on_train_begin(self, logs: dict | None = None) -> None:
         """Training begins: everything before was start-up."""
         self.began = time.time()
+        self._every = max(exchanges_every(self.model.optimizer), 1)
 
     def on_epoch_begin(self, epoch: int, logs: dict | None = None) -> None:
         """Counts on."""
@@ -57,8 +59,9 @@ class Clock(keras.callbacks.Callback):
     def on_train_batch_end(self, batch: int, logs: dict | None = None) -> None:
         """Notes the time."""
         self.first_step = self.first_step or time.time()
-        self.ends.append((time.perf_counter(), self._epoch * self.params["steps"] + batch + 1))
-        if self.ends[-1][0] - self.ends[0][0] > self._seconds:
+        sent = psutil.net_io_counters().bytes_sent
+        self.ends.append((time.perf_counter(), self._epoch * self.params["steps"] + batch + 1, sent))
+        if self.ends[-1][0] - self.ends[0][0] > self._seconds and len(self._whole()) > 1:
             self.model.stop_training = True
 
     def facts(self) -> dict[str, Any]:
@@ -73,10 +76,27 @@ class Clock(keras.callbacks.Callback):
 
     def rates(self) -> list[float]:
         """Steps a second, of windows of about equal length after the warm-up."""
-        begin = self.ends[0][0] + _WARM_UP * self._seconds
-        kept = [end for end in self.ends if end[0] >= begin]
+        kept = self._kept()
         marks = kept[:: max(1, len(kept) // _WINDOWS)]
         return [(b[1] - a[1]) / (b[0] - a[0]) for a, b in itertools.pairwise(marks)]
+
+    def means(self) -> tuple[float, float]:
+        """Steps a second, and bytes that leave this host a step, over whole rounds of steps and their exchange."""
+        first, *_, last = self._whole()
+        return (last[1] - first[1]) / (last[0] - first[0]), (last[2] - first[2]) / (last[1] - first[1])
+
+    def _kept(self) -> list[tuple[float, int, int]]:
+        begin = self.ends[0][0] + _WARM_UP * self._seconds
+        return [end for end in self.ends if end[0] >= begin]
+
+    def _whole(self) -> list[tuple[float, int, int]]:
+        return [end for end in self._kept() if end[1] % self._every == 0]
+
+
+def exchanges_every(optimizer: Any) -> int:
+    """Steps from one exchange of this optimizer to the next: those of local SGD, or of accumulation."""
+    local = optimizer.local_steps if isinstance(optimizer, local_sgd.LocalSGD) else 1
+    return int(max(local, getattr(optimizer, "gradient_accumulation_steps", None) or 1))
 
 
 def measure(seconds: float, flags: list[str]) -> dict[str, Any]:
@@ -102,6 +122,8 @@ def measure(seconds: float, flags: list[str]) -> dict[str, Any]:
         "replicas": result["size"],
         "global_batch": result["global_batch"],
         "samples_per_second": [rate * result["global_batch"] for rate in clock.rates()],
+        "mean_samples_per_second": clock.means()[0] * result["global_batch"],
+        "sent_bytes_per_step": clock.means()[1],
         "startup_seconds": {name: round(value, 2) for name, value in phases.items()},
         "peak_bytes": peaks,
         "facts": clock.facts(),

@@ -2,22 +2,26 @@
 
     python -m hvdkit.plan --batch 64 --ranks 1,2,4,8 --links links.json -- --model=cifar_cnn --dataset=cifar10
     python -m hvdkit.plan --batch 64 --ranks 1,16,1024 --latency 20us --bandwidth 25Gbit/s -- --model=mine.py:build
-    python -m hvdkit.plan score FILE.json              predictions against what was measured
+    python -m hvdkit.plan measure -H h1:1,h2:1 ...     the same for these hosts, and each mode tried on them
+    python -m hvdkit.plan score FILE.json...           all that `measure --json` found: the median error
     python -m hvdkit.plan published FILE.png           ResNet-50 to 1,024 GPUs, beside what others measured
 
 The model is measured here, in one process, for some seconds. links.json comes from `python -m hvdkit.bench collectives
--H ... --json links.json`, run where the training is to run.
+-H ... --json links.json`, run where the training is to run. What was measured of a model is in the file that --json
+writes, and --model-from takes it from there.
 """
 
 import argparse
+import json
 import sys
+from pathlib import Path
 from typing import Any
 
 from hvdkit.bench import show
 from hvdkit.errors import UsageError
-from hvdkit.plan import advice, facts, links, modes, published, report
+from hvdkit.plan import advice, facts, links, measure, modes, published, report
 from hvdkit.plan import score as scoring
-from hvdkit.plan.cost import Cluster, Link
+from hvdkit.plan.cost import Cluster, Compute, Link, Mode
 from hvdkit.world import usable_cores
 
 _MEMORY = Link(5e-6, 1 / 4e9, 2e-4)  # between ranks of a host, where nothing was measured: shared memory
@@ -30,6 +34,8 @@ def main(argv: list[str]) -> int:
             return _score(argv[2:])
         if argv[1:2] == ["published"]:
             return _published(argv[2:])
+        if argv[1:2] == ["measure"]:
+            return _measure(_parse(argv[2:]))
         return _plan(_parse(argv[1:]))
     except UsageError as error:
         print(f"hvdkit.plan: {error}", file=sys.stderr)
@@ -48,6 +54,7 @@ def _parse(argv: list[str]) -> argparse.Namespace:
     parser.add_argument("--latency", default="50us", help="of a message between hosts, without --links [50us]")
     parser.add_argument("--bandwidth", default="10Gbit/s", help="between hosts, without --links [10Gbit/s]")
     parser.add_argument("--agreeing", default="1ms", help="Horovod's negotiation between two ranks [1ms]")
+    parser.add_argument("--model-from", metavar="FILE", help="of an earlier --json, instead of measuring the model")
     parser.add_argument("--threads", type=int, help="cores that each rank has [its share of this machine's]")
     parser.add_argument("--shared-machine", action="store_true", help="the hosts are parts of this one machine")
     parser.add_argument("--modes", default="", help="only these, by name, separated by commas [all]")
@@ -62,29 +69,73 @@ def _parse(argv: list[str]) -> argparse.Namespace:
 
 def _plan(arguments: argparse.Namespace) -> int:
     numbers = _numbers(arguments.ranks)
-    if arguments.batch < 1 or arguments.ranks_per_host < 1:
-        raise UsageError("--batch and --ranks-per-host must be 1 or more.")
-    threads = arguments.threads or max(1, usable_cores() // arguments.ranks_per_host)
-    cluster, deviations = _cluster(arguments)
-    compute, known = facts.measure(arguments.flags, arguments.batch, threads, arguments.seconds)
-    deviations = {**deviations, "compute": max(compute.deviation, 0.02)}
-    ways = modes.all_modes(
-        known["shapes"], _optimizer(arguments.flags), lambda name: facts.compression_seconds(name, known["shapes"])
-    )
-    ways = _chosen(ways, arguments.modes)
-    found = report.rows(numbers, arguments.batch, compute, ways, cluster, deviations, arguments.price)
+    threads = arguments.threads or max(1, usable_cores() // max(1, arguments.ranks_per_host))
+    found, ways, measured = _predict(arguments, numbers, threads)
     sentence = advice.advise(found, ways, " ".join(arguments.flags), arguments.hosts)
     print(report.table(found))
     print(f"\n{sentence}")
-    show.write_json(
-        arguments.json, {"rows": found, "compute": vars(compute), "deviations": deviations, "advice": sentence}
-    )
+    show.write_json(arguments.json, {"rows": found, **measured, "advice": sentence})
     lines: dict[str, list[tuple[float, float]]] = {}
     for row in found:
         lines.setdefault(row["mode"], []).append((row["ranks"], row["speedup"]))
     lines["ideal"] = [(n, n) for n in numbers]
     show.plot(arguments.plot, "predicted scaling", "ranks", "times one process", lines, xscale="log", yscale="log")
     return 0
+
+
+def _measure(arguments: argparse.Namespace) -> int:
+    if not arguments.hosts:
+        raise UsageError("measure needs hosts to try the modes on, as in -H h1:1,h2:1.")
+    slots = [int(host.rpartition(":")[2]) if ":" in host else 1 for host in arguments.hosts.split(",")]
+    number, arguments.ranks_per_host = sum(slots), max(slots)
+    beside = number if arguments.shared_machine else arguments.ranks_per_host
+    threads = arguments.threads or max(1, usable_cores() // beside)
+    predicted, ways, measured = _predict(arguments, [number], threads)
+    predicted = [row for row in predicted if row["wire_bytes"] and not ways[row["mode"]].one_host]
+    own = [*arguments.flags, f"--local_batch={arguments.batch}", f"--threads={threads}"]
+    launcher = ["-H", arguments.hosts, "-np", str(number)]
+    found = measure.measure(predicted, ways, own, launcher, arguments.seconds)
+    print(measure.table(found))
+    print(f"\nmedian error {scoring.score(found):.0%}")
+    show.write_json(arguments.json, {"rows": found, **measured})
+    return 0
+
+
+def _predict(
+    arguments: argparse.Namespace, numbers: list[int], threads: int
+) -> tuple[list[dict[str, Any]], dict[str, Mode], dict[str, Any]]:
+    """Rows of predictions, the modes by name, and what is known of the model, to be written down."""
+    if arguments.batch < 1 or arguments.ranks_per_host < 1:
+        raise UsageError("--batch and --ranks-per-host must be 1 or more.")
+    cluster, deviations = _cluster(arguments)
+    if arguments.model_from:
+        compute, known = _read_model(arguments.model_from)
+    else:
+        compute, known = facts.measure(arguments.flags, arguments.batch, threads, arguments.seconds)
+        known["compression_seconds"] = {}
+    deviations = {**deviations, "compute": max(compute.deviation, 0.02)}
+    took = known["compression_seconds"]
+
+    def compression_seconds(name: str) -> float:
+        if name not in took:
+            took[name] = facts.compression_seconds(name, known["shapes"])
+        return float(took[name])
+
+    ways = modes.all_modes(known["shapes"], _optimizer(arguments.flags), compression_seconds)
+    ways = _chosen(ways, arguments.modes)
+    found = report.rows(numbers, arguments.batch, compute, ways, cluster, deviations, arguments.price)
+    return found, ways, {"compute": vars(compute), **known, "deviations": deviations}
+
+
+def _read_model(path: str) -> tuple[Compute, dict[str, Any]]:
+    try:
+        content = json.loads(Path(path).expanduser().read_text())
+        return Compute(**content["compute"]), {key: content[key] for key in ("shapes", "compression_seconds")}
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise UsageError(
+            f"{path} does not hold what is known of a model ({error}). It is written by: python -m hvdkit.plan "
+            f"--json {path} -- --model=..."
+        ) from None
 
 
 def _cluster(arguments: argparse.Namespace) -> tuple[Cluster, dict[str, float]]:
@@ -120,12 +171,12 @@ def _chosen(ways: dict[str, Any], names: str) -> dict[str, Any]:
 
 
 def _score(argv: list[str]) -> int:
-    if len(argv) != 1:
-        raise UsageError("score needs one file, as in: python -m hvdkit.plan score FILE.json")
-    pairs = scoring.read(argv[0])
+    if not argv:
+        raise UsageError("score needs files, as in: python -m hvdkit.plan score FILE.json...")
+    pairs = [pair for path in argv for pair in scoring.read(path)]
     lines = [[p["case"], f"{p['predicted']:,.0f}", f"{p['measured']:,.0f}", f"{p['error']:+.0%}"] for p in pairs]
     print(show.table(["case", "predicted samples/s", "measured", "error"], lines))
-    print(f"\nmedian error {scoring.score(pairs):.0%}")
+    print(f"\nmedian error {scoring.score(pairs):.0%} of {len(pairs)}")
     return 0
 
 

@@ -5,7 +5,7 @@ from typing import Any
 
 from hvdkit.plan.cost import Mode
 
-LOCAL_STEPS, DILOCO_STEPS, ACCUMULATED = 16, 100, 4
+LOCAL_STEPS, DILOCO_STEPS, ACCUMULATED = 20, 100, 5  # of which executions of 10 steps make a round
 _FEEDBACK = ("int8", "onebit", "topk", "powersgd")
 
 
