@@ -33,7 +33,7 @@ for rate in ${HVDKIT_LINKS:-1gbit 100mbit 10mbit}; do
   for model in "${!flags[@]}"; do
     known="$folder/$model.json"
     read -ra own <<<"${flags[$model]}"
-    [[ -f $known ]] || on_first hvdkit.plan --ranks 1 --threads 1 --json "$known" -- "${own[@]}"
+    [[ -f $known ]] || on_first hvdkit.plan --ranks 2 --threads 1 --shared-machine --json "$known" -- "${own[@]}"
     for hosts in 2 3 4; do
       list=h1:1,h2:1,h3:1,h4:1
       echo "== $model, $hosts hosts, $rate"

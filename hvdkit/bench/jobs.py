@@ -14,6 +14,11 @@ from hvdkit.errors import UsageError
 _LIMIT = 600  # seconds for one measurement
 
 
+def usable_cores() -> list[int]:
+    """The numbers of the cores that this process may use."""
+    return sorted(os.sched_getaffinity(0))
+
+
 def run(command: Sequence[str], environment: dict[str, str] | None = None, limit: float = _LIMIT) -> str:
     """Runs a command and returns what it printed.
 

@@ -5,15 +5,13 @@ One rank is bound to as many cores as each of N has, so that ranks are compared 
 """
 
 import argparse
-import os
 import statistics
 import sys
 from typing import Any
 
-from hvdkit.bench import show, statistic, workloads
+from hvdkit.bench import jobs, show, statistic, workloads
 from hvdkit.bench.throughput import run_case
 from hvdkit.errors import UsageError
-from hvdkit.world import usable_cores
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -57,7 +55,7 @@ def _case(
 
 def _cores(number: int, most: int) -> list[int]:
     """Cores for `number` ranks: as many each as each of `most` ranks has."""
-    usable = sorted(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else list(range(usable_cores()))
+    usable = jobs.usable_cores()
     return usable[: number * max(1, len(usable) // most)]
 
 

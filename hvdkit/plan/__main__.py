@@ -6,9 +6,9 @@
     python -m hvdkit.plan score FILE.json...           all that `measure --json` found: the median error
     python -m hvdkit.plan published FILE.png           ResNet-50 to 1,024 GPUs, beside what others measured
 
-The model is measured here, in one process, for some seconds. links.json comes from `python -m hvdkit.bench collectives
--H ... --json links.json`, run where the training is to run. What was measured of a model is in the file that --json
-writes, and --model-from takes it from there.
+The model is measured here for some seconds, by as many processes as a host has ranks. links.json comes from `python -m
+hvdkit.bench collectives -H ... --json links.json`, run where the training is to run. What was measured of a model is in
+the file that --json writes, and --model-from takes it from there.
 """
 
 import argparse
@@ -111,14 +111,15 @@ def _predict(
     if arguments.model_from:
         compute, known = _read_model(arguments.model_from)
     else:
-        compute, known = facts.measure(arguments.flags, arguments.batch, threads, arguments.seconds)
+        beside = max(numbers) if arguments.shared_machine else arguments.ranks_per_host
+        compute, known = facts.measure(arguments.flags, arguments.batch, threads, beside, arguments.seconds)
         known["compression_seconds"] = {}
     deviations = {**deviations, "compute": max(compute.deviation, 0.02)}
     took = known["compression_seconds"]
 
     def compression_seconds(name: str) -> float:
         if name not in took:
-            took[name] = facts.compression_seconds(name, known["shapes"])
+            took[name] = facts.compression_seconds(name, known["shapes"], threads)
         return float(took[name])
 
     ways = modes.all_modes(known["shapes"], _optimizer(arguments.flags), compression_seconds)

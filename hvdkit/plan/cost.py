@@ -17,7 +17,8 @@ A step of data parallel training is the computation on the local batch, then an 
   Balso, 2018, section 4): γ seconds for two ranks, by the depth of a tree for N: γ ⌈log2 N⌉.
 - **Hosts with several ranks**: first inside, over links of their own (shared memory, NVLink), then one ring between
   hosts of a rank's 1/L part each (X. Jia et al., "Highly scalable deep learning training system", 2018, section 4.2).
-- **Allgather** (top-k) of n bytes from each: (N - 1) (α + n β) (Thakur et al.).
+- **Allgather** (top-k) of n bytes from each: (N - 1) (α + n β') (Thakur et al.), where β' is a byte's time as measured
+  of an allgather. Few-bit compression scatters 1/N of its bytes to each and gathers as much: two of these of n/N.
 
 Every exchange's bytes are those that `Compression` itself counts. Accumulation over k steps and local SGD over H steps
 divide the exchange by k or H. Independent tasks exchange nothing.
@@ -35,11 +36,14 @@ class Link:
         latency: α, seconds a message.
         byte_seconds: β, seconds a byte: one over the bandwidth.
         agreeing: γ, seconds until two ranks have agreed that a tensor is ready.
+        gather_byte_seconds: β of an allgather, where it is another; 0 for the same. Gloo sends each rank's rows whole,
+            which takes up to twice as long over a slow link as the small pieces of its allreduce.
     """
 
     latency: float
     byte_seconds: float
     agreeing: float = 0.0
+    gather_byte_seconds: float = 0.0
 
 
 @dataclasses.dataclass(frozen=True)
@@ -110,6 +114,7 @@ class Mode:
         every: steps from one exchange to the next.
         extra: seconds a step that compression computes.
         gathers: whether the exchange is an allgather, whose `share` each rank sends to all others.
+        scatters: whether it is an alltoall and an allgather, of a rank's part of the `share`.
         exact: whether it trains the model that dense data parallelism does.
         exchanges: exchanges one after the other.
         one_host: whether it works on one host only.
@@ -121,6 +126,7 @@ class Mode:
     every: int = 1
     extra: float = 0.0
     gathers: bool = False
+    scatters: bool = False
     exact: bool = True
     exchanges: int = 1
     one_host: bool = False
@@ -169,20 +175,22 @@ def exchange(ranks: int, size: float, mode: Mode, cluster: Cluster) -> float:
     """Seconds of all that a step exchanges."""
     if ranks == 1:
         return 0.0
-    if not mode.gathers:
-        one = allreduce(ranks, mode.share * size, cluster)
-        again = allreduce(ranks, 0.0, cluster)  # what further exchanges of the same bytes add
-        return (one + (mode.exchanges - 1) * again) / mode.every
-    link = cluster.between if ranks > cluster.ranks_per_host else cluster.inside
-    return (agreeing(ranks, link) + (ranks - 1) * (link.latency + mode.share * size * link.byte_seconds)) / mode.every
+    if mode.gathers or mode.scatters:
+        link = cluster.between if ranks > cluster.ranks_per_host else cluster.inside
+        byte, part = link.gather_byte_seconds or link.byte_seconds, size / ranks if mode.scatters else size
+        one = agreeing(ranks, link) + (ranks - 1) * (link.latency + mode.share * part * byte)
+        return mode.exchanges * one / mode.every
+    one = allreduce(ranks, mode.share * size, cluster)
+    again = allreduce(ranks, 0.0, cluster)  # what further exchanges of the same bytes add
+    return (one + (mode.exchanges - 1) * again) / mode.every
 
 
-def computation(ranks: int, local_batch: float, compute: Compute, cluster: Cluster) -> float:
-    """Seconds that the slowest of all ranks computes."""
+def computation(ranks: int, local_batch: float, compute: Compute, mode: Mode, cluster: Cluster) -> float:
+    """Seconds that the slowest of all ranks computes, compression included."""
     beside = ranks if cluster.shared_machine else min(ranks, cluster.ranks_per_host)
     crowd = max(1.0, beside * compute.threads / cluster.cores) if cluster.cores else 1.0
     slowest = 1 + compute.deviation * min(3.0, math.sqrt(2 * math.log(ranks)))
-    return compute.seconds(local_batch) * crowd * slowest
+    return (compute.seconds(local_batch) + (mode.extra if ranks > 1 else 0.0)) * crowd * slowest
 
 
 def wire_bytes(ranks: int, size: float, mode: Mode) -> float:
@@ -205,7 +213,7 @@ def predict(
         overlap: share of the exchange that runs while gradients are still computed; hvdkit has none today.
     """
     size = compute.gradient_bytes
-    seconds = computation(ranks, local_batch, compute, cluster) + (mode.extra if ranks > 1 else 0.0)
+    seconds = computation(ranks, local_batch, compute, mode, cluster)
     seconds += (1 - overlap) * exchange(ranks, size, mode, cluster)
     samples = ranks * local_batch / seconds
     alone = local_batch / compute.seconds(local_batch)

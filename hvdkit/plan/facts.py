@@ -3,6 +3,7 @@
 import statistics
 import time
 from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import numpy as np
@@ -11,20 +12,30 @@ from hvdkit.bench import jobs
 from hvdkit.plan.cost import Compute
 
 
-def measure(flags: Sequence[str], local_batch: int, threads: int, seconds: float) -> tuple[Compute, dict[str, Any]]:
-    """Trains the model for some seconds at half, one and two times its batch, in one process.
+def measure(
+    flags: Sequence[str], local_batch: int, threads: int, beside: int, seconds: float
+) -> tuple[Compute, dict[str, Any]]:
+    """Trains the model for some seconds at half, one and two times its batch, in processes that exchange nothing.
+
+    Ranks of one host share its memory's bandwidth and its caches, so as many processes train side by side.
 
     Args:
         flags: of hvdkit.train, without a batch.
         local_batch: samples a step of a rank.
         threads: that each rank has.
+        beside: ranks that run at the same time on one machine, each on cores of its own.
         seconds: of each measurement.
     """
     batches = sorted({max(1, local_batch // 2), local_batch, 2 * local_batch})
+    usable = jobs.usable_cores()
+    places = [usable[i * threads : (i + 1) * threads] for i in range(max(1, min(beside, len(usable) // threads)))]
     runs = {}
     for batch in batches:
         own = [*flags, f"--global_batch={batch}", "--strategy=single", f"--threads={threads}"]
-        runs[batch] = jobs.train(["-np", "1"], own, seconds)
+        with ThreadPoolExecutor(len(places)) as pool:
+            all_ = list(pool.map(lambda cores, own=own: jobs.train(["-np", "1"], own, seconds, cores=cores), places))
+        together = [rate for run in all_ for rate in run["samples_per_second"]]
+        runs[batch] = {**all_[0], "samples_per_second": together}
     return from_runs(runs, threads), {"shapes": runs[local_batch]["facts"]["shapes"]}
 
 
@@ -56,7 +67,7 @@ def from_runs(runs: dict[int, dict[str, Any]], threads: int) -> Compute:
     )
 
 
-def compression_seconds(spec: str, shapes: Sequence[Sequence[int]], tries: int = 10) -> float:
+def compression_seconds(spec: str, shapes: Sequence[Sequence[int]], threads: int, tries: int = 10) -> float:
     """Seconds that a compressor computes for gradients of these shapes, in this process, without any exchange."""
     import tensorflow as tf
 
@@ -68,6 +79,7 @@ def compression_seconds(spec: str, shapes: Sequence[Sequence[int]], tries: int =
     if not isinstance(compressor, ErrorFeedback):
         return 0.0
     if not world.is_initialized():
+        tf.config.threading.set_intra_op_parallelism_threads(threads)
         hvd.init()
     everyone = world.horovod().global_process_set
     gradients = [tf.random.normal(shape) for shape in shapes]

@@ -26,7 +26,8 @@ def read(path: str) -> tuple[Link, dict[str, Any]]:
         content = json.loads(Path(path).expanduser().read_text())
         rows = [row for row in content["rows"] if row["operation"] == "allreduce"]
         shared = [row for row in content["rows"] if row["operation"] == "shared_allreduce"]
-        return fit(shared or rows, content["ranks"], is_memory=bool(shared))
+        gathered = [] if shared else [row for row in content["rows"] if row["operation"] == "allgather"]
+        return fit(shared or rows, content["ranks"], is_memory=bool(shared), gathered=gathered)
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise UsageError(
             f"{path} does not hold measured exchanges ({error}). Make it with: python -m hvdkit.bench collectives "
@@ -34,16 +35,26 @@ def read(path: str) -> tuple[Link, dict[str, Any]]:
         ) from None
 
 
-def fit(rows: Sequence[dict[str, Any]], ranks: int, *, is_memory: bool = False) -> tuple[Link, dict[str, float]]:
-    """Least squares on seconds by bytes, each size weighing alike (errors are shares of the time).
+def fit(
+    rows: Sequence[dict[str, Any]],
+    ranks: int,
+    *,
+    is_memory: bool = False,
+    gathered: Sequence[dict[str, Any]] = (),
+) -> tuple[Link, dict[str, float]]:
+    """A byte's time from the two largest exchanges, and what any exchange takes from the smallest.
+
+    Not by least squares over all: what shapes a slow link lets the first kilobytes pass, so medium sizes look cheaper
+    than they are in a long exchange.
 
     Seconds of a ring of N ranks are γ ⌈log2 N⌉ + 2 (N - 1) α + 2 (N - 1)/N n β. One number of ranks does not tell α
     from γ: a hundredth of the sum is taken for messages, the rest for agreeing; in memory there is no agreeing.
 
     Args:
-        rows: with `bytes`, `seconds` and `quartiles`, of one operation; two sizes at least.
+        rows: with `bytes`, `seconds` and `quartiles`, of allreduces; two sizes at least.
         ranks: N.
         is_memory: whether the ranks exchange through shared memory.
+        gathered: the same of allgathers, if they were measured.
 
     Returns:
         The link, and the deviations of its numbers as shares of them: `start` and `byte`.
@@ -51,20 +62,29 @@ def fit(rows: Sequence[dict[str, Any]], ranks: int, *, is_memory: bool = False) 
     Raises:
         ValueError: there are fewer than two sizes, or ranks.
     """
-    sizes = np.array([row["bytes"] for row in rows], float)
-    seconds = np.array([row["seconds"] for row in rows], float)
-    if len(set(sizes)) < 2 or ranks < 2:
+    if len({row["bytes"] for row in rows}) < 2 or ranks < 2:
         raise ValueError("two ranks and two sizes at least are needed")
-    design = np.stack([np.ones_like(sizes), sizes], axis=1) / seconds[:, np.newaxis]
-    (start, byte), *_ = np.linalg.lstsq(design, np.ones_like(seconds), rcond=None)
-    start, byte = max(start, float(seconds.min()) / 10), max(byte, 1e-15)
-    spread = np.array([(row["quartiles"][1] - row["quartiles"][0]) / 1.349 / row["seconds"] for row in rows])
+    start, byte = _line(rows)
+    spread = [(row["quartiles"][1] - row["quartiles"][0]) / 1.349 / row["seconds"] for row in rows]
     deviation = float(np.clip(np.median(spread), 0.01, 1.0))
-    byte_seconds = byte * ranks / (2 * (ranks - 1))
-    depth = int(np.ceil(np.log2(ranks)))
     messages = start if is_memory else 0.01 * start
-    link = Link(messages / (2 * (ranks - 1)), byte_seconds, (start - messages) / depth)
+    link = Link(
+        latency=messages / (2 * (ranks - 1)),
+        byte_seconds=byte * ranks / (2 * (ranks - 1)),
+        agreeing=(start - messages) / int(np.ceil(np.log2(ranks))),
+        gather_byte_seconds=_line(gathered)[1] / (ranks - 1) if len({row["bytes"] for row in gathered}) > 1 else 0.0,
+    )
     return link, {"start": deviation, "byte": deviation}
+
+
+def _line(rows: Sequence[dict[str, Any]]) -> tuple[float, float]:
+    """Seconds of nothing, and seconds a byte."""
+    *_, (small, before), (large, longest) = ordered = sorted((row["bytes"], row["seconds"]) for row in rows)
+    byte = (longest - before) / (large - small)
+    if byte <= 0:  # noise
+        byte = longest / large
+    least, shortest = ordered[0]
+    return max(shortest - least * byte, shortest / 10), byte
 
 
 def given(latency: str, bandwidth: str, agreeing: str) -> Link:

@@ -59,11 +59,11 @@ def test_modes_divide_what_is_exchanged():
 
 def test_ranks_that_share_cores_compute_slower():
     shared = Cluster(LINK, LINK, ranks_per_host=1, cores=2, shared_machine=True)
-    assert computation(4, 64, COMPUTE, shared) == pytest.approx(2 * COMPUTE.seconds(64))
+    assert computation(4, 64, COMPUTE, DENSE, shared) == pytest.approx(2 * COMPUTE.seconds(64))
     apart = dataclasses.replace(shared, shared_machine=False)
-    assert computation(4, 64, COMPUTE, apart) == pytest.approx(COMPUTE.seconds(64))
+    assert computation(4, 64, COMPUTE, DENSE, apart) == pytest.approx(COMPUTE.seconds(64))
     slow = dataclasses.replace(COMPUTE, deviation=0.1)
-    assert computation(8, 64, slow, apart) == pytest.approx(COMPUTE.seconds(64) * (1 + 0.1 * np.sqrt(2 * np.log(8))))
+    assert computation(8, 64, slow, DENSE, apart) == pytest.approx(COMPUTE.seconds(64) * (1 + 0.1 * np.sqrt(2 * np.log(8))))
 
 
 def test_more_bandwidth_is_never_slower():
