@@ -19,6 +19,11 @@ def usable_cores() -> list[int]:
     return sorted(os.sched_getaffinity(0))
 
 
+def bound_to(cores: Sequence[int] | None) -> list[str]:
+    """What to put before a command that may use these cores only."""
+    return ["taskset", "-c", ",".join(map(str, cores))] if cores else []
+
+
 def run(command: Sequence[str], environment: dict[str, str] | None = None, limit: float = _LIMIT) -> str:
     """Runs a command and returns what it printed.
 
@@ -60,8 +65,7 @@ def train(
         result = Path(folder, "result.json")
         program = [sys.executable, "-m", "hvdkit.bench.training", str(seconds), str(result), *flags]
         start = [sys.executable, "-m", "hvdkit.launch", *launcher, "--"] if launcher else []
-        bound = ["taskset", "-c", ",".join(map(str, cores))] if cores else []
-        run([*bound, *start, *program], environment)
+        run([*bound_to(cores), *start, *program], environment)
         return dict(json.loads(result.read_text()))
 
 

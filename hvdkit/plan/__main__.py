@@ -108,21 +108,18 @@ def _predict(
     if arguments.batch < 1 or arguments.ranks_per_host < 1:
         raise UsageError("--batch and --ranks-per-host must be 1 or more.")
     cluster, deviations = _cluster(arguments)
+    # Parts of a shared machine do not know of each other; ranks of one host get cores of their own from the launcher.
+    beside = max(numbers) if arguments.shared_machine else arguments.ranks_per_host
+    bound = not arguments.shared_machine and beside * threads <= usable_cores()
     if arguments.model_from:
         compute, known = _read_model(arguments.model_from)
     else:
-        beside = max(numbers) if arguments.shared_machine else arguments.ranks_per_host
-        compute, known = facts.measure(arguments.flags, arguments.batch, threads, beside, arguments.seconds)
-        known["compression_seconds"] = {}
+        compute, known = facts.measure(arguments.flags, arguments.batch, threads, beside, bound, arguments.seconds)
+        known["compression_seconds"] = facts.compression_seconds(
+            modes.FEEDBACK, known["shapes"], threads, beside, bound
+        )
     deviations = {**deviations, "compute": max(compute.deviation, 0.02)}
-    took = known["compression_seconds"]
-
-    def compression_seconds(name: str) -> float:
-        if name not in took:
-            took[name] = facts.compression_seconds(name, known["shapes"], threads)
-        return float(took[name])
-
-    ways = modes.all_modes(known["shapes"], _optimizer(arguments.flags), compression_seconds)
+    ways = modes.all_modes(known["shapes"], _optimizer(arguments.flags), known["compression_seconds"])
     ways = _chosen(ways, arguments.modes)
     found = report.rows(numbers, arguments.batch, compute, ways, cluster, deviations, arguments.price)
     return found, ways, {"compute": vars(compute), **known, "deviations": deviations}

@@ -5,7 +5,8 @@ A step of data parallel training is the computation on the local batch, then an 
     step(N) = slowest of N (t0 + t1 · local batch) + compression + (1 - overlap) · exchange(N, bytes)
 
 - **Computation** grows with the batch, by a straight line that is fitted to three batch sizes. Ranks that share cores
-  share them evenly: N ranks of c threads on a machine of C cores take max(1, N c / C) times as long.
+  share them evenly: N ranks of c threads on a machine of C cores take max(1, N c / C) times as long; what was measured
+  with several ranks side by side is that much slower already.
 - **Stragglers.** N ranks wait for the slowest. If step times are normal with deviation σ, the largest of N is on
   average σ · √(2 ln N) above the mean (H. Cramér, "Mathematical methods of statistics", 1946, section 28.6, to first
   order), capped at 3 σ.
@@ -55,6 +56,7 @@ class Compute:
         sample: t1, seconds a sample.
         deviation: of a step's seconds, as a share of them.
         threads: cores that a rank uses.
+        beside: ranks that ran at the same time on one machine when this was measured.
         gradient_bytes: of all trainable weights, in float32.
         state_bytes: weights and optimizer slots.
         activation_bytes: of one sample.
@@ -65,6 +67,7 @@ class Compute:
     sample: float
     deviation: float = 0.0
     threads: int = 1
+    beside: int = 1
     gradient_bytes: float = 0.0
     state_bytes: float = 0.0
     activation_bytes: float = 0.0
@@ -188,7 +191,10 @@ def exchange(ranks: int, size: float, mode: Mode, cluster: Cluster) -> float:
 def computation(ranks: int, local_batch: float, compute: Compute, mode: Mode, cluster: Cluster) -> float:
     """Seconds that the slowest of all ranks computes, compression included."""
     beside = ranks if cluster.shared_machine else min(ranks, cluster.ranks_per_host)
-    crowd = max(1.0, beside * compute.threads / cluster.cores) if cluster.cores else 1.0
+    crowd = 1.0
+    if cluster.cores:
+        crowd, measured = (max(1.0, n * compute.threads / cluster.cores) for n in (beside, compute.beside))
+        crowd /= measured
     slowest = 1 + compute.deviation * min(3.0, math.sqrt(2 * math.log(ranks)))
     return (compute.seconds(local_batch) + (mode.extra if ranks > 1 else 0.0)) * crowd * slowest
 

@@ -1,8 +1,9 @@
 """What is measured of the user's model: seconds by batch, bytes of all kinds, and what compression costs to compute."""
 
+import json
 import statistics
-import time
-from collections.abc import Sequence
+import sys
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
@@ -13,33 +14,33 @@ from hvdkit.plan.cost import Compute
 
 
 def measure(
-    flags: Sequence[str], local_batch: int, threads: int, beside: int, seconds: float
+    flags: Sequence[str], local_batch: int, threads: int, beside: int, bound: bool, seconds: float
 ) -> tuple[Compute, dict[str, Any]]:
     """Trains the model for some seconds at half, one and two times its batch, in processes that exchange nothing.
 
-    Ranks of one host share its memory's bandwidth and its caches, so as many processes train side by side.
+    Ranks of one machine share its memory's bandwidth and its caches, so as many processes train side by side.
 
     Args:
         flags: of hvdkit.train, without a batch.
         local_batch: samples a step of a rank.
         threads: that each rank has.
-        beside: ranks that run at the same time on one machine, each on cores of its own.
+        beside: ranks that run at the same time on one machine.
+        bound: whether each has cores of its own.
         seconds: of each measurement.
     """
-    batches = sorted({max(1, local_batch // 2), local_batch, 2 * local_batch})
-    usable = jobs.usable_cores()
-    places = [usable[i * threads : (i + 1) * threads] for i in range(max(1, min(beside, len(usable) // threads)))]
     runs = {}
-    for batch in batches:
+    for batch in sorted({max(1, local_batch // 2), local_batch, 2 * local_batch}):
         own = [*flags, f"--global_batch={batch}", "--strategy=single", f"--threads={threads}"]
-        with ThreadPoolExecutor(len(places)) as pool:
-            all_ = list(pool.map(lambda cores, own=own: jobs.train(["-np", "1"], own, seconds, cores=cores), places))
-        together = [rate for run in all_ for rate in run["samples_per_second"]]
-        runs[batch] = {**all_[0], "samples_per_second": together}
-    return from_runs(runs, threads), {"shapes": runs[local_batch]["facts"]["shapes"]}
+
+        def train(cores: list[int] | None, own: list[str] = own) -> dict[str, Any]:
+            return jobs.train(["-np", "1"], own, seconds, cores=cores)
+
+        found = _side_by_side(train, threads, beside, bound)
+        runs[batch] = {**found[0], "samples_per_second": [rate for run in found for rate in run["samples_per_second"]]}
+    return from_runs(runs, threads, beside), {"shapes": runs[local_batch]["facts"]["shapes"]}
 
 
-def from_runs(runs: dict[int, dict[str, Any]], threads: int) -> Compute:
+def from_runs(runs: dict[int, dict[str, Any]], threads: int, beside: int = 1) -> Compute:
     """Fits the line through what was measured, by batch."""
     steps = {batch: [batch / rate for rate in run["samples_per_second"]] for batch, run in runs.items()}
     batches = np.array(sorted(steps), float)
@@ -60,6 +61,7 @@ def from_runs(runs: dict[int, dict[str, Any]], threads: int) -> Compute:
         sample=float(slope),
         deviation=float(np.median(spreads)),
         threads=threads,
+        beside=beside,
         gradient_bytes=facts["gradient_bytes"],
         state_bytes=facts["state_bytes"],
         activation_bytes=activations,
@@ -67,33 +69,30 @@ def from_runs(runs: dict[int, dict[str, Any]], threads: int) -> Compute:
     )
 
 
-def compression_seconds(spec: str, shapes: Sequence[Sequence[int]], threads: int, tries: int = 10) -> float:
-    """Seconds that a compressor computes for gradients of these shapes, in this process, without any exchange."""
-    import tensorflow as tf
+def compression_seconds(
+    names: Sequence[str], shapes: Sequence[Sequence[int]], threads: int, beside: int, bound: bool
+) -> dict[str, float]:
+    """Seconds that each compressor computes for gradients of these shapes; see `hvdkit.plan.compressing`.
 
-    import hvdkit as hvd
-    from hvdkit import world
-    from hvdkit.compression import ErrorFeedback, by_name
+    Args:
+        names: of compressors.
+        shapes: of the gradients.
+        threads: that each rank has.
+        beside: processes that do so at the same time.
+        bound: whether each has cores of its own.
+    """
+    program = [sys.executable, "-m", "hvdkit.plan.compressing", ",".join(names), json.dumps(shapes), str(threads)]
 
-    compressor = by_name(spec)
-    if not isinstance(compressor, ErrorFeedback):
-        return 0.0
-    if not world.is_initialized():
-        tf.config.threading.set_intra_op_parallelism_threads(threads)
-        hvd.init()
-    everyone = world.horovod().global_process_set
-    gradients = [tf.random.normal(shape) for shape in shapes]
-    payload = tf.zeros([3])
+    def one(cores: list[int] | None) -> dict[str, float]:
+        return dict(json.loads(jobs.run([*jobs.bound_to(cores), *program]).splitlines()[-1]))
 
-    @tf.function
-    def once() -> tf.Tensor:
-        averages, _ = compressor.reduce(gradients, payload, f"plan.{spec}", everyone)
-        return tf.add_n([tf.reduce_sum(a) for a in averages])
+    found = _side_by_side(one, threads, beside, bound)
+    return {name: statistics.mean(times[name] for times in found) for name in names}
 
-    once()
-    seconds = []
-    for _ in range(tries):
-        began = time.perf_counter()
-        once().numpy()
-        seconds.append(time.perf_counter() - began)
-    return statistics.median(seconds)
+
+def _side_by_side(one: Callable[[list[int] | None], Any], threads: int, beside: int, bound: bool) -> list[Any]:
+    """Does the same so many times at once, each on these cores."""
+    usable = jobs.usable_cores()
+    places = [usable[i * threads : (i + 1) * threads] if bound else None for i in range(beside)]
+    with ThreadPoolExecutor(len(places)) as pool:
+        return list(pool.map(one, places))

@@ -1,17 +1,17 @@
 """The ways to train that are compared, with the bytes that each really sends."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from hvdkit.plan.cost import Mode
 
 LOCAL_STEPS, DILOCO_STEPS, ACCUMULATED = 20, 100, 5  # of which executions of 10 steps make a round
 _SCATTERING = ("int8", "onebit")
-_FEEDBACK = ("int8", "onebit", "topk", "powersgd")
+FEEDBACK = ("int8", "onebit", "topk", "powersgd")
 
 
 def all_modes(
-    shapes: Sequence[Sequence[int]], optimizer: str, compression_seconds: Callable[[str], float]
+    shapes: Sequence[Sequence[int]], optimizer: str, compression_seconds: Mapping[str, float]
 ) -> dict[str, Mode]:
     """Every mode by name.
 
@@ -26,7 +26,7 @@ def all_modes(
     modes = [
         Mode("data parallel"),
         Mode("fp16", "--compression=fp16", share=0.5, exact=False),
-        *(_with_feedback(name, shapes, compression_seconds(name)) for name in _FEEDBACK),
+        *(_with_feedback(name, shapes, compression_seconds[name]) for name in FEEDBACK),
         Mode("accumulation", accumulate, every=ACCUMULATED, exact=False),
         Mode("local SGD", f"--local_steps={LOCAL_STEPS} {mean}", every=LOCAL_STEPS, exact=False),
         Mode("DiLoCo", f"--local_steps={DILOCO_STEPS}", every=DILOCO_STEPS, exact=False),

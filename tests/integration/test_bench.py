@@ -62,6 +62,25 @@ def test_collectives_lie_below_what_the_machine_can_do(bench, tmp_path):
     assert content["advice"].splitlines()[0] in ended.output
 
 
+def test_each_mode_is_tried_beside_its_prediction(tmp_path):
+    file = tmp_path / "tried.json"
+    options = ["-H", "localhost:2", "--batch", "32", "--seconds", "1", "--modes", "data parallel,powersgd,local SGD"]
+    flags = ["--model=mnist_mlp", "--dataset=synthetic:28x28x1:10:6400"]
+    measure = [sys.executable, "-m", "hvdkit.plan", "measure", *options, "--json", file, "--", *flags]
+    ended = run_command(measure, timeout=400)
+    assert ended.code == 0, ended.output
+    rows = json.loads(file.read_text())["rows"]
+    assert [row["mode"] for row in rows] == ["data parallel", "powersgd", "local SGD"]
+    assert all(row["predicted"] > 0 and row["measured"] > 0 for row in rows)
+    assert rows[1]["predicted_wire_bytes"] < rows[0]["predicted_wire_bytes"] / 5
+    scored = run_command([sys.executable, "-m", "hvdkit.plan", "score", file], timeout=60)
+    assert "of 3" in scored.output
+    again = [sys.executable, "-m", "hvdkit.plan", "--model-from", file, "--ranks", "2,4", "--modes", "powersgd"]
+    ended = run_command(again, timeout=60)
+    assert ended.code == 0, ended.output
+    assert "powersgd" in ended.output
+
+
 def test_scaling_is_against_one_rank(bench):
     found, _ = bench("scaling", "--workloads", "mlp", "--mode", "strong")
     one, two = found["rows"]
@@ -99,6 +118,8 @@ def test_peers_train_the_same_model(bench):
         (["plan", "--ranks", "0"], "--ranks=0 is no list of numbers from 1 up"),
         (["plan", "--bandwidth", "fast"], "'fast' is no bandwidth."),
         (["plan", "--links", "nowhere.json"], "nowhere.json does not hold measured exchanges"),
+        (["plan", "--model-from", "nowhere.json"], "nowhere.json does not hold what is known of a model"),
+        (["plan", "measure"], "measure needs hosts to try the modes on, as in -H h1:1,h2:1."),
         (["plan", "score", "nowhere.json"], "nowhere.json does not hold predictions and measurements"),
     ],
 )

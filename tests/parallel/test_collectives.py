@@ -110,6 +110,28 @@ def test_different_models_are_named(ranks):
         assert "kernel is (4, 2) float32 on rank 0 and (4, 3) float32 on rank 1" in message
 
 
+def alike_but_one():
+    import keras
+
+    import hvdkit as hvd
+    from hvdkit import wire
+
+    me = hvd.init()
+    sent, run = [], wire.run
+    wire.run = lambda kind, tensors, name, *rest, **more: (
+        sent.append((kind, name)) or run(kind, tensors, name, *rest, **more)
+    )
+    variables = [keras.Variable([1.0, 2.0]), keras.Variable([float(me.rank)]), keras.Variable([3], dtype="int32")]
+    hvd.broadcast_variables(variables, root_rank=1)
+    return [name for kind, name in sent if kind == "broadcast"], [v.numpy().tolist() for v in variables]
+
+
+def test_only_what_differs_travels(ranks):
+    for sent, values in ranks(2, alike_but_one):
+        assert sent == ["hvdkit.broadcast.1"]
+        assert values == [[1.0, 2.0], [1.0], [3]]
+
+
 def diverged():
     import keras
 

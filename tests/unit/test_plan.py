@@ -63,7 +63,9 @@ def test_ranks_that_share_cores_compute_slower():
     apart = dataclasses.replace(shared, shared_machine=False)
     assert computation(4, 64, COMPUTE, DENSE, apart) == pytest.approx(COMPUTE.seconds(64))
     slow = dataclasses.replace(COMPUTE, deviation=0.1)
-    assert computation(8, 64, slow, DENSE, apart) == pytest.approx(COMPUTE.seconds(64) * (1 + 0.1 * np.sqrt(2 * np.log(8))))
+    assert computation(8, 64, slow, DENSE, apart) == pytest.approx(
+        COMPUTE.seconds(64) * (1 + 0.1 * np.sqrt(2 * np.log(8)))
+    )
 
 
 def test_more_bandwidth_is_never_slower():
@@ -90,6 +92,24 @@ def test_a_link_is_found_again_in_noisy_timings(ranks):
     assert found.byte_seconds == pytest.approx(true.byte_seconds, rel=0.1)
     assert allreduce(ranks, 0.0, Cluster(found, found)) == pytest.approx(allreduce(ranks, 0.0, cluster), rel=0.1)
     assert deviations["byte"] == pytest.approx(0.04 / 1.349)
+
+
+def test_a_link_is_found_by_its_long_exchanges_and_gathers_have_a_byte_of_their_own():
+    rows = [{"bytes": n, "seconds": 1e-3 + max(0.0, n - 50_000) * 8e-8, "quartiles": [0, 0]} for n in (4, 1e6, 4e6)]
+    gathered = [{**row, "seconds": 2 * row["seconds"]} for row in rows]  # the first 50 kB pass at once
+    link, _ = links.fit(rows, 2, gathered=gathered)
+    assert link.byte_seconds == pytest.approx(8e-8)
+    assert link.gather_byte_seconds == pytest.approx(16e-8)
+    assert allreduce(2, 0.0, Cluster(link, link)) == pytest.approx(1e-3, rel=0.01)
+
+
+def test_few_bits_are_scattered_and_gathered():
+    link = Link(1e-3, 1e-8, 5e-3, gather_byte_seconds=3e-8)
+    mode = Mode("int8", share=0.25, scatters=True, exchanges=2)
+    once = 2 * 5e-3 + 3 * (1e-3 + 0.25 * 1e6 / 4 * 3e-8)
+    assert exchange(4, 1e6, mode, Cluster(link, link)) == pytest.approx(2 * once)
+    gather = Mode("topk", share=0.02, gathers=True)
+    assert exchange(4, 1e6, gather, Cluster(link, link)) == pytest.approx(2 * 5e-3 + 3 * (1e-3 + 2e4 * 3e-8))
 
 
 def test_the_flags_of_a_link_are_understood():
