@@ -14,6 +14,7 @@ import tensorflow as tf
 
 from hvdkit import shared_memory, watchdog, wire, world
 
+_PIECE = 1 << 30  # bytes that one exchange of objects moves at most
 # Horovod moves these; anything else (uint32 seeds, bfloat16 weights, ...) travels as bytes.
 _HOROVOD_DTYPES = {"uint8", "int8", "uint16", "int16", "int32", "int64", "float16", "float32", "float64", "bool"}
 
@@ -26,7 +27,7 @@ def allreduce_sum(values: np.ndarray, name: str, process_set: Any = None) -> np.
         name: what is summed; the same on all ranks.
         process_set: the Horovod process set that takes part; by default all ranks.
     """
-    if world.size() == 1:
+    if not takes_part(process_set):
         return values
     op = world.horovod().Sum
     return wire.run("allreduce", [tf.convert_to_tensor(values)], f"hvdkit.{name}", process_set, op=op)[0].numpy()
@@ -76,6 +77,32 @@ def allgather_object(obj: Any, session: Any = None, name: str | None = None, pro
     (content,) = wire.run("allgather", [_bytes(mine)], f"{name}.content", process_set)
     parts = np.split(content.numpy(), np.cumsum(lengths.numpy())[:-1])
     return [cloudpickle.loads(part.tobytes()) for part in parts]
+
+
+def gather_object(obj: Any, name: str) -> list[Any]:
+    """Returns the objects of all ranks on rank 0, and nothing elsewhere: other ranks need no memory for them.
+
+    Args:
+        obj: any object that can be pickled.
+        name: what is gathered, the same on all ranks.
+    """
+    if not takes_part(None):
+        return [obj]
+    received = _exchange_bytes([cloudpickle.dumps(obj), *[b""] * (world.size() - 1)], f"hvdkit.gather.{name}")
+    return [cloudpickle.loads(content) for content in received] if world.rank() == 0 else []
+
+
+def scatter_object(objects: Sequence[Any], name: str) -> Any:
+    """Returns to each rank its own of the objects that rank 0 has.
+
+    Args:
+        objects: one a rank, on rank 0; elsewhere not looked at.
+        name: what is scattered, the same on all ranks.
+    """
+    if not takes_part(None):
+        return objects[0]
+    mine = [cloudpickle.dumps(o) for o in objects] if world.rank() == 0 else [b""] * world.size()
+    return cloudpickle.loads(_exchange_bytes(mine, f"hvdkit.scatter.{name}")[0])
 
 
 def barrier(process_set: Any = None, name: str | None = None) -> None:
@@ -138,6 +165,8 @@ def takes_part(process_set: Any) -> bool:
         return False
     if process_set is None or process_set.process_set_id == 0:
         return True
+    if process_set.size() == 1:
+        return False
     if process_set.process_set_id is None:
         raise ValueError(
             f"{process_set} is not registered: pass it to hvdkit.init(process_sets=[...]) or, with "
@@ -163,15 +192,15 @@ def check_root(root_rank: int, process_set: Any) -> None:
         raise ValueError(f"root_rank={root_rank} does not take part; the ranks are {list(ranks)}.")
 
 
-def average_variables(variables: Sequence[Any]) -> None:
-    """Sets float variables to their mean over all ranks; those that all ranks hold alike are left as they are."""
-    if world.size() == 1:
+def average_variables(variables: Sequence[Any], process_set: Any = None) -> None:
+    """Sets float variables to their mean over the ranks; those that all hold alike are left as they are."""
+    if not takes_part(process_set):
         return
-    digests = allgather_object([digest([v]) for v in variables], name="average.digests")
+    digests = allgather_object([digest([v]) for v in variables], name="average.digests", process_set=process_set)
     differing = [v for number, v in enumerate(variables) if len({d[number] for d in digests}) > 1]
     for number, variable in enumerate(differing):
-        total = allreduce_sum(np.asarray(variable, dtype=np.float64), name=f"average.{number}")
-        variable.assign(total / world.size())
+        total = allreduce_sum(np.asarray(variable, dtype=np.float64), f"average.{number}", process_set)
+        variable.assign(total / size_of(process_set))
 
 
 def digest(variables: Sequence[Any]) -> str:
@@ -211,9 +240,10 @@ def reduce_dense(
     for dtype in sorted({t.dtype.name for t in tensors}):
         places = [i for i, t in enumerate(tensors) if t.dtype.name == dtype]
         group = [tensors[i] for i in places]
-        if shared_memory.serves(process_set, dtype):
+        if shared_memory.sums(group[0].dtype):
             divisor = process_set.size() if op == hvd.Average else 1
-            reduced = wire.run_shared(group, f"{name}.{dtype}", before=prescale, after=postscale, divisor=divisor)
+            factors = {"before": prescale, "after": postscale, "divisor": divisor}
+            reduced = wire.run_shared("sum", group, f"{name}.{dtype}", process_set, **factors)
         elif dtype == "bfloat16":
             average = op == hvd.Average
             reduced = _sum_bfloat16(group, f"{name}.bfloat16", average=average, process_set=process_set)
@@ -234,8 +264,12 @@ def reduce_dense(
 
 def gather_rows(tensor: tf.Tensor, name: str, process_set: Any) -> tf.Tensor:
     """Concatenates the ranks' tensors along the first dimension, whose length may differ from rank to rank."""
-    (rows,) = wire.run("allgather", [to_wire(tensor)], name, process_set)
-    return tf.ensure_shape(from_wire(rows, tensor.dtype), [None, *tensor.shape[1:]])
+    if shared_memory.gathers(tensor.dtype):
+        (rows,) = wire.run_shared("gather", [tensor], name, process_set)
+    else:
+        (rows,) = wire.run("allgather", [to_wire(tensor)], name, process_set)
+        rows = from_wire(rows, tensor.dtype)
+    return tf.ensure_shape(rows, [None, *tensor.shape[1:]])
 
 
 def _sum_bfloat16(tensors: list[tf.Tensor], name: str, *, average: bool, process_set: Any) -> list[tf.Tensor]:
@@ -268,6 +302,21 @@ def to_wire(tensor: tf.Tensor) -> tf.Tensor:
 def from_wire(tensor: tf.Tensor, dtype: tf.DType) -> tf.Tensor:
     """Undoes `to_wire`."""
     return tensor if dtype.name in _HOROVOD_DTYPES else tf.bitcast(tensor, dtype)
+
+
+def _exchange_bytes(contents: Sequence[bytes], name: str) -> list[bytes]:
+    """Sends to each rank its bytes, and returns those from each; in pieces, as a collective counts in int32."""
+    lengths = tf.constant([max(map(len, contents))], tf.int64)
+    (lengths,) = wire.run("allgather", [lengths], f"{name}.lengths", None)
+    received: list[list[bytes]] = [[] for _ in contents]
+    piece = _PIECE // len(contents)
+    for begin in range(0, int(tf.reduce_max(lengths)), piece):
+        cut = [content[begin : begin + piece] for content in contents]
+        splits = tf.constant([len(part) for part in cut], tf.int32)
+        content, sizes = wire.run("alltoall", [_bytes(b"".join(cut)), splits], f"{name}.content", None)
+        for place, part in enumerate(np.split(content.numpy(), np.cumsum(sizes.numpy())[:-1])):
+            received[place].append(part.tobytes())
+    return [b"".join(parts) for parts in received]
 
 
 def _bytes(content: bytes) -> tf.Tensor:

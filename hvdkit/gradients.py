@@ -6,22 +6,27 @@ from typing import Any
 import keras
 import tensorflow as tf
 
-from hvdkit import collectives, heartbeat, watchdog, world
+from hvdkit import collectives, heartbeat, shared_memory, watchdog, world
 from hvdkit.adasum import adasum
 from hvdkit.compression import Compression, ErrorFeedback
 from hvdkit.compression.feedback import elements, ring_bytes
+from hvdkit.errors import UsageError
+from hvdkit.mesh import mesh_of, shard_of
 from hvdkit.profile import marks
 
 Gradient = Any  # tf.Tensor, tf.IndexedSlices or None
 
 _Groups = int | Sequence[Sequence[Any]] | None
+_GROUP_BYTES = 4 * 2**20  # at least, of a group that nobody asked for: a message that fills a link
+_MOST_GROUPS = 8  # each costs ranks and network an agreement of its own
 
 
 class GradientExchange:
     """Reduces a list of gradients over ranks.
 
     Dense gradients travel in groups and come back dense. Sparse ones are gathered, rows and indices, and stay
-    `tf.IndexedSlices`. None stays None.
+    `tf.IndexedSlices`. None stays None. Those of a divided model's shards are reduced over the ranks that hold the same
+    shard (see `hvdkit.mesh`).
 
     Args:
         name: prefix of the exchange's name, the same on all ranks.
@@ -30,7 +35,8 @@ class GradientExchange:
         op: `hvdkit.Average` (also for None), `hvdkit.Sum` or `hvdkit.Adasum`.
         process_set: the Horovod process set whose ranks take part; None for all.
         gradient_predivide_factor: divide by this before the sum, and by size / this after it.
-        groups: None for one group; a number of groups; or lists of variables, each list one group.
+        groups: None for as many as serve the job (see `_groups_by_size`); a number of groups; or lists of variables,
+            each list one group.
         scale_local_gradients: divide the gradients of local variables by the number of ranks.
 
     Raises:
@@ -61,13 +67,14 @@ class GradientExchange:
                 f"them: leave out groups, gradient_predivide_factor and op=hvdkit.Adasum."
             )
         self.process_set = process_set or hvd.global_process_set
-        self._name = name
+        self.name = name
         self._compression = Compression.none if self.feedback else compression
         self._sparse_as_dense = sparse_as_dense or self.op == hvd.Adasum
         self._predivide = gradient_predivide_factor
         self._groups = groups
         self._scale_local = scale_local_gradients
         self._local: dict[int, Any] = {}
+        self._has_shards = False
         self.used = False  # whether gradients ever came here, if only where a step was traced
 
     def is_adasum(self) -> bool:
@@ -79,18 +86,28 @@ class GradientExchange:
         self._local[id(_native(variable))] = variable
 
     def is_local(self, variable: Any) -> bool:
-        """Whether `variable` was registered as local."""
-        return id(_native(variable)) in self._local
+        """Whether `variable` differs from rank to rank: registered as local, or a shard."""
+        return id(_native(variable)) in self._local or shard_of(variable) is not None
 
     def has_local(self) -> bool:
-        """Whether any variable was registered as local."""
-        return bool(self._local)
+        """Whether any variable differs from rank to rank."""
+        return bool(self._local) or self._has_shards
 
     def build(self, variables: Sequence[Any]) -> None:
         """Makes what compression keeps from step to step, for the gradients of these variables.
 
         An Embedding's is sparse, and goes as it is. Other variables of sparse gradients are not known here.
+
+        Raises:
+            UsageError: some are shards of a divided model, and what was asked for knows whole ones only.
         """
+        self._has_shards = mesh_of(variables) is not None
+        unfit = self.feedback or self.op != world.horovod().Average or self.process_set.process_set_id
+        if self._has_shards and unfit:
+            raise UsageError(
+                "The model is divided over ranks (hvdkit.parallel), and its gradients with it: leave out process_set, "
+                "op, and compression with error feedback; fp16 and bf16 work."
+            )
         if self.feedback and not self.is_alone():
             dense = [v for v in variables if not self.is_local(v)]
             if not self._sparse_as_dense:
@@ -134,35 +151,71 @@ class GradientExchange:
             return result
         if self._sparse_as_dense:
             result = [tf.convert_to_tensor(g) if isinstance(g, tf.IndexedSlices) else g for g in result]
-        name = self._name
-        local = {i for i, v in enumerate(variables or []) if self.is_local(v)}
-        shared = [i for i, g in enumerate(result) if g is not None and i not in local]
+        name = self.name
+        shards = [i for i, v in enumerate(variables or []) if result[i] is not None and shard_of(v) is not None]
+        local = {i for i, v in enumerate(variables or []) if self.is_local(v) and i not in shards}
+        shared = [i for i, g in enumerate(result) if g is not None and i not in local and i not in shards]
         sparse = [i for i in shared if isinstance(result[i], tf.IndexedSlices)]
         dense = [i for i in shared if i not in sparse]
         if self.process_set.process_set_id == 0:
             watchdog.traced(name, [_signature(result[i], variables[i] if variables else i) for i in shared])
         marks.note("ready", [result[i] for i in dense])
-        self._reduce_dense(result, self._group(dense, variables), name)
+        self._reduce_dense(result, self._group(dense, result, variables), name)
         marks.note("reduced", [result[i] for i in dense])
+        mesh = mesh_of(variables or [])
         for place in sparse:
-            result[place] = self._gather_sparse(result[place], f"{name}.sparse{place}")
+            # Ranks that hold one model between them have the same rows: they count once.
+            readers = mesh.data_set if mesh else self.process_set
+            result[place] = self._gather_sparse(result[place], f"{name}.sparse{place}", readers)
+        if mesh:
+            self._reduce_shards(result, shards, mesh.data_set, f"{name}.shards")
         if self._scale_local:
             for place in local:
                 result[place] = _divided(result[place], self.process_set.size())
         return result
 
-    def _group(self, dense: list[int], variables: Sequence[Any] | None) -> list[list[int]]:
-        """Divides places by position: the order in which the layers were made, which is the same on all ranks."""
+    def _group(self, dense: list[int], grads: Sequence[Gradient], variables: Sequence[Any] | None) -> list[list[int]]:
+        """Divides places by the order in which the layers were made, which is the same on all ranks.
+
+        The last layers' come first: the backward pass makes their gradients first, and goes on while they travel.
+        """
         if self._groups is None or variables is None:
-            return [dense]
+            return self._groups_by_size(dense, grads)
         if isinstance(self._groups, int):
             number = min(self._groups, len(dense)) or 1
-            return [dense[len(dense) * i // number : len(dense) * (i + 1) // number] for i in range(number)]
+            groups = [dense[len(dense) * i // number : len(dense) * (i + 1) // number] for i in range(number)]
+            return groups[::-1]
         group_of = {id(_native(v)): number for number, group in enumerate(self._groups) for v in group}
-        groups: dict[Any, list[int]] = {}
+        given: dict[Any, list[int]] = {}
         for place in dense:  # a variable in no list is a group of its own
-            groups.setdefault(group_of.get(id(_native(variables[place])), ("alone", place)), []).append(place)
-        return list(groups.values())
+            given.setdefault(group_of.get(id(_native(variables[place])), ("alone", place)), []).append(place)
+        return list(given.values())
+
+    def _groups_by_size(self, dense: list[int], grads: Sequence[Gradient]) -> list[list[int]]:
+        """Groups that fill a link, the last layers' first.
+
+        One group through shared memory, where there is no link that could be idle; for Adasum and error feedback, which
+        look at all gradients in one exchange; and where sizes are not known while the step is traced.
+        """
+        shapes = [grads[place].shape for place in dense]
+        if (
+            self.feedback
+            or self.is_adasum()
+            or shared_memory.is_used()
+            or not all(s.is_fully_defined() for s in shapes)
+        ):
+            return [dense]
+        sizes = [s.num_elements() * grads[place].dtype.size for s, place in zip(shapes, dense, strict=True)]
+        enough = max(_GROUP_BYTES, sum(sizes) / _MOST_GROUPS)
+        groups: list[list[int]] = [[]]
+        filled = 0
+        for place, size in zip(reversed(dense), reversed(sizes), strict=True):
+            if filled >= enough:
+                groups.append([])
+                filled = 0
+            groups[-1].append(place)
+            filled += size
+        return groups
 
     def _reduce_dense(self, result: list[Gradient], groups: list[list[int]], name: str) -> None:
         """Replaces dense gradients by the reduced ones. The heartbeat travels with the first group."""
@@ -182,6 +235,20 @@ class GradientExchange:
                 payload = None
             for place, tensor, (_, context) in zip(places, reduced, compressed, strict=True):
                 result[place] = self._compression.decompress(tensor, context)
+
+    def _reduce_shards(self, result: list[Gradient], places: list[int], copies: Any, name: str) -> None:
+        """Replaces the gradients of shards by those reduced over the ranks that hold the same ones."""
+        if copies.size() == 1:
+            return
+        dense = [place for place in places if not isinstance(result[place], tf.IndexedSlices)]
+        compressed = [self._compression.compress(tf.convert_to_tensor(result[i])) for i in dense]
+        wires = [wire for wire, _ in compressed]
+        factors = {"prescale": 1 / self._predivide, "postscale": self._predivide}
+        reduced = collectives.reduce_dense(wires, name, op=self.op, process_set=copies, **factors)
+        for place, tensor, (_, context) in zip(dense, reduced, compressed, strict=True):
+            result[place] = self._compression.decompress(tensor, context)
+        for place in (place for place in places if place not in dense):
+            result[place] = self._gather_sparse(result[place], f"{name}.sparse{place}", copies)
 
     def _reduce_with_feedback(
         self, feedback: ErrorFeedback, result: list[Gradient], places: list[int], name: str
@@ -209,13 +276,15 @@ class GradientExchange:
         beat = collectives.reduce_dense([payload], f"{name}.heartbeat", op=hvd.Sum, process_set=self.process_set)
         return [*(adasum(wires, f"{name}.adasum", self.process_set) if wires else []), *beat]
 
-    def _gather_sparse(self, grad: tf.IndexedSlices, name: str) -> tf.IndexedSlices:
+    def _gather_sparse(self, grad: tf.IndexedSlices, name: str, process_set: Any) -> tf.IndexedSlices:
+        if process_set.size() == 1:
+            return grad
         wire, context = self._compression.compress(grad.values / tf.cast(self._predivide, grad.values.dtype))
-        values = collectives.gather_rows(wire, f"{name}.values", self.process_set)
+        values = collectives.gather_rows(wire, f"{name}.values", process_set)
         values = self._compression.decompress(values, context)
-        divisor = self.process_set.size() if self.op == world.horovod().Average else 1
+        divisor = process_set.size() if self.op == world.horovod().Average else 1
         values = values * tf.cast(self._predivide / divisor, values.dtype)
-        indices = collectives.gather_rows(grad.indices, f"{name}.indices", self.process_set)
+        indices = collectives.gather_rows(grad.indices, f"{name}.indices", process_set)
         return tf.IndexedSlices(values, indices, grad.dense_shape)
 
 

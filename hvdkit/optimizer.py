@@ -18,9 +18,12 @@ import keras
 import tensorflow as tf
 import wrapt
 
-from hvdkit import call_stack, loss_scale, world
+from hvdkit import call_stack, clipping, loss_scale, world
 from hvdkit.compression import Compression, ErrorFeedback
+from hvdkit.compression.feedback import elements, ring_bytes
+from hvdkit.errors import UsageError
 from hvdkit.gradients import Gradient, GradientExchange, weights_of
+from hvdkit.mesh import mesh_of, shard_of
 
 
 class ExchangingOptimizer(wrapt.ObjectProxy):
@@ -87,8 +90,9 @@ class DistributedOptimizer(ExchangingOptimizer):
             optimizer that has `gradient_accumulation_steps` already exchanges as seldom without this argument.
         average_aggregated_gradients: apply the mean of these gradients instead of their sum.
         num_groups: old name of `groups`.
-        groups: None to exchange all gradients in one group; a number of groups; or a list of lists of variables that
-            are to travel together, each variable in no list by itself.
+        groups: None for groups large enough to fill a link, the last layers' first, and for a single one through shared
+            memory; a number of groups; or a list of lists of variables that are to travel together, each variable in no
+            list by itself.
         process_set: the Horovod process set whose ranks take part; by default all. Other ranks exchange nothing.
         scale_local_gradients: divide the gradients of variables that are kept local by the number of ranks, as the
             others' average is.
@@ -136,7 +140,9 @@ class DistributedOptimizer(ExchangingOptimizer):
         factor = 1 if average_aggregated_gradients else backward_passes_per_step
         _accumulate(optimizer, backward_passes_per_step)
         self._self_variables: list[Any] | None = None
-        self._self_exchanges_inside = _accumulates(optimizer) and not exchange.is_adasum()
+        for part in parts_of(optimizer):
+            clipping.clip_over_shards(part, lambda: self._self_variables)
+        self._self_exchanges_inside = self._exchanges_where_accumulated()
         if self._self_exchanges_inside:
             self._exchange_where_accumulated(optimizer, factor)
 
@@ -156,21 +162,30 @@ class DistributedOptimizer(ExchangingOptimizer):
         if trainable_variables is None:
             trainable_variables = self.__wrapped__._trainable_variables
         variables = list(trainable_variables)
+        self._self_variables = [v for g, v in zip(grads, variables, strict=True) if g is not None]
         if exchange.is_adasum():
             self._apply_by_adasum(list(grads), variables)
         elif self._self_exchanges_inside:
-            self._self_variables = [v for g, v in zip(grads, variables, strict=True) if g is not None]
             self.__wrapped__.apply(list(grads), variables)
         else:
             self.__wrapped__.apply(exchange(list(grads), variables), variables)
 
     def build(self, variables: Sequence[Any]) -> None:
-        """Builds the optimizer, and tells a `LossScaleOptimizer` around it to judge overflows with all ranks."""
+        """Builds the optimizer, and tells a `LossScaleOptimizer` around it to judge overflows with all ranks.
+
+        Raises:
+            UsageError: the variables are shards of a divided model, and the optimizer looks at whole ones.
+        """
         outer = call_stack.caller(keras.optimizers.LossScaleOptimizer, "build")
         if outer is not None:
             loss_scale.judge_overflow_together(outer, self._self_gradients)
         self.__wrapped__.build(variables)
         self._self_gradients.build(variables)
+        if mesh_of(variables) is not None:
+            _refuse_what_looks_at_whole_variables(parts_of(self.__wrapped__), variables)
+            for part in parts_of(self.__wrapped__):
+                if isinstance(part, keras.optimizers.LossScaleOptimizer):  # ranks see gradients of different weights
+                    loss_scale.judge_overflow_together(part, self._self_gradients)
 
     @property
     def variables(self) -> list[Any]:
@@ -187,7 +202,12 @@ class DistributedOptimizer(ExchangingOptimizer):
 
         By a ring, as Horovod and Gloo reduce; sparse gradients are counted as if they were dense.
         """
-        return self._self_gradients.wire_bytes([tuple(v.shape) for v in variables])
+        exchange = self._self_gradients
+        sent, whole = exchange.wire_bytes([tuple(v.shape) for v in variables if not exchange.is_local(v)])
+        shards = [v for v in variables if shard_of(v) is not None]
+        mesh = mesh_of(shards)
+        own = ring_bytes(4 * elements([tuple(v.shape) for v in shards]), mesh.data) if mesh else 0
+        return sent + own, whole + own
 
     def register_local_var(self, var: Any) -> None:
         """Keeps the gradient of `var` (a Keras or TensorFlow variable) on this rank: each trains its own.
@@ -207,6 +227,9 @@ class DistributedOptimizer(ExchangingOptimizer):
             return True
         own_slots = exchange.is_adasum() or exchange.has_local()
         return exchange.is_local(variable) or (own_slots and any(variable is v for v in self.__wrapped__.variables))
+
+    def _exchanges_where_accumulated(self) -> bool:
+        return _accumulates(self.__wrapped__) and not self._self_gradients.is_adasum()
 
     def _exchange_where_accumulated(self, optimizer: keras.optimizers.Optimizer, factor: float) -> None:
         """Moves the exchange behind Keras' accumulation: into the branch that is taken every N calls, by all ranks.
@@ -239,6 +262,20 @@ class DistributedOptimizer(ExchangingOptimizer):
         steps = exchange([tf.identity(v.value) - start for v, start in zip(shared, starts, strict=True)])
         for variable, start, step in zip(shared, starts, steps, strict=True):
             variable.assign(start + step)
+
+
+def _refuse_what_looks_at_whole_variables(
+    parts: Sequence[keras.optimizers.Optimizer], variables: Sequence[Any]
+) -> None:
+    """An optimizer that takes norms or means of a variable would take those of a part of it."""
+    if not any(shard is not None and shard.axis is not None for shard in map(shard_of, variables)):
+        return
+    looks = {cls.__name__ for part in parts for cls in type(part).__mro__} & {"Adafactor", "Lamb", "Muon"}
+    if looks:
+        raise UsageError(
+            f"{looks.pop()} looks at whole variables, and of this divided model each rank has a part of them. Use "
+            f"another optimizer, such as Adam, or a pipeline."
+        )
 
 
 def PartialDistributedOptimizer(  # noqa: N802 - Horovod's name

@@ -1,17 +1,19 @@
-"""Sums over ranks that share a host, through its memory instead of its network.
+"""Exchanges between ranks that share a host, through its memory instead of its network.
 
 Horovod has no way between CPU ranks of one host but TCP over loopback: about 3 ms for the gradients of a small model on
 two cores, where the model itself takes 1 ms. `hvdkit.native` does it in 0.3 ms. It is chosen when a job begins, for
-all ranks alike, and carries what `collectives.reduce_dense` moves; everything else stays with Horovod, and so do jobs
-on several hosts, on GPUs (NCCL does this itself), and those whose ranks come and go (`horovodrun --min-np`: there a
-death must end an exchange, which only Horovod can do).
+all ranks alike, and carries what `collectives.reduce_dense` and `collectives.gather_rows` move, of all ranks or of a
+process set. Everything else stays with Horovod, and so do jobs on several hosts, on GPUs (NCCL does this itself), and
+those whose ranks come and go (`horovodrun --min-np`: there a death must end an exchange, which only Horovod can do).
 """
 
+import contextlib
 import hashlib
 import logging
 import os
 import secrets
 import shutil
+import time
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -24,9 +26,11 @@ from hvdkit.introduction import introduce
 from hvdkit.world import World, usable_cores
 
 _FOLDER = Path("/dev/shm")
-_DTYPES = {"float16", "bfloat16", "float32", "float64"}
-_BYTES_A_RANK = 1 << 20  # of a segment: two chunks, as in shared_sum.cc
+_SUMMED = {"float16", "bfloat16", "float32", "float64"}
+_GATHERED = {*_SUMMED, "bool", "int8", "uint8", "int16", "uint16", "int32", "uint32", "int64", "uint64"}
+_BYTES_A_RANK = 1 << 20  # of a segment: two chunks, as in shared_memory.cc
 _SEGMENTS = 16  # that must fit, for a start
+_STALE = 3600.0  # seconds after which a segment where ranks have not met is one of a job that was killed
 _log = logging.getLogger(__name__)
 
 _job: "_Job | None" = None
@@ -48,8 +52,10 @@ class _Job:
 
 
 def start(world: World) -> None:
-    """Agrees with all ranks whether their sums go through memory. A collective call, before TensorFlow starts."""
+    """Agrees with all ranks whether their exchanges go through memory. A collective call, before TensorFlow starts."""
     global _job
+    if world.local_rank == 0:
+        remove_stale()
     mine = {
         "instead": _what_is_used_instead(world),
         "lack": _lack(world),
@@ -74,8 +80,20 @@ def stop() -> None:
     _job = None
 
 
+def remove_stale() -> None:
+    """Removes what jobs of this user have left that were killed before their ranks had met there.
+
+    Where all have met, a segment has no name any more, and goes with its last process.
+    """
+    for path in _FOLDER.glob("hvdkit-*-*"):
+        with contextlib.suppress(OSError):  # another job's rank may be faster
+            found = path.stat()
+            if found.st_uid == os.getuid() and time.time() - found.st_mtime > _STALE:
+                path.unlink()
+
+
 def is_used() -> bool:
-    """Whether sums of gradients over all ranks of this job go through shared memory."""
+    """Whether sums and rows go through shared memory in this job."""
     return _job is not None
 
 
@@ -92,36 +110,60 @@ def refuse_to_join() -> None:
         )
 
 
-def serves(process_set: Any, dtype: str) -> bool:
+def sums(dtype: tf.DType) -> bool:
     """Whether `reduce` takes the place of Horovod's allreduce; alike on all ranks."""
-    return _job is not None and process_set.process_set_id == 0 and dtype in _DTYPES
+    return _job is not None and dtype.name in _SUMMED
 
 
-def reduce(tensors: Sequence[tf.Tensor], name: str, *, before: float, after: float, divisor: int) -> list[tf.Tensor]:
-    """Sums tensors over all ranks, as part of the graph that is being traced.
+def gathers(dtype: tf.DType) -> bool:
+    """Whether `gather` takes the place of Horovod's allgather; alike on all ranks."""
+    return _job is not None and dtype.name in _GATHERED
+
+
+def reduce(
+    tensors: Sequence[tf.Tensor], name: str, process_set: Any, *, before: float, after: float, divisor: int
+) -> list[tf.Tensor]:
+    """Sums tensors over the ranks of a process set, as part of the graph that is being traced.
 
     Args:
-        tensors: dense, of one dtype that `serves` takes, in the same order and of the same shapes on all ranks.
+        tensors: dense, of one dtype that `sums`, in the same order and of the same shapes on all ranks.
         name: the same on all ranks, and in use for no other exchange of this graph.
+        process_set: the Horovod process set that takes part; this rank is in it.
         before: factor before the sum.
         after: factor after the sum.
         divisor: what the sum is divided by, too.
     """
+    place = _place(name, tensors[0].dtype, process_set)
+    with tf.device("CPU:0"):
+        return native.load().hvdkit_shared_sum(
+            list(tensors), before=before, after=after, divisor=divisor, name=name, **place
+        )
+
+
+def gather(tensor: tf.Tensor, name: str, process_set: Any) -> tf.Tensor:
+    """Puts the rows of the ranks of a process set one after another, as part of the graph that is being traced.
+
+    Args:
+        tensor: of a dtype that `gathers`; ranks' numbers of rows may differ, and the other dimensions are alike.
+        name: the same on all ranks, and in use for no other exchange of this graph.
+        process_set: the Horovod process set that takes part; this rank is in it.
+    """
+    with tf.device("CPU:0"):
+        return native.load().hvdkit_shared_gather(tensor, name=name, **_place(name, tensor.dtype, process_set))
+
+
+def _place(name: str, dtype: tf.DType, process_set: Any) -> dict[str, Any]:
+    """Where the ranks meet, and who this one is among them."""
     if _job is None:
         raise RuntimeError("hvdkit.shared_memory is not in use.")
     _job.has_exchanged = True
-    with tf.device("CPU:0"):
-        return native.load().hvdkit_shared_sum(
-            list(tensors),
-            path=_job.path(f"{name} {tensors[0].dtype.name}"),
-            rank=_job.rank,
-            size=_job.size,
-            before=before,
-            after=after,
-            divisor=divisor,
-            own_core=_job.own_core,
-            name=name,
-        )
+    ranks = list(range(_job.size)) if process_set.process_set_id == 0 else list(process_set.ranks)
+    return {
+        "path": _job.path(f"{name} {dtype.name} {ranks}"),
+        "rank": ranks.index(_job.rank),
+        "size": len(ranks),
+        "own_core": _job.own_core,
+    }
 
 
 def _what_is_used_instead(world: World) -> str:

@@ -58,22 +58,36 @@ def run(
 
 
 def run_shared(
-    tensors: Sequence[tf.Tensor], name: str, *, before: float, after: float, divisor: int
+    kind: str, tensors: Sequence[tf.Tensor], name: str, process_set: Any, **attributes: Any
 ) -> list[tf.Tensor]:
-    """Sums tensors over all ranks through shared memory, eagerly or as part of the graph that is being traced.
+    """Runs one exchange through shared memory, eagerly or as part of the graph that is being traced.
 
     Args:
-        tensors: of one dtype; see `hvdkit.shared_memory.reduce`.
+        kind: "sum" (see `hvdkit.shared_memory.reduce`) or "gather", of one tensor (`hvdkit.shared_memory.gather`).
+        tensors: its inputs, of one dtype.
         name: as for `run`.
-        before: factor before the sum.
-        after: factor after the sum.
-        divisor: what the sum is divided by, too.
+        process_set: the process set that takes part.
+        **attributes: further arguments of `reduce`.
     """
     name = _clean(name)
+
+    def exchange(name: str) -> list[tf.Tensor]:
+        if kind == "gather":
+            return [shared_memory.gather(tensors[0], name, process_set)]
+        return shared_memory.reduce(tensors, name, process_set, **attributes)
+
     if not tf.executing_eagerly():
-        return shared_memory.reduce(tensors, _unique(name), before=before, after=after, divisor=divisor)
-    with watchdog.waiting(name, _detail("shared_sum", tensors), everyone=True):
-        return shared_memory.reduce(tensors, name, before=before, after=after, divisor=divisor)
+        return exchange(_unique(name))
+    with watchdog.waiting(name, _detail(f"shared_{kind}", tensors), everyone=process_set.process_set_id == 0):
+        return exchange(name)
+
+
+def zeros(shape: Any, dtype: Any) -> tf.Tensor:
+    """Zeros to bring to an exchange, of which TensorFlow does not know that they are constant.
+
+    Of a constant it computes whatever follows when it optimises the graph, an exchange too, on this rank alone.
+    """
+    return tf.raw_ops.Empty(shape=tf.convert_to_tensor(shape, tf.int32), dtype=tf.as_dtype(dtype), init=True)
 
 
 def _clean(name: str) -> str:

@@ -17,13 +17,13 @@ import tensorflow as tf
 
 from hvdkit.errors import UsageError
 
-_SOURCE = Path(__file__).with_name("shared_sum.cc")
+_SOURCE = Path(__file__).with_name("shared_memory.cc")
 
 
 def library() -> Path:
     """Where the compiled library is, or would be: its name tells source and TensorFlow apart."""
     key = hashlib.sha256(_SOURCE.read_bytes() + tf.version.VERSION.encode() + tf.version.COMPILER_VERSION.encode())
-    return _SOURCE.with_name(f"shared_sum-{key.hexdigest()[:12]}.so")
+    return _SOURCE.with_name(f"shared_memory-{key.hexdigest()[:12]}.so")
 
 
 def is_built() -> bool:
@@ -66,9 +66,14 @@ def build() -> Path:
     return made
 
 
-def exchange_times() -> tuple[int, int, int]:
-    """Nanoseconds that this process has spent in sums through shared memory, of these waiting for others, and calls."""
-    values = [ctypes.c_uint64() for _ in range(3)]
+def exchange_times() -> tuple[int, int, int, int]:
+    """What this process has spent in exchanges through shared memory.
+
+    Returns:
+        Nanoseconds in all, of these waiting for others, the number of exchanges, and the bytes brought to them.
+    """
+    load()  # first: TensorFlow finds no operations in a library that somebody else has opened
+    values = [ctypes.c_uint64() for _ in range(4)]
     ctypes.CDLL(str(library())).hvdkit_exchange_times(*map(ctypes.byref, values))
-    in_all, waiting, number = (value.value for value in values)
-    return in_all, waiting, number
+    in_all, waiting, number, brought = (value.value for value in values)
+    return in_all, waiting, number, brought

@@ -133,6 +133,41 @@ def test_options_that_change_only_the_way_do_not_change_the_result(ranks):
         assert {name: d for name, d in found.items() if not d < 1e-5} == {}
 
 
+def of_large_gradients():
+    """A step of SGD with rate 1 from 0, and the variables of each of Horovod's groups, in the order of the graph."""
+    import keras
+    import tensorflow as tf
+
+    import hvdkit as hvd
+
+    world = hvd.init()
+    variables = [keras.Variable(np.zeros(length, "float32")) for length in (1_200_000, 5, 1_200_000)]
+    optimizer = hvd.DistributedOptimizer(keras.optimizers.SGD(1.0))
+    optimizer.build(variables)
+
+    @tf.function
+    def step(scale):
+        optimizer.apply([scale * tf.ones(v.shape) * (i + 1) for i, v in enumerate(variables)], variables)
+
+    step(tf.constant(world.rank + 1.0))
+    graph = step.get_concrete_function(tf.TensorSpec([])).graph
+    groups = [
+        [tensor.shape.num_elements() for tensor in node.inputs]
+        for node in graph.get_operations()
+        if node.type == "HorovodGroupedAllreduce"
+    ]
+    return [np.unique(v).tolist() for v in variables], groups
+
+
+@pytest.mark.parametrize("memory", ["0", "1"])
+def test_gradients_that_fill_a_link_go_in_groups_the_last_layers_first(ranks, memory):
+    from hvdkit import heartbeat
+
+    for weights, groups in ranks(2, of_large_gradients, env={"HVDKIT_SHARED_MEMORY": memory}):
+        assert weights == [[-1.5], [-3.0], [-4.5]]
+        assert groups == ([] if memory == "1" else [[1_200_000, heartbeat.LENGTH], [5, 1_200_000]])
+
+
 def with_sets_and_local_variables():
     import keras
     import tensorflow as tf

@@ -122,10 +122,13 @@ def horovod_against_one_process(kind, names):
     mine = slice(world.rank * LOCAL_BATCH, (world.rank + 1) * LOCAL_BATCH)
     differences = {}
     for name in names:
-        reference = _train(_model(kind, _optimizer(name)), inputs, labels)
+        reference = alone = None
+        if world.is_root:  # what one process makes of all the data, and of its own share; for all ranks
+            reference = _train(_model(kind, _optimizer(name)), inputs, labels)
+            alone = _train(_model(kind, _optimizer(name)), inputs[:, mine], labels[:, mine])
+        reference, alone = hvd.broadcast_object((reference, alone))
         wrapped = _model(kind, hvd.DistributedOptimizer(_optimizer(name), name=name))
         ours = _train(wrapped, inputs[:, mine], labels[:, mine])
-        alone = _train(_model(kind, _optimizer(name)), inputs[:, mine], labels[:, mine])
         differences[name] = _difference(ours, reference), _difference(alone, reference)
     return differences
 

@@ -71,6 +71,42 @@ def test_horovod_gives_the_same_bits_on_two_ranks(ranks):
     assert one[0]["bits"] == other[0]["bits"]
 
 
+def gathered():
+    """Rows of different length, also none and more than a chunk, over all ranks and over a process set."""
+    import tensorflow as tf
+
+    import hvdkit as hvd
+    from hvdkit import collectives, shared_memory, world
+
+    pair = hvd.ProcessSet([0, 2])
+    me = hvd.init(process_sets=[pair])
+    assert shared_memory.is_used()
+    everyone = world.horovod().global_process_set
+
+    def rows(rank, dtype, length):
+        values = np.arange(length[rank] * 3).reshape(-1, 3) % 99 + rank
+        return tf.cast(values, dtype)
+
+    wrong = []
+    lengths = ([2, 0, 5], [0, 0, 0], [70_000, 1, 100_000])
+    for members, process_set in (([0, 1, 2], everyone), ([0, 2], pair)):
+        for length in lengths if me.rank in members else ():
+            for dtype in ("float32", "int64", "uint8", "bfloat16"):
+                whole = tf.concat([rows(rank, dtype, length) for rank in members], axis=0)
+                eager = collectives.gather_rows(rows(me.rank, dtype, length), "rows", process_set)
+                step = tf.function(lambda x, s=process_set: collectives.gather_rows(x, "rows_in_graph", s))
+                if not all(bool(tf.reduce_all(got == whole)) for got in (eager, step(rows(me.rank, dtype, length)))):
+                    wrong.append((members, length, dtype))
+    if me.rank in (0, 2):
+        (total,) = collectives.reduce_dense([tf.fill([4], float(me.rank + 1))], "pair", op=hvd.Sum, process_set=pair)
+        wrong += [] if total.numpy().tolist() == [4.0] * 4 else [("sum", total.numpy())]
+    return wrong
+
+
+def test_rows_are_gathered_whatever_their_number_and_dtype(ranks):
+    assert ranks(3, gathered) == [[], [], []]
+
+
 def traced_anew():
     """A rank that traces its step again, for a batch of another size, goes on where the others are."""
     import tensorflow as tf

@@ -1,4 +1,5 @@
-// HvdkitSharedSum: adds tensors up over the ranks of one host, through memory that they share.
+// Exchanges between ranks of one host, through memory that they share: HvdkitSharedSum adds tensors up, and
+// HvdkitSharedGather puts the ranks' rows one after another.
 //
 // Horovod moves gradients between ranks of one host through the loopback network: a negotiation and a ring of messages,
 // each of which wakes threads on both sides. Ranks that share memory need neither. Every rank copies its tensors, as one
@@ -47,7 +48,7 @@ constexpr int kDivideAbove = 4;            // ranks from which on adding is divi
 constexpr int kSpins = 2000;               // about 20 µs, less than it takes to sleep and to be woken
 constexpr long kLookUpNanoseconds = 50'000'000;  // how often a rank that waits looks whether its step was cancelled
 
-std::atomic<uint64_t> nanoseconds_waiting{0}, nanoseconds_in_all{0}, exchanges{0};
+std::atomic<uint64_t> nanoseconds_waiting{0}, nanoseconds_in_all{0}, exchanges{0}, bytes_brought{0};
 
 uint64_t Now() {
   timespec now;
@@ -60,6 +61,11 @@ struct alignas(64) Place {
   std::atomic<uint32_t> arrived;   // meetings that it has come to
   std::atomic<uint32_t> sleepers;  // ranks that sleep until it comes to the next one
 };
+
+bool Fail(OpKernelContext* context, const absl::Status& status) {
+  context->SetStatus(status);
+  return false;
+}
 
 // Memory that the ranks of one host share, for the exchanges of one name.
 class Segment {
@@ -197,16 +203,13 @@ void Add(const std::vector<const T*>& of, size_t offset, size_t count, typename 
   }
 }
 
-template <typename T>
-class SharedSum : public AsyncOpKernel {
+// What the operations have in common: a segment, and a thread that waits in it for the other ranks.
+class SharedExchange : public AsyncOpKernel {
  public:
-  explicit SharedSum(OpKernelConstruction* construction) : AsyncOpKernel(construction) {
+  explicit SharedExchange(OpKernelConstruction* construction) : AsyncOpKernel(construction) {
     OP_REQUIRES_OK(construction, construction->GetAttr("path", &path_));
     OP_REQUIRES_OK(construction, construction->GetAttr("rank", &rank_));
     OP_REQUIRES_OK(construction, construction->GetAttr("size", &size_));
-    OP_REQUIRES_OK(construction, construction->GetAttr("before", &before_));
-    OP_REQUIRES_OK(construction, construction->GetAttr("after", &after_));
-    OP_REQUIRES_OK(construction, construction->GetAttr("divisor", &divisor_));
     OP_REQUIRES_OK(construction, construction->GetAttr("own_core", &own_core_));
   }
 
@@ -214,31 +217,64 @@ class SharedSum : public AsyncOpKernel {
   // have come to first, would wait with it.
   void ComputeAsync(OpKernelContext* context, DoneCallback done) override {
     std::thread([this, context, done] {
-      Exchange(context);
+      Locked(context);
       done();
     }).detach();
   }
 
+ protected:
+  // The exchange itself; false if the step was cancelled meanwhile.
+  virtual bool Exchange(Segment* segment, OpKernelContext* context) = 0;
+
+  bool Meet(Segment* segment, OpKernelContext* context) {
+    const uint64_t began = Now();
+    const bool all = segment->Meet(own_core_, context);
+    nanoseconds_waiting += Now() - began;
+    return all;
+  }
+
+  int rank_, size_;
+
  private:
-  void Exchange(OpKernelContext* context) {
+  void Locked(OpKernelContext* context) {
     const uint64_t began = Now();
     std::string problem;
     Segment* segment = FindSegment(path_, rank_, size_, &problem);
     OP_REQUIRES(context, segment, absl::ResourceExhaustedError(problem));
     const std::lock_guard<std::mutex> lock(segment->in_use());
+    if (!Exchange(segment, context) && context->status().ok()) {
+      context->SetStatus(absl::CancelledError("The step was cancelled while ranks waited for each other."));
+    }
+    nanoseconds_in_all += Now() - began;
+    ++exchanges;
+    for (int i = 0; i < context->num_inputs(); ++i) bytes_brought += context->input(i).TotalBytes();
+  }
+
+  std::string path_;
+  bool own_core_;
+};
+
+template <typename T>
+class SharedSum : public SharedExchange {
+ public:
+  explicit SharedSum(OpKernelConstruction* construction) : SharedExchange(construction) {
+    OP_REQUIRES_OK(construction, construction->GetAttr("before", &before_));
+    OP_REQUIRES_OK(construction, construction->GetAttr("after", &after_));
+    OP_REQUIRES_OK(construction, construction->GetAttr("divisor", &divisor_));
+  }
+
+ private:
+  bool Exchange(Segment* segment, OpKernelContext* context) override {
     std::vector<Piece<T>> tensors;
     for (int i = 0; i < context->num_inputs(); ++i) {
       const Tensor& in = context->input(i);
       Tensor* out = nullptr;
       // In place where nobody else holds the input: a rank reads its own numbers from its slot.
-      OP_REQUIRES_OK(context, context->forward_input_or_allocate_output({i}, i, in.shape(), &out));
+      const auto status = context->forward_input_or_allocate_output({i}, i, in.shape(), &out);
+      if (!status.ok()) return Fail(context, status);
       tensors.push_back({in.flat<T>().data(), out->flat<T>().data(), static_cast<size_t>(in.NumElements())});
     }
-    if (!Stream(tensors, segment, context)) {
-      context->SetStatus(absl::CancelledError("The step was cancelled while ranks waited for each other."));
-    }
-    nanoseconds_in_all += Now() - began;
-    ++exchanges;
+    return Stream(tensors, segment, context);
   }
 
   // Takes the tensors as one stream, a chunk at a time.
@@ -300,17 +336,65 @@ class SharedSum : public AsyncOpKernel {
     return true;
   }
 
-  bool Meet(Segment* segment, OpKernelContext* context) {
-    const uint64_t began = Now();
-    const bool all = segment->Meet(own_core_, context);
-    nanoseconds_waiting += Now() - began;
-    return all;
+  int divisor_;  // apart from `after`, which is a float: a third of a double must be one
+  float before_, after_;
+};
+
+// Rows of all ranks, in the order of the ranks. In each chunk a rank's slot begins with how many bytes it has in all.
+class SharedGather : public SharedExchange {
+ public:
+  using SharedExchange::SharedExchange;
+
+ private:
+  static constexpr size_t kHead = 64, kRoom = kChunkBytes - kHead;
+
+  bool Exchange(Segment* segment, OpKernelContext* context) override {
+    const Tensor& mine = context->input(0);
+    if (mine.dims() < 1) return Fail(context, absl::InvalidArgumentError("Rows are gathered, and a scalar has none."));
+    const uint64_t bytes = mine.TotalBytes();
+    const char* from = static_cast<const char*>(mine.data());
+    std::vector<uint64_t> length(size_), begin(size_ + 1);
+    char* to = nullptr;
+    uint64_t longest = 0;
+    for (uint64_t at = 0; at == 0 || at < longest; at += kRoom) {
+      char* slot = segment->Slot(rank_);
+      std::memcpy(slot, &bytes, sizeof bytes);
+      if (at < bytes) std::memcpy(slot + kHead, from + at, std::min<uint64_t>(kRoom, bytes - at));
+      if (!Meet(segment, context)) return false;
+      if (at == 0) {
+        for (int rank = 0; rank < size_; ++rank) {
+          std::memcpy(&length[rank], segment->Slot(rank), sizeof(uint64_t));
+          begin[rank + 1] = begin[rank] + length[rank];
+          longest = std::max(longest, length[rank]);
+        }
+        to = Allocate(mine, begin[size_], context);
+        if (!to) return false;
+      }
+      for (int rank = 0; rank < size_; ++rank) {
+        if (at >= length[rank]) continue;
+        std::memcpy(to + begin[rank] + at, segment->Slot(rank) + kHead, std::min<uint64_t>(kRoom, length[rank] - at));
+      }
+      segment->NextChunk();
+    }
+    return true;
   }
 
-  std::string path_;
-  int rank_, size_, divisor_;  // apart from `after`, which is a float: a third of a double must be one
-  float before_, after_;
-  bool own_core_;
+  // The output of so many bytes; null, with the context's status set, if that cannot be.
+  static char* Allocate(const Tensor& mine, uint64_t bytes, OpKernelContext* context) {
+    tensorflow::TensorShape shape = mine.shape();
+    int64_t numbers_a_row = 1;
+    for (int i = 1; i < shape.dims(); ++i) numbers_a_row *= shape.dim_size(i);
+    const uint64_t row = numbers_a_row * tensorflow::DataTypeSize(mine.dtype());
+    shape.set_dim(0, row ? bytes / row : mine.dim_size(0));
+    Tensor* out = nullptr;
+    const auto status = context->allocate_output(0, shape, &out);
+    if (!status.ok()) {
+      Fail(context, status);
+      return nullptr;
+    }
+    static char nothing;  // of no bytes there is no address
+    return bytes ? static_cast<char*>(out->data()) : &nothing;
+  }
 };
 
 }  // namespace
@@ -333,16 +417,36 @@ REGISTER_OP("HvdkitSharedSum")
       return absl::OkStatus();
     });
 
+REGISTER_OP("HvdkitSharedGather")
+    .Input("rows: T")
+    .Output("all_rows: T")
+    .Attr("T: {bool, int8, uint8, int16, uint16, int32, int64, uint32, uint64, half, bfloat16, float, double}")
+    .Attr("path: string")
+    .Attr("rank: int")
+    .Attr("size: int")
+    .Attr("own_core: bool = true")
+    .SetIsStateful()
+    .SetShapeFn([](tensorflow::shape_inference::InferenceContext* context) {
+      tensorflow::shape_inference::ShapeHandle rows, all_rows;
+      TF_RETURN_IF_ERROR(context->WithRankAtLeast(context->input(0), 1, &rows));
+      TF_RETURN_IF_ERROR(context->ReplaceDim(rows, 0, context->UnknownDim(), &all_rows));
+      context->set_output(0, all_rows);
+      return absl::OkStatus();
+    });
+
 #define REGISTER(T) \
   REGISTER_KERNEL_BUILDER(Name("HvdkitSharedSum").Device(tensorflow::DEVICE_CPU).TypeConstraint<T>("T"), SharedSum<T>)
 REGISTER(Eigen::half);
 REGISTER(Eigen::bfloat16);
 REGISTER(float);
 REGISTER(double);
+REGISTER_KERNEL_BUILDER(Name("HvdkitSharedGather").Device(tensorflow::DEVICE_CPU), SharedGather);
 
-// What this process has spent in exchanges so far: nanoseconds in all, of these waiting for others, and how many.
-extern "C" void hvdkit_exchange_times(uint64_t* in_all, uint64_t* waiting, uint64_t* number) {
+// What this process has spent in exchanges so far: nanoseconds in all, of these waiting for others, and how many; and the
+// bytes that it has brought to them.
+extern "C" void hvdkit_exchange_times(uint64_t* in_all, uint64_t* waiting, uint64_t* number, uint64_t* bytes) {
   *in_all = nanoseconds_in_all;
   *waiting = nanoseconds_waiting;
   *number = exchanges;
+  *bytes = bytes_brought;
 }
