@@ -6,7 +6,7 @@ import importlib.util
 import inspect
 import sys
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -63,13 +63,20 @@ def find_model(model: str) -> ModelSource:
     return ModelSource(path.stem, build, (Recipe(),))
 
 
-def build_model(source: ModelSource, given: dict[str, Any]) -> keras.Model:
-    """Calls the build function with those of the arguments `given` that it takes.
+def build_model(source: ModelSource, given: dict[str, Any], chosen: Mapping[str, Any] | None = None) -> keras.Model:
+    """Calls the build function with those of the arguments `given` that it takes, and with all that were `chosen`.
+
+    Args:
+        source: the function.
+        given: by name, what follows from the data.
+        chosen: by name, what the user asked for.
 
     Raises:
-        UsageError: it needs another argument, fails, or returns something else than a Keras model.
+        UsageError: it needs another argument, does not take one, fails, or returns something else than a Keras model.
     """
     parameters = inspect.signature(source.build).parameters
+    _check_chosen(source, given, chosen or {})
+    given = {**given, **(chosen or {})}
     unknown = [
         name
         for name, p in parameters.items()
@@ -81,7 +88,7 @@ def build_model(source: ModelSource, given: dict[str, Any]) -> keras.Model:
             f"{', '.join(given)}. Choose another data set, or give the parameter a default."
         )
     try:
-        model = source.build(**{name: value for name, value in given.items() if name in parameters})
+        model = source.build(**{n: value for n, value in given.items() if n in parameters or n in (chosen or {})})
     except Exception as error:  # whatever a user's function raises
         raise UsageError(f"The model {source.name} cannot be built: {_describe(error)}.") from error
     if not isinstance(model, keras.Model):
@@ -90,6 +97,24 @@ def build_model(source: ModelSource, given: dict[str, Any]) -> keras.Model:
             f"(keras.Model). A model of tf_keras or PyTorch has to be rewritten in Keras 3."
         )
     return model
+
+
+def _check_chosen(source: ModelSource, given: Mapping[str, Any], chosen: Mapping[str, Any]) -> None:
+    """Raises a `UsageError` if the build function does not take an argument, or if the data decide it."""
+    parameters = inspect.signature(source.build).parameters.values()
+    own = [p.name for p in parameters if p.name not in given and p.kind in (p.POSITIONAL_OR_KEYWORD, p.KEYWORD_ONLY)]
+    takes_all = any(p.kind is p.VAR_KEYWORD for p in parameters)
+    for name in chosen:
+        if name in given:
+            raise UsageError(
+                f"--model_args was given {name}, which the data decide ({name} is {given[name]}). Leave it out; texts "
+                f"are cut by --sequence_length, images resized by --image_size."
+            )
+        if name not in own and not takes_all:
+            raise UsageError(
+                f"--model_args was given {name}, and the model {source.name} takes {', '.join(own) or 'none'}. Correct "
+                f"the name, or leave it out."
+            )
 
 
 def make_optimizer(spec: str, learning_rate: float) -> keras.optimizers.Optimizer:
@@ -116,8 +141,17 @@ def ends_in_probabilities(model: keras.Model) -> bool:
     return isinstance(last, keras.layers.Softmax) or getattr(last, "activation", None) is keras.activations.softmax
 
 
-def check_output(model: keras.Model, spec: tf.TensorSpec, num_classes: int, name: str) -> None:
+def check_output(
+    model: keras.Model, spec: tf.TensorSpec, num_classes: int, name: str, *, each_token: bool = False
+) -> None:
     """Runs the model's shapes through and compares its output with the number of classes.
+
+    Args:
+        model: the model.
+        spec: of one example.
+        num_classes: what a label can be.
+        name: the model's.
+        each_token: whether each token of an example has a label, rather than the example one.
 
     Raises:
         UsageError: the model cannot take such an input, or does not give a value a class.
@@ -134,10 +168,12 @@ def check_output(model: keras.Model, spec: tf.TensorSpec, num_classes: int, name
     shape = getattr(output, "shape", None)
     if model.compiled or shape is None:
         return
-    if len(shape) != 2 or shape[-1] != num_classes:
+    needed = (*(spec.shape if each_token else ()), num_classes)
+    if tuple(shape[1:]) != needed:
+        kinds, argument = ("tokens", "vocabulary_size") if each_token else ("classes", "num_classes")
         raise UsageError(
-            f"The model {name} gives {shape}, but {num_classes} classes need (batch, {num_classes}). Build it with the "
-            f"argument num_classes, or compile it with a loss of its own."
+            f"The model {name} gives {shape}, but {num_classes} {kinds} need (batch, {', '.join(map(str, needed))}). "
+            f"Build it with the argument {argument}, or compile it with a loss of its own."
         )
 
 

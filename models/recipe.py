@@ -16,8 +16,9 @@ class Recipe:
         lr_schedule: `constant`, or `cosine` (to zero over the run).
         warmup_epochs: over which the rate is raised from 1/replicas of it.
         max_tokens: for texts, the size of the vocabulary.
-        sequence_length: for texts, tokens a text.
+        sequence_length: for texts, tokens a text; for models of the next token, tokens of a window.
         accuracy: the test accuracy that it reaches with two ranks, as CI checks; None where nothing is claimed.
+        bits_per_byte: likewise for models of the next byte: the test loss in bits that it stays below.
     """
 
     dataset: str = "digits"
@@ -30,3 +31,4 @@ class Recipe:
     max_tokens: int = 20_000
     sequence_length: int = 64
     accuracy: float | None = None
+    bits_per_byte: float | None = None

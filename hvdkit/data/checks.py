@@ -19,14 +19,16 @@ def check_share(share: Share, split: str, num_classes: int) -> np.ndarray:
     Args:
         share: what to check.
         split: its split's name, for the message.
-        num_classes: labels must lie below.
+        num_classes: labels must lie below; 0 for windows of tokens, which are bytes and so can be nothing wrong.
 
     Returns:
-        The examples of each class, int64 [num_classes].
+        The examples of each class, int64 [num_classes]; without classes their number, int64 [1].
 
     Raises:
         UsageError: a label out of range, a NaN or Inf, an input that cannot be read or has another shape; and where.
     """
+    if not num_classes:
+        return np.array([share.size])
     if share.inputs is not None and share.labels is not None:
         inputs, labels = share.inputs, share.labels
     else:

@@ -43,7 +43,7 @@ class Share:
         start: place of its first example in the split.
         size: number of its examples.
         inputs: all inputs, decoded, [size, ...]; None if they do not fit in memory and are read again each epoch.
-        labels: all labels, int64 [size]; None likewise.
+        labels: all labels, int64 [size], or of windows of tokens int32 [size, sequence_length]; None likewise.
         stream: the examples as (encoded input, label), in a fixed order.
         prepare: graph function from an encoded input to the model's input.
     """
@@ -86,12 +86,12 @@ def read_share(
     stream = source.read(split, start, stop)
     prepare = _prepare(source, encode)
     largest = -(-source.size(split) // shares)
-    spec = stream.map(lambda x, _: prepare(x)).element_spec
+    specs = stream.map(lambda x, y: (prepare(x), y)).element_spec
     inputs = labels = None
     where = "read again each epoch"
-    if largest * spec.shape.num_elements() * spec.dtype.size <= cache_bytes:
+    if largest * specs[0].shape.num_elements() * specs[0].dtype.size <= cache_bytes:
         began = time.monotonic()
-        inputs, labels = _read_all(stream, prepare, spec, split, start, stop - start)
+        inputs, labels = _read_all(stream, prepare, specs, split, start, stop - start)
         where = f"{inputs.nbytes / 1e6:.0f} MB in memory, read in {time.monotonic() - began:.1f} s"
     _log.info("%s: share %d of %d, %d examples, %s", split, share, shares, stop - start, where)
     return Share(share, shares, start, stop - start, inputs, labels, stream, prepare)
@@ -129,9 +129,10 @@ def _prepare(source: Source, encode: Encode | None) -> Encode:
 
 
 def _read_all(
-    stream: tf.data.Dataset, prepare: Encode, spec: tf.TensorSpec, split: str, start: int, size: int
+    stream: tf.data.Dataset, prepare: Encode, specs: tuple[tf.TensorSpec, ...], split: str, start: int, size: int
 ) -> tuple[np.ndarray, np.ndarray]:
-    inputs, labels, done = np.empty([size, *spec.shape], spec.dtype.as_numpy_dtype), np.empty([size], np.int64), 0
+    inputs, labels = (np.empty([size, *spec.shape], spec.dtype.as_numpy_dtype) for spec in specs)
+    done = 0
     prepared = stream.map(lambda x, y: (prepare(x), y), num_parallel_calls=tf.data.AUTOTUNE, deterministic=True)
     try:
         for x, y in prepared.batch(_READ_AT_ONCE).as_numpy_iterator():

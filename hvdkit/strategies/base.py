@@ -32,6 +32,18 @@ class Strategy(Protocol):
     def distribute(self, optimizer: keras.optimizers.Optimizer, **options: Any) -> keras.optimizers.Optimizer:
         """The optimizer that exchanges gradients as this strategy does; options as for `DistributedOptimizer`."""
 
+    def evaluation_share(self) -> tuple[int, int]:
+        """Which part of the test split this process evaluates, and how many there are."""
+        return self.world.rank, self.world.size
+
+    def divide(self, model: keras.Model) -> keras.Model:
+        """This process's part of a model; the model itself, if every process has all of it."""
+        return model
+
+    def whole(self, model: keras.Model) -> keras.Model | None:
+        """On rank 0 the model that can be saved: put together again, if it is divided. A collective call."""
+        return model
+
     def callbacks(self) -> list[keras.callbacks.Callback]:
         """Callbacks that make `fit` right; they come before all others."""
 

@@ -12,9 +12,11 @@ from hvdkit.errors import UsageError
 from hvdkit.evaluation import evaluate_part
 from hvdkit.local_sgd import LocalSGD
 from hvdkit.optimizer import DistributedOptimizer
+from hvdkit.parallel.sharded import ShardedOptimizer
+from hvdkit.strategies.base import Strategy
 
 
-class HorovodStrategy:
+class HorovodStrategy(Strategy):
     """Data parallelism by Horovod; see `Strategy` for the attributes.
 
     Args:
@@ -38,7 +40,11 @@ class HorovodStrategy:
         return contextlib.nullcontext()
 
     def distribute(self, optimizer: keras.optimizers.Optimizer, **options: Any) -> keras.optimizers.Optimizer:
-        """A `DistributedOptimizer`; with the option `local_steps` a `LocalSGD`, which takes the other options, too."""
+        """A `DistributedOptimizer`; with the option `shard` a `ShardedOptimizer`, which takes no other option; with
+        the option `local_steps` a `LocalSGD`, which takes the other options, too.
+        """
+        if options.pop("shard", False):
+            return ShardedOptimizer(optimizer, **options)
         steps = options.pop("local_steps", None)
         return LocalSGD(optimizer, steps, **options) if steps else DistributedOptimizer(optimizer, **options)
 

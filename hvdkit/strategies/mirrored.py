@@ -11,13 +11,13 @@ from hvdkit import world
 from hvdkit.errors import UsageError
 from hvdkit.loss_scale import with_loss_scale
 from hvdkit.optimizer import ExchangingOptimizer, parts_of
-from hvdkit.strategies.base import refuse_many_processes, refuse_options
+from hvdkit.strategies.base import Strategy, refuse_many_processes, refuse_options
 from hvdkit.strategies.replicas import sum_over_replicas
 
 _LOGICAL_CPUS = 2  # replicas where there is no GPU and the user named no number
 
 
-class MirroredStrategy:
+class MirroredStrategy(Strategy):
     """Data parallelism inside one process; see `Strategy` for the attributes.
 
     Args:

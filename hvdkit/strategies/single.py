@@ -8,10 +8,10 @@ import keras
 import tensorflow as tf
 
 from hvdkit import world
-from hvdkit.strategies.base import refuse_many_processes, refuse_options
+from hvdkit.strategies.base import Strategy, refuse_many_processes, refuse_options
 
 
-class SingleStrategy:
+class SingleStrategy(Strategy):
     """Plain Keras; see `Strategy` for the attributes.
 
     Args:

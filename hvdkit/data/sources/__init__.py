@@ -4,12 +4,14 @@ from pathlib import Path
 
 from hvdkit.data.sources.arrays import ArraySource, load_digits, synthetic
 from hvdkit.data.sources.base import Source
+from hvdkit.data.sources.fold import FoldSource
 from hvdkit.data.sources.folder import FolderSource
 from hvdkit.data.sources.table import load_table
-from hvdkit.data.sources.tfds import TfdsSource, open_named, open_prepared
+from hvdkit.data.sources.tfds import TfdsSource, open_named, open_prepared, open_texts
+from hvdkit.data.sources.tokens import TokenSource, load_pydoc, load_text
 from hvdkit.errors import UsageError
 
-__all__ = ["ArraySource", "FolderSource", "Source", "TfdsSource", "open_source"]
+__all__ = ["ArraySource", "FoldSource", "FolderSource", "Source", "TfdsSource", "TokenSource", "open_source"]
 
 
 def open_source(
@@ -22,6 +24,9 @@ def open_source(
 
             - `digits`: 1,797 real handwritten digits, 8×8 pixels, that come with scikit-learn;
             - `synthetic:HxWxC:CLASSES:EXAMPLES`: random images of any shape;
+            - `pydoc`: the reference texts that come with Python, as bytes to predict;
+            - `text:PATH`: a file, or a folder of files, as bytes to predict; or `text:NAME`, the texts of a TFDS data
+              set (by its name, or its prepared directory);
             - a path to a prepared TFDS directory (with `dataset_info.json`);
             - a path to a folder of images, `train/CLASS/*.png` and `test/CLASS/*.png`;
             - a path to a `.csv` or `.tsv` file with a text and a label column;
@@ -37,6 +42,10 @@ def open_source(
         return load_digits()
     if dataset.startswith("synthetic"):
         return synthetic(dataset)
+    if dataset == "pydoc":
+        return load_pydoc()
+    if dataset.startswith("text:"):
+        return _open_text(dataset.removeprefix("text:"), data_dir, download=download)
     path = Path(dataset).expanduser()
     if path.suffix in (".csv", ".tsv"):
         return load_table(path)
@@ -53,3 +62,15 @@ def open_source(
             f"train/CLASS/*.png, or of a .csv or .tsv file."
         )
     return open_named(dataset, data_dir, download=download, image_size=image_size)
+
+
+def _open_text(name: str, data_dir: str | None, *, download: bool) -> TokenSource:
+    path = Path(name).expanduser()
+    if name and path.exists() and not (path / "dataset_info.json").is_file():
+        return load_text(path)
+    if not name or (not path.exists() and (name.startswith(("/", "./", "../", "~")) or path.suffix[1:].isalpha())):
+        raise UsageError(
+            f"--dataset=text:{name} names no file or folder that is there. Give the path of a text, or of a folder of "
+            f"texts, or the name of a TFDS data set with texts."
+        )
+    return open_texts(name, data_dir, download=download)

@@ -6,13 +6,13 @@ import tensorflow as tf
 
 
 class Source(Protocol):
-    """Labelled examples in a train and a test split, still encoded.
+    """Examples with labels in a train and a test split, still encoded.
 
     Attributes:
         name: what the user calls it.
-        kind: `image` or `text`.
-        label_names: a name for each class; labels are integers below their number.
-        shape: shape of a decoded image, (height, width, channels); None for text.
+        kind: `image`, `text`, or `tokens`: windows of text in which each token's label is the next token.
+        label_names: a name for each class; labels are integers below their number. Empty for `tokens`.
+        shape: shape of a decoded image, (height, width, channels); None for text and tokens.
     """
 
     name: str
@@ -24,7 +24,10 @@ class Source(Protocol):
         """Number of examples in split `train` or `test`."""
 
     def read(self, split: str, start: int, stop: int) -> tf.data.Dataset:
-        """Examples `start` to `stop` of a split, in a fixed order, as (encoded input, int64 label)."""
+        """Examples `start` to `stop` of a split, in a fixed order, as (encoded input, label).
+
+        A label is an int64 scalar; that of a window of tokens is int32 [sequence_length].
+        """
 
     def decode(self, encoded: Any) -> tf.Tensor:
-        """Graph function from an encoded input to a uint8 image of `shape`, or to the text itself (a string)."""
+        """Graph function from an encoded input to a uint8 image of `shape`, the text (a string), or int32 tokens."""

@@ -6,6 +6,7 @@ from typing import Any
 import tensorflow as tf
 
 from hvdkit.data.sources.folder import resize
+from hvdkit.data.sources.tokens import TokenSource, join
 from hvdkit.errors import UsageError
 
 _HELD_OUT = 0.2  # the part of `train` that is the test split, where a data set has none
@@ -88,6 +89,45 @@ def open_named(name: str, data_dir: str | None, *, download: bool, image_size: i
 
     It is taken from `data_dir`, the newest version if there are several, or downloaded if that is allowed.
     """
+    return TfdsSource(name.partition(":")[0], _find(name, data_dir, download=download), image_size)
+
+
+def open_texts(name: str, data_dir: str | None, *, download: bool) -> TokenSource:
+    """The texts of a data set, one after another, as bytes to predict; its labels, if it has any, are left out.
+
+    Args:
+        name: a TFDS name as for `open_named`, or the path of a prepared directory.
+        data_dir: as for `open_named`.
+        download: as for `open_named`.
+
+    Raises:
+        UsageError: there is no such data set, or it has no text.
+    """
+    import tensorflow_datasets as tfds
+
+    path = Path(name).expanduser()
+    if (path / "dataset_info.json").is_file():
+        builder, short = tfds.builder_from_directory(str(path)), path.parent.name
+    else:
+        builder, short = _find(name, data_dir, download=download), name.partition(":")[0]
+    features = builder.info.features
+    key = next((k for k in features if type(features[k]).__name__ == "Text"), None)
+    if key is None:
+        raise UsageError(
+            f"The data set {short!r} has no text to predict; its features are: {', '.join(sorted(features))}. Give "
+            f"another, or leave `text:` out to train a classifier on it."
+        )
+    return TokenSource(short, {split: _texts(builder, key, where) for split, where in _ranges(short, builder).items()})
+
+
+def _texts(builder: Any, key: str, where: tuple[str, int, int]) -> bytes:
+    of, start, stop = where
+    examples = builder.as_dataset(split=f"{of}[{start}:{stop}]", shuffle_files=False)
+    return join(examples.map(lambda example: example[key]).as_numpy_iterator())
+
+
+def _find(name: str, data_dir: str | None, *, download: bool) -> Any:
+    """The builder of a data set that lies under `data_dir`, or is downloaded."""
     import tensorflow_datasets as tfds
 
     root = Path(data_dir or tfds.core.constants.DATA_DIR).expanduser()
@@ -98,8 +138,7 @@ def open_named(name: str, data_dir: str | None, *, download: bool, image_size: i
             f"The data set {name!r} is not under {root} (there: {', '.join(there)}). Say where it is with "
             f"--data_dir=DIR, let TFDS fetch it with --download, or use --dataset=digits, which needs nothing."
         )
-    builder = tfds.builder_from_directory(str(directory)) if directory else _download(name, root)
-    return TfdsSource(name.partition(":")[0], builder, image_size)
+    return tfds.builder_from_directory(str(directory)) if directory else _download(name, root)
 
 
 def _find_prepared(root: Path, name: str) -> Path | None:

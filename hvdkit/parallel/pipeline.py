@@ -1,0 +1,319 @@
+"""`pipeline`: the layers of a model in stages, one a rank, through which micro-batches flow.
+
+While one rank computes the second half of the model on one micro-batch, another computes the first half on the next. A
+stage has the weights of its own layers alone, and their optimizer's state. Two schedules:
+
+- "gpipe": all micro-batches forwards, then all backwards (Y. Huang et al., "GPipe", 2018,
+  https://arxiv.org/abs/1811.06965). Each stage keeps the activations of all micro-batches.
+- "1f1b": one forwards, one backwards, as soon as there is something to go back with (D. Narayanan et al., "Efficient
+  large-scale language model training on GPU clusters using Megatron-LM", 2021, https://arxiv.org/abs/2104.04473). Stage
+  s of S keeps those of S - s micro-batches.
+
+Either leaves a stage idle for (S - 1) / (M + S - 1) of the time with M micro-batches, if all stages take equally long.
+
+Horovod cannot send from one rank to another: see `hvdkit.parallel.transfer` for what takes the place of it.
+
+A stage's layers are copies of those of the model that it was cut from. The other stages' weights leave the memory with
+that model.
+"""
+
+import math
+from collections.abc import Sequence
+from typing import Any
+
+import keras
+import tensorflow as tf
+
+from hvdkit import collectives, wire, world
+from hvdkit.errors import UsageError
+from hvdkit.mesh import Mesh, Shard, mark
+from hvdkit.parallel import graph, whole_model
+from hvdkit.parallel.transfer import Outbox, receive, send
+
+SCHEDULES = ("1f1b", "gpipe")
+
+
+def pipeline(
+    model: keras.Model,
+    mesh: Mesh,
+    cuts: Sequence[str] | None = None,
+    micro_batches: int = 4,
+    schedule: str = "1f1b",
+) -> "PipelinedModel":
+    """Returns this rank's stage of a model whose layers are divided in stages.
+
+    Args:
+        model: a functional or sequential model, built, the same on all ranks, with one input and one output.
+        mesh: the ranks; as many stages as columns.
+        cuts: names of the layers with which a stage ends, one fewer than stages; by default those that divide the
+            weights most evenly, of the layers through whose output alone everything flows.
+        micro_batches: into how many parts a batch is divided; it must be divisible by them.
+        schedule: "1f1b" or "gpipe".
+
+    Raises:
+        UsageError: the model cannot be cut in that way, two stages share a weight, or an argument has a wrong value.
+    """
+    functional = graph.functional(model)
+    if schedule not in SCHEDULES:
+        raise UsageError(f"There is no schedule {schedule!r}. Choose one of {', '.join(SCHEDULES)}.")
+    if isinstance(micro_batches, bool) or not isinstance(micro_batches, int) or micro_batches < 1:
+        raise UsageError(f"micro_batches must be 1 or more, but is {micro_batches!r}.")
+    if len(functional.inputs) != 1 or len(functional.outputs) != 1:
+        raise UsageError(f"The model {model.name!r} must have one input and one output to be cut into stages.")
+    cuts = even_cuts(functional, mesh.model) if cuts is None else list(cuts)
+    if len(cuts) != mesh.model - 1:
+        raise UsageError(f"{len(cuts)} cuts make {len(cuts) + 1} stages, but the mesh has {mesh.model} model ranks.")
+    borders = [functional.inputs[0], *(_output_of(functional, name) for name in cuts), functional.outputs[0]]
+    here = mesh.model_index
+    stages = [graph.between([borders[n]], [borders[n + 1]], f"stage{n}") for n in range(mesh.model)]
+    graph.refuse_shared(stages)
+    for part in stages:
+        graph.refuse_idle(part.name, [part])
+    graph.refuse_unknown_sizes(model, borders)
+    graph.refuse_masks(model, borders[1:-1])
+    divided = PipelinedModel(graph.Copies().of(stages[here]), borders, mesh, micro_batches, schedule, model)
+    divided.stages_add_losses = any(stage.losses for stage in stages)
+    return divided
+
+
+class PipelinedModel(keras.Model):
+    """A stage of a model, with the ways to the stages before and behind. Made by `pipeline`.
+
+    Called, it returns the whole model's output on every rank. Metrics and loss are the whole model's, on every rank.
+    """
+
+    stages_add_losses = True  # for regularisation: those of all stages are to be added up
+
+    def __init__(
+        self,
+        stage: keras.Model,
+        borders: Sequence[Any],
+        mesh: Mesh,
+        micro_batches: int,
+        schedule: str,
+        model: keras.Model,
+    ) -> None:
+        super().__init__(name=model.name)
+        self.stage = stage
+        self.micro_batches, self.schedule = micro_batches, schedule
+        self._mesh, self._outbox = mesh, Outbox()
+        self._borders = [(tuple(t.shape[1:]), t.dtype) for t in borders]
+        self._is_first, self._is_last = mesh.model_index == 0, mesh.model_index == mesh.model - 1
+        for variable in stage.variables:  # random seeds, too, of which stages have different numbers
+            mark(variable, Shard(mesh, None))
+        self.built = True
+        whole_model.remember(self, model)
+
+    def call(self, x: tf.Tensor, training: bool | None = None) -> tf.Tensor:
+        """The whole model, stage after stage: [batch, ...] to [batch, ...], on all ranks."""
+        here = self._mesh.model_index
+        if not self._is_first:
+            x = self._receive(here, x, "forwards.whole")
+        output = self.stage(x, training=training)
+        if not self._is_last:
+            self._outbox.close([send(self._mesh, here, output, "forwards.whole")])
+            output = wire.zeros([0, *self._borders[-1][0]], self._borders[-1][1])
+        if self._mesh.model == 1:
+            return output
+        if self.stages_add_losses:
+            own = tf.add_n(self.stage.losses) if self.stage.losses else wire.zeros([], "float32")
+            self.add_loss(self._sum([own], "hvdkit.pipeline.losses")[0] - own)
+        output = collectives.gather_rows(output, "hvdkit.pipeline.output", self._mesh.model_set)
+        return tf.ensure_shape(output, [x.shape[0], *self._borders[-1][0]])
+
+    def train_step(self, data: Any) -> dict[str, Any]:
+        """One step of training: all micro-batches through all stages and back, then the optimizer."""
+        if tf.executing_eagerly():
+            raise UsageError(
+                "In a step that is no graph, stages of a pipeline would wait for each other: leave out run_eagerly."
+            )
+        self._clear_losses()  # of an evaluation's graph: Keras does so where the whole model is called
+        x, y, weights = keras.utils.unpack_x_y_sample_weight(data)
+        batches = list(zip(*(self._divided(part) for part in (x, y, weights)), strict=True))
+        step = _Step(self, batches)
+        for action, number in order(self.schedule, self._mesh.model_index, self._mesh.model, self.micro_batches):
+            step.forwards(number) if action == "F" else step.backwards(number)
+        if step.sending:
+            self._outbox.close(step.sending)
+        with tf.control_dependencies(step.done):
+            self.optimizer.apply(step.gradients, self.trainable_weights)
+        self._share_metrics(x, y, weights, step.penalty)
+        return self.get_metrics_result()
+
+    def _divided(self, part: Any) -> list[Any]:
+        """The micro-batches of a structure of tensors [batch, ...]."""
+        if part is None:
+            return [None] * self.micro_batches
+        leaves = keras.tree.flatten(part)
+        sizes = {leaf.shape[0] for leaf in leaves}
+        if any(size is not None and size % self.micro_batches for size in sizes):
+            raise UsageError(
+                f"A local batch of {sizes.pop()} cannot be divided into {self.micro_batches} micro-batches evenly. "
+                f"Choose a multiple of {self.micro_batches}."
+            )
+        pieces = [tf.split(leaf, self.micro_batches) for leaf in leaves]
+        return [keras.tree.pack_sequence_as(part, list(piece)) for piece in zip(*pieces, strict=True)]
+
+    def _receive(self, border: int, x: tf.Tensor, name: str) -> tf.Tensor:
+        """What crosses the border before stage `border` next, of as many examples as `x` has."""
+        shape, dtype = self._borders[border]
+        received = receive(self._mesh, border - 1, tf.concat([tf.shape(x)[:1], shape], axis=0), dtype, name)
+        return tf.ensure_shape(received, [x.shape[0], *shape])
+
+    def _share_metrics(self, x: Any, y: Any, weights: Any, penalty: tf.Tensor | None) -> None:
+        """Gives all stages the last one's metrics, which alone has seen predictions; the loss is that of all stages."""
+        if self._mesh.model == 1:
+            return
+        if not self._is_last:  # of no examples, so that there are states to be given
+            shape, dtype = self._borders[-1]
+            none = keras.tree.map_structure(lambda t: t if t is None else t[:0], (x, y, weights))
+            self.compute_metrics(none[0], none[1], tf.zeros([0, *shape], dtype), none[2])
+        states = [v for metric in self.metrics for v in metric.variables]
+        mine = [v.value if self._is_last else wire.zeros(tf.shape(v.value), v.dtype) for v in states]
+        if penalty is not None:
+            place = next(i for i, v in enumerate(states) if v is self._loss_tracker.total)
+            mine[place] = tf.cast(penalty, mine[place].dtype)
+        for variable, value in zip(states, self._sum(mine, "hvdkit.pipeline.metrics"), strict=True):
+            variable.assign(value)
+
+    def _sum(self, values: list[tf.Tensor], name: str) -> list[tf.Tensor]:
+        """Sums over the stages."""
+        op = world.horovod().Sum
+        return collectives.reduce_dense(values, name, op=op, process_set=self._mesh.model_set)
+
+
+class _Step:
+    """What a stage does in one step of training, in the order in which it is told to."""
+
+    def __init__(self, model: PipelinedModel, batches: Sequence[Any]) -> None:
+        self._model, self._batches = model, batches
+        self._mesh, self._here = model._mesh, model._mesh.model_index
+        self._kept: dict[int, tuple[Any, Any, Any]] = {}
+        self.done: list[tf.Tensor] = []
+        self.sending: list[tf.Tensor] = []
+        self.penalty: tf.Tensor | None = None  # of this stage, times examples, where the loss does not have it
+        self.gradients: list[Any] = [None] * len(model.trainable_weights)
+        # Asked for at once, so that a neighbour can send as soon as it has something.
+        self._inputs = [self._receive_input(number) for number in range(len(batches))]
+        self._returned = [self._receive_gradient(number) for number in range(len(batches))]
+
+    def forwards(self, number: int) -> None:
+        """Computes the stage on one micro-batch, and sends the output on, or computes the loss."""
+        model = self._model
+        _, y, weights = self._batches[number]
+        with tf.control_dependencies(self.done), tf.GradientTape() as tape:
+            x = tf.identity(self._inputs[number])
+            if not model._is_first:
+                tape.watch(x)
+            output = model.stage(x, training=True)
+            penalty = tf.add_n(model.stage.losses) if model.stage.losses else None
+            if model._is_last:
+                loss = model.compute_loss(x, y, output, weights, training=True)  # with the stage's own losses
+                model._loss_tracker.update_state(loss, sample_weight=tf.shape(output)[0])
+                target = model.optimizer.scale_loss(loss / len(self._batches))
+            else:
+                target = output
+                if penalty is not None:
+                    target = output, model.optimizer.scale_loss(penalty / len(self._batches))
+                    self.penalty = _added(self.penalty, penalty * tf.cast(tf.shape(x)[0], penalty.dtype))
+        self._kept[number] = (tape, x, target)
+        with tf.control_dependencies(self.done):
+            if model._is_last:
+                model.compute_metrics(x, y, output, weights)
+                self.done = [target]
+            else:
+                self.done = [output]
+                self.sending.append(send(self._mesh, self._here, output, f"forwards.{number}"))
+
+    def backwards(self, number: int) -> None:
+        """Computes the gradients of one micro-batch, and sends that of the stage's input back."""
+        model = self._model
+        tape, x, target = self._kept.pop(number)
+        sources = [v.value for v in model.trainable_weights]
+        with tf.control_dependencies(self.done):
+            seed = self._returned[number]
+            if isinstance(target, tuple):
+                seed = (seed, tf.ones_like(target[1]))
+            if not model._is_first:
+                sources.append(x)
+            gradients = tape.gradient(target, sources, output_gradients=seed)
+            own = gradients[: len(self.gradients)]
+            self.gradients = [_added(a, b) for a, b in zip(self.gradients, own, strict=True)]
+            self.done = [t for g in gradients if g is not None for t in ([g.values] if hasattr(g, "values") else [g])]
+            if not model._is_first:
+                self.sending.append(send(self._mesh, self._here - 1, gradients[-1], f"backwards.{number}"))
+
+    def _receive_input(self, number: int) -> tf.Tensor:
+        x = self._batches[number][0]
+        if self._model._is_first:
+            return x
+        return self._model._receive(self._here, x, f"forwards.{number}")
+
+    def _receive_gradient(self, number: int) -> tf.Tensor | None:
+        if self._model._is_last:
+            return None
+        return self._model._receive(self._here + 1, self._batches[number][0], f"backwards.{number}")
+
+
+def order(schedule: str, stage: int, stages: int, micro_batches: int) -> list[tuple[str, int]]:
+    """In which order a stage computes: ("F", micro-batch) forwards, ("B", micro-batch) backwards."""
+    ahead = micro_batches if schedule == "gpipe" else min(stages - stage - 1, micro_batches)
+    actions = [("F", number) for number in range(ahead)]
+    for number in range(micro_batches - ahead):
+        actions += [("F", ahead + number), ("B", number)]
+    return actions + [("B", number) for number in range(micro_batches - ahead, micro_batches)]
+
+
+def _added(a: Any, b: Any) -> Any:
+    if a is None or b is None:
+        return b if a is None else a
+    if isinstance(a, tf.IndexedSlices) and isinstance(b, tf.IndexedSlices):
+        values, indices = tf.concat([a.values, b.values], axis=0), tf.concat([a.indices, b.indices], axis=0)
+        return tf.IndexedSlices(values, indices, a.dense_shape)
+    return tf.convert_to_tensor(a) + tf.convert_to_tensor(b)
+
+
+def _output_of(model: keras.Model, name: str) -> Any:
+    names = [layer.name for layer in model.layers]
+    if name not in names:
+        raise UsageError(f"The model {model.name!r} has no layer {name!r} to cut behind: it has {', '.join(names)}.")
+    return model.get_layer(name).output
+
+
+def even_cuts(model: keras.Model, stages: int) -> list[str]:
+    """The layers that divide the weights into stages most evenly."""
+    weights, before = 0, {}
+    for layer in model.layers:
+        weights += sum(math.prod(w.shape) for w in layer.trainable_weights)
+        before[layer.name] = weights
+    narrow = [name for name in _narrow(model) if 0 < before[name] < weights]
+    # Of places with no weights between them the first, which mostly is the narrowest.
+    narrow = [name for place, name in enumerate(narrow) if not place or before[name] != before[narrow[place - 1]]]
+    if len(narrow) < stages - 1:
+        raise UsageError(
+            f"The model {model.name!r} has {len(narrow)} places with weights before and behind where one tensor alone "
+            f"flows from layer to layer, too few for {stages} stages."
+        )
+    cuts: list[str] = []
+    for stage in range(1, stages):
+        left = [n for n in narrow if n not in cuts and (not cuts or narrow.index(n) > narrow.index(cuts[-1]))]
+        left = left[: len(left) - (stages - 1 - stage)] or left
+        cuts.append(min(left, key=lambda name: abs(before[name] - weights * stage / stages)))
+    return cuts
+
+
+def _narrow(model: keras.Model) -> list[str]:
+    """Layers through whose one output everything flows that comes later."""
+    operations = model.operations  # layers, and what stands between them, such as x + y
+    place = {operation.name: number for number, operation in enumerate(operations)}
+    last_use = [
+        max((place[n.operation.name] for n in operation._outbound_nodes if n.operation.name in place), default=-1)
+        for operation in operations
+    ]
+    narrow = []
+    for here, operation in enumerate(operations[:-1]):
+        crossing = [use for use in last_use[:here] if use > here]
+        single = isinstance(operation, keras.layers.Layer) and not isinstance(operation.output, (list, dict))
+        if not crossing and single and not isinstance(operation, keras.layers.InputLayer):
+            narrow.append(operation.name)
+    return narrow

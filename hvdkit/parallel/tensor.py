@@ -1,0 +1,267 @@
+"""`split_tensors`: a plain Keras model with its large matrices divided over the ranks of a row of the mesh.
+
+The rules are those of M. Shoeybi et al., "Megatron-LM", 2019, https://arxiv.org/abs/1909.08053: of two Dense layers in
+a row the first keeps columns and the second rows, so that nothing is exchanged between them; attention is divided by
+its heads, and an embedding by its vocabulary. As in `keras.distribution.LayoutMap`, a layout says for each weight, by a
+pattern of its path, along which axis it is divided. Whatever else needs a whole tensor gets it: parts are put together
+where that is so.
+"""
+
+import logging
+import re
+from collections.abc import Mapping
+from typing import Any
+
+import keras
+
+from hvdkit import world
+from hvdkit.errors import UsageError
+from hvdkit.mesh import Mesh, Shard, mark
+from hvdkit.parallel import graph, whole_model
+from hvdkit.parallel import layers as parts
+
+_log = logging.getLogger(__name__)
+
+Layout = Mapping[str, tuple[str | None, ...]]
+
+_ELEMENTWISE = {
+    "linear",
+    "relu",
+    "relu6",
+    "gelu",
+    "silu",
+    "swish",
+    "tanh",
+    "sigmoid",
+    "elu",
+    "selu",
+    "softplus",
+    "leaky_relu",
+}
+_PASS_THROUGH = (keras.layers.Activation, keras.layers.Dropout, keras.layers.ReLU, keras.layers.LeakyReLU)
+
+
+def split_tensors(model: keras.Model, mesh: Mesh, layout: Layout | None = None) -> keras.Model:
+    """Returns this rank's part of a model whose matrices are divided.
+
+    Its weights are parts of those of `model`, which may be forgotten afterwards. Random seeds of dropout are the same
+    on the ranks of a row.
+
+    Args:
+        model: a functional or sequential model, built, the same on all ranks; compiled or not.
+        mesh: the ranks.
+        layout: for patterns of weights' paths (`re.search`) a tuple with "model" at the axis that is divided and None
+            at the others, as in `{"mlp_up/kernel": (None, "model"), "mlp_down/kernel": ("model", None)}`; a bias
+            follows its kernel, and an attention's other kernels that of its query. By default `automatic_layout`.
+
+    Returns:
+        A model of the same inputs and outputs. It is not compiled.
+
+    Raises:
+        UsageError: a layout names no weight of the model, or a layer that cannot be divided in that way.
+    """
+    functional = graph.functional(model)
+    layout = automatic_layout(model, mesh) if layout is None else layout
+    plan = plan_of(functional, layout)
+    if not plan:
+        raise UsageError(
+            f"The model {model.name!r} has no layers that are divided without being told: attentions, embeddings and "
+            f"pairs of Dense layers whose sizes are multiples of {mesh.model}. Give a layout, or divide it otherwise."
+        )
+    if world.rank() == 0:
+        _log.info("%s\n%s", mesh.describe(), "\n".join(f"{path}: {axes}" for path, axes in layout.items()))
+    build = _Builder(functional, mesh, plan)
+    divided = keras.models.clone_model(functional, clone_function=build.layer, call_function=build.call)
+    _take_weights(divided, functional, mesh)
+    return whole_model.remember(divided, model)
+
+
+def automatic_layout(model: keras.Model, mesh: Mesh) -> dict[str, tuple[str | None, ...]]:
+    """A layout for the layers of a model that are worth dividing and can be.
+
+    These are attentions, pairs of Dense layers with at most such between them as work on each element, and embeddings.
+    """
+    functional = graph.functional(model)
+    layout: dict[str, tuple[str | None, ...]] = {}
+    taken: set[str] = set()
+    for layer in functional.layers:
+        path = _pattern(layer)
+        if type(layer) is keras.layers.MultiHeadAttention and layer.num_heads % mesh.model == 0:
+            layout[f"{path}/query/kernel$"] = (None, "model", None)
+        elif type(layer) is keras.layers.Embedding and layer.input_dim % mesh.model == 0:
+            layout[f"{path}/embeddings$"] = ("model", None)
+        elif _is_dense(layer, mesh) and layer.name not in taken:
+            second = _dense_behind(layer)
+            if second is not None and second.name not in taken:
+                taken |= {layer.name, second.name}
+                layout[f"{path}/kernel$"] = (None, "model")
+                layout[f"{_pattern(second)}/kernel$"] = ("model", None)
+    return layout
+
+
+class _Builder:
+    """Builds the divided model layer by layer, and remembers which tensors are parts."""
+
+    def __init__(self, model: keras.Model, mesh: Mesh, plan: dict[str, int]) -> None:
+        self._mesh, self._plan = mesh, plan
+        self._axes: dict[int, tuple[Any, int]] = {}  # by a tensor's id: it, and the axis along which it is a part
+        self._last = {t._keras_history.operation.name for t in keras.tree.flatten(model.outputs)}
+
+    def layer(self, layer: keras.layers.Layer) -> keras.layers.Layer:
+        """The layer that takes the place of another."""
+        config = layer.get_config()
+        if not isinstance(layer, keras.layers.Layer):  # an operation, such as x + y, which knows the whole graph
+            return type(layer).from_config(config)
+        axis = self._plan.get(layer.name)
+        if axis is None:
+            return type(layer).from_config(config)
+        if isinstance(layer, keras.layers.MultiHeadAttention):
+            return parts.HeadsAttention(self._mesh, **_without(config, "query_shape", "key_shape", "value_shape"))
+        if isinstance(layer, keras.layers.EinsumDense):
+            cls: Any = parts.ColumnEinsumDense if _gives_part(layer, axis) else parts.RowEinsumDense
+            return cls(self._mesh, axis, **config)
+        if isinstance(layer, keras.layers.Embedding):
+            cls = parts.ColumnEmbedding if axis == 1 else parts.VocabularyEmbedding
+            return cls(self._mesh, **config)
+        return (parts.ColumnDense if axis == 1 else parts.RowDense)(self._mesh, **config)
+
+    def call(self, layer: Any, *args: Any, **kwargs: Any) -> Any:
+        """Calls a layer on what it needs: parts where it takes parts, whole tensors elsewhere."""
+        if isinstance(layer, (parts.RowDense, parts.RowEinsumDense)):
+            args = (self._part(args[0], _input_axis(layer), layer.name), *args[1:])
+            output = layer(*args, **kwargs)
+        elif (axis := self._passes(layer, args)) is not None:
+            output = layer(*args, **kwargs)
+            self._axes[id(output)] = (output, axis)
+        else:
+            args, kwargs = keras.tree.map_structure(lambda x: self._whole(x, layer.name), (args, kwargs))
+            output = layer(*args, **kwargs)
+            if isinstance(layer, (parts.ColumnDense, parts.ColumnEmbedding)):
+                self._axes[id(output)] = (output, -1)
+            elif isinstance(layer, parts.ColumnEinsumDense):
+                self._axes[id(output)] = (output, layer.output_axis)
+        if layer.name in self._last:
+            output = keras.tree.map_structure(lambda x: self._whole(x, layer.name), output)
+        return output
+
+    def _passes(self, layer: Any, args: Any) -> int | None:
+        """The axis along which the layer's input is a part, if its output is one along the same."""
+        if isinstance(layer, _PASS_THROUGH) and len(args) == 1 and id(args[0]) in self._axes:
+            name = getattr(getattr(layer, "activation", None), "__name__", "linear")
+            return self._axes[id(args[0])][1] if name in _ELEMENTWISE else None
+        return None
+
+    def _whole(self, x: Any, layer: str) -> Any:
+        if id(x) not in self._axes:
+            return x
+        axis = self._axes[id(x)][1]
+        return parts.JoinParts(self._mesh, axis, name=f"{x._keras_history.operation.name}_joined_for_{layer}")(x)
+
+    def _part(self, x: Any, axis: int, layer: str) -> Any:
+        if id(x) in self._axes and self._axes[id(x)][1] % len(x.shape) == axis % len(x.shape):
+            return x
+        return parts.OwnPart(self._mesh, axis, name=f"{layer}_own_part")(self._whole(x, layer))
+
+
+def plan_of(model: keras.Model, layout: Layout) -> dict[str, int]:
+    """By a layer's name, the axis of its first weight that is divided.
+
+    Raises:
+        UsageError: see `split_tensors`.
+    """
+    plan: dict[str, int] = {}
+    for pattern, axes in layout.items():
+        found = [(layer, w) for layer in model.layers for w in layer.weights if re.search(pattern, w.path)]
+        if not found:
+            raise UsageError(
+                f"The layout's pattern {pattern!r} matches no weight of the model {model.name!r}. Its weights are "
+                f"{', '.join(w.path for w in model.weights[:6])}, ..."
+            )
+        for layer, weight in found:
+            axis = _axis(layer, weight, axes)
+            if axis is not None:
+                plan[layer.name] = axis
+    return plan
+
+
+def _axis(layer: Any, weight: Any, axes: tuple[str | None, ...]) -> int | None:
+    """The axis of the kernel along which a layer is divided, as a weight's axes say; None if they say that of none."""
+    if len(axes) != len(weight.shape) or set(axes) - {None, "model"} or axes.count("model") > 1:
+        raise UsageError(
+            f'The layout gives {weight.path} the axes {axes}; write {len(weight.shape)}, of which one is "model" and '
+            f"the others are None."
+        )
+    if "model" not in axes or weight.path.endswith("/bias"):
+        return None  # a bias follows its kernel
+    axis = axes.index("model")
+    kind = type(layer)
+    if kind is keras.layers.MultiHeadAttention:
+        right = axis == (0 if weight.path.endswith("attention_output/kernel") else 1)
+    elif kind is keras.layers.EinsumDense:
+        x, kernel, output = parts.letters(layer.equation)
+        right = (kernel[axis] in output) != (kernel[axis] in x)
+    else:
+        right = kind in (keras.layers.Dense, keras.layers.Embedding)
+    if kind is keras.layers.Dense and axis == 1:
+        right = getattr(layer.activation, "__name__", "") in _ELEMENTWISE
+    if not right:
+        raise UsageError(
+            f"The layout divides {weight.path} along axis {axis}, which a {kind.__name__} cannot do. Dense, "
+            f"EinsumDense and Embedding layers can be divided along both of their axes (a Dense by columns only with "
+            f"an activation that works on each element), MultiHeadAttention along its heads."
+        )
+    return axis
+
+
+def _take_weights(divided: keras.Model, model: keras.Model, mesh: Mesh) -> None:
+    """Gives the divided model its part of the whole one's weights."""
+    for layer in divided.layers:
+        axes = getattr(layer, "split_axes", {})
+        sources = {} if not layer.weights else dict(zip(
+            (w.path for w in layer.weights), model.get_layer(layer.name).weights, strict=True
+        ))  # fmt: skip
+        for weight in layer.weights:
+            value = keras.ops.convert_to_numpy(sources[weight.path])
+            whole_model.part_of(weight, sources[weight.path].path)
+            axis = next((a for name, a in axes.items() if weight.path.endswith(f"{layer.name}/{name}")), None)
+            if axis is not None:
+                size = weight.shape[axis]
+                value = value.take(range(mesh.model_index * size, (mesh.model_index + 1) * size), axis)
+                mark(weight, Shard(mesh, axis))
+            weight.assign(value)
+
+
+def _pattern(layer: Any) -> str:
+    return f"(^|/){re.escape(layer.name)}"
+
+
+def _without(config: dict[str, Any], *names: str) -> dict[str, Any]:
+    return {name: value for name, value in config.items() if name not in names}
+
+
+def _is_dense(layer: Any, mesh: Mesh) -> bool:
+    elementwise = type(layer) is keras.layers.Dense and getattr(layer.activation, "__name__", "") in _ELEMENTWISE
+    return elementwise and layer.units % mesh.model == 0
+
+
+def _dense_behind(layer: Any) -> Any:
+    """The Dense layer that alone takes a layer's output, if by way of such layers as work on each element."""
+    while len(layer._outbound_nodes) == 1:
+        layer = layer._outbound_nodes[0].operation
+        if type(layer) is keras.layers.Dense:
+            return layer
+        if not isinstance(layer, _PASS_THROUGH):
+            return None
+    return None
+
+
+def _gives_part(layer: Any, axis: int) -> bool:
+    _, kernel, output = parts.letters(layer.equation)
+    return kernel[axis] in output
+
+
+def _input_axis(layer: Any) -> int:
+    if isinstance(layer, parts.RowDense):
+        return -1
+    x, kernel, _ = parts.letters(layer.equation)
+    return x.index(kernel[layer.split_axes["kernel"]]) - len(x)
