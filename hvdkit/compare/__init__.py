@@ -1,0 +1,1 @@
+"""`python -m hvdkit.compare`: one task, trained in every way to use several processors, side by side."""

@@ -1,0 +1,183 @@
+"""`python -m hvdkit.compare`: the same task in every way to use several processors, side by side.
+
+    python -m hvdkit.compare -np 2 --json found.json --plot found.png -- --model=gpt --steps=200
+
+Trains it in one process that has all cores (single), data parallel (horovod), with the model's tensors, branches or
+layers (pipeline) divided over the ranks, or, with a number, over so many of them: `pipeline:2` on four ranks has two
+copies of the model, which read different data. Then lets the planner say what it would have chosen. Ways that a model
+does not have are named with the reason.
+"""
+
+import argparse
+import json
+import sys
+import tempfile
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from hvdkit.bench import jobs, show
+from hvdkit.errors import UsageError
+
+_DIVIDING = ("tensor", "branches", "pipeline")
+WAYS = ("single", "horovod", *_DIVIDING)
+_LIMIT = 3600.0  # seconds for one training
+
+
+def main(argv: list[str]) -> int:
+    """Compares, shows, and returns the exit code: 2 if something that the user gave is wrong."""
+    arguments = _parse(argv[1:])
+    try:
+        found = compare(arguments.ways.split(","), arguments.number, arguments.flags)
+    except UsageError as error:
+        print(f"hvdkit.compare: {error}", file=sys.stderr)
+        return 2
+    planned = None if arguments.no_plan else recommend(arguments.number, found["rows"][0], arguments.flags)
+    print(table(found))
+    for way, reason in found["left_out"].items():
+        print(f"\n{way}: {reason}")
+    print(f"\nThe fastest is {fastest(found)}.{f' hvdkit.plan says: {planned}' if planned else ''}")
+    show.write_json(arguments.json, {**found, "fastest": fastest(found), "plan": planned})
+    draw(arguments.plot, found)
+    return 0
+
+
+def _parse(argv: Sequence[str]) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        prog="python -m hvdkit.compare", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("-np", dest="number", type=int, default=2, help="ranks [2]")
+    parser.add_argument(
+        "--ways", default=",".join(WAYS), help=f"of {', '.join(WAYS)}; also NAME:RANKS, as tensor:2 [all, on all ranks]"
+    )
+    parser.add_argument("--no-plan", action="store_true", help="do not ask the planner")
+    parser.add_argument("--json", metavar="FILE", help="write the numbers there")
+    parser.add_argument("--plot", metavar="FILE.png", help="draw them there")
+    parser.add_argument("flags", nargs="*", help="after --: flags of hvdkit.train")
+    return parser.parse_args(argv)
+
+
+def compare(ways: Sequence[str], number: int, flags: Sequence[str]) -> dict[str, Any]:
+    """Trains in each way, one after another.
+
+    Args:
+        ways: of `WAYS`, or one that divides the model and a number of ranks, as "tensor:2".
+        number: ranks.
+        flags: of hvdkit.train, without a strategy.
+
+    Returns:
+        `rows`, what `hvdkit.compare.rank` found of each way; and `left_out`, by way why it was.
+
+    Raises:
+        UsageError: a way is unknown, or none of them works.
+    """
+    for way in ways:
+        name, colon, columns = way.partition(":")
+        if name not in WAYS or (colon and not (name in _DIVIDING and columns.isdecimal())):
+            raise UsageError(
+                f"There is no way {way!r}. Choose from {', '.join(WAYS)}; of {', '.join(_DIVIDING)} one can say over "
+                f"how many ranks, as in tensor:2."
+            )
+    rows, left_out = [], {}
+    for way in ways:
+        print(f"training: {way}", file=sys.stderr, flush=True)
+        try:
+            rows.append({"way": way, **_train(way, number, flags)})
+        except UsageError as error:
+            left_out[way] = _reason(str(error))
+    if not rows:
+        raise UsageError(f"No way worked: {left_out[ways[0]]}")
+    return {"rows": rows, "left_out": left_out}
+
+
+def _train(way: str, number: int, flags: Sequence[str]) -> dict[str, Any]:
+    with tempfile.TemporaryDirectory() as folder:
+        result = Path(folder, "result.json")
+        name, _, columns = way.partition(":")
+        fixed = ["--checkpoint_every=never", "--notensorboard", f"--workdir={folder}/run", f"--strategy={name}"]
+        fixed += [f"--model_ranks={columns}"] if columns else []
+        program = [sys.executable, "-m", "hvdkit.compare.rank", str(result), *fixed, *flags]
+        launcher = [sys.executable, "-m", "hvdkit.launch", "-np", "1" if way == "single" else str(number), "--"]
+        jobs.run([*launcher, *program], limit=_LIMIT)
+        return dict(json.loads(result.read_text()))
+
+
+def _reason(output: str) -> str:
+    """The sentence in which a training said what was wrong."""
+    said = [line.partition("hvdkit.compare: ")[2] for line in output.splitlines() if "hvdkit.compare: " in line]
+    return said[-1] if said else output
+
+
+def recommend(number: int, row: dict[str, Any], flags: Sequence[str]) -> str:
+    """What the planner says to the same question, in its words.
+
+    Args:
+        number: ranks.
+        row: what was found of one way, for the batch.
+        flags: of hvdkit.train.
+    """
+    lengths = ("--steps", "--epochs", "--global_batch", "--local_batch")
+    kept = list(flags)
+    for place in reversed(range(len(kept))):
+        name, given, _ = kept[place].partition("=")
+        if name in lengths:
+            del kept[place : place + (1 if given else 2)]
+    batch = max(1, row["global_batch"] // number)
+    ranks = ["--ranks", f"1,{number}", "--ranks-per-host", str(number), "--batch", str(batch)]
+    try:
+        output = jobs.run([sys.executable, "-m", "hvdkit.plan", *ranks, "--", *kept], limit=_LIMIT)
+    except UsageError as error:  # what was trained is not lost for it
+        return f"nothing, because it failed: {error}"
+    return output.strip().split("\n\n")[-1]
+
+
+def fastest(found: dict[str, Any]) -> str:
+    """The way with the most samples a second."""
+    return str(max(found["rows"], key=lambda row: row["samples_per_second"])["way"])
+
+
+def table(found: dict[str, Any]) -> str:
+    """The table."""
+    first = found["rows"][0]["samples_per_second"]
+    heads = ["way", "ranks", "samples/s", "times the first", "s of training", "test accuracy", "test loss",
+             "cores busy", "MiB a rank", "MB sent a step"]  # fmt: skip
+    rows = [
+        [
+            row["way"],
+            row["ranks"],
+            f"{row['samples_per_second']:,.0f}",
+            f"{row['samples_per_second'] / first:.2f}",
+            f"{row['train_seconds']:.1f}",
+            "unknown" if row["test_accuracy"] is None else f"{row['test_accuracy']:.2%}",
+            f"{row['test_loss']:.4f}",
+            " ".join(f"{percent:.0f}%" for percent in row["core_percent"]),
+            f"{max(row['peak_bytes']) / 2**20:,.0f}",
+            f"{row['sent_bytes_per_step'] / 1e6:,.3f}",
+        ]
+        for row in found["rows"]
+    ]
+    return show.table(heads, rows)
+
+
+def draw(path: str | None, found: dict[str, Any]) -> None:
+    """Bars of speed, memory and bytes, if a file was named."""
+    if not path:
+        return
+    from matplotlib.figure import Figure  # takes a second to load
+
+    figure = Figure(figsize=(9, 3.5), layout="constrained")
+    names = [row["way"] for row in found["rows"]]
+    bars = {
+        "samples/s": [row["samples_per_second"] for row in found["rows"]],
+        "MiB a rank": [max(row["peak_bytes"]) / 2**20 for row in found["rows"]],
+        "MB sent a step": [row["sent_bytes_per_step"] / 1e6 for row in found["rows"]],
+    }
+    for axes, (title, values) in zip(figure.subplots(1, len(bars)), bars.items(), strict=True):
+        axes.bar(names, values)
+        axes.set_title(title)
+        axes.tick_params(axis="x", rotation=30)
+    figure.savefig(path)
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv))

@@ -1,0 +1,1 @@
+"""`python -m hvdkit.sweep`: many training runs over the ranks and hosts at hand (task parallelism)."""

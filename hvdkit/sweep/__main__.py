@@ -1,0 +1,133 @@
+"""Runs many trainings over the places at hand, one task a place, and keeps the best model.
+
+    python -m hvdkit.sweep -np 2 --workdir=runs/sweep --grid learning_rate=0.01,0.003 --grid optimizer=adam,sgd -- \\
+        --model=mnist_mlp --epochs=3
+    python -m hvdkit.sweep -H h1:4,h2:4 --workdir=DIR --random "learning_rate=1e-4..1e-1 log" \\
+        --int local_batch=16..128:16 --trials=40 --asha -- --model=cifar_cnn --dataset=cifar10
+    python -m hvdkit.sweep -np 2 --workdir=DIR --folds=5 -- --model=mnist_mlp
+
+Behind -- are flags of hvdkit.train. A task that crashes or hangs, or whose host dies, is tried again elsewhere, from
+its last checkpoint. The same command goes on with a sweep that was interrupted, however it was. Exit code: 0 if all
+trials are over and one is done, 1 if none is, 2 if the command line is wrong, 75 if no host answers, 85 after SIGTERM.
+"""
+
+import fcntl
+import json
+import signal
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from hvdkit import artifacts
+from hvdkit.errors import UsageError
+from hvdkit.sweep import hosts, options, space
+from hvdkit.sweep.options import Options
+
+
+def main(argv: list[str]) -> int:
+    """Runs the sweep, and returns the exit code."""
+    try:
+        chosen = options.parse(argv, __doc__ or "")
+        with _own_folder(chosen):
+            return _sweep(chosen)
+    except UsageError as error:
+        options.print_error(error)
+        return 2
+
+
+def _sweep(chosen: Options) -> int:
+    # These load Optuna, which takes a second: a wrong command line is told before.
+    from hvdkit.sweep import show
+    from hvdkit.sweep.coordinator import Coordinator
+    from hvdkit.sweep.study import Study
+
+    screen = show.Screen(chosen)
+    began = time.monotonic()
+    study = Study(chosen)
+    coordinator = Coordinator(chosen, study, screen.say)
+
+    def stop(number: int, _: Any) -> None:
+        coordinator.stopped_by = coordinator.stopped_by or number
+
+    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+        signal.signal(number, stop)
+    try:
+        coordinator.prepare()
+        screen.say(f"{coordinator.number} trial(s) on {hosts.words(coordinator.hosts)}")
+        with screen.live(coordinator) as draw:
+            code = coordinator.run(draw)
+    finally:
+        coordinator.close()
+    seconds = time.monotonic() - began
+    return _report(chosen, study, code, seconds, show.final_table(study.trials(), chosen))
+
+
+def _report(chosen: Options, study: Any, code: int, seconds: float, table: str) -> int:
+    print(table)
+    best = study.best()
+    trials = study.trials()
+    plots = study.plot(chosen.folder)
+    artifacts.write_json(
+        chosen.folder / "result.json",
+        {
+            "goal": chosen.goal,
+            "direction": chosen.direction,
+            "best": vars(best) if best else None,
+            "trials": [vars(trial) for trial in trials],
+            "seconds": round(seconds, 2),
+            "is_over": code == 0,
+            "versions": artifacts.versions(),
+        },
+    )
+    if best:
+        print(f"\nbest: trial {best.number}, {chosen.goal} {best.value:.4f}, {space.words(best.values)}")
+    kept = [name for name in ("best/model.keras", "result.json", *plots) if (chosen.folder / name).exists()]
+    print(f"written to {chosen.folder} in {seconds:.1f} s: {', '.join(kept)}")
+    if code:
+        print("The same command goes on with this sweep.")
+    return code or (0 if best else 1)
+
+
+@contextmanager
+def _own_folder(chosen: Options) -> Iterator[None]:
+    """Makes the sweep's folder, and keeps other sweeps out of it.
+
+    Raises:
+        UsageError: it cannot be written to, is in use, or has another sweep.
+    """
+    folder, identity = chosen.folder, chosen.identity()
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        lock = (folder / ".lock").open("w")
+    except OSError as error:
+        raise UsageError(
+            f"The workdir {folder} cannot be written to ({error.strerror}). Choose another with --workdir=DIR."
+        ) from None
+    with lock:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError:
+            raise UsageError(f"A sweep is running in {folder}. Wait for it, or choose another --workdir=DIR.") from None
+        _refuse_another(folder, identity)
+        artifacts.write_json(folder / "sweep.json", identity)
+        yield
+
+
+def _refuse_another(folder: Path, identity: dict[str, Any]) -> None:
+    if (folder / "sweep.json").exists():
+        there = json.loads((folder / "sweep.json").read_text())
+        differing = [name for name in identity if there.get(name) != json.loads(json.dumps(identity[name]))]
+        if differing:
+            raise UsageError(
+                f"The workdir {folder} has another sweep: its {', '.join(differing)} differ. Give the same search "
+                f"and flags to go on with it, or choose another --workdir=DIR."
+            )
+    elif (folder / "result.json").exists():
+        raise UsageError(f"The workdir {folder} has a training's run, not a sweep. Choose another with --workdir=DIR.")
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv))

@@ -1,0 +1,114 @@
+"""Loads TensorFlow once, and forks a process for each task of one rank on this host: `python -m hvdkit.sweep.nursery`.
+
+Loading TensorFlow takes longer than many a training. Nothing is asked of TensorFlow before the fork, whose threads and
+GPU would not survive it. A task has a process, a session and cores of its own: it can crash or be killed, and neither
+this process nor another task notices. All tasks end with this process, and this process with the sweep.
+
+In come lines of JSON, {"id", "argv", "cores", "env", "log"}; out go {"id", "pid"} when a task has begun, and
+{"id", "code"} when it has ended, as `subprocess` has codes.
+"""
+
+import ctypes
+import json
+import os
+import selectors
+import signal
+import sys
+import traceback
+from typing import Any
+
+_PR_SET_PDEATHSIG = 1
+_libc = ctypes.CDLL(None, use_errno=True)
+
+
+def main() -> int:
+    """Serves until its input closes; then all tasks are killed."""
+    from hvdkit import train
+
+    running: dict[int, int] = {}  # tasks, by process id
+    awake, alarm = os.pipe()
+    for end in (0, awake, alarm):
+        os.set_blocking(end, False)
+    signal.set_wakeup_fd(alarm, warn_on_full_buffer=False)
+    signal.signal(signal.SIGCHLD, lambda *_: None)
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    selector = selectors.DefaultSelector()
+    selector.register(0, selectors.EVENT_READ)
+    selector.register(awake, selectors.EVENT_READ)
+    incoming = b""
+    while True:
+        for key, _ in selector.select():
+            data = os.read(key.fd, 1 << 16)
+            if key.fd == 0:
+                if not data:
+                    _kill(running)
+                    return 0
+                *lines, incoming = (incoming + data).split(b"\n")
+                for line in lines:
+                    order = json.loads(line)
+                    pid = _fork(train.main, order)
+                    running[pid] = order["id"]
+                    _say({"id": order["id"], "pid": pid})
+        _reap(running)
+
+
+def _fork(train: Any, order: dict[str, Any]) -> int:
+    nursery = os.getpid()
+    sys.stdout.flush()
+    sys.stderr.flush()
+    pid = os.fork()
+    if pid:
+        return pid
+    code = 1
+    try:
+        _libc.prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
+        if os.getppid() != nursery:
+            os._exit(1)
+        _become_task(order)
+        code = train(["hvdkit.train", *order["argv"]])
+    except SystemExit as left:
+        code = left.code if isinstance(left.code, int) else 1
+    except BaseException:
+        traceback.print_exc()
+    finally:
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(code)  # what the nursery would do at its end is not the task's to do
+
+
+def _become_task(order: dict[str, Any]) -> None:
+    os.setsid()
+    signal.set_wakeup_fd(-1)
+    for number in (signal.SIGCHLD, signal.SIGINT):
+        signal.signal(number, signal.SIG_DFL)
+    log = os.open(order["log"], os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)
+    nothing = os.open(os.devnull, os.O_RDONLY)
+    for end, target in ((nothing, 0), (log, 1), (log, 2)):
+        os.dup2(end, target)
+    os.environ.update(order["env"])
+    if order["cores"]:
+        os.sched_setaffinity(0, order["cores"])
+
+
+def _reap(running: dict[int, int]) -> None:
+    for pid in list(running):
+        ended, status = os.waitpid(pid, os.WNOHANG)
+        if ended:
+            _kill({pid: 0})  # what it has left behind
+            _say({"id": running.pop(pid), "code": os.waitstatus_to_exitcode(status)})
+
+
+def _kill(running: dict[int, int]) -> None:
+    for pid in running:
+        try:
+            os.killpg(pid, signal.SIGKILL)
+        except ProcessLookupError:
+            continue
+
+
+def _say(what: dict[str, int]) -> None:
+    os.write(1, json.dumps(what).encode() + b"\n")
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,113 @@
+"""What people see of a sweep: a table that lives on a terminal, plain lines elsewhere, and a table at the end."""
+
+import contextlib
+import sys
+import time
+from collections.abc import Callable, Iterator, Sequence
+
+from rich.console import Console
+from rich.live import Live
+from rich.markup import escape
+from rich.table import Table
+
+from hvdkit.sweep import space, tasks
+from hvdkit.sweep.coordinator import Coordinator
+from hvdkit.sweep.options import Options
+from hvdkit.sweep.study import Trial
+
+_DRAW_SECONDS = 0.5
+_MOST_ROWS = 30  # of the table at the end; result.json has all
+
+
+class Screen:
+    """Takes lines; on a terminal it draws the tasks that run below them.
+
+    Args:
+        options: the sweep's.
+    """
+
+    def __init__(self, options: Options) -> None:
+        self._options = options
+        self._console = Console(stderr=True)
+        self._began = self._drawn = time.monotonic()
+
+    def say(self, text: str) -> None:
+        """Shows a line of what has happened."""
+        if self._console.is_terminal:
+            self._console.print(escape(text), highlight=False)
+        else:
+            print(f"{time.monotonic() - self._began:7.1f} s  {text}", file=sys.stderr, flush=True)
+
+    @contextlib.contextmanager
+    def live(self, coordinator: Coordinator) -> Iterator[Callable[[], None]]:
+        """Gives a function that draws the tasks, to be called as long as the sweep runs."""
+        if not self._console.is_terminal:
+            yield lambda: None
+            return
+        with Live(console=self._console, auto_refresh=False, transient=True) as live:
+
+            def draw() -> None:
+                if time.monotonic() - self._drawn > _DRAW_SECONDS:
+                    self._drawn = time.monotonic()
+                    live.update(self._tasks(coordinator), refresh=True)
+
+            yield draw
+
+    def _tasks(self, coordinator: Coordinator) -> Table:
+        table = Table(caption=self._summary(coordinator), caption_justify="left")
+        for head in ("task", "slot", "epoch", self._options.goal, "time", "flags"):
+            table.add_column(head)
+        for task in list(coordinator.running()):
+            if task.current is None:
+                continue
+            epochs = tasks.history(task.current.folder, f"val_{self._options.goal}")
+            epochs = epochs or tasks.history(task.current.folder, self._options.goal)
+            table.add_row(
+                task.name,
+                task.current.slot.name,
+                str(len(epochs)),
+                f"{epochs[-1]:.4f}" if epochs else "",
+                f"{task.current.seconds():.0f} s",
+                escape(space.words(coordinator.open[task.trial][0].values)) if task.trial in coordinator.open else "",
+            )
+        return table
+
+    def _summary(self, coordinator: Coordinator) -> str:
+        busy, slots = len(coordinator.running()), len(coordinator.slots())
+        done = coordinator.ended
+        text = f"{sum(done.values())} of {coordinator.number} trials over, {busy} of {slots} slots busy"
+        text += "".join(f", {number} {state}" for state, number in done.items() if number and state != "done")
+        best = coordinator.best
+        return text + (f"; best {best.value:.4f}, trial {best.number}: {space.words(best.values)}" if best else "")
+
+
+def final_table(trials: Sequence[Trial], options: Options) -> str:
+    """All trials, the best first: a table in GitHub's Markdown."""
+    sign = -1.0 if options.direction == "maximize" else 1.0
+
+    def order(trial: Trial) -> tuple[bool, float, int]:
+        return trial.state != "done", sign * (trial.value or 0.0), trial.number
+
+    names = [parameter.flag for parameter in options.parameters]
+    folds = [f"fold {fold}" for fold in range(options.folds)]
+    rows = [["trial", *names, "state", options.goal, *folds, "seconds", "tries", "host"]]
+    for trial in sorted(trials, key=order)[:_MOST_ROWS]:
+        each = trial.notes.get("values", []) if options.folds else []
+        rows.append(
+            [
+                str(trial.number),
+                *(space.short(trial.values.get(name, "")) for name in names),
+                trial.state,
+                "" if trial.value is None else f"{trial.value:.4f}",
+                *([f"{value:.4f}" for value in each] or [""] * options.folds),
+                f"{trial.notes.get('seconds', 0.0):.1f}",
+                str(trial.notes.get("tries", 0)),
+                " ".join(trial.notes.get("hosts", [])),
+            ]
+        )
+    widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
+    lines = ["| " + " | ".join(cell.ljust(w) for cell, w in zip(row, widths, strict=True)) + " |" for row in rows]
+    lines.insert(1, "|" + "|".join("-" * (width + 2) for width in widths) + "|")
+    if len(trials) > _MOST_ROWS:
+        lines.append(f"... and {len(trials) - _MOST_ROWS} more, in result.json")
+    return "\n".join(lines)

@@ -1,0 +1,63 @@
+import numpy as np
+import pytest
+
+from hvdkit.data.sources import FoldSource, open_source
+from hvdkit.data.sources.arrays import ArraySource
+from hvdkit.data.sources.fold import assign
+from hvdkit.errors import UsageError
+
+
+def numbered(size, labels=None):
+    """A source whose examples are their own places."""
+    places = np.arange(size).reshape(size, 1, 1, 1)
+    labels = np.zeros(size, int) if labels is None else labels
+    return ArraySource("numbers", "image", ["a", "b"], {"train": (places, labels), "test": (places[:1], labels[:1])})
+
+
+def places(source, split, start=0, stop=None):
+    stop = source.size(split) if stop is None else stop
+    return [int(x.numpy().item()) for x, _ in source.read(split, start, stop)]
+
+
+@pytest.mark.parametrize(("size", "folds"), [(10, 2), (11, 3), (100, 7), (5, 5)])
+def test_folds_are_disjoint_complete_even_and_always_the_same(size, folds):
+    each = [FoldSource(numbered(size), fold, folds) for fold in range(folds)]
+    tests = [places(source, "test") for source in each]
+    assert sorted(sum(tests, [])) == list(range(size))
+    assert max(map(len, tests)) - min(map(len, tests)) <= 1
+    for source, test in zip(each, tests, strict=True):
+        assert sorted(places(source, "train") + test) == list(range(size))
+        assert (source.size("train"), source.size("test")) == (size - len(test), len(test))
+    assert places(FoldSource(numbered(size), 0, folds), "test") == tests[0]
+
+
+def test_any_part_of_a_fold_can_be_read():
+    source = FoldSource(numbered(50), 1, 4)
+    for split in ("train", "test"):
+        whole = places(source, split)
+        assert places(source, split, 3, 9) == whole[3:9]
+        assert places(source, split, 4, 4) == []
+
+
+def test_an_order_that_repeats_itself_gives_no_fold_of_one_class():
+    labels = np.arange(1000) % 2
+    for fold in range(2):
+        held_out = labels[assign(1000, 2) == fold]
+        assert 0.4 < held_out.mean() < 0.6
+
+
+def test_classes_that_lie_together_are_spread_over_folds():
+    labels = np.repeat([0, 1], 500)
+    assert all(labels[assign(1000, 5) == fold].sum() == 100 for fold in range(5))
+
+
+def test_a_fold_keeps_what_the_source_says_of_itself():
+    digits = open_source("digits")
+    fold = FoldSource(digits, 0, 5)
+    assert (fold.name, fold.kind, fold.shape, len(fold.label_names)) == ("digits", "image", (8, 8, 1), 10)
+    assert fold.size("train") + fold.size("test") == digits.size("train"), "the test split is not touched"
+
+
+def test_more_folds_than_examples_are_refused():
+    with pytest.raises(UsageError, match="3 training examples, fewer than 5 folds"):
+        FoldSource(numbered(3), 0, 5)
