@@ -14,7 +14,7 @@ while (($#)); do
   case $1 in
     -np) np=${2:?-np needs the number of ranks}; shift ;;
     -H|--hostfile|--hosts-from|--host-discovery-script) hosts=given launcher+=("$1" "${2:?$1 needs hosts}"); shift ;;
-    --bind|--interface|--ssh-args|--start-timeout|--stall-timeout|--host-timeout|--output|--python|--directory|\
+    --bind|--cores|--gpus|--interface|--ssh-args|--start-timeout|--stall-timeout|--host-timeout|--output|--python|--directory|\
     --min-np|--max-np|--slots|--elastic-timeout|--restarts)
       launcher+=("$1" "${2:?$1 needs a value}"); shift ;;
     --gloo|--mpi|--elastic|--insecure-host-keys|--dry-run) launcher+=("$1") ;;

@@ -27,13 +27,14 @@ cd "$root"
 launch/local.sh --hosts-from slurm "$@" &
 launcher=$!
 told=''
-trap 'told=yes; kill -USR1 "$launcher"' USR1
-trap 'told=yes; kill -TERM "$launcher"' TERM
+trap 'told=yes; kill -USR1 "$launcher" || :' USR1  # it may have ended just now
+trap 'told=yes; kill -TERM "$launcher" || :' TERM
 while :; do  # a signal interrupts `wait`
   told='' code=0
   wait "$launcher" || code=$?
   [[ $told ]] || break
 done
+trap '' USR1 TERM  # Slurm ends this script, too, while it queues the run again
 
 # 85: saved. 128 + 10 (USR1): the signal came before there was something to save.
 if ((code == 85 || code == 138)); then

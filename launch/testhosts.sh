@@ -4,6 +4,7 @@
 #   launch/testhosts.sh up 3 [--rate 100mbit]    makes h1, h2 and h3; each reaches the others by name and by ssh
 #   launch/testhosts.sh run h1 command...        runs a command on h1, in this directory
 #   launch/testhosts.sh cut h2                   takes h2's cable out, and `mend h2` puts it in again; also from a host
+#   launch/testhosts.sh halt h2                  kills all that runs on h2, its sshd too, and `boot h2` starts that again
 #   launch/testhosts.sh down                     ends all that runs on them, and removes every trace
 #
 # Files, users and processes are this machine's own; only the network and the name differ. Root is needed. Nothing of
@@ -91,6 +92,13 @@ make_host() {  # HOST RATE
     tc qdisc add dev "$space" root tbf rate "$2" burst 128kb latency 400ms
     tc -n "$space" qdisc add dev eth0 root tbf rate "$2" burst 128kb latency 400ms
   fi
+  boot "$host"
+}
+
+boot() {  # HOST
+  local host=${1:-} space=$name-${1:-}
+  [[ -d /etc/netns/$space ]] || die "there is no host '$host'; make hosts with: $0 up 2"
+  [[ ! -e $state/$host.pid ]] || die "$host is up; to end what runs on it: $0 halt $host"
   # What starts here keeps the host's name for as long as it runs; `run` and ssh enter where sshd is.
   # shellcheck disable=SC2016  # the inner shell expands it
   ip netns exec "$space" unshare --uts bash -c 'hostname "$1" && exec "$(PATH=$PATH:/usr/sbin command -v sshd)" -f /etc/ssh/sshd_config' - "$host"
@@ -105,6 +113,13 @@ run() {
   (($#)) || die "no command was given, as in: $0 run $host hostname"
   # shellcheck disable=SC2016  # the inner shell expands it
   exec nsenter --target "$pid" --net --uts --mount sh -c 'cd "$1" && shift && exec "$@"' - "$PWD" "$@"
+}
+
+halt() {  # HOST
+  local pid
+  [[ -e $state/${1:-}.pid ]] || die "there is no host '${1:-}'; make hosts with: $0 up 2"
+  for pid in $(ip netns pids "$name-$1"); do kill -9 "$pid" 2>/dev/null || true; done
+  rm "$state/$1.pid"
 }
 
 cable() {  # up|down HOST
@@ -132,6 +147,8 @@ case ${1:-} in
   run)  shift; run "$@" ;;
   cut)  shift; cable down "$@" ;;
   mend) shift; cable up "$@" ;;
+  halt) shift; halt "$@" ;;
+  boot) shift; boot "$@" ;;
   down) down ;;
-  *)    die "'${1:-}' is not understood; expected is up N [--rate RATE], run HOST COMMAND..., cut HOST, mend HOST or down" ;;
+  *)    die "'${1:-}' is not understood; expected is up N [--rate RATE], run HOST COMMAND..., cut HOST, mend HOST, halt HOST, boot HOST or down" ;;
 esac

@@ -32,7 +32,28 @@ def operations(elements: int) -> dict[str, Callable[[tf.Tensor], tf.Tensor]]:
         found["shared_allreduce"] = lambda x: collectives.reduce_dense(
             [x], f"bench.shared.{elements}", process_set=everyone, **sums
         )[0]
+    if world.size() == 2:
+        found |= _transfers(elements)
     return found
+
+
+def _transfers(elements: int) -> dict[str, Callable[[tf.Tensor], tf.Tensor]]:
+    """Ways to send a tensor from rank 0 to rank 1, by collectives; a broadcast and an allreduce are two more."""
+    sends, everyone = world.rank() == 0, world.horovod().global_process_set
+    splits = tf.constant([0, elements] if sends else [0, 0])
+
+    def alltoall(x: tf.Tensor) -> tf.Tensor:
+        rows, _ = wire.run("alltoall", [x if sends else x[:0], splits], f"bench.send.alltoall.{elements}")
+        return tf.concat([rows, [0.0]], axis=0)  # the sender gets nothing back
+
+    def allgather(x: tf.Tensor) -> tf.Tensor:
+        return wire.run("allgather", [x if sends else x[:0]], f"bench.send.allgather.{elements}")[0]
+
+    def shared(x: tf.Tensor) -> tf.Tensor:
+        return collectives.gather_rows(x if sends else x[:0], f"bench.send.shared.{elements}", everyone)
+
+    found = {"send_by_alltoall": alltoall, "send_by_allgather": allgather}
+    return found | ({"send_by_shared_memory": shared} if shared_memory.is_used() else {})
 
 
 def timings(operation: Callable[[tf.Tensor], tf.Tensor], elements: int, seconds: float) -> list[float]:

@@ -55,6 +55,8 @@ def _row(runs: list[dict[str, Any]]) -> dict[str, Any]:
             for phase in runs[0]["startup_seconds"]
         },
         "peak_bytes": max(max(run["peak_bytes"]) for run in runs),
+        "training_peak_bytes": max(max(run["training_peak_bytes"]) for run in runs),
+        "optimizer_bytes": runs[0]["facts"]["optimizer_bytes"],
         "exchange": runs[0]["exchange"],
         "exchange_seconds": runs[-1].get("exchange_seconds"),
         "waiting_seconds": runs[-1].get("waiting_seconds"),
@@ -70,12 +72,17 @@ def report(found: dict[str, Any]) -> str:
             f"{row['samples_per_second']:,.0f}" + (" (noisy)" if row["noisy"] else ""),
             f"{row['quartiles'][0]:,.0f} to {row['quartiles'][1]:,.0f}",
             f"{row['peak_bytes'] / 2**20:,.0f}",
+            f"{row['training_peak_bytes'] / 2**20:,.0f}",
+            f"{row['optimizer_bytes'] / 2**20:,.1f}",
             " + ".join(f"{name.replace('_', ' ')} {value:.1f}" for name, value in row["startup_seconds"].items()),
             row["exchange"],
         ]
         for row in found["rows"]
     ]
-    heads = ["workload", "case", "samples/s", "quartiles", "peak MiB a rank", "seconds to the first step", "exchange"]
+    heads = [
+        "workload", "case", "samples/s", "quartiles", "peak MiB a rank", "in steps", "of the optimizer",
+        "seconds to the first step", "exchange",
+    ]  # fmt: skip
     return show.table(heads, rows)
 
 

@@ -11,6 +11,7 @@ import resource
 import sys
 import tempfile
 import time
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -23,10 +24,11 @@ import keras  # noqa: E402
 import numpy as np  # noqa: E402
 import tensorflow as tf  # noqa: E402
 
-from hvdkit import collectives, job, local_sgd, native, shared_memory, train, train_flags, world  # noqa: E402
+from hvdkit import collectives, job, local_sgd, native, parallel, shared_memory, train, train_flags, world  # noqa: E402
 
 _LOADED = time.time()
 _WINDOWS = 20  # into which the measured time is cut
+_FIRST_STEPS = 3  # in which graphs are traced, and memory is not yet what it will be
 _WARM_UP = 0.2  # of it, dropped: caches, and threads that find their cores
 
 
@@ -43,6 +45,7 @@ class Clock(keras.callbacks.Callback):
         super().__init__()
         self.ends: list[tuple[float, int, int]] = []  # time, steps done by then, bytes that left this host
         self.began = self.first_step = 0.0
+        self.peak = 0  # bytes resident at most in steps, without what is checked and written at the end
         self._seconds = seconds
         self._epoch = 0
         self._every = 1
@@ -59,19 +62,26 @@ class Clock(keras.callbacks.Callback):
     def on_train_batch_end(self, batch: int, logs: dict | None = None) -> None:
         """Notes the time."""
         self.first_step = self.first_step or time.time()
+        if len(self.ends) == _FIRST_STEPS:
+            _forget_peak()
+        self.peak = _peak()
         sent = psutil.net_io_counters().bytes_sent
         self.ends.append((time.perf_counter(), self._epoch * self.params["steps"] + batch + 1, sent))
-        if self.ends[-1][0] - self.ends[0][0] > self._seconds and len(self._whole()) > 1:
+        # The rank that reports decides: another one's time may have begun before its own.
+        is_over = self.ends[-1][0] - self.ends[0][0] > self._seconds and len(self._whole()) > 1
+        if world.rank() == 0 and is_over:
             self.model.stop_training = True
 
     def facts(self) -> dict[str, Any]:
         """Shapes and bytes of the model that was trained."""
         weights, optimizer = self.model.trainable_weights, self.model.optimizer
-        held = [*self.model.weights, *getattr(optimizer, "variables", [])]
+        slots = getattr(optimizer, "variables", [])
         return {
             "shapes": [list(w.shape) for w in weights],
             "gradient_bytes": sum(4 * int(np.prod(w.shape)) for w in weights),
-            "state_bytes": sum(int(np.prod(v.shape)) * tf.as_dtype(v.dtype).size for v in held),
+            "state_bytes": _bytes([*self.model.weights, *slots]),
+            "optimizer_bytes": _bytes(slots),
+            "divisions": parallel.divisions(self.model),
         }
 
     def rates(self) -> list[float]:
@@ -93,6 +103,21 @@ class Clock(keras.callbacks.Callback):
         return [end for end in self._kept() if end[1] % self._every == 0]
 
 
+def _forget_peak() -> None:
+    """Begins anew to look for the most memory (proc(5), clear_refs)."""
+    Path("/proc/self/clear_refs").write_text("5")
+
+
+def _peak() -> int:
+    """The most bytes that were resident since then."""
+    status = Path("/proc/self/status").read_text()
+    return 1024 * int(next(line.split()[1] for line in status.splitlines() if line.startswith("VmHWM:")))
+
+
+def _bytes(variables: Sequence[Any]) -> int:
+    return sum(int(np.prod(v.shape)) * tf.as_dtype(v.dtype).size for v in variables)
+
+
 def exchanges_every(optimizer: Any) -> int:
     """Steps from one exchange of this optimizer to the next: those of local SGD, or of accumulation."""
     local = optimizer.local_steps if isinstance(optimizer, local_sgd.LocalSGD) else 1
@@ -100,13 +125,15 @@ def exchanges_every(optimizer: Any) -> int:
 
 
 def measure(seconds: float, flags: list[str]) -> dict[str, Any]:
-    """Trains, and returns what was measured: samples a second, seconds to the first step, bytes."""
+    """Trains, and returns what was measured: samples a second, seconds to the first step, bytes; on rank 0 alone."""
     clock = Clock(seconds)
     with tempfile.TemporaryDirectory() as folder:
         fixed = ["--checkpoint_every=never", "--notensorboard", f"--workdir={folder}/run", "--steps=1000000000"]
         result = train.run(train_flags.parse(["hvdkit.bench", *fixed, *flags]), [clock])
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
-    peaks = collectives.allgather_object(peak, name="peaks")
+    peaks = collectives.allgather_object((max(peak, clock.peak), clock.peak), name="peaks")
+    if world.rank() != 0:
+        return {}
     phases = {
         "python": _LOADING - _STARTED,
         "imports": _LOADED - _LOADING,
@@ -115,7 +142,7 @@ def measure(seconds: float, flags: list[str]) -> dict[str, Any]:
     }
     waiting = {}
     if shared_memory.is_used():
-        in_all, waited, number = native.exchange_times()
+        in_all, waited, number, _ = native.exchange_times()
         waiting = {"exchange_seconds": in_all / number / 1e9, "waiting_seconds": waited / number / 1e9}
     return {
         "ranks": world.size(),
@@ -125,7 +152,8 @@ def measure(seconds: float, flags: list[str]) -> dict[str, Any]:
         "mean_samples_per_second": clock.means()[0] * result["global_batch"],
         "sent_bytes_per_step": clock.means()[1],
         "startup_seconds": {name: round(value, 2) for name, value in phases.items()},
-        "peak_bytes": peaks,
+        "peak_bytes": [whole for whole, _ in peaks],
+        "training_peak_bytes": [training for _, training in peaks],
         "facts": clock.facts(),
         "exchange": "shared memory" if shared_memory.is_used() else "horovod" if world.size() > 1 else "none",
         **waiting,

@@ -114,6 +114,21 @@ def expand_nodes(text: str) -> list[str]:
     return [_host(name, f"SLURM_JOB_NODELIST={text}").name for name in names]
 
 
+def numbers(text: str, option: str) -> list[int]:
+    """The numbers of `0-3,8`, as Linux writes cores: 0, 1, 2, 3, 8.
+
+    Raises:
+        UsageError: the text is not of that form.
+    """
+    found: list[int] = []
+    for part in text.split(","):
+        match = re.fullmatch(r"(\d+)(?:-(\d+))?", part.strip())
+        if not match or int(match[2] or match[1]) - int(match[1]) not in range(1 << 16):
+            raise UsageError(f"{option} {text} is not understood: {part!r} is no number or range like 0-3.")
+        found += range(int(match[1]), int(match[2] or match[1]) + 1)
+    return found
+
+
 def assign(hosts: Sequence[Host], ranks: int) -> list[Any]:
     """Each rank's place: Horovod's `SlotInfo`, in the order of the ranks.
 

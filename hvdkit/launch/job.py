@@ -55,6 +55,8 @@ class Settings:
     silence: float
     is_watched: bool
     elastic: str | None = None
+    cores: list[int] | None = None
+    gpus: list[str] | None = None
 
 
 class UnfitHostError(UsageError):
@@ -240,7 +242,8 @@ class Job:
     def placed_on(self, link: Link) -> list[tuple[Any, plan.Binding]]:
         """The ranks of a host, and what of it is each one's own."""
         mine = [slot for slot in self.slots if slot.hostname == self._names[link]]
-        return list(zip(mine, plan.bindings(link.about or {}, len(mine), self.settings.bind), strict=True))
+        s = self.settings
+        return list(zip(mine, plan.bindings(link.about or {}, len(mine), s.bind, s.cores, s.gpus), strict=True))
 
     def common_environment(self) -> dict[str, str]:
         """The variables that all ranks have."""

@@ -50,6 +50,8 @@ class MpiJob(Job):
                 f"--bind {self.settings.bind} and --mpi exclude each other: mpirun binds its ranks itself. Leave "
                 f"--bind out, and set OMPI_MCA_hwloc_base_binding_policy=core for cores."
             )
+        if self.settings.cores or self.settings.gpus:
+            raise UsageError("--cores and --gpus are for Gloo: mpirun binds ranks itself. Leave them out, or --mpi.")
         for host in self.settings.hosts:
             self._addresses[host.name] = address_of(host.name, self.settings.shell)
         link = Link("localhost", None, sys.executable, self.events)

@@ -44,6 +44,8 @@ def parse(argv: list[str], description: str) -> argparse.Namespace:
     how.add_argument("--bind", choices=("auto", "none", "cores", "gpus", "both"), default="auto", help="share out "
                      "a host's cores or GPUs among its ranks [cores, where there are no GPUs]; hvd.init() takes the "
                      "local rank's GPU in any case")  # fmt: skip
+    how.add_argument("--cores", metavar="0-3,8", help="cores of each host that the job may use [all that it can]")
+    how.add_argument("--gpus", metavar="0,1", help="GPUs of each host that the job may use, and binds to [all]")
     how.add_argument("--interface", metavar="NAME", help="the job's network interface, on every host [the route's]")
     how.add_argument("--remote-shell", choices=("ssh", "srun"), help="how other hosts are reached "
                      "[srun with --hosts-from slurm, where it is installed, else ssh]")  # fmt: skip
@@ -129,6 +131,8 @@ def settings(arguments: argparse.Namespace) -> Settings:
         stall_limit=arguments.stall_timeout if arguments.stall_timeout is not None or not arguments.elastic else 120.0,
         silence=arguments.host_timeout,
         is_watched=sys.stderr.isatty(),
+        cores=hosts.numbers(arguments.cores, "--cores") if arguments.cores else None,
+        gpus=arguments.gpus.split(",") if arguments.gpus else None,
         elastic=str((Path(arguments.workdir) / "elastic").resolve()) if _starts_again(arguments) else None,
     )
 

@@ -20,7 +20,13 @@ class Binding:
     gpu: str | None
 
 
-def bindings(about: Mapping[str, Any], ranks: int, bind: str) -> list[Binding]:
+def bindings(
+    about: Mapping[str, Any],
+    ranks: int,
+    bind: str,
+    cores: Sequence[int] | None = None,
+    gpus: Sequence[str] | None = None,
+) -> list[Binding]:
     """Shares a host's cores and GPUs out among its ranks.
 
     Cores are shared evenly, neighbours together, the first ranks having one more where they do not divide; with fewer
@@ -30,15 +36,22 @@ def bindings(about: Mapping[str, Any], ranks: int, bind: str) -> list[Binding]:
         about: what the agent said of its host.
         ranks: number of ranks on the host.
         bind: `none`, `cores`, `gpus`, `both`; or `auto` for cores on a host without GPUs that has several ranks: each
-            then has its caches, and its threads, to itself (1.3 times the speed of a small model on two cores).
+            then has its caches, and its threads, to itself (1.3 times the speed of a small model on two cores); and
+            for whatever was named.
+        cores: those of the host's that the job may use; None for all. Where they are fewer than ranks, all share them.
+        gpus: likewise, by CUDA's names.
 
     Raises:
-        UsageError: GPUs are to be shared out, and there are fewer than ranks.
+        UsageError: GPUs are to be shared out, and there are fewer than ranks; or the host lacks a core or a GPU that
+            was named.
     """
-    cores, gpus = list(about["cores"]), list(about["gpus"])
     if bind == "auto":
-        bind = "cores" if ranks > 1 and not gpus else "none"
-    cores_each: list[list[int] | None] = [None] * ranks
+        parts = {(False, False): "none", (True, False): "cores", (False, True): "gpus", (True, True): "both"}
+        bind = parts[cores is not None or (ranks > 1 and not about["gpus"]), gpus is not None]
+    is_part = cores is not None
+    cores = _those_named("cores", about, cores)
+    gpus = _those_named("gpus", about, gpus)
+    cores_each: list[list[int] | None] = [cores if is_part else None] * ranks
     if bind in ("cores", "both") and len(cores) >= ranks:
         ends = [(number * len(cores) + ranks - 1) // ranks for number in range(ranks + 1)]
         cores_each = [cores[begin:end] for begin, end in itertools.pairwise(ends)]
@@ -49,6 +62,17 @@ def bindings(about: Mapping[str, Any], ranks: int, bind: str) -> list[Binding]:
         )
     binds_gpus = bind in ("gpus", "both")
     return [Binding(cores_each[number], gpus[number] if binds_gpus else None) for number in range(ranks)]
+
+
+def _those_named(what: str, about: Mapping[str, Any], named: Sequence[Any] | None) -> list[Any]:
+    """What a host has of the cores or GPUs that were named, in the host's own order: all of it without names."""
+    missing = [each for each in named or () if each not in about[what]]
+    if missing:
+        raise UsageError(
+            f"--{what} names {', '.join(map(str, missing))}, and host {about['hostname']} has "
+            f"{', '.join(map(str, sorted(about[what]))) or 'none'}. Name what every host has, or leave the option out."
+        )
+    return [each for each in about[what] if named is None or each in named]
 
 
 def rank_environment(slot: Any, binding: Binding) -> dict[str, str]:

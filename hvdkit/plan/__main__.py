@@ -78,7 +78,8 @@ def _plan(arguments: argparse.Namespace) -> int:
     lines: dict[str, list[tuple[float, float]]] = {}
     for row in found:
         lines.setdefault(row["mode"], []).append((row["ranks"], row["speedup"]))
-    lines["ideal"] = [(n, n) for n in numbers]
+    first = found[0]["mode"]
+    lines["ideal"] = [(row["ranks"], row["speedup"] / row["efficiency"]) for row in found if row["mode"] == first]
     show.plot(arguments.plot, "predicted scaling", "ranks", "times one process", lines, xscale="log", yscale="log")
     return 0
 
@@ -119,16 +120,22 @@ def _predict(
             modes.FEEDBACK, known["shapes"], threads, beside, bound
         )
     deviations = {**deviations, "compute": max(compute.deviation, 0.02)}
-    ways = modes.all_modes(known["shapes"], _optimizer(arguments.flags), known["compression_seconds"])
+    ways = modes.all_modes(
+        known["shapes"], _optimizer(arguments.flags), known["compression_seconds"], known["divisions"]
+    )
     ways = _chosen(ways, arguments.modes)
-    found = report.rows(numbers, arguments.batch, compute, ways, cluster, deviations, arguments.price)
+    found = report.rows(
+        numbers, arguments.batch, compute, ways, cluster, deviations, arguments.price, known["one_process"]
+    )
     return found, ways, {"compute": vars(compute), **known, "deviations": deviations}
 
 
 def _read_model(path: str) -> tuple[Compute, dict[str, Any]]:
     try:
         content = json.loads(Path(path).expanduser().read_text())
-        return Compute(**content["compute"]), {key: content[key] for key in ("shapes", "compression_seconds")}
+        return Compute(**content["compute"]), {
+            key: content[key] for key in ("shapes", "compression_seconds", "divisions", "one_process")
+        }
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise UsageError(
             f"{path} does not hold what is known of a model ({error}). It is written by: python -m hvdkit.plan "

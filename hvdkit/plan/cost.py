@@ -21,6 +21,11 @@ A step of data parallel training is the computation on the local batch, then an 
 - **Allgather** (top-k) of n bytes from each: (N - 1) (α + n β') (Thakur et al.), where β' is a byte's time as measured
   of an allgather. Few-bit compression scatters 1/N of its bytes to each and gathers as much: two of these of n/N.
 
+- **A divided model** has no gradients to exchange, and one batch for all its ranks. By tensors: the share of the
+  weights that is divided computes N times as fast, and each pair of layers is two allreduces of activations (M. Shoeybi
+  et al., 2019, section 3). In a pipeline of N stages and M micro-batches, M + N - 1 turns of a stage's computation and
+  two transfers (Y. Huang et al., 2018, section 2.3).
+
 Every exchange's bytes are those that `Compression` itself counts. Accumulation over k steps and local SGD over H steps
 divide the exchange by k or H. Independent tasks exchange nothing.
 """
@@ -107,6 +112,25 @@ class Cluster:
 
 
 @dataclasses.dataclass(frozen=True)
+class Division:
+    """How ranks hold a model between them.
+
+    Attributes:
+        stages: whether they are the stages of a pipeline; otherwise they divide tensors.
+        share: of the weights that is divided.
+        bytes: of activations that a sample sends in all: over a border between stages, or in allreduces.
+        exchanges: allreduces of a step, forwards and backwards.
+        micro_batches: of a pipeline.
+    """
+
+    stages: bool
+    share: float
+    bytes: float
+    exchanges: int = 0
+    micro_batches: int = 4
+
+
+@dataclasses.dataclass(frozen=True)
 class Mode:
     """A way to train.
 
@@ -121,6 +145,7 @@ class Mode:
         exact: whether it trains the model that dense data parallelism does.
         exchanges: exchanges one after the other.
         one_host: whether it works on one host only.
+        division: of the model, if it is not whole on each rank.
     """
 
     name: str
@@ -133,6 +158,7 @@ class Mode:
     exact: bool = True
     exchanges: int = 1
     one_host: bool = False
+    division: Division | None = None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -216,17 +242,49 @@ def predict(
         compute: of one rank.
         mode: how they train.
         cluster: where.
-        overlap: share of the exchange that runs while gradients are still computed; hvdkit has none today.
+        overlap: share of the exchange that runs while gradients are still computed. 0 is on the safe side: of gradients
+            that go in several groups (see `hvdkit.gradients`) hvdkit hides some, by a share that depends on the model.
     """
+    if mode.division and ranks > 1:
+        return _predict_divided(ranks, local_batch, compute, mode, mode.division, cluster)
     size = compute.gradient_bytes
     seconds = computation(ranks, local_batch, compute, mode, cluster)
     seconds += (1 - overlap) * exchange(ranks, size, mode, cluster)
     samples = ranks * local_batch / seconds
-    alone = local_batch / compute.seconds(local_batch)
+    alone = local_batch / computation(1, local_batch, compute, mode, cluster)
     return Prediction(
         step_seconds=seconds,
         samples_per_second=samples,
         efficiency=samples / (ranks * alone),
         memory_bytes=compute.memory(local_batch, exchanges=ranks > 1 and mode.share > 0),
         wire_bytes=wire_bytes(ranks, size, mode),
+    )
+
+
+def _predict_divided(
+    ranks: int, batch: float, compute: Compute, mode: Mode, division: Division, cluster: Cluster
+) -> Prediction:
+    """What N ranks make of a batch that they take between them."""
+    link = cluster.between if ranks > cluster.ranks_per_host else cluster.inside
+    sent = division.bytes * batch
+    if division.stages:
+        micro = batch / division.micro_batches
+        transfer = agreeing(2, link) + link.latency + division.bytes * micro * link.byte_seconds
+        turns = division.micro_batches + ranks - 1
+        seconds = turns * (computation(ranks, micro, compute, mode, cluster) / ranks + 2 * transfer)
+        wire = 2 * sent
+    else:
+        whole = computation(ranks, batch, compute, mode, cluster)
+        seconds = whole * (1 - division.share + division.share / ranks)
+        seconds += division.exchanges * allreduce(ranks, sent / max(1, division.exchanges), cluster)
+        wire = 2 * (ranks - 1) / ranks * sent
+    alone = batch / computation(1, batch, compute, mode, cluster)
+    part = 1 - division.share + division.share / ranks
+    return Prediction(
+        step_seconds=seconds,
+        samples_per_second=batch / seconds,
+        efficiency=batch / seconds / (ranks * alone),
+        memory_bytes=compute.base_bytes
+        + part * (compute.state_bytes + compute.gradient_bytes + compute.activation_bytes * batch),
+        wire_bytes=wire,
     )

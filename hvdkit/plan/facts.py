@@ -1,5 +1,6 @@
 """What is measured of the user's model: seconds by batch, bytes of all kinds, and what compression costs to compute."""
 
+import contextlib
 import json
 import statistics
 import sys
@@ -10,6 +11,7 @@ from typing import Any
 import numpy as np
 
 from hvdkit.bench import jobs
+from hvdkit.errors import UsageError
 from hvdkit.plan.cost import Compute
 
 
@@ -27,6 +29,11 @@ def measure(
         beside: ranks that run at the same time on one machine.
         bound: whether each has cores of its own.
         seconds: of each measurement.
+
+    Returns:
+        What a rank takes; and by name `shapes`, `divisions`, and `one_process`: samples a second of one process that
+        has all cores to itself and the batch of all of this machine's ranks. None if a rank has all cores, or shares
+        them without having its own.
     """
     runs = {}
     for batch in sorted({max(1, local_batch // 2), local_batch, 2 * local_batch}):
@@ -37,7 +44,13 @@ def measure(
 
         found = _side_by_side(train, threads, beside, bound)
         runs[batch] = {**found[0], "samples_per_second": [rate for run in found for rate in run["samples_per_second"]]}
-    return from_runs(runs, threads, beside), {"shapes": runs[local_batch]["facts"]["shapes"]}
+    known = {name: runs[local_batch]["facts"][name] for name in ("shapes", "divisions")}
+    known["one_process"] = None
+    if bound and beside > 1:
+        own = [*flags, f"--global_batch={local_batch * beside}", "--strategy=single"]
+        with contextlib.suppress(UsageError):  # so large a batch may be more than there are data
+            known["one_process"] = statistics.median(jobs.train(["-np", "1"], own, seconds)["samples_per_second"])
+    return from_runs(runs, threads, beside), known
 
 
 def from_runs(runs: dict[int, dict[str, Any]], threads: int, beside: int = 1) -> Compute:

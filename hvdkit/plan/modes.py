@@ -3,7 +3,7 @@
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from hvdkit.plan.cost import Mode
+from hvdkit.plan.cost import Division, Mode
 
 LOCAL_STEPS, DILOCO_STEPS, ACCUMULATED = 20, 100, 5  # of which executions of 10 steps make a round
 _SCATTERING = ("int8", "onebit")
@@ -11,7 +11,10 @@ FEEDBACK = ("int8", "onebit", "topk", "powersgd")
 
 
 def all_modes(
-    shapes: Sequence[Sequence[int]], optimizer: str, compression_seconds: Mapping[str, float]
+    shapes: Sequence[Sequence[int]],
+    optimizer: str,
+    compression_seconds: Mapping[str, float],
+    divisions: Mapping[str, Mapping[str, Any]] | None = None,
 ) -> dict[str, Mode]:
     """Every mode by name.
 
@@ -19,6 +22,7 @@ def all_modes(
         shapes: of the trainable weights.
         optimizer: as the flag of hvdkit.train has it.
         compression_seconds: what a compressor computes a step, by name.
+        divisions: by strategy, how the model can be divided (see `hvdkit.bench.training`).
     """
     colon = "," if ":" in optimizer else ":"
     accumulate = f"--optimizer={optimizer}{colon}gradient_accumulation_steps={ACCUMULATED}"
@@ -31,6 +35,10 @@ def all_modes(
         Mode("local SGD", f"--local_steps={LOCAL_STEPS} {mean}", every=LOCAL_STEPS, exact=False),
         Mode("DiLoCo", f"--local_steps={DILOCO_STEPS}", every=DILOCO_STEPS, exact=False),
         Mode("mirrored", "--strategy=mirrored", one_host=True),
+        *(
+            Mode(f"{name} parallel", f"--strategy={name}", division=Division(**division))
+            for name, division in (divisions or {}).items()
+        ),
         Mode("independent", "--strategy=single", share=0.0, every=10**9),
     ]
     return {mode.name: mode for mode in modes}

@@ -20,6 +20,7 @@ def rows(
     cluster: Cluster,
     deviations: Mapping[str, float],
     price: float | None = None,
+    one_process: float | None = None,
 ) -> list[dict[str, Any]]:
     """Predictions of every mode for every number of ranks, with 90 % intervals of the samples a second.
 
@@ -31,8 +32,10 @@ def rows(
         cluster: where they run.
         deviations: of `compute`, `start` and `byte`, as shares of them.
         price: of a rank for an hour, in whatever currency; for the cost of a million samples.
+        one_process: samples a second of one process that has a whole host, if a rank has less.
     """
-    alone = local_batch / compute.seconds(local_batch)
+    one = predict(1, local_batch, compute, Mode("one process"), cluster)
+    alone = max(one.samples_per_second, one_process or 0.0)
     found = []
     for mode in modes.values():
         for number in ranks:

@@ -89,6 +89,20 @@ def test_training_on_two_hosts_gives_the_model_of_one(cluster, train, tmp_path):
     assert weights[0] == weights[1]
 
 
+@pytest.mark.timeout(900)
+def test_a_model_divided_over_two_hosts_is_that_of_one_process(cluster, train, tmp_path):
+    flags = ["--model=mnist_mlp", "--dataset=digits", "--notensorboard", "--steps=22", "--checkpoint_every=never"]
+    assert train(0, "--strategy=single", *flags, f"--workdir={tmp_path}/single").code == 0
+    expected = json.loads((tmp_path / "single" / "result.json").read_text())
+    for strategy in ("tensor", "pipeline"):
+        where = [*TWO, *flags, f"--strategy={strategy}", f"--workdir={tmp_path}/{strategy}"]
+        ended = cluster.run("h1", ROOT / "launch" / "hosts.sh", *where, timeout=400)
+        assert ended.code == 0, ended.output
+        result = json.loads((tmp_path / strategy / "result.json").read_text())
+        assert result["test_loss"] == pytest.approx(expected["test_loss"], rel=1e-3), strategy
+        assert result["test_accuracy"] == pytest.approx(expected["test_accuracy"], abs=0.01), strategy
+
+
 def test_a_dry_run_asks_the_hosts(launch):
     ended = launch(*TWO, "--bind", "cores", "--dry-run", "--", "touch", "a")
     assert ended.code == 0, ended.output
@@ -126,14 +140,14 @@ def test_no_orphan_on_any_host_when_the_launcher_is_killed(start):
 def test_a_cut_link_ends_both_sides(cluster, start):
     job = start(*TWO, "--host-timeout", "5", "--", "sh", "-c", STUBBORN)
     read_until(job, r"rank \d is", 2)
-    cluster.cable("cut", "h2")
+    cluster.change("cut", "h2")
     try:
         code, output = end(job)
         assert code == 75, output
         assert "hvdkit.launch: Host h2 has not been heard of for 5 s: it is down, frozen or cut off." in output
         wait_until(lambda: not remains(), "processes are left on h2, which is still cut off")
     finally:
-        cluster.cable("mend", "h2")
+        cluster.change("mend", "h2")
 
 
 # ---- Strangers ---------------------------------------------------------------------------------------------------
@@ -268,11 +282,11 @@ def test_a_remote_rank_that_is_killed_under_mpi_is_named(launch, tmp_path):
 def test_a_host_that_is_cut_off_under_mpi_is_named(cluster, start):
     job = start("--mpi", *TWO, "--host-timeout", "4", "--", "sh", "-c", 'echo "rank $(hostname)"; exec sleep 600')
     read_until(job, r"rank h\d", 2)
-    cluster.cable("cut", "h2")
+    cluster.change("cut", "h2")
     try:
         code, output = end(job, 120)
     finally:
-        cluster.cable("mend", "h2")
+        cluster.change("mend", "h2")
     assert code == 75, output
     assert "hvdkit.launch: Host h2 is down, frozen or cut off: mpirun hears nothing of it." in output
     wait_until(lambda: not remains(), "processes are left", 90)

@@ -145,8 +145,9 @@ def test_a_job_that_is_told_to_leave_is_queued_again_and_goes_on(submit, slurm, 
     slurm.run("scancel", "--signal=USR1", "--batch", job.id)  # as --signal=B:USR1@120 does near the time limit
     job.wait_for("slurm.sh: told to leave; the run is queued again")
     slurm.wait(lambda: job.about()["JobState"] == "PENDING", "the job to be queued", 60)
-    # Slurm itself waits two minutes before it starts a job again.
-    slurm.run("scontrol", "update", f"JobId={job.id}", "StartTime=now")
+    # Slurm itself waits two minutes before it starts a job again. Its nodes need one second: a node does not tell the
+    # job's new credential from the one that was revoked in the same second, and the job fails.
+    slurm.run("scontrol", "update", f"JobId={job.id}", "StartTime=now+2")
     assert job.finish() == ("COMPLETED", 0), job.output()
     output = job.output()
     assert "going on from" in output

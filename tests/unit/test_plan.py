@@ -10,6 +10,7 @@ from hvdkit.plan import advice, links, published, report, score
 from hvdkit.plan.cost import (
     Cluster,
     Compute,
+    Division,
     Link,
     Mode,
     allreduce,
@@ -55,6 +56,45 @@ def test_modes_divide_what_is_exchanged():
     gathered = Mode("topk", share=0.02, gathers=True)
     assert exchange(4, 4e6, gathered, CLUSTER) == pytest.approx(2e-3 + 3 * (1e-4 + 8e4 * 1e-8))
     assert wire_bytes(4, 4e6, gathered) == pytest.approx(3 * 8e4)
+
+
+FREE = Cluster(Link(0.0, 0.0), Link(0.0, 0.0))
+
+
+@pytest.mark.parametrize(("stages", "micro_batches"), [(2, 1), (2, 4), (4, 4), (4, 16)])
+def test_a_pipeline_is_idle_for_its_bubble(stages, micro_batches):
+    compute = Compute(
+        fixed=0.0, sample=1e-4, gradient_bytes=4e6, state_bytes=12e6, activation_bytes=1e3, base_bytes=1e8
+    )
+    mode = Mode("pipeline parallel", division=Division(True, 1.0, 1e3, micro_batches=micro_batches))
+    found = predict(stages, 64, compute, mode, FREE)
+    assert found.efficiency == pytest.approx(micro_batches / (micro_batches + stages - 1))
+    assert found.memory_bytes == pytest.approx(1e8 + (16e6 + 64e3) / stages)
+    assert found.wire_bytes == 2 * 64 * 1e3, "forwards and backwards"
+    assert predict(stages, 64, compute, mode, CLUSTER).step_seconds > found.step_seconds
+
+
+def test_divided_tensors_save_their_share_and_cost_their_sums():
+    compute = Compute(fixed=1e-3, sample=1e-4, gradient_bytes=4e6, state_bytes=12e6)
+    mode = Mode("tensor parallel", division=Division(False, 0.8, 1e4, exchanges=4))
+    found = predict(2, 64, compute, mode, FREE)
+    assert found.step_seconds == pytest.approx(0.6 * compute.seconds(64))
+    assert found.memory_bytes == pytest.approx(0.6 * 16e6)
+    sums = 4 * allreduce(2, 64 * 1e4 / 4, CLUSTER)
+    assert predict(2, 64, compute, mode, CLUSTER).step_seconds == pytest.approx(found.step_seconds + sums)
+
+
+def test_ranks_are_compared_with_a_process_that_has_all_their_cores():
+    doubts = {"compute": 0.05, "start": 0.1, "byte": 0.1}
+    one, two = (
+        report.rows([2], 64, COMPUTE, {"d": DENSE}, CLUSTER, doubts, one_process=rate)[0]["speedup"]
+        for rate in (None, 2 * 64 / COMPUTE.seconds(64))
+    )
+    assert one == pytest.approx(2 * two)
+    assert "Not at all" in advice.advise(
+        report.rows([2], 64, COMPUTE, {"data parallel": DENSE}, CLUSTER, doubts, one_process=1e6),
+        {"data parallel": DENSE}, "--model=m", "",
+    )  # fmt: skip
 
 
 def test_ranks_that_share_cores_compute_slower():
