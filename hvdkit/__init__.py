@@ -25,11 +25,13 @@ _HOME = {
     "hvdkit.gradient_tape": ("DistributedGradientTape", "PartialDistributedGradientTape"),
     "hvdkit.job": ("init", "shutdown"),
     "hvdkit.local_sgd": ("LocalSGD",),
+    "hvdkit.mesh": ("Mesh",),
     "hvdkit.operations": (
         "allgather", "allreduce", "alltoall", "broadcast", "broadcast_global_variables",
         "grouped_allgather", "grouped_allreduce", "grouped_reducescatter", "join", "reducescatter",
     ),
     "hvdkit.optimizer": ("DistributedOptimizer", "PartialDistributedOptimizer", "scaled"),
+    "hvdkit.parallel.sharded": ("ShardedOptimizer",),
     "hvdkit.saving": ("load_model",),
     "hvdkit.world": (
         "World", "cross_rank", "cross_size", "is_initialized", "local_rank", "local_size", "rank", "size",
@@ -41,7 +43,7 @@ _HOME = {
         "mpi_threads_supported", "nccl_built", "remove_process_set", "rocm_built", "start_timeline", "stop_timeline",
     ),
 }  # fmt: skip
-_MODULES = ("callbacks", "data", "elastic", "strategies")
+_MODULES = ("callbacks", "data", "elastic", "parallel", "strategies")
 _NAMES = {name: module for module, names in _HOME.items() for name in names}
 
 __all__ = [
@@ -52,12 +54,14 @@ __all__ = [
     "DistributedOptimizer",
     "LocalSGD",
     "Max",
+    "Mesh",
     "Min",
     "PartialDistributedGradientTape",
     "PartialDistributedOptimizer",
     "ProcessSet",
     "Product",
     "ReplicasDiverged",
+    "ShardedOptimizer",
     "Sum",
     "SyncBatchNormalization",
     "UsageError",
@@ -99,6 +103,7 @@ __all__ = [
     "mpi_enabled",
     "mpi_threads_supported",
     "nccl_built",
+    "parallel",
     "predict",
     "rank",
     "reducescatter",

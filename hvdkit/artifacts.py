@@ -133,7 +133,7 @@ def plot_curves(
     """Draws `curves.png`: each metric by epoch, training and test in one panel, and the loss by step behind it.
 
     Args:
-        workdir: the run's folder; `loss.csv` is read there.
+        workdir: the run's folder; `loss.csv` is read there, if a step was taken.
         history: what `fit` returned, by metric.
         steps_per_epoch: puts the steps on the epochs' axis.
         eval_every: epochs between two evaluations on the test split.
@@ -143,10 +143,12 @@ def plot_curves(
 
     names = [n for n in history if not n.startswith("val_")]
     figure = matplotlib.figure.Figure(figsize=(4 * len(names), 3.2), layout="constrained")
-    with (workdir / "loss.csv").open(encoding="utf-8") as file:
-        by_step = [(int(row["step"]) / steps_per_epoch, float(row["loss"])) for row in csv.DictReader(file)]
+    by_step = []
+    if (workdir / "loss.csv").exists():
+        with (workdir / "loss.csv").open(encoding="utf-8") as file:
+            by_step = [(int(row["step"]) / steps_per_epoch, float(row["loss"])) for row in csv.DictReader(file)]
     for axes, name in zip(figure.subplots(1, len(names), squeeze=False)[0], names, strict=True):
-        if name == "loss":
+        if name == "loss" and by_step:
             axes.plot(*zip(*by_step, strict=True), linewidth=0.6, alpha=0.5, color="gray", label="by step, rank 0")
         for key, label, every in ((name, "training", 1), (f"val_{name}", "test", eval_every)):
             if key in history:

@@ -40,6 +40,7 @@ from hvdkit.callbacks.broadcast import tell_seeds_apart
 from hvdkit.checkpoint.commits import Commits
 from hvdkit.checkpoint.preemption import Listener, Preempted
 from hvdkit.errors import UsageError
+from hvdkit.parallel.sharded import ShardedOptimizer
 
 world.horovod()  # says how to get Horovod where it is missing
 from horovod.common.elastic import ObjectState, run_fn  # noqa: E402
@@ -73,6 +74,7 @@ class KerasState(ObjectState):
 
     Raises:
         ValueError: the model is not built, or has no optimizer and none is given.
+        UsageError: it is a `ShardedOptimizer`.
     """
 
     def __init__(self, model: keras.Model, optimizer: Any = None, **kwargs: Any) -> None:
@@ -84,6 +86,12 @@ class KerasState(ObjectState):
         optimizer = optimizer if optimizer is not None else getattr(model, "optimizer", None)
         if optimizer is None:
             raise ValueError(f"The model {model.name!r} has no optimizer: compile it, or pass KerasState one.")
+        if isinstance(optimizer, ShardedOptimizer):
+            raise UsageError(
+                "KerasState keeps what each rank has, but a ShardedOptimizer's state is divided over the ranks, and a "
+                "rank that is lost takes its part along. Use hvdkit.callbacks.CheckpointCallback, or "
+                "DistributedOptimizer."
+            )
         if not optimizer.built:
             optimizer.build(model.trainable_variables)
         self.model = model

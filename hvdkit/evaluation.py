@@ -16,6 +16,7 @@ from hvdkit.callbacks import AverageStateCallback, MetricAverageCallback
 from hvdkit.callbacks.average_state import average_state
 from hvdkit.data.shard import array_length, even_share, length_of, take_rows
 from hvdkit.errors import UsageError
+from hvdkit.mesh import copies_of, mesh_of
 
 
 def evaluate(
@@ -52,7 +53,7 @@ def evaluate(
     Raises:
         UsageError: on all ranks, if they were given different amounts of data, or none.
     """
-    part = _Part(x, y, sample_weight, batch_size, steps, "evaluate")
+    part = _Part(x, y, sample_weight, batch_size, steps, "evaluate", copies_of(model))
     results = evaluate_part(
         model,
         *part.arguments,
@@ -82,6 +83,7 @@ def evaluate_part(
     ]
     last = _KeepResults()
     model.evaluate(*arguments, callbacks=[*ours, *others, last], **{"verbose": 0, **options})
+    _wait_for_other_parts(model)
     return last.results
 
 
@@ -112,17 +114,27 @@ def predict(
     Raises:
         UsageError: on all ranks, if they were given different amounts of data, or none; or if the output is ragged.
     """
-    part = _Part(x, None, None, batch_size, steps, "predict")
+    copies = copies_of(model)
+    part = _Part(x, None, None, batch_size, steps, "predict", copies)
     average_state(model)
     shown = verbose if world.rank() == 0 else 0
     outputs = model.predict(*part.arguments[:1], verbose=shown, callbacks=callbacks, **part.options)
     leaves = keras.tree.flatten(outputs)
-    gathered = [_gather(rows if part.counts else rows[:0], place) for place, rows in enumerate(leaves)]
+    gathered = [_gather(rows if part.counts else rows[:0], place, copies) for place, rows in enumerate(leaves)]
+    _wait_for_other_parts(model)
     return keras.tree.pack_sequence_as(outputs, gathered)
+
+
+def _wait_for_other_parts(model: keras.Model) -> None:
+    """Ranks that hold other parts of a divided model exchange nothing with this one: who left first would end them."""
+    if mesh_of(model.weights) is not None:
+        collectives.barrier(name="evaluated")
 
 
 class _Part:
     """This rank's batches: a contiguous run of those that one process would form.
+
+    Ranks that hold one model between them have the same.
 
     Attributes:
         arguments: x, y and sample weights, or a data set alone.
@@ -130,12 +142,14 @@ class _Part:
         counts: False on a rank for which there is no batch; it is given the first one, for the shapes.
     """
 
-    def __init__(self, x: Any, y: Any, weights: Any, batch_size: int | None, steps: int | None, what: str) -> None:
+    def __init__(
+        self, x: Any, y: Any, weights: Any, batch_size: int | None, steps: int | None, what: str, copies: Any
+    ) -> None:
         batch = batch_size or 32
         with together():
             whole = _Whole(x, y, weights, batch, steps)
         _check_alike(whole, what)
-        start, stop = even_share(whole.batches, world.rank(), world.size())
+        start, stop = even_share(whole.batches, copies.rank(), copies.size())
         self.counts = stop > start
         if not self.counts:
             start, stop = 0, 1
@@ -188,8 +202,8 @@ def _check_alike(whole: _Whole, what: str) -> None:
         )
 
 
-def _gather(rows: Any, place: int) -> np.ndarray:
-    if world.size() == 1:
+def _gather(rows: Any, place: int, copies: Any) -> np.ndarray:
+    if copies.size() == 1:
         return rows
     if not isinstance(rows, np.ndarray):
         raise UsageError(
@@ -197,9 +211,8 @@ def _gather(rows: Any, place: int) -> np.ndarray:
             f"shape, can be gathered. Make it dense (to_tensor), or predict with model.predict on each rank."
         )
     if rows.dtype.kind in "OSU":  # texts
-        return np.concatenate(collectives.allgather_object(rows, name=f"predict.{place}"))
-    everyone = world.horovod().global_process_set
-    return collectives.gather_rows(tf.convert_to_tensor(rows), f"hvdkit.predict.{place}", everyone).numpy()
+        return np.concatenate(collectives.allgather_object(rows, name=f"predict.{place}", process_set=copies))
+    return collectives.gather_rows(tf.convert_to_tensor(rows), f"hvdkit.predict.{place}", copies).numpy()
 
 
 class _CountNothing(keras.callbacks.Callback):

@@ -29,6 +29,7 @@ from hvdkit.callbacks.average_state import average_state
 from hvdkit.callbacks.broadcast import tell_seeds_apart
 from hvdkit.errors import UsageError
 from hvdkit.local_sgd import local_optimizers
+from hvdkit.mesh import copies_of, share
 from hvdkit.optimizer import DistributedOptimizer, ExchangingOptimizer, keeps_local, optimizers_of
 
 _log = logging.getLogger(__name__)
@@ -215,7 +216,8 @@ class FitGuard(keras.callbacks.Callback):
     def _tell_seeds_apart(self) -> None:
         """Lets no two ranks drop the same units, as after `keras.utils.set_random_seed(0)` on all of them."""
         seeds = [v for v in self.model.variables if v.path.endswith("seed_generator_state")]
-        everyone = collectives.allgather_object([collectives.digest([v]) for v in seeds], name="seeds")
+        digests = [collectives.digest([v]) for v in seeds]
+        everyone = collectives.allgather_object(digests, name="seeds", process_set=copies_of(self.model))
         if any(len(set(digests)) < len(digests) for digests in zip(*everyone, strict=False)):
             tell_seeds_apart(self.model)
 
@@ -223,6 +225,7 @@ class FitGuard(keras.callbacks.Callback):
         """Compares weights and optimizer slots over the ranks, and takes the root's where they differ."""
         state = {id(v): v for owner in (self.model, *self._optimizers) for v in _variables(owner)}
         variables = [v for v in state.values() if not any(keeps_local(o, v) for o in self._optimizers)]
+        share(self.model.weights)
         everyone = collectives.allgather_object([collectives.digest([v]) for v in variables], name="common")
         if all(digests == everyone[0] for digests in everyone):
             return

@@ -3,10 +3,11 @@
 from typing import Any
 
 from hvdkit import batch_normalization, fit_guard, keras2, shared_memory, watchdog, wire, world
+from hvdkit.mesh import Mesh
 from hvdkit.world import World
 
 
-def init(*args: Any, **kwargs: Any) -> World:
+def init(*args: Any, mesh: Mesh | None = None, **kwargs: Any) -> World:
     """Starts Horovod, takes this rank's share of the host, and puts the guards in place.
 
     Call it before TensorFlow makes its first tensor: devices and threads are fixed from then on (see
@@ -16,17 +17,21 @@ def init(*args: Any, **kwargs: Any) -> World:
 
     Args:
         *args: passed to `horovod.tensorflow.init` (process sets, for example).
-        **kwargs: likewise.
+        mesh: how the ranks are laid out, where a model is to be divided (see `hvdkit.parallel`).
+        **kwargs: as `args`.
 
     Returns:
         The `World` of this process. Calling `init` again returns the same world.
 
     Raises:
         ImportError: Horovod is not installed, or was built for another TensorFlow.
-        UsageError: this host has GPUs, but fewer than ranks; or its own name does not resolve.
+        UsageError: this host has GPUs, but fewer than ranks; its own name does not resolve; or the mesh does not fit
+            the number of ranks.
     """
     first = not world.is_initialized()
     keras2.explain_in_keras()
+    if mesh is not None and first:
+        kwargs["process_sets"] = [*(kwargs.get("process_sets") or []), *mesh.process_sets(world.launched_size())]
     me = world.init(*args, **kwargs)
     if first and me.size > 1:
         try:

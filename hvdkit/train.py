@@ -7,6 +7,7 @@
 """
 
 import dataclasses
+import gc
 import logging
 import math
 import os
@@ -21,20 +22,18 @@ os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
 os.environ.setdefault("TF_ENABLE_ONEDNN_OPTS", "1")  # as in hvdkit.launch.plan: a run without a launcher is the same
 
 import keras
-import numpy as np
 import tensorflow as tf
 from hvdkit_models.recipe import Recipe
 
-from hvdkit import artifacts, callbacks, collectives, job, strategies, train_flags, watchdog, world
+from hvdkit import artifacts, callbacks, collectives, job, strategies, train_data, train_flags, watchdog, world
 from hvdkit.agreement import check_equal, together
 from hvdkit.checkpoint import preemption, resuming
 from hvdkit.checkpoint.store import Checkpoint
 from hvdkit.compression import by_name
-from hvdkit.data import balance, checks, pipeline
-from hvdkit.data.epoch_order import Stretch
-from hvdkit.data.sources import Source, open_source
-from hvdkit.data.vocabulary import Vocabulary, learn_tokens
+from hvdkit.data.sources import Source, TokenSource, open_source
+from hvdkit.data.vocabulary import Vocabulary
 from hvdkit.errors import ReplicasDiverged, UnfitSizeError, UsageError
+from hvdkit.mesh import shard_of
 from hvdkit.model import (
     ModelSource,
     build_model,
@@ -44,6 +43,7 @@ from hvdkit.model import (
     make_optimizer,
 )
 from hvdkit.optimizer import DistributedOptimizer
+from hvdkit.parallel.sharded import ShardedOptimizer
 from hvdkit.strategies import Strategy
 from hvdkit.train_flags import Config, Settings
 
@@ -74,7 +74,7 @@ def run(
     if config.threads:
         os.environ["TF_NUM_INTRAOP_THREADS"] = os.environ["TF_NUM_INTEROP_THREADS"] = str(config.threads)
     with together():
-        strategy = strategies.create(config.strategy, config.replicas)
+        strategy = strategies.create(config.strategy, config.replicas, _division(config))
 
     # ---- What to train, on what -----------------------------------------------------------------------------------
     with together():
@@ -86,6 +86,7 @@ def run(
         source = open_source(dataset, config.data_dir, image_size=config.image_size)
         recipe = model_source.recipe_for(source.name)
         settings = train_flags.resolve(config, recipe, strategy.size)
+        source = train_data.prepared(source, settings)
     keras.utils.set_random_seed(settings.seed)
     keras.config.set_dtype_policy(settings.precision)
 
@@ -98,11 +99,11 @@ def run(
     identity |= _identity(settings)
 
     # ---- Data -----------------------------------------------------------------------------------------------------
-    vocabulary = _make_vocabulary(source, recipe, workdir) if source.kind == "text" else None
-    data = _read_training_data(settings, strategy, source, vocabulary, found)
+    vocabulary = train_data.make_vocabulary(source, settings, recipe, workdir) if source.kind == "text" else None
+    data = train_data.read_training_data(settings, strategy, source, vocabulary, found)
     steps_per_epoch = data.steps_per_epoch
     steps = settings.steps or settings.epochs * steps_per_epoch
-    test_batches = _read_test_data(settings, strategy, source, vocabulary)
+    test_batches = train_data.read_test_data(settings, strategy, source, vocabulary)
 
     # ---- Model ----------------------------------------------------------------------------------------------------
     with together(), strategy.scope():
@@ -130,7 +131,9 @@ def run(
 
     # ---- Results --------------------------------------------------------------------------------------------------
     test = strategy.evaluate(model, test_batches)
-    check_equal([w.path for w in model.weights], [collectives.digest([w]) for w in model.weights])
+    common = [w for w in model.weights if shard_of(w) is None]
+    check_equal([w.path for w in common], [collectives.digest([w]) for w in common])
+    whole = strategy.whole(model)
     result = {
         "model": model_source.name,
         "dataset": source.name,
@@ -139,16 +142,26 @@ def run(
         "global_batch": settings.global_batch,
         "epochs": math.ceil(steps / steps_per_epoch),
         "steps": steps,
-        "train_seconds": round(progress.seconds, 3),
-        # Too few steps for a rate without the first execution: then with all that it takes to begin.
-        "samples_per_second": round(progress.samples_per_second or steps * settings.global_batch / progress.seconds, 1),
+        **_speed(progress, steps * settings.global_batch),
         **_wire_bytes(model),
-        **_measured(model, history.history, test),
+        **_measured(whole, history.history, test),
     }
-    if strategy.world.is_root:
-        _write_artifacts(workdir, model, history.history, steps_per_epoch, settings.eval_every, result)
+    if isinstance(source, TokenSource) and isinstance(model.loss, keras.losses.SparseCategoricalCrossentropy):
+        result["test_bits_per_byte"] = test["loss"] / math.log(2)
+    if isinstance(model.optimizer, ShardedOptimizer):
+        model.optimizer.gather()
+    if whole is not None and strategy.world.is_root:
+        _write_artifacts(workdir, whole, history.history, steps_per_epoch, settings.eval_every, result)
     collectives.barrier()  # nobody leaves before the artefacts are there: a launcher ends the job with the first to go
     return result
+
+
+def _speed(progress: callbacks.ProgressCallback, examples: int) -> dict[str, float]:
+    """Too few steps for a rate without the first execution: then with all that it takes to begin."""
+    return {
+        "train_seconds": round(progress.seconds, 3),
+        "samples_per_second": round(progress.samples_per_second or examples / progress.seconds, 1),
+    }
 
 
 def _wire_bytes(model: keras.Model) -> dict[str, Any]:
@@ -159,12 +172,13 @@ def _wire_bytes(model: keras.Model) -> dict[str, Any]:
     return {"wire_bytes_per_step": round(sent), "dense_wire_bytes_per_step": round(whole)}
 
 
-def _measured(model: keras.Model, history: dict[str, Any], test: dict[str, float]) -> dict[str, Any]:
+def _measured(whole: keras.Model | None, history: dict[str, Any], test: dict[str, float]) -> dict[str, Any]:
+    digest = collectives.broadcast_object(whole and collectives.digest(whole.weights), name="digest")
     return {
         "test_accuracy": test.get("accuracy"),
         "test_loss": test["loss"],
         "train_loss": [float(v) for v in history["loss"]],
-        "weights_sha256": collectives.digest(model.weights),
+        "weights_sha256": digest,
         "versions": artifacts.versions(),
     }
 
@@ -207,8 +221,8 @@ def _go_on(config: Config, settings: Settings, recipe: Recipe, found: Checkpoint
 def _identity(settings: Settings) -> dict[str, Any]:
     """What must not change when a run goes on, besides model and data."""
     names = (
-        "image_size", "seed", "global_batch", "optimizer", "learning_rate", "lr_schedule", "precision", "sampling",
-        "class_weights",
+        "image_size", "fold", "seed", "global_batch", "optimizer", "learning_rate", "lr_schedule", "precision",
+        "sampling", "class_weights", "sequence_length", "model_args",
     )  # fmt: skip
     return {name: getattr(settings, name) for name in names}
 
@@ -219,7 +233,7 @@ def _checkpoints(
     workdir: Path,
     identity: dict[str, Any],
     found: Checkpoint | None,
-    data: "TrainingData",
+    data: train_data.TrainingData,
 ) -> callbacks.CheckpointCallback:
     warmup = {"warmup_epochs": settings.warmup_epochs, "warmup_replicas": _warmup_replicas(strategy, found)}
     return callbacks.CheckpointCallback(
@@ -241,169 +255,9 @@ def _warmup_replicas(strategy: Strategy, found: Checkpoint | None) -> int:
     return found.state["extra"]["warmup_replicas"] if found else strategy.size
 
 
-def _make_vocabulary(source: Source, recipe: Recipe, workdir: Path) -> Vocabulary:
-    """The root learns the vocabulary, all take it."""
-    tokens = learn_tokens(source, recipe.max_tokens) if world.rank() == 0 else None
-    vocabulary = Vocabulary(collectives.broadcast_object(tokens, name="vocabulary"), recipe.sequence_length)
-    if world.rank() == 0:
-        vocabulary.save(workdir / "vocabulary.txt")
-        _log.info("vocabulary: %d tokens, texts of %d tokens", vocabulary.size, vocabulary.sequence_length)
-    return vocabulary
-
-
-@dataclasses.dataclass(frozen=True)
-class TrainingData:
-    """This process's training batches.
-
-    Attributes:
-        batches: from the step on at which training begins.
-        steps_per_epoch: of all processes.
-        spec: of an input.
-        epoch: the first epoch.
-        handed_over: what other shares have taken of that epoch.
-        now: the shares there are now, with no step taken.
-        now_rest: the same of the first epoch's rest, if it was handed over.
-    """
-
-    batches: tf.data.Dataset
-    steps_per_epoch: int
-    spec: tf.TensorSpec
-    epoch: int
-    handed_over: Sequence[Stretch]
-    now: Stretch
-    now_rest: Stretch
-
-    def stretches(self, epoch: int, step: int) -> list[dict[str, Any]]:
-        """Who will have taken the steps of an epoch up to one of them, for a checkpoint."""
-        before = list(self.handed_over) if epoch == self.epoch else []
-        steps = step - sum(stretch.steps for stretch in before)
-        last = dataclasses.replace(self.now_rest if before else self.now, steps=steps)
-        return [stretch.to_json() for stretch in ([*before, last] if step else [])]
-
-
-def _read_training_data(
-    settings: Settings,
-    strategy: Strategy,
-    source: Source,
-    vocabulary: Vocabulary | None,
-    found: Checkpoint | None,
-) -> TrainingData:
-    """Reads and checks this process's shares, and finds the step to begin at."""
-    with together():
-        examples = source.size("train")
-        if examples < strategy.size:
-            raise UsageError(
-                f"{source.name} has {examples} training examples, fewer than {strategy.size} replicas. Start fewer."
-            )
-        encode = vocabulary.encode if vocabulary else None
-        cache = settings.cache_gb * 1e9
-        shares = [
-            pipeline.read_share(source, "train", share, strategy.size, encode=encode, cache_bytes=cache)
-            for share in strategy.shares
-        ]
-        by_share = [checks.check_share(share, "train", len(source.label_names)) for share in shares]
-    everyone = [c for process in collectives.allgather_object(by_share, name="counts") for c in process]
-    counts = np.sum(everyone, axis=0)
-    sampling = balance.Sampling(settings.sampling, counts)
-    with together():
-        smallest = min(sampling.size(c) for c in everyone)
-        steps_per_epoch = smallest // settings.local_batch
-        if not steps_per_epoch:
-            raise UsageError(
-                f"A local batch of {settings.local_batch} is larger than a share of {smallest} training examples "
-                f"({source.name} divided over {strategy.size}). Use a smaller batch, or fewer replicas."
-            )
-    _describe_data(settings, source, counts, sum(map(sampling.size, everyone)), steps_per_epoch)
-    start = pipeline.Start()
-    handed_over: list[Stretch] = []
-    buffers = _buffers(shares)
-    encode = vocabulary.encode if vocabulary else None
-    if found:
-        start, handed_over = _start(settings, source, shares, buffers, found, steps_per_epoch, encode)
-    batches = pipeline.training_batches(
-        shares,
-        local_batch=settings.local_batch,
-        steps_per_epoch=steps_per_epoch,
-        seed=settings.seed,
-        sampling=sampling,
-        class_weights=balance.class_weights(counts) if settings.class_weights else None,
-        start=start,
-    )
-    now = Stretch(strategy.size, 0, buffers)
-    now_rest = Stretch(strategy.size, 0, _buffers(start.rest)) if handed_over else now
-    spec = checks.input_spec(shares[0])
-    return TrainingData(batches, steps_per_epoch, spec, start.epoch, handed_over, now, now_rest)
-
-
-def _buffers(shares: Sequence[pipeline.Share]) -> tuple[int, ...] | None:
-    """The shuffle buffers of all processes' shares, in order; None if they are in memory. A collective call."""
-    mine = [share.buffer() for share in shares]
-    everyone = [b for process in collectives.allgather_object(mine, name="buffers") for b in process]
-    return None if None in everyone else tuple(everyone)
-
-
-def _start(
-    settings: Settings,
-    source: Source,
-    shares: Sequence[pipeline.Share],
-    buffers: Sequence[int] | None,
-    found: Checkpoint,
-    steps_per_epoch: int,
-    encode: pipeline.Encode | None,
-) -> tuple[pipeline.Start, list[Stretch]]:
-    """Where the data goes on, and who took the steps of that epoch before."""
-    epoch, step = found.state["epoch"], found.state["step_in_epoch"]
-    stretches = [Stretch.from_json(s) for s in found.state["extra"]["stretches"]]
-    if settings.sampling != "none":
-        if any(not s.goes_on(shares[0].shares, buffers) for s in stretches):
-            _log.warning("With --sampling, another number of replicas goes on in an order of its own.")
-        return pipeline.Start(epoch, step), []
-    start, handed_over = pipeline.start_of(
-        epoch, stretches, source, shares, buffers,
-        seed=settings.seed,
-        global_batch=settings.global_batch,
-        steps_per_epoch=steps_per_epoch,
-        encode=encode,
-    )  # fmt: skip
-    if handed_over:
-        _log.info("epoch %d is finished on the examples that it has not seen", epoch + 1)
-    return start, handed_over
-
-
-def _describe_data(settings: Settings, source: Source, counts: np.ndarray, examples: int, steps_per_epoch: int) -> None:
-    _log.info("%s: %d training examples: %s", source.name, counts.sum(), balance.describe(counts, source.label_names))
-    empty = checks.empty_classes(counts, source.label_names)
-    if empty:
-        _log.warning("No training example in %d class(es): %s", len(empty), ", ".join(empty[:10]))
-    if settings.class_weights:
-        weights = ", ".join(f"{w:.3g}" for w in balance.class_weights(counts)[:12])
-        _log.info("class weights: %s%s", weights, ", ..." if len(counts) > 12 else "")
-    left = examples - steps_per_epoch * settings.global_batch
-    _log.info(
-        "%d steps an epoch, of %d examples each over %d replica(s)%s",
-        steps_per_epoch, settings.global_batch, settings.replicas,
-        f"; {left} examples, others each epoch, do not fill a batch" if left else "",
-    )  # fmt: skip
-
-
-def _read_test_data(
-    settings: Settings, strategy: Strategy, source: Source, vocabulary: Vocabulary | None
-) -> tf.data.Dataset:
-    """This process's part of the test split: every example once, over all processes."""
-    me = strategy.world
-    with together():
-        if source.size("test") < me.size:
-            raise UsageError(
-                f"{source.name} has {source.size('test')} test examples, fewer than {me.size} ranks. Start fewer."
-            )
-        share = pipeline.read_share(
-            source, "test", me.rank, me.size,
-            encode=vocabulary.encode if vocabulary else None,
-            cache_bytes=settings.cache_gb * 1e9,
-        )  # fmt: skip
-        checks.check_share(share, "test", len(source.label_names))
-        batch = strategy.evaluation_batch(share.size, settings.global_batch)
-    return pipeline.evaluation_batches(share, batch)
+def _division(config: Config) -> strategies.Division:
+    patterns = tuple(config.branches.split(",")) if config.branches else None
+    return strategies.Division(config.model_ranks, config.micro_batches, config.schedule, patterns)
 
 
 def _compile(
@@ -416,22 +270,30 @@ def _compile(
     spec: tf.TensorSpec,
 ) -> tuple[keras.Model, Settings]:
     """Builds and compiles the model; the settings are then those that it really has."""
-    given: dict[str, Any] = {"input_shape": tuple(spec.shape), "num_classes": len(source.label_names)}
-    if vocabulary:
-        given |= {"vocabulary_size": vocabulary.size, "sequence_length": vocabulary.sequence_length}
-    model = build_model(model_source, given)
-    check_output(model, spec, given["num_classes"], model_source.name)
+    given = _given_by_data(source, vocabulary, spec)
+    model = build_model(model_source, given, settings.model_arguments)
+    each_token = isinstance(source, TokenSource)
+    labels = given["vocabulary_size" if each_token else "num_classes"]
+    check_output(model, spec, labels, model_source.name, each_token=each_token)
     options: dict[str, Any] = {} if settings.compression == "none" else {"compression": by_name(settings.compression)}
+    if settings.shard_optimizer:
+        options["shard"] = True
     if settings.local_steps:
         options |= {n: getattr(settings, n) for n in ("local_steps", "outer_learning_rate", "outer_momentum")}
-    if model.compiled:
+    from_logits, whole, compiled = not ends_in_probabilities(model), model, model.compiled
+    model = strategy.divide(whole)
+    if compiled and model is not whole:
+        model.compile_from_config(whole.get_compile_config())
+    del whole  # and with it, from a divided model, the other ranks' weights
+    gc.collect()
+    if compiled:
         rate = float(keras.ops.convert_to_numpy(model.optimizer.learning_rate))
         settings = train_flags.leave_optimizer_to_model(config, settings, model_source.name, rate)
         model.optimizer = strategy.distribute(model.optimizer, **options)
     else:
         model.compile(
             strategy.distribute(make_optimizer(settings.optimizer, settings.learning_rate), **options),
-            loss=keras.losses.SparseCategoricalCrossentropy(from_logits=not ends_in_probabilities(model)),
+            loss=keras.losses.SparseCategoricalCrossentropy(from_logits=from_logits),
             metrics=[keras.metrics.SparseCategoricalAccuracy(name="accuracy")],
             jit_compile=False,  # XLA compiles neither Horovod's exchange nor tf.distribute's
         )
@@ -440,6 +302,17 @@ def _compile(
     if not model.optimizer.built:
         model.optimizer.build(model.trainable_variables)
     return model, settings
+
+
+def _given_by_data(source: Source, vocabulary: Vocabulary | None, spec: tf.TensorSpec) -> dict[str, Any]:
+    """By name, what a function that builds a model may ask for."""
+    given: dict[str, Any] = {"input_shape": tuple(spec.shape)}
+    if isinstance(source, TokenSource):
+        return given | {"vocabulary_size": source.vocabulary_size, "sequence_length": source.sequence_length}
+    given["num_classes"] = len(source.label_names)
+    if vocabulary:
+        given |= {"vocabulary_size": vocabulary.size, "sequence_length": vocabulary.sequence_length}
+    return given
 
 
 def _callbacks(
@@ -465,6 +338,7 @@ def _callbacks(
     if strategy.world.is_root:
         chosen.append(keras.callbacks.CSVLogger(workdir / "history.csv"))
         chosen.append(callbacks.StepLossCallback(workdir / "loss.csv", steps_per_epoch))
+        chosen.append(callbacks.PulseCallback(workdir / "logs" / "pulse"))
         if settings.tensorboard:
             chosen.append(keras.callbacks.TensorBoard(workdir / "tensorboard", write_graph=False))
     return chosen
@@ -509,9 +383,10 @@ def _write_artifacts(
     artifacts.plot_curves(workdir, history, steps_per_epoch, eval_every, title)
     artifacts.write_json(workdir / "result.json", result)
     accuracy = result["test_accuracy"]
+    bits = f" ({result['test_bits_per_byte']:.3f} bits a byte)" if "test_bits_per_byte" in result else ""
     _log.info(
-        "%s: test accuracy %s, test loss %.4f; %d steps in %.1f s, %s samples/s; weights %s on all %d replica(s)",
-        title, "unknown" if accuracy is None else f"{accuracy:.2%}", result["test_loss"], result["steps"],
+        "%s: test accuracy %s, test loss %.4f%s; %d steps in %.1f s, %s samples/s; weights %s on all %d replica(s)",
+        title, "unknown" if accuracy is None else f"{accuracy:.2%}", result["test_loss"], bits, result["steps"],
         result["train_seconds"], f"{result['samples_per_second']:,.0f}", result["weights_sha256"][:12], result["size"],
     )  # fmt: skip
     _log.info("written to %s: %s", workdir, ", ".join(sorted(p.name for p in workdir.iterdir())))

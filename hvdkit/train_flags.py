@@ -1,5 +1,6 @@
 """The flags of the main job: their groups, their help, and what can be checked without loading TensorFlow."""
 
+import ast
 import dataclasses
 import re
 import sys
@@ -10,7 +11,7 @@ from hvdkit_models.recipe import Recipe
 
 from hvdkit.errors import UnfitSizeError, UsageError
 
-STRATEGIES = ("single", "horovod", "mirrored", "multiworker")
+STRATEGIES = ("single", "horovod", "mirrored", "multiworker", "tensor", "branches", "pipeline")
 COMPRESSIONS = ("none", "fp16", "bf16", "int8", "onebit", "topk", "powersgd")
 _WHAT, _HOW, _MACHINE, _OUTPUT = "What to train", "How to train it", "On which machine", "What to write"
 _RESUME = "Checkpoints"
@@ -21,12 +22,19 @@ class Config:
     """The flags' values; None where the recipe or the job decides. `config.json` holds them as they were used."""
 
     model: str
+    model_args: str | None
     dataset: str | None
     data_dir: str | None
     download: bool
     image_size: int | None
+    sequence_length: int | None
+    fold: str | None
     strategy: str
     replicas: int | None
+    model_ranks: int | None
+    micro_batches: int
+    schedule: str
+    branches: str | None
     epochs: int | None
     steps: int | None
     global_batch: int | None
@@ -40,6 +48,7 @@ class Config:
     local_steps: int | None
     outer_learning_rate: float
     outer_momentum: float
+    shard_optimizer: bool
     precision: str
     sampling: str
     class_weights: bool
@@ -63,6 +72,18 @@ class Config:
         """Steps from one checkpoint to the next, or "epoch"."""
         return int(self.checkpoint_every) if self.checkpoint_every.isdigit() else self.checkpoint_every
 
+    @property
+    def model_arguments(self) -> dict[str, Any]:
+        """Arguments for the function that builds the model, as the user gave them."""
+        return _model_arguments(self.model_args or "")
+
+    @property
+    def folding(self) -> tuple[int, int] | None:
+        """The fold to test on, and how many there are; None without, and where what was given has another form."""
+        match = re.fullmatch(r"(\d+)/(\d+)", self.fold or "")
+        fold, folds = (int(match[1]), int(match[2])) if match else (0, 0)
+        return (fold, folds) if folds >= 2 and fold < folds else None
+
 
 def define() -> None:
     """Defines the flags, in groups."""
@@ -75,17 +96,29 @@ def define() -> None:
     )  # fmt: skip
     add(string, _WHAT, "model", "mnist_mlp", "a model of the folder models/, or your own: path/to/file.py:function; "
         "images reach it as float32, 0 to 255")  # fmt: skip
+    add(string, _WHAT, "model_args", None, "arguments of the model's function, its sizes for example: "
+        "width=256,depth=6 [its defaults]")  # fmt: skip
     add(string, _WHAT, "dataset", None, "digits (embedded), a TFDS name, the path of a prepared TFDS directory, of a "
-        "folder train/CLASS/*.png, or of a .csv/.tsv with columns text and label; or "
-        "synthetic:HxWxC:CLASSES:EXAMPLES [the recipe's]")  # fmt: skip
+        "folder train/CLASS/*.png, or of a .csv/.tsv with columns text and label; synthetic:HxWxC:CLASSES:EXAMPLES; to "
+        "predict the next byte: pydoc (embedded), or text:PATH of a file or folder [the recipe's]")  # fmt: skip
     add(string, _WHAT, "data_dir", None, "where TFDS data sets lie [~/tensorflow_datasets]")
     add(boolean, _WHAT, "download", False, "let TFDS download a data set that is not there")
     add(integer, _WHAT, "image_size", None, "resize images to this height and width", lower_bound=1)
+    add(integer, _WHAT, "sequence_length", None, "tokens of a text, or of a window of it [the recipe's]", lower_bound=2)
+    add(string, _WHAT, "fold", None, "I/K: cut the training split into K folds, train on all but fold I, from 0, and "
+        "test on that one; the test split stays unseen")  # fmt: skip
 
     add(enum, _HOW, "strategy", "horovod", "how gradients meet: between processes, one a replica, by Horovod or by "
-        "tf.distribute (multiworker); or in one process for this host's devices (mirrored)", STRATEGIES)  # fmt: skip
+        "tf.distribute (multiworker); or in one process for this host's devices (mirrored). Or how ranks hold a model "
+        "between them: by tensor, by branches, or by layers in a pipeline", STRATEGIES)  # fmt: skip
     add(integer, _HOW, "replicas", None, "mirrored: devices to use [all GPUs, or 2 logical CPUs]; single: ranks to "
         "imitate in the order of the data", lower_bound=1)  # fmt: skip
+    add(integer, _HOW, "model_ranks", None, "tensor, branches, pipeline: ranks that hold a model between them; the "
+        "others hold copies of it [all]", lower_bound=1)  # fmt: skip
+    add(integer, _HOW, "micro_batches", 4, "pipeline: parts of a batch that are under way at a time", lower_bound=1)
+    add(enum, _HOW, "schedule", "1f1b", "pipeline: of forwards and backwards", ("1f1b", "gpipe"))
+    add(string, _HOW, "branches", None, "branches: for each one a pattern of its layers' names, as in left_,right_ "
+        "[those that meet in one layer]")  # fmt: skip
     add(integer, _HOW, "epochs", None, "passes over the training split [the recipe's]", lower_bound=1)
     add(integer, _HOW, "steps", None, "steps in all, instead of epochs", lower_bound=1)
     add(integer, _HOW, "global_batch", None, "examples a step over all replicas [the recipe's]", lower_bound=1)
@@ -105,6 +138,7 @@ def define() -> None:
     add(number, _HOW, "outer_learning_rate", 0.7, "of what local steps have moved; 1, with a momentum of 0, is their "
         "mean", lower_bound=1e-9)  # fmt: skip
     add(number, _HOW, "outer_momentum", 0.9, "Nesterov's, of the same", lower_bound=0.0, upper_bound=0.999)
+    add(boolean, _HOW, "shard_optimizer", False, "each rank keeps its part of the optimizer's state alone (horovod)")
     add(enum, _HOW, "precision", "float32", "Keras' dtype policy", ("float32", "mixed_float16", "mixed_bfloat16"))
     add(enum, _HOW, "sampling", "none", "draw small classes more often (over), or large ones less (under)",
         ("none", "over", "under"))  # fmt: skip
@@ -143,6 +177,8 @@ def parse(argv: list[str]) -> Config:
     """
     if not flags.FLAGS.find_module_defining_flag("model"):
         define()
+    for name in flags.FLAGS:
+        flags.FLAGS[name].unparse()  # nothing stays of a command line before this one
     if any(a in ("--help", "-h", "-help", "--helpfull") for a in argv[1:]):
         print(help_text())
         sys.exit(0)
@@ -162,6 +198,7 @@ def _check(config: Config) -> None:
     for one, other in (("epochs", "steps"), ("global_batch", "local_batch")):
         if getattr(config, one) is not None and getattr(config, other) is not None:
             raise UsageError(f"--{one} and --{other} exclude each other: give one of them.")
+    _model_arguments(config.model_args or "")
     name, _, arguments = config.compression.partition(":")
     if name not in COMPRESSIONS or (arguments and not re.fullmatch(r"\w+=[\d.e-]+", arguments)):
         raise UsageError(
@@ -170,6 +207,14 @@ def _check(config: Config) -> None:
         )
     if config.compression_guard and name in COMPRESSIONS[:3]:
         raise UsageError(f"--compression_guard has nothing to switch off with --compression={config.compression}.")
+    if config.shard_optimizer and (name != "none" or config.local_steps):
+        other = "--local_steps" if config.local_steps else "--compression"
+        raise UsageError(f"--shard_optimizer and {other} exclude each other: give one of them.")
+    if config.fold is not None and not config.folding:
+        raise UsageError(
+            f"--fold={config.fold} is not FOLD/FOLDS with two folds or more, numbered from 0: the first of five is "
+            f"0/5, and the last 4/5."
+        )
     if config.profile not in (None, "auto") and not re.fullmatch(r"\d+:\d+", config.profile or ""):
         raise UsageError(
             f"--profile={config.profile} is no window of steps. The form is START:STOP, as in 32:96, or auto."
@@ -187,11 +232,32 @@ def _check(config: Config) -> None:
         )
 
 
+def _model_arguments(text: str) -> dict[str, Any]:
+    """Reads `width=256,depth=6` as Python reads the arguments of a call; a name alone is a text, as in `norm=layer`."""
+    try:
+        call = ast.parse(f"build({text})", mode="eval").body
+        if not isinstance(call, ast.Call) or call.args or any(word.arg is None for word in call.keywords):
+            raise ValueError("an argument has no name")
+        if len({word.arg for word in call.keywords}) < len(call.keywords):
+            raise ValueError("an argument is given twice")
+        return {
+            str(word.arg): word.value.id if isinstance(word.value, ast.Name) else ast.literal_eval(word.value)
+            for word in call.keywords
+        }
+    except (SyntaxError, ValueError) as error:
+        reason = error.msg if isinstance(error, SyntaxError) else str(error).partition(":")[0]
+        raise UsageError(
+            f"--model_args={text} cannot be read ({reason}). The form is name=value,name=value, as in "
+            f"width=256,depth=6, with numbers, names, or Python's tuples, as in hidden=(128,64)."
+        ) from None
+
+
 @dataclasses.dataclass(frozen=True)
 class Settings(Config):
     """A `Config` in which nothing is left open that training needs."""
 
     dataset: str
+    sequence_length: int
     replicas: int
     epochs: int
     global_batch: int
@@ -225,6 +291,7 @@ def resolve(config: Config, recipe: Recipe, replicas: int) -> Settings:
         warmup = recipe.warmup_epochs or (min(5.0, epochs / 10) if scale > 1 else 0.0)
     decided = {
         "dataset": config.dataset or recipe.dataset,
+        "sequence_length": config.sequence_length or recipe.sequence_length,
         "optimizer": config.optimizer or recipe.optimizer,
         "lr_schedule": config.lr_schedule or recipe.lr_schedule,
         "learning_rate": rate,

@@ -144,8 +144,8 @@ class Cluster:
         """The file that the host has in place of this machine's in /etc."""
         return Path(f"/etc/netns/{self.name}-{host}") / file
 
-    def cable(self, what, host):
-        """Takes a host's cable out (`cut`), or puts it in again (`mend`)."""
+    def change(self, what, host):
+        """Takes a host's cable out (`cut`) and puts it in again (`mend`), or kills all on it (`halt`, then `boot`)."""
         ended = run_command([self.script, what, host], timeout=60, env=self.environment)
         assert ended.code == 0, ended.output
 

@@ -12,6 +12,7 @@ from hvdkit.callbacks.learning_rate_warmup import LearningRateWarmupCallback
 from hvdkit.callbacks.metric_average import MetricAverageCallback
 from hvdkit.callbacks.profile import ProfileCallback
 from hvdkit.callbacks.progress import ProgressCallback
+from hvdkit.callbacks.pulse import PulseCallback
 from hvdkit.callbacks.replica_guard import ReplicaGuardCallback
 from hvdkit.callbacks.root_output import RootOutputCallback
 from hvdkit.callbacks.step_loss import StepLossCallback
@@ -28,6 +29,7 @@ __all__ = [
     "MetricAverageCallback",
     "ProfileCallback",
     "ProgressCallback",
+    "PulseCallback",
     "ReplicaGuardCallback",
     "RootOutputCallback",
     "StepLossCallback",

@@ -6,6 +6,7 @@ import keras
 
 from hvdkit import collectives
 from hvdkit.local_sgd import local_optimizers
+from hvdkit.mesh import copies_of
 
 
 class AverageStateCallback(keras.callbacks.Callback):
@@ -34,4 +35,4 @@ def average_state(model: keras.Model) -> None:
     for optimizer in local_optimizers(model):
         optimizer.synchronise()
     state: list[Any] = [v for v in model.non_trainable_weights if "float" in keras.backend.standardize_dtype(v.dtype)]
-    collectives.average_variables(state)
+    collectives.average_variables(state, copies_of(model))

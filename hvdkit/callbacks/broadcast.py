@@ -6,6 +6,7 @@ from typing import Any
 import keras
 
 from hvdkit import collectives, world
+from hvdkit.mesh import copy_index, share
 from hvdkit.optimizer import keeps_local
 
 
@@ -50,6 +51,7 @@ class BroadcastGlobalVariablesCallback(keras.callbacks.Callback):
         variables = [*model.variables, *getattr(optimizer, "variables", [])]
         variables = [v for v in variables if not keeps_local(optimizer, v)]
         collectives.broadcast_variables([v for v in variables if id(v) not in self._local], self.root_rank)
+        share(model.weights)
         tell_seeds_apart(model)
 
 
@@ -58,5 +60,5 @@ def tell_seeds_apart(model: keras.Model) -> None:
     for variable in model.variables:
         if variable.path.endswith("seed_generator_state"):  # [seed, counter]
             seed = keras.ops.convert_to_numpy(variable)
-            seed[0] += world.rank()
+            seed[0] += copy_index(model)  # ranks that hold one model between them drop the same units
             variable.assign(seed)

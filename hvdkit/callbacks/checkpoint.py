@@ -174,7 +174,7 @@ class _Keeper(keras.callbacks.Callback):
             )
         self._fit.build()
         kept = variables.kept_of(self.model)
-        resuming.refuse_another_model(found, variables.difference(kept, state["variables"]))
+        resuming.refuse_another_model(found, variables.difference(kept, _signatures(state)))
         self._before, self._looked = state["step"] - state["step_in_epoch"], state["step"]
         self._restore(found)
         self._pending = found if state["step_in_epoch"] else None
@@ -196,7 +196,7 @@ class _Keeper(keras.callbacks.Callback):
 
     def _restore(self, found: Checkpoint) -> None:
         state = found.state
-        same_metrics = variables.restore(variables.kept_of(self.model), state["variables"], found.arrays)
+        same_metrics = variables.restore(variables.kept_of(self.model), _signatures(state), found.arrays)
         if state["step_in_epoch"] and not same_metrics:
             _log.warning("The metrics are not those of %s: in this epoch they begin anew.", found.path)
         ranks = state["ranks"]
@@ -288,16 +288,18 @@ class _Keeper(keras.callbacks.Callback):
             "random": pack(randomness.state(), random_arrays, f"random/{world.rank()}"),
             "random_arrays": random_arrays,
             "heard": self._listener.heard,
+            **({"variables": snapshot.signatures} if snapshot.divided else {}),
         }
-        gathered = collectives.allgather_object((mine, snapshot.own), name="checkpoint.ranks")
-        heard = [rank["heard"] for rank, _ in gathered]
+        ranks = collectives.allgather_object(mine, name="checkpoint.ranks")
+        own = collectives.gather_object(snapshot.own, name="checkpoint.own")
+        heard = [rank["heard"] for rank in ranks]
         if world.rank():
             return heard
         now = self._before + self._step
         if may_drop and self._writer.busy:
             _log.info("no checkpoint of step %d: the one before is still being written", now)
             return heard
-        for rank, _ in gathered:
+        for rank in ranks:
             arrays |= rank["random_arrays"]
         state = {
             "step": now,
@@ -309,11 +311,12 @@ class _Keeper(keras.callbacks.Callback):
             "job": self._settings.job,
             "extra": self._settings.extra(epoch, step) if self._settings.extra else None,
             "variables": snapshot.signatures,
-            "ranks": [{"callbacks": rank["callbacks"], "random": rank["random"]} for rank, _ in gathered],
+            "ranks": [
+                {name: rank[name] for name in ("callbacks", "random", "variables") if name in rank} for rank in ranks
+            ],
             "versions": {"keras": keras.__version__},
             "written": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
         }
-        own = [own for _, own in gathered]
         self._waited += time.perf_counter() - began
         self._writer.start(now, lambda: self._write(now, state, {**arrays, **snapshot.arrays(own)}, metrics or {}))
         return heard
@@ -346,6 +349,12 @@ class _Keeper(keras.callbacks.Callback):
         self._listener.stop()
         self.model._initial_epoch = None
         raise Preempted(message)
+
+
+def _signatures(state: dict[str, Any]) -> list[Any]:
+    """What was kept on this rank: of a divided model ranks keep different variables."""
+    ranks = state["ranks"]
+    return list(ranks[world.rank() % len(ranks)].get("variables", state["variables"]))
 
 
 def _numbers(logs: dict | None) -> dict[str, float]:

@@ -6,6 +6,7 @@ import keras
 import numpy as np
 
 from hvdkit import collectives, world
+from hvdkit.mesh import copies_of
 
 
 class MetricAverageCallback(keras.callbacks.Callback):
@@ -68,22 +69,23 @@ def exact_metrics(model: keras.Model) -> dict[str, Any]:
         By name a float, or an array where the metric has several values (`F1Score(average=None)`).
     """
     variables = [v for metric in model.metrics for v in metric.variables]
-    if world.size() > 1 and variables:
+    copies = copies_of(model) if world.size() > 1 else None
+    if copies is not None and copies.size() > 1 and variables:
         # In float64: a rank's float32 counts are exact, and stay so until the sum is rounded once.
-        values = [_contribution(v) for v in variables]
-        flat = collectives.allreduce_sum(np.concatenate([v.ravel() for v in values]), name="metrics")
+        values = [_contribution(v, copies) for v in variables]
+        flat = collectives.allreduce_sum(np.concatenate([v.ravel() for v in values]), "metrics", copies)
         parts = np.split(flat, np.cumsum([v.size for v in values])[:-1])
         for variable, part, value in zip(variables, parts, values, strict=True):
             variable.assign(part.reshape(value.shape))
     return {name: _as_python(value) for name, value in model.get_metrics_result().items()}
 
 
-def _contribution(variable: Any) -> np.ndarray:
+def _contribution(variable: Any, copies: Any) -> np.ndarray:
     value = np.asarray(keras.ops.convert_to_numpy(variable), np.float64)
     aggregation = getattr(variable, "aggregation", "sum")
     if aggregation == "mean":
-        return value / world.size()
-    return np.zeros_like(value) if aggregation == "only_first_replica" and world.rank() else value
+        return value / copies.size()
+    return np.zeros_like(value) if aggregation == "only_first_replica" and copies.rank() else value
 
 
 def _complete(logs: dict[str, Any], exact: dict[str, float]) -> dict[str, float]:

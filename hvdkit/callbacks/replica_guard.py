@@ -12,11 +12,13 @@ import tensorflow as tf
 
 from hvdkit import collectives, world
 from hvdkit.errors import ReplicasDiverged, UsageError
+from hvdkit.mesh import Mesh, mesh_of, shard_of, share
 from hvdkit.optimizer import keeps_local
 
 _log = logging.getLogger(__name__)
 
 _WIDTH = 1024
+_ROWS = 2048  # that are summed up at once: 16 MiB, and as much for their products
 _INTEGERS = {1: tf.int8, 2: tf.int16, 4: tf.int32, 8: tf.int32}  # by the bytes of what is read as integers
 
 
@@ -31,7 +33,8 @@ class ReplicaGuardCallback(keras.callbacks.Callback):
     those that differ by design: BatchNormalization's moving statistics and other float non-trainable weights of layers
     that train (`AverageStateCallback` averages these), sums of gradients not yet applied, `local_variables`, and those
     that a `DistributedOptimizer` leaves to each rank. Of random seeds, which differ
-    from rank to rank, it is compared how far they have moved since training began.
+    from rank to rank, it is compared how far they have moved since training began. Of a divided model's shards, it is
+    compared whether the ranks that hold the same ones hold them alike.
 
     A check takes about as long as a step or less (`tests/parallel/guard_cost.py` on two CPU cores, models of 0.1 to 19
     million weights: 0.01 to 0.19 % of the training with the default `every`). Put it behind the broadcast.
@@ -121,17 +124,22 @@ class _Guarded:
         state = [v for v in _state(model) if id(v) not in local and not keeps_local(model.optimizer, v)]
         self._seeds = [v for v in state if _is_seed(v)]
         self._equal = [v for v in state if not _is_seed(v)]
-        self._names = [v.path for v in [*self._equal, *self._seeds]]
+        self._shards = [v for v in model.weights if shard_of(v) is not None]
+        self._mesh = mesh_of(self._shards)
+        self._names = [*(v.path for v in [*self._equal, *self._seeds]), "its part of the model"]
         self._start = [_number(v) for v in self._seeds]
         self._prints = tf.function(self._all_prints).get_concrete_function()
 
     def compare(self) -> tuple[list[int], str, bool] | None:
         """The ranks that differ, the first variable in which they do, and whether a majority tells who is right."""
         moved = [_number(v) - start for v, start in zip(self._seeds, self._start, strict=True)]
-        mine = np.asarray([*self._prints().numpy(), *(fingerprint(tf.constant(m)) for m in moved)], np.int64)
+        prints = self._prints().numpy()
+        common, shards = prints[: len(self._equal)], prints[len(self._equal) :]
+        mine = np.asarray([*common, *(fingerprint(tf.constant(m)) for m in moved), shards.sum()], np.int64)
         row = np.zeros([world.size(), len(mine)], np.int64)
         row[world.rank()] = mine
         everyone = collectives.allreduce_sum(row, name="guard")
+        everyone[:, -1] -= _of_first_copy(everyone[:, -1], self._mesh)
         differing = np.flatnonzero((everyone != everyone[0]).any(axis=0))
         if not len(differing):
             return None
@@ -142,11 +150,15 @@ class _Guarded:
         return [r for r, other in enumerate(column) if other != reference], self._names[differing[0]], majority
 
     def _all_prints(self) -> tf.Tensor:
-        return tf.stack([_compiled(v.value.shape, v.value.dtype)(v.value) for v in self._equal])
+        variables = [*self._equal, *self._shards]
+        return tf.stack(
+            [_compiled(v.value.shape, v.value.dtype)(v.value) for v in variables] or [tf.constant(0, tf.int64)]
+        )
 
     def restore(self, root_rank: int) -> None:
         """Gives all ranks the root's state; the seeds stay apart."""
         collectives.broadcast_variables(self._equal, root_rank)
+        share(self._shards)
         moved = [_number(v) - start for v, start in zip(self._seeds, self._start, strict=True)]
         moved = collectives.broadcast_object(moved, root_rank, name="guard.seeds")
         for variable, start, movement in zip(self._seeds, self._start, moved, strict=True):
@@ -161,17 +173,27 @@ def fingerprint(values: tf.Tensor) -> tf.Tensor:
     """
     if values.dtype == tf.bool:
         values = tf.cast(values, tf.int8)
-    bits = tf.reshape(tf.cast(tf.bitcast(values, _INTEGERS[values.dtype.size]), tf.int64), [-1])
+    bits = tf.reshape(tf.bitcast(values, _INTEGERS[values.dtype.size]), [-1])
     if bits.shape[0] == 0:
         return tf.zeros([], tf.int64)
     generator = np.random.default_rng(0)  # the same on all ranks
     while True:  # a level at a time: no tensor of weights as large as the values is needed
         width = min(_WIDTH, bits.shape[0])
         weights = generator.integers(1, 2**62, width) | 1
-        rows = tf.reshape(tf.pad(bits, [[0, -bits.shape[0] % width]]), [-1, width])
-        bits = tf.reduce_sum(rows * weights, axis=1)
+        bits = _row_sums(bits, weights)
         if bits.shape[0] == 1:
             return bits[0]
+
+
+def _row_sums(bits: tf.Tensor, weights: np.ndarray) -> tf.Tensor:
+    """Weighted sums of so many elements each, the last filled up with zeros; a block at a time, to save memory."""
+    width, block = len(weights), len(weights) * _ROWS
+    sums = []
+    for start in range(0, bits.shape[0], block):
+        some = tf.cast(bits[start : start + block], tf.int64)
+        rows = tf.reshape(tf.pad(some, [[0, -some.shape[0] % width]]), [-1, width])
+        sums.append(tf.reduce_sum(rows * weights, axis=1))
+    return tf.concat(sums, axis=0)
 
 
 @functools.cache
@@ -187,6 +209,11 @@ def _state(model: keras.Model) -> list[Any]:
     metrics = {id(v) for metric in model.metrics for v in metric.variables}
     slots = [v for v in getattr(model.optimizer, "variables", []) if "gradient_accumulator" not in v.path]
     return [v for v in [*model.variables, *slots] if id(v) not in gathered | metrics and v.dtype != "string"]
+
+
+def _of_first_copy(prints: np.ndarray, mesh: Mesh | None) -> np.ndarray:
+    """What each rank's shards should be: those of the first rank that holds the same ones."""
+    return prints if mesh is None else np.tile(prints[: mesh.model], mesh.data)
 
 
 def _is_seed(variable: Any) -> bool:

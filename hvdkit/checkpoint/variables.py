@@ -3,7 +3,7 @@
 Most are common to the ranks: those are the root's. Some are each rank's own while an epoch runs: random seeds, the
 metrics' states, BatchNormalization's moving statistics, gradients that are accumulated and not yet exchanged, and what
 a `DistributedOptimizer` was told to keep local. Of these every rank's value is kept, and under `tf.distribute` every
-replica's.
+replica's. Slots that a `ShardedOptimizer` has divided over the ranks are kept as those of one process are.
 
 A checkpoint may be restored on another number of ranks. Then the first ranks' seeds are used, and told apart for
 others; sums of metrics go to the root alone, so that their total stays what it was; and of other values all ranks take
@@ -19,7 +19,11 @@ import numpy as np
 import tensorflow as tf
 
 from hvdkit import collectives, world
+from hvdkit.mesh import mesh_of
 from hvdkit.optimizer import keeps_local, optimizers_of
+from hvdkit.parallel import whole_slots
+from hvdkit.parallel.sharded import ShardedOptimizer
+from hvdkit.parallel.whole_slots import WholeSlot
 
 COMMON, OWN, METRIC, SEED = "common", "own", "metric", "seed"
 
@@ -30,6 +34,7 @@ class Kept:
 
     variable: Any
     kind: str
+    columns: int = 0  # ranks that hold the model between them, if it is divided: rank r has what rank r mod that has
 
     @property
     def signature(self) -> list[Any]:
@@ -37,7 +42,9 @@ class Kept:
         return [self.variable.path, list(self.variable.shape), str(self.variable.dtype), self.kind]
 
     def parts(self) -> list[tf.Variable]:
-        """The TensorFlow variables behind it: under `tf.distribute` one a replica."""
+        """The TensorFlow variables behind it: under `tf.distribute` one a replica; of a divided slot none."""
+        if isinstance(self.variable, WholeSlot):
+            return []
         native = getattr(self.variable, "value", self.variable)
         return list(getattr(native, "values", None) or [native])
 
@@ -48,10 +55,12 @@ def kept_of(model: keras.Model) -> list[Kept]:
     frozen = {id(v) for layer in model._flatten_layers() if not layer.trainable for v in layer.weights}
     gathered = {id(v) for v in model.non_trainable_weights if "float" in str(v.dtype)} - frozen
     metrics = {id(v): v for metric in model.metrics for v in metric.variables}
-    slots = [v for optimizer in optimizers for v in optimizer.variables]
+    slots = [v for optimizer in optimizers for v in _slots(optimizer)]
     everything = {id(v): v for v in [*model.variables, *slots]}
 
     def kind(variable: Any) -> str:
+        if isinstance(variable, WholeSlot):
+            return COMMON
         if variable.path.endswith("seed_generator_state"):
             return SEED
         accumulates = "gradient_accumulator" in variable.path
@@ -59,14 +68,21 @@ def kept_of(model: keras.Model) -> list[Kept]:
         return OWN if own else COMMON
 
     kept = [Kept(v, kind(v)) for i, v in everything.items() if i not in metrics and v.dtype != "string"]
-    return kept + [Kept(v, METRIC) for v in metrics.values() if v.dtype != "string"]
+    kept += [Kept(v, METRIC) for v in metrics.values() if v.dtype != "string"]
+    mesh = mesh_of(model.weights)
+    return [dataclasses.replace(k, columns=mesh.model) for k in kept] if mesh else kept
+
+
+def _slots(optimizer: Any) -> list[Any]:
+    return optimizer.whole_variables() if isinstance(optimizer, ShardedOptimizer) else optimizer.variables
 
 
 class Snapshot:
     """The values at one moment, held in memory.
 
     Taking it costs next to nothing on a CPU: a value that is held is copied when it is next assigned, by TensorFlow
-    itself. From a GPU, whose memory is not for this, values are copied at once.
+    itself. From a GPU, whose memory is not for this, values are copied at once. So are divided slots, which rank 0 must
+    bring together: with these, taking it is a collective call.
 
     Args:
         kept: of which variables.
@@ -74,18 +90,25 @@ class Snapshot:
 
     def __init__(self, kept: Sequence[Kept]) -> None:
         self.signatures = [k.signature for k in kept]
+        self.divided = any(k.columns for k in kept)
         self.own = [(number, [part.numpy() for part in k.parts()]) for number, k in enumerate(kept) if k.kind != COMMON]
         self._common = {
             f"variable/{number}": _hold(k.parts()[0])
             for number, k in enumerate(kept)
-            if k.kind == COMMON and world.rank() == 0
+            if k.kind == COMMON and world.rank() == 0 and not isinstance(k.variable, WholeSlot)
         }
+        divided = _divided(kept)
+        self._common |= dict(
+            zip((f"variable/{n}" for n, _ in divided), whole_slots.gather([s for _, s in divided]), strict=False)
+        )
 
     def arrays(self, everyone: Sequence[list[tuple[int, list[np.ndarray]]]]) -> dict[str, np.ndarray]:
         """All arrays to store, given all ranks' `own`; rank after rank, and replica after replica, in the name."""
         arrays = {name: np.asarray(value) for name, value in self._common.items()}
-        for number, _ in self.own:
-            values = [part for own in everyone for n, parts in own if n == number for part in parts]
+        by_number = [dict(own) for own in everyone]
+        for number in sorted({n for own in by_number for n in own}):
+            # Stages of a pipeline have different numbers of variables: for one that has no such, nothing stands.
+            values = [part for own in by_number for part in own.get(number, [np.zeros(0, bool)])]
             arrays |= {f"own/{number}/{place}": value for place, value in enumerate(values)}
         return arrays
 
@@ -113,6 +136,10 @@ def restore(kept: Sequence[Kept], signatures: Sequence[Sequence[Any]], arrays: d
     Returns:
         Whether the metrics are those that were stored; otherwise they are left as they are.
     """
+    divided = _divided(kept)
+    whole_slots.scatter(
+        [slot for _, slot in divided], [arrays[f"variable/{n}"] for n, _ in divided if world.rank() == 0]
+    )
     common = [part for k in kept if k.kind == COMMON for part in k.parts()]
     if world.rank() == 0:
         for number, k in enumerate(kept):
@@ -120,33 +147,70 @@ def restore(kept: Sequence[Kept], signatures: Sequence[Sequence[Any]], arrays: d
                 for part in k.parts():
                     part.assign(arrays[f"variable/{number}"])
     collectives.broadcast_variables(common)
-    own = {name: value for name, value in arrays.items() if name.startswith("own/")}
-    own = collectives.broadcast_object(own, name="checkpoint.own")
     same_metrics = [k.signature[1:] for k in kept] == [list(s[1:]) for s in signatures]
-    for number, k in enumerate(kept):
-        if k.kind == COMMON or (k.kind == METRIC and not same_metrics):
-            continue
-        values = list(_in_order(own, f"own/{number}/"))
-        parts = k.parts()
-        for place, part in enumerate(parts):
-            part.assign(_value(k, values, world.rank() * len(parts) + place, world.size() * len(parts)))
+    left_out = {COMMON} if same_metrics else {COMMON, METRIC}
+    wanted = [_Wanted.of(number, k) for number, k in enumerate(kept) if k.kind not in left_out]
+    everyone = collectives.gather_object(wanted, "checkpoint.wanted")  # stages of a pipeline want different things
+    given = [[one.values(arrays, rank) for one in theirs] for rank, theirs in enumerate(everyone)]
+    for one, values in zip(wanted, collectives.scatter_object(given, "checkpoint.own"), strict=True):
+        for part, value in zip(kept[one.number].parts(), values, strict=True):
+            part.assign(value)
     return same_metrics
 
 
-def _value(kept: Kept, values: list[np.ndarray], replica: int, replicas: int) -> np.ndarray:
-    """What a replica takes of the stored replicas' values."""
-    if len(values) == replicas:
-        return values[replica]
-    if kept.kind == SEED:  # [seed, counter]: broadcast from the root, told apart by the rank
-        if replica < len(values):
+@dataclasses.dataclass(frozen=True)
+class _Wanted:
+    """A variable that is each rank's own, to be given back to a rank.
+
+    Attributes:
+        number: its place among all.
+        kind: as of `Kept`.
+        columns: as of `Kept`.
+        parts: how many the rank has: one a replica.
+        adds_up: whether replicas' values are terms of a sum.
+    """
+
+    number: int
+    kind: str
+    columns: int
+    parts: int
+    adds_up: bool
+
+    @classmethod
+    def of(cls, number: int, kept: Kept) -> "_Wanted":
+        """What a rank has in that place."""
+        adds_up = kept.kind == METRIC and getattr(kept.variable, "aggregation", "sum") == "sum"
+        return cls(number, kept.kind, kept.columns, len(kept.parts()), adds_up)
+
+    def values(self, arrays: dict[str, np.ndarray], rank: int) -> list[np.ndarray]:
+        """What the parts of a rank take of what is stored."""
+        stored = list(_in_order(arrays, f"own/{self.number}/"))
+        replicas = world.size() * self.parts
+        return [self._value(stored, rank * self.parts + part, replicas) for part in range(self.parts)]
+
+    def _value(self, values: list[np.ndarray], replica: int, replicas: int) -> np.ndarray:
+        """What a replica takes of the stored replicas' values."""
+        if len(values) == replicas:
             return values[replica]
-        return values[0] + np.array([replica, 0], values[0].dtype)
-    if kept.kind == METRIC and getattr(kept.variable, "aggregation", "sum") == "sum":
-        total = np.sum(np.asarray(values, np.float64), axis=0).astype(values[0].dtype)
-        return total if replica == 0 else np.zeros_like(total)
-    if "int" in values[0].dtype.name or values[0].dtype == bool:
-        return values[replica % len(values)]
-    return np.mean(np.asarray(values, np.float64), axis=0).astype(values[0].dtype)
+        if self.columns:  # of another number of copies of the model
+            values = values[replica % self.columns :: self.columns]
+            replica //= self.columns
+            if self.kind == OWN:
+                return values[0]
+        if self.kind == SEED:  # [seed, counter]: broadcast from the root, told apart by the rank
+            if replica < len(values):
+                return values[replica]
+            return values[0] + np.array([replica, 0], values[0].dtype)
+        if self.adds_up:
+            total = np.sum(np.asarray(values, np.float64), axis=0).astype(values[0].dtype)
+            return total if replica == 0 else np.zeros_like(total)
+        if "int" in values[0].dtype.name or values[0].dtype == bool:
+            return values[replica % len(values)]
+        return np.mean(np.asarray(values, np.float64), axis=0).astype(values[0].dtype)
+
+
+def _divided(kept: Sequence[Kept]) -> list[tuple[int, WholeSlot]]:
+    return [(number, k.variable) for number, k in enumerate(kept) if isinstance(k.variable, WholeSlot)]
 
 
 def _in_order(arrays: dict[str, np.ndarray], prefix: str) -> Iterable[np.ndarray]:

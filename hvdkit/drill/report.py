@@ -123,12 +123,15 @@ def _hashes_of_the_split(flags: list[str]) -> "collections.Counter[int]":
     os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
     from hvdkit import train_flags
     from hvdkit.data import pipeline
-    from hvdkit.data.sources import open_source
+    from hvdkit.data.sources import TokenSource, open_source
     from hvdkit.model import find_model
 
     config = train_flags.parse(["hvdkit.drill", *flags])
-    dataset = config.dataset or find_model(config.model).recipes[0].dataset
+    model = find_model(config.model)
+    dataset = config.dataset or model.recipes[0].dataset
     source = open_source(dataset, config.data_dir, image_size=config.image_size)
+    if isinstance(source, TokenSource):
+        source = source.cut(config.sequence_length or model.recipe_for(source.name).sequence_length)
     share = pipeline.read_share(source, "train", 0, 1, cache_bytes=config.cache_gb * 1e9)
     counter: collections.Counter[int] = collections.Counter()
     for batch in pipeline.evaluation_batches(share, 1024).as_numpy_iterator():

@@ -72,11 +72,11 @@ def test_a_host_that_is_cut_off_is_done_without_and_taken_back(cluster, elastic,
     job = elastic(script, "-H", "h1:1,h2:1", "--host-timeout", "4", "--output", "rank0")
     try:
         read_until(job, "^begins$")
-        cluster.cable("cut", "h2")
+        cluster.change("cut", "h2")
         found = read_until(job, r"(Host h2 has not been heard of for 4 s|started 1 rank\(s\) on h1:1|^begins$)", 3)
         assert found[1:] == ["started 1 rank(s) on h1:1", "begins"]
     finally:
-        cluster.cable("mend", "h2")
+        cluster.change("mend", "h2")
     code, output = end(job, 120)
     assert (code, sizes(starts)) == (0, [2, 1, 2]), output
     assert "the hosts are to change (places for 2 ranks, 1 in use): the ranks save and leave." in output
@@ -89,10 +89,10 @@ def test_with_too_few_hosts_it_waits_and_goes_on_when_they_are_back(cluster, ela
     job = elastic(script, "-H", "h1:1,h2:1", "--min-np", "2", "--host-timeout", "4", "--output", "rank0")
     try:
         read_until(job, "^begins$")
-        cluster.cable("cut", "h2")
+        cluster.change("cut", "h2")
         read_until(job, r"waiting for hosts: there are places for 1 rank\(s\), and --min-np is 2")
     finally:
-        cluster.cable("mend", "h2")
+        cluster.change("mend", "h2")
     code, output = end(job, 120)
     assert (code, sizes(starts)) == (0, [2, 2]), output
 
@@ -104,10 +104,10 @@ def test_with_too_few_hosts_for_too_long_it_ends(cluster, elastic):
     )  # fmt: skip
     try:
         read_until(job, "^begins$")
-        cluster.cable("cut", "h2")
+        cluster.change("cut", "h2")
         code, output = end(job, 120)
     finally:
-        cluster.cable("mend", "h2")
+        cluster.change("mend", "h2")
     assert code == 75, "it may be started again"
     last = output.splitlines()[-1]
     assert last.startswith("hvdkit.launch: There were places for 1 rank(s) only for 3 s, and --min-np is 2.")

@@ -29,6 +29,7 @@ def parse(*flags):
         (["--strategy=magic"], "single|horovod|mirrored|multiworker"),
         (["--epochs=1", "--steps=3"], "--epochs and --steps exclude each other"),
         (["--global_batch=8", "--local_batch=3"], "--global_batch and --local_batch exclude each other"),
+        (["--shard_optimizer", "--compression=fp16"], "--shard_optimizer and --compression exclude each other"),
     ],
 )
 def test_wrong_flags(flags, message):
@@ -39,7 +40,7 @@ def test_wrong_flags(flags, message):
             parse(*flags)
     finally:
         absl_flags.FLAGS.unparse_flags()
-        for name in ("epochs", "steps", "global_batch", "local_batch"):
+        for name in ("epochs", "steps", "global_batch", "local_batch", "shard_optimizer", "compression"):
             absl_flags.FLAGS[name].unparse()
 
 
@@ -77,8 +78,9 @@ def test_every_model_builds_and_has_a_recipe_and_its_command(name):
     assert all(isinstance(recipe, Recipe) for recipe in source.recipes)
     given = {"input_shape": (32, 32, 3), "num_classes": 7, "vocabulary_size": 50, "sequence_length": 12}
     model = build_model(source, given)
-    inputs = np.ones([2, 12], "int32") if name == "text_classifier" else np.ones([2, 32, 32, 3])
-    assert model(inputs).shape == (2, 7)
+    of_text = name in ("text_classifier", "gpt")
+    inputs = np.ones([2, 12], "int32") if of_text else np.ones([2, 32, 32, 3])
+    assert model(inputs).shape == ((2, 12, 50) if name == "gpt" else (2, 7))
     header = hvdkit_models.load(name).__doc__
     assert f"launch/local.sh -np 2 --model={name}" in header
     assert "hvdkit" not in header.replace("launch/local.sh", "")
@@ -155,6 +157,35 @@ def test_a_model_that_does_not_fit_the_data():
         check_output(model, tf.TensorSpec([8, 8, 1], tf.uint8), 10, "mine")
     with pytest.raises(UsageError, match=r"but 3 classes need \(batch, 3\)"):
         check_output(model, tf.TensorSpec([28, 28, 1], tf.uint8), 3, "mine")
+
+
+def model_arguments(text):
+    return _with(model_args=text).model_arguments
+
+
+def test_arguments_of_the_model(tmp_path):
+    assert model_arguments("width=256, depth=6,hidden=(128,64),rate=1e-3,norm=layer,bias=False") == {
+        "width": 256, "depth": 6, "hidden": (128, 64), "rate": 1e-3, "norm": "layer", "bias": False,
+    }  # fmt: skip
+    assert model_arguments(None) == {}
+    given = {"input_shape": (28, 28, 1), "num_classes": 10}
+    small = build_model(find_model("mnist_mlp"), given, model_arguments("hidden=(8,)"))
+    assert small.count_params() == 784 * 8 + 8 + 8 * 10 + 10
+    with pytest.raises(UsageError, match="was given width, and the model mnist_mlp takes hidden. Correct the name"):
+        build_model(find_model("mnist_mlp"), given, {"width": 3})
+    with pytest.raises(UsageError, match=r"was given num_classes, which the data decide \(num_classes is 10\)"):
+        build_model(find_model("mnist_mlp"), given, {"num_classes": 3})
+    with pytest.raises(UsageError, match="cannot be built: ValueError: a width of 130 cannot be divided over 4 heads"):
+        build_model(find_model("gpt"), {"sequence_length": 8}, {"width": 130})
+    path = tmp_path / "mine.py"
+    path.write_text(USER_MODEL + "\ndef open_ended(**sizes):\n    return plain() if sizes == {'n': 3} else 0\n")
+    assert build_model(find_model(f"{path}:open_ended"), given, {"n": 3}).count_params() == 650
+
+
+@pytest.mark.parametrize("wrong", ["width", "width=", "width=256;depth=6", "256", "width=2*x", "a=1,a=2", "**x"])
+def test_arguments_of_the_model_that_cannot_be_read(wrong):
+    with pytest.raises(UsageError, match=r"^--model_args=.* cannot be read \(.*\)\. The form is name=value,name=value"):
+        train_flags._check(_with(model_args=wrong))
 
 
 def test_optimizers_by_name():
@@ -276,3 +307,9 @@ def test_an_interrupted_run_is_not_begun_anew_by_accident(tmp_path):
 def test_the_step_at_which_a_run_goes_on_is_reached():
     found = types.SimpleNamespace(state={"step_in_epoch": 6})
     assert train._steps_per_execution(None, 220, 44, found) == 2
+
+
+def test_curves_of_a_run_that_took_no_step(tmp_path):
+    """It went on from where another one had ended, so that there is a history, and no loss by step."""
+    artifacts.plot_curves(tmp_path, {"loss": [1.0], "accuracy": [0.5]}, 44, 0, "title")
+    assert (tmp_path / "curves.png").read_bytes()[1:4] == b"PNG"
