@@ -3,23 +3,40 @@
 import json
 import os
 import pickle
+import shutil
 import signal
 import subprocess
 import sys
+import tempfile
 import uuid
 from pathlib import Path
 
 import psutil
 import pytest
 
-# Loaded once, before any test: TensorFlow sets environment variables of its own when it is imported.
-os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
-os.environ.setdefault("TF_ENABLE_ONEDNN_OPTS", "1")  # as in launched ranks
-import tensorflow  # noqa: F401
-import tensorflow_datasets  # noqa: F401 - sets some, too
+from tests import forked
 
 ROOT = Path(__file__).resolve().parent.parent
 RANK_MAIN = Path(__file__).parent / "parallel" / "rank_main.py"
+
+
+def pytest_configure(config):
+    os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
+    os.environ.setdefault("TF_ENABLE_ONEDNN_OPTS", "1")  # as in launched ranks
+    if not hasattr(config, "workerinput"):
+        config.forked = Path(tempfile.mkdtemp(prefix="hvdkit-forked-"))
+        config.forked_servers = forked.start(config.forked)
+    if config.getoption("dist", "no") == "no":  # tests run in this process
+        # Loaded once, before any test: TensorFlow and TFDS set environment variables of their own when imported.
+        import tensorflow
+        import tensorflow_datasets  # noqa: F401
+
+
+def pytest_unconfigure(config):
+    if hasattr(config, "forked"):
+        shutil.rmtree(config.forked)
+        for server in config.forked_servers:
+            server.communicate()  # it ends when its input is closed
 
 
 @pytest.fixture(autouse=True)
@@ -98,7 +115,7 @@ def ranks(tmp_path):
         call = {"file": function.__code__.co_filename, "function": function.__name__, "arguments": arguments}
         (results / "call.json").write_text(json.dumps(call))
         ended = run_command(
-            [sys.executable, "-m", "hvdkit.launch", "-np", number, "--", sys.executable, RANK_MAIN, results],
+            [sys.executable, "-m", "hvdkit.launch", "-np", number, "--", *forked.command(RANK_MAIN, results)],
             timeout=timeout,
             env={"TF_CPP_MIN_LOG_LEVEL": "2", **(env or {})},
         )
@@ -118,7 +135,7 @@ def train(tmp_path):
 
     def start(number, *flags, timeout=300, cwd=None, env=None):
         launcher = [sys.executable, "-m", "hvdkit.launch", "-np", number, "--"] if number else []
-        command = [*launcher, sys.executable, "-m", "hvdkit.train", *flags]
+        command = [*launcher, *forked.command("-m", "hvdkit.train", *flags)]
         return run_command(command, timeout=timeout, cwd=cwd or tmp_path, env=env)
 
     return start
