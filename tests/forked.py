@@ -59,6 +59,7 @@ def stand_in(arguments):
     answers = connection.makefile("rb")
     pid = json.loads(answers.readline() or b"null")
     if pid is None:
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, _PASSED_ON)
         os.execv(sys.executable, [sys.executable, *arguments])
     for number in _PASSED_ON:
         signal.signal(number, lambda number, _: _signal(pid, number))
@@ -132,7 +133,12 @@ def start(folder):
     environment.pop(ADDRESSES, None)
     addresses = [os.path.join(folder, str(number)) for number in (0, 1)]
     servers = [
-        subprocess.Popen([sys.executable, __file__, "--serve", address], stdin=subprocess.PIPE, env=environment)
+        subprocess.Popen(
+            [sys.executable, __file__, "--serve", address],
+            stdin=subprocess.PIPE,
+            stderr=subprocess.DEVNULL,  # TensorFlow greets, in each of them
+            env=environment,
+        )
         for address in addresses
     ]
     os.environ[ADDRESSES] = ":".join(addresses)
@@ -160,19 +166,19 @@ def serve(address):
             elif ready is listener:
                 connection, _ = listener.accept()
                 order, outputs = _receive(connection)
-                if order["surroundings"] != own:
-                    connection.sendall(b"null\n")
-                    connection.close()
-                    continue
-                pid = os.fork()
-                if not pid:
+                pid = os.fork() if order["surroundings"] == own else None
+                if pid == 0:
                     for file in (listener, *children):
                         os.close(file if isinstance(file, int) else file.detach())
                     return _become(order, outputs, connection)
                 for end in outputs:
                     os.close(end)
-                end = os.pidfd_open(pid)
-                children[end] = children[connection] = (pid, end, connection)
+                if pid is None:
+                    connection.sendall(b"null\n")
+                    connection.close()
+                else:
+                    end = os.pidfd_open(pid)
+                    children[end] = children[connection] = (pid, end, connection)
             elif ready in children:
                 _bury(*children[ready], children)
 
