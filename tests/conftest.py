@@ -28,7 +28,7 @@ def pytest_configure(config):
         config.forked_servers = forked.start(config.forked)
     if config.getoption("dist", "no") == "no":  # tests run in this process
         # Loaded once, before any test: TensorFlow and TFDS set environment variables of their own when imported.
-        import tensorflow
+        import tensorflow  # noqa: F401
         import tensorflow_datasets  # noqa: F401
 
 

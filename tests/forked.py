@@ -13,6 +13,7 @@ rely on the order of a set do not agree by chance.
 """
 
 import array
+import contextlib
 import json
 import os
 import select
@@ -40,7 +41,8 @@ def stand_in(arguments):
     """Has a server run `python *arguments`, and ends as that does."""
     rank = int(os.environ.get("HOROVOD_RANK", 0))
     servers = os.environ.get(ADDRESSES, "").split(":")
-    connection = _reach(servers[rank % len(servers)]) if servers != [""] else None
+    needs_tensorflow = arguments[0].endswith(".py") or (arguments[0] == "-m" and arguments[1] != "hvdkit.launch")
+    connection = _reach(servers[rank % len(servers)]) if needs_tensorflow and servers != [""] else None
     if connection is None:
         os.execv(sys.executable, [sys.executable, *arguments])
     order = {
@@ -118,10 +120,8 @@ def _umask():
 
 
 def _signal(pid, number):
-    try:
+    with contextlib.suppress(ProcessLookupError):  # it has ended, and its code is on its way
         os.killpg(pid, number)
-    except ProcessLookupError:
-        pass  # it has ended, and its code is on its way
 
 
 # -------------------------------------------------------------------------------------------------------- The server
@@ -163,6 +163,8 @@ def serve(address):
                 for pid, *_ in children.values():
                     _signal(pid, signal.SIGKILL)
                 os._exit(0)
+            elif ready in children:
+                _bury(*children[ready], children)
             elif ready is listener:
                 connection, _ = listener.accept()
                 order, outputs = _receive(connection)
@@ -171,16 +173,18 @@ def serve(address):
                     for file in (listener, *children):
                         os.close(file if isinstance(file, int) else file.detach())
                     return _become(order, outputs, connection)
-                for end in outputs:
-                    os.close(end)
-                if pid is None:
-                    connection.sendall(b"null\n")
-                    connection.close()
-                else:
-                    end = os.pidfd_open(pid)
-                    children[end] = children[connection] = (pid, end, connection)
-            elif ready in children:
-                _bury(*children[ready], children)
+                _note(pid, outputs, connection, children)
+
+
+def _note(pid, outputs, connection, children):
+    for end in outputs:
+        os.close(end)
+    if pid is None:
+        connection.sendall(b"null\n")
+        connection.close()
+    else:
+        end = os.pidfd_open(pid)
+        children[end] = children[connection] = (pid, end, connection)
 
 
 def _receive(connection):
@@ -199,10 +203,8 @@ def _bury(pid, end, connection, children):
     if not os.waitid(os.P_PIDFD, end, os.WEXITED | os.WNOHANG | os.WNOWAIT):
         _signal(pid, signal.SIGKILL)
     code = os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
-    try:
+    with contextlib.suppress(OSError):  # nobody is there to hear of it
         connection.sendall(json.dumps(code).encode() + b"\n")
-    except OSError:
-        pass  # nobody is there to hear of it
     del children[end], children[connection]
     os.close(end)
     connection.close()
@@ -234,6 +236,8 @@ def run(arguments):
     """As `python *arguments`."""
     import runpy
 
+    os.environ["HVDKIT_TEST_PYTHON"] = sys.executable
+    sys.executable = os.path.join(os.path.dirname(os.path.abspath(__file__)), "python")
     if arguments[0] == "-m":
         sys.argv = arguments[1:]
         sys.path[0] = os.getcwd()

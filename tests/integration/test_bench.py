@@ -1,10 +1,10 @@
 """`python -m hvdkit.bench` and `python -m hvdkit.plan`: that they measure; how fast things are, tests do not judge."""
 
 import json
-import sys
 
 import pytest
 
+from tests import forked
 from tests.conftest import run_command
 
 
@@ -16,7 +16,7 @@ def bench(tmp_path):
         file, plot = tmp_path / f"{command}.json", tmp_path / f"{command}.png"
         common = ["--rounds", "1", "--seconds", "1", "--json", file, "--plot", plot]
         ended = run_command(
-            [sys.executable, "-m", "hvdkit.bench", command, *common, *arguments], timeout=timeout
+            forked.command("-m", "hvdkit.bench", command, *common, *arguments), timeout=timeout
         )  # fmt: skip
         assert ended.code == 0, ended.output
         assert plot.read_bytes().startswith(b"\x89PNG")
@@ -51,7 +51,7 @@ def test_collectives_lie_below_what_the_machine_can_do(bench, tmp_path):
     assert rows["allreduce", 4194304]["seconds"] > rows["allreduce", 1024]["seconds"]
     options = ["--links", tmp_path / "collectives.json", "--batch", "32", "--ranks", "1,2,512", "--seconds", "1"]
     flags = ["--model=mnist_mlp", "--dataset=synthetic:28x28x1:10:2048"]
-    plan = [sys.executable, "-m", "hvdkit.plan", *options, "--json", tmp_path / "plan.json", "--", *flags]
+    plan = forked.command("-m", "hvdkit.plan", *options, "--json", tmp_path / "plan.json", "--", *flags)
     ended = run_command(plan, timeout=400)
     assert ended.code == 0, ended.output
     content = json.loads((tmp_path / "plan.json").read_text())
@@ -76,16 +76,16 @@ def test_each_mode_is_tried_beside_its_prediction(tmp_path):
     file = tmp_path / "tried.json"
     options = ["-H", "localhost:2", "--batch", "32", "--seconds", "1", "--modes", "data parallel,powersgd,local SGD"]
     flags = ["--model=mnist_mlp", "--dataset=synthetic:28x28x1:10:6400"]
-    measure = [sys.executable, "-m", "hvdkit.plan", "measure", *options, "--json", file, "--", *flags]
+    measure = forked.command("-m", "hvdkit.plan", "measure", *options, "--json", file, "--", *flags)
     ended = run_command(measure, timeout=400)
     assert ended.code == 0, ended.output
     rows = json.loads(file.read_text())["rows"]
     assert [row["mode"] for row in rows] == ["data parallel", "powersgd", "local SGD"]
     assert all(row["predicted"] > 0 and row["measured"] > 0 for row in rows)
     assert rows[1]["predicted_wire_bytes"] < rows[0]["predicted_wire_bytes"] / 5
-    scored = run_command([sys.executable, "-m", "hvdkit.plan", "score", file], timeout=60)
+    scored = run_command(forked.command("-m", "hvdkit.plan", "score", file), timeout=60)
     assert "of 3" in scored.output
-    again = [sys.executable, "-m", "hvdkit.plan", "--model-from", file, "--ranks", "2,4", "--modes", "powersgd"]
+    again = forked.command("-m", "hvdkit.plan", "--model-from", file, "--ranks", "2,4", "--modes", "powersgd")
     ended = run_command(again, timeout=60)
     assert ended.code == 0, ended.output
     assert "powersgd" in ended.output
@@ -135,7 +135,7 @@ def test_peers_train_the_same_model(bench):
 )
 def test_mistakes_get_a_sentence(arguments, message):
     module, *rest = arguments
-    ended = run_command([sys.executable, "-m", f"hvdkit.{module}", *rest], timeout=60)
+    ended = run_command(forked.command("-m", f"hvdkit.{module}", *rest), timeout=60)
     assert ended.code == 2
     assert message in ended.output
     assert "Traceback" not in ended.output
@@ -145,7 +145,7 @@ def test_predictions_are_scored(tmp_path):
     file = tmp_path / "pairs.json"
     rows = [{"case": f"{n} hosts", "predicted": p, "measured": 100} for n, p in ((2, 90), (3, 105), (4, 130))]
     file.write_text(json.dumps({"rows": rows}))
-    ended = run_command([sys.executable, "-m", "hvdkit.plan", "score", file], timeout=60)
+    ended = run_command(forked.command("-m", "hvdkit.plan", "score", file), timeout=60)
     assert ended.code == 0
     assert "median error 10%" in ended.output
     assert "+30%" in ended.output
@@ -153,7 +153,7 @@ def test_predictions_are_scored(tmp_path):
 
 def test_resnet_50_is_drawn_beside_what_others_published(tmp_path):
     plot = tmp_path / "published.png"
-    ended = run_command([sys.executable, "-m", "hvdkit.plan", "published", plot], timeout=60)
+    ended = run_command(forked.command("-m", "hvdkit.plan", "published", plot), timeout=60)
     assert ended.code == 0, ended.output
     assert plot.read_bytes().startswith(b"\x89PNG")
     assert "512: 0.90" in ended.output

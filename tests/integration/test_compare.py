@@ -1,17 +1,17 @@
 """`python -m hvdkit.compare` trains one task in several ways and puts them side by side."""
 
 import json
-import sys
 
 import pytest
 
+from tests import forked
 from tests.conftest import run_command
 
 
 @pytest.fixture
 def compare(tmp_path):
     def run(*arguments):
-        return run_command([sys.executable, "-m", "hvdkit.compare", *arguments], timeout=600, cwd=tmp_path)
+        return run_command(forked.command("-m", "hvdkit.compare", *arguments), timeout=600, cwd=tmp_path)
 
     return run
 

@@ -7,6 +7,7 @@ import sys
 
 import numpy as np
 
+from tests import forked
 from tests.conftest import run_command
 
 MODELS = """
@@ -40,7 +41,7 @@ def audited(num_classes, vocabulary_size, sequence_length):
 
 
 def verify_resume(tmp_path, *flags):
-    command = [sys.executable, "-m", "hvdkit.verify_resume", "-np", 2, f"--workdir={tmp_path}", "--kill_seed=3", *flags]
+    command = forked.command("-m", "hvdkit.verify_resume", "-np", 2, f"--workdir={tmp_path}", "--kill_seed=3", *flags)
     ended = run_command(command, timeout=400, cwd=tmp_path)
     assert ended.code == 0, ended.output
     return ended, json.loads(ended.output.splitlines()[-1])

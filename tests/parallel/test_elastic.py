@@ -11,6 +11,7 @@ from pathlib import Path
 import psutil
 import pytest
 
+from tests import forked
 from tests.conftest import _environment
 
 pytestmark = pytest.mark.timeout(1200)  # the launcher alone imports TensorFlow twice before it starts ranks
@@ -33,7 +34,7 @@ class Elastic:
             "hvdkit": [sys.executable, "-m", "hvdkit.launch", "--elastic", "--workdir", folder, "--output", "all"],
         }[by]
         end = ["--"] if by == "hvdkit" else []
-        command = [*start, *launcher, "--host-discovery-script", script, *end, sys.executable, PROGRAM, pace]
+        command = [*start, *launcher, "--host-discovery-script", script, *end, *forked.command(PROGRAM, pace)]
         environment = {"PYTHONPATH": str(PROGRAM.parents[2]), "TF_CPP_MIN_LOG_LEVEL": "2"}
         environment["PATH"] = os.pathsep.join([*map(str, path), os.environ["PATH"]])
         with self.log.open("w") as log:

@@ -61,7 +61,8 @@ def test_a_program_ends_as_it_does_alone(tmp_path, program, code, said):
     (file := tmp_path / "program.py").write_text(program)
     ended = _run(file)
     assert ended.returncode == code
-    assert ended.stderr.endswith(said) and bool(ended.stderr) == bool(said)
+    assert ended.stderr.endswith(said)
+    assert bool(ended.stderr) == bool(said)
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGKILL])
@@ -69,7 +70,8 @@ def test_a_signal_reaches_the_program(tmp_path, number):
     (file := tmp_path / "program.py").write_text("import os, time; print(os.getpid(), flush=True); time.sleep(60)")
     with subprocess.Popen(forked.command(file), stdout=subprocess.PIPE, text=True) as process:
         pid = int(process.stdout.readline())
-        assert pid != process.pid and psutil.Process(pid).is_running()
+        assert pid != process.pid
+        assert psutil.Process(pid).is_running()
         process.send_signal(number)
         assert process.wait(20) == -number
         until = time.monotonic() + 20

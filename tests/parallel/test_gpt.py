@@ -1,10 +1,10 @@
 """gpt on two ranks: the model of one process, an exact resume, and a text from what was trained."""
 
 import json
-import sys
 
 import numpy as np
 
+from tests import forked
 from tests.conftest import run_command
 
 STEPS = 4
@@ -61,7 +61,7 @@ def test_a_text_is_trained_on_killed_gone_on_with_and_written(tmp_path):
         "--learning_rate=0.01", "--epochs=3", "--checkpoint_every=5", "--eval_every=1", "--notensorboard",
     ]  # fmt: skip
     ended = run_command(
-        [sys.executable, "-m", "hvdkit.verify_resume", "-np", 2, "--kills=1", "--kill_seed=1", "--workdir=w", *flags],
+        forked.command("-m", "hvdkit.verify_resume", "-np", 2, "--kills=1", "--kill_seed=1", "--workdir=w", *flags),
         timeout=400, cwd=tmp_path,
     )  # fmt: skip
     assert ended.code == 0, ended.output
@@ -71,7 +71,7 @@ def test_a_text_is_trained_on_killed_gone_on_with_and_written(tmp_path):
     assert result["test_accuracy"] > 0.7
 
     prompt = "or not to be"
-    program = [sys.executable, "-m", "hvdkit.generate", "w/killed"]
+    program = forked.command("-m", "hvdkit.generate", "w/killed")
     command = [*program, f"--prompt={prompt}", "--length=80", "--temperature=0.1"]
     ended = [run_command([*command, "--seed=3"], timeout=120, cwd=tmp_path) for _ in range(2)]
     assert ended[0].code == 0, ended[0].output

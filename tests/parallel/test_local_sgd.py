@@ -140,11 +140,12 @@ def test_the_main_job_trains_with_few_exchanges(train, tmp_path):
 
 
 def test_a_run_that_is_resumed_between_two_exchanges_ends_bit_for_bit(tmp_path):
-    from tests.conftest import run_command, sys
+    from tests import forked
+    from tests.conftest import run_command
 
     flags = ["--model=mnist_mlp", "--local_steps=8", "--epochs=2", "--checkpoint_every=11", "--compression=int8"]
     ended = run_command(
-        [sys.executable, "-m", "hvdkit.verify_resume", "-np", "2", *flags], timeout=500, cwd=tmp_path
+        forked.command("-m", "hvdkit.verify_resume", "-np", "2", *flags), timeout=500, cwd=tmp_path
     )  # fmt: skip
     assert ended.code == 0, ended.output
 

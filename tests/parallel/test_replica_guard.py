@@ -7,6 +7,7 @@ from pathlib import Path
 
 import numpy as np
 
+from tests import forked
 from tests.conftest import run_command
 
 
@@ -125,7 +126,7 @@ def test_all_ranks_stop_together(ranks):
 def test_its_cost_can_be_measured():
     """README has the figures; a machine that does much else says nothing about them."""
     program = Path(__file__).with_name("guard_cost.py")
-    command = [sys.executable, "-m", "hvdkit.launch", "-np", 2, "--", sys.executable, program, "mnist_mlp:28x28x1:64"]
+    command = [sys.executable, "-m", "hvdkit.launch", "-np", 2, "--", *forked.command(program, "mnist_mlp:28x28x1:64")]
     ended = run_command(command, timeout=300)
     assert ended.code == 0, ended.output
     (percent,) = re.findall(r"with every=500 ([\d.]+)% of the training", ended.output)

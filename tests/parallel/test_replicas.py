@@ -9,6 +9,7 @@ from pathlib import Path
 
 import numpy as np
 
+from tests import forked
 from tests.conftest import run_command
 
 
@@ -72,7 +73,7 @@ def test_without_the_wrapper_they_do_not_and_are_told(ranks):
 def checksums(library):
     two_ranks = Path(__file__).with_name("two_ranks.py")
     ended = run_command(
-        [sys.executable, "-m", "hvdkit.launch", "-np", 2, "--", sys.executable, two_ranks, library], timeout=120
+        [sys.executable, "-m", "hvdkit.launch", "-np", 2, "--", *forked.command(two_ranks, library)], timeout=120
     )
     assert ended.code == 0, ended.output
     return re.findall(r"rank \d has the weights (\w+)", ended.output)

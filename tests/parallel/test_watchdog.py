@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 
+from tests import forked
 from tests.conftest import run_command
 
 PROGRAM = Path(__file__).with_name("watchdog_program.py")
@@ -15,7 +16,7 @@ PROGRAM = Path(__file__).with_name("watchdog_program.py")
 def run(number, *arguments, limit=15, action="abort"):
     """The limit leaves time for the first step's tracing on a machine that does much else."""
     return run_command(
-        [sys.executable, "-m", "hvdkit.launch", "-np", number, "--", sys.executable, PROGRAM, *arguments],
+        [sys.executable, "-m", "hvdkit.launch", "-np", number, "--", *forked.command(PROGRAM, *arguments)],
         timeout=300,
         env={"HVDKIT_STALL_SECONDS": str(limit), "HVDKIT_STALL_ACTION": action, "TF_CPP_MIN_LOG_LEVEL": "2"},
     )
