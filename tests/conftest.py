@@ -3,7 +3,6 @@
 import json
 import os
 import pickle
-import shutil
 import signal
 import subprocess
 import sys
@@ -34,9 +33,8 @@ def pytest_configure(config):
 
 def pytest_unconfigure(config):
     if hasattr(config, "forked"):
-        shutil.rmtree(config.forked)
-        for server in config.forked_servers:
-            server.communicate()  # it ends when its input is closed
+        said = forked.stop(config.forked_servers, config.forked)
+        assert not said, f"a server of tests/forked.py did not live: {said}"
 
 
 @pytest.fixture(autouse=True)

@@ -128,21 +128,32 @@ def _signal(pid, number):
 
 
 def start(folder):
-    """Starts both servers; their sockets are in `folder`, which is to be removed before they are ended."""
+    """Starts both servers, with their sockets and what they say in `folder`."""
     environment = {**os.environ, "PYTHONUNBUFFERED": "1", "TF_ENABLE_ONEDNN_OPTS": "1"}  # as launched ranks have it
     environment.pop(ADDRESSES, None)
     addresses = [os.path.join(folder, str(number)) for number in (0, 1)]
-    servers = [
-        subprocess.Popen(
-            [sys.executable, __file__, "--serve", address],
-            stdin=subprocess.PIPE,
-            stderr=subprocess.DEVNULL,  # TensorFlow greets, in each of them
-            env=environment,
-        )
-        for address in addresses
-    ]
+    servers = []
+    for address in addresses:
+        with open(f"{address}.log", "wb") as log:  # TensorFlow greets, in each of them
+            program = [sys.executable, __file__, "--serve", address]
+            servers.append(subprocess.Popen(program, stdin=subprocess.PIPE, stderr=log, env=environment))
     os.environ[ADDRESSES] = ":".join(addresses)
     return servers
+
+
+def stop(servers, folder):
+    """Ends the servers and what they have forked; returns what servers said that had ended by themselves."""
+    import shutil
+
+    said = []
+    for number, server in enumerate(servers):
+        if server.poll() is not None:
+            with open(os.path.join(folder, f"{number}.log")) as log:
+                said.append(log.read())
+    for server in servers:
+        server.communicate()  # it ends when its input is closed
+    shutil.rmtree(folder)
+    return said
 
 
 def serve(address):
