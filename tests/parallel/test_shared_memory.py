@@ -9,7 +9,6 @@ import numpy as np
 import psutil
 import pytest
 
-from tests import forked
 from tests.conftest import sys
 
 SEGMENTS = Path("/dev/shm")
@@ -182,7 +181,7 @@ def test_a_killed_job_leaves_no_memory_behind(tmp_path):
     """Also one that is killed with all its ranks at once, in the middle of its steps."""
     flags = ["--model=mnist_mlp", "--dataset=synthetic:28x28x1:10:4096", "--steps=1000000", f"--workdir={tmp_path}/run"]
     process = psutil.Popen(
-        [sys.executable, "-m", "hvdkit.launch", "-np", "2", "--", *forked.command("-m", "hvdkit.train", *flags)]
+        [sys.executable, "-m", "hvdkit.launch", "-np", "2", "--", sys.executable, "-m", "hvdkit.train", *flags]
     )
     deadline = time.monotonic() + 120
     while not (tmp_path / "run" / "loss.csv").exists() and time.monotonic() < deadline:
