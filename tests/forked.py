@@ -24,6 +24,7 @@ import sys
 import time
 
 ADDRESSES = "HVDKIT_TEST_FORKED"  # the variable with the servers' socket files; without it, all is `python`'s own
+NOT_FORKED = {ADDRESSES: ""}  # the environment of programs that die, and whose launcher is to see it at that moment
 _LOADING_SECONDS = 180
 _PASSED_ON = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGUSR1, signal.SIGUSR2)
 _READ_WHILE_LOADING = ("LD_", "PYTHON", "OMP_", "KERAS_", "TF_ENABLE_", "TF_USE_", "TF_FORCE_", "OPENBLAS_")

@@ -11,6 +11,7 @@ import keras
 import numpy as np
 import pytest
 
+from tests import forked
 from tests.parallel import test_parity as parity
 
 # ---- Parity ------------------------------------------------------------------------------------------------------
@@ -232,7 +233,7 @@ def killed_in_training():
 
 
 def test_a_dead_worker_ends_the_job(ranks):
-    ended = ranks(2, killed_in_training, timeout=400, fails=True)
+    ended = ranks(2, killed_in_training, timeout=400, fails=True, env=forked.NOT_FORKED)
     assert ended.code == 128 + signal.SIGKILL, ended.output
     assert re.search(r"\nhvdkit\.launch: rank 1 on host \S+ was the first to fail, killed by SIGKILL", ended.output)
 

@@ -13,12 +13,17 @@ from tests.conftest import run_command
 PROGRAM = Path(__file__).with_name("watchdog_program.py")
 
 
-def run(number, *arguments, limit=15, action="abort"):
+def run(number, *arguments, limit=15, action="abort", **environment):
     """The limit leaves time for the first step's tracing on a machine that does much else."""
     return run_command(
         [sys.executable, "-m", "hvdkit.launch", "-np", number, "--", *forked.command(PROGRAM, *arguments)],
         timeout=300,
-        env={"HVDKIT_STALL_SECONDS": str(limit), "HVDKIT_STALL_ACTION": action, "TF_CPP_MIN_LOG_LEVEL": "2"},
+        env={
+            "HVDKIT_STALL_SECONDS": str(limit),
+            "HVDKIT_STALL_ACTION": action,
+            "TF_CPP_MIN_LOG_LEVEL": "2",
+            **environment,
+        },
     )
 
 
@@ -76,7 +81,7 @@ def test_an_exception_on_one_rank_is_the_common_reason():
 
 @pytest.mark.parametrize("rank", [0, 1])
 def test_a_rank_that_is_killed_is_named(rank):
-    ended = run(3, "die_in_fit", rank, "SIGKILL", limit=60)
+    ended = run(3, "die_in_fit", rank, "SIGKILL", limit=60, **forked.NOT_FORKED)
     assert ended.code == 128 + signal.SIGKILL, ended.output
     said = rf"^(?:\[1\] )?hvdkit: rank {rank} on host \S+ died \(training, step \d of epoch 1\)"
     assert len(re.findall(said, ended.output, re.M)) == 1, ended.output
