@@ -22,7 +22,7 @@ RANK_MAIN = Path(__file__).parent / "parallel" / "rank_main.py"
 def pytest_configure(config):
     os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
     os.environ.setdefault("TF_ENABLE_ONEDNN_OPTS", "1")  # as in launched ranks
-    if not hasattr(config, "workerinput"):
+    if not hasattr(config, "workerinput") and os.environ.get(forked.ADDRESSES) != "":
         config.forked = Path(tempfile.mkdtemp(prefix="hvdkit-forked-"))
         config.forked_servers = forked.start(config.forked)
     if config.getoption("dist", "no") == "no":  # tests run in this process
