@@ -54,6 +54,7 @@ def test_what_is_read_while_loading_needs_a_process_of_its_own(tmp_path, variabl
         ("import sys; sys.exit('a sentence')", 1, "a sentence\n"),
         ("raise ValueError('not so')", 1, "ValueError: not so\n"),
         ("import os; os.abort()", -signal.SIGABRT, ""),
+        ("import os; os.kill(os.getpid(), 9)", -signal.SIGKILL, ""),
         ("import atexit, sys; atexit.register(print, 'at the end', file=sys.stderr)", 0, "at the end\n"),
     ],
 )
