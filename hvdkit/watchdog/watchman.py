@@ -359,9 +359,12 @@ class Watchman(threading.Thread):
 
     def _on_join(self, rank: int, message: Message) -> None:
         """A member that has lost its hub, or the first that comes: whoever is asked is the hub."""
+        # What this rank has not seen itself, and will not where it leaves the old hub now.
+        told = {int(absent): status for absent, status in message["statuses"].items()}
+        dead = [r for r, status in told.items() if (self._peers[r].state.status, status) == ("living", "dead")]
         if not self._is_hub:
-            for absent, status in message["statuses"].items():
-                self._set_status(int(absent), status)
+            for absent, status in told.items():
+                self._set_status(absent, status)
             old, self._hub = self._hub, self.rank
             _log.debug("rank %d is now the hub, in place of rank %d", self.rank, old)
             if self._to_hub:
@@ -373,6 +376,8 @@ class Watchman(threading.Thread):
             self._members[rank].send(_ended(self.failure, at_once=False))
         elif self._inquiry:
             self._members[rank].send(self._question())
+        for absent in dead:
+            self._judge_death(absent)
 
     def _on_moved(self, rank: int, message: Message) -> None:
         """This rank was the hub, and slept: the others have turned to another one."""
@@ -400,9 +405,13 @@ class Watchman(threading.Thread):
             self._set_status(self._hub, "dead")
         was_hub = rank == self._hub
         self._forget(rank)
+        if self._is_hub or was_hub:
+            self._judge_death(rank)
+
+    def _judge_death(self, rank: int) -> None:
+        """By the phase, of which every rank tells at once: what is known of its collectives is a second old."""
         peer = self._peers[rank].state
-        # By the phase, of which every rank tells at once: what is known of its collectives is a second old.
-        if (self._is_hub or was_hub) and peer.phase != "between":
+        if peer.phase != "between":
             self._settle(self._death(peer))
 
     def _forget(self, rank: int) -> None:

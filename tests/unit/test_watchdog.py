@@ -237,10 +237,10 @@ class Ranks:
             man.tell_phase()
         self.until(lambda: all(p.state.step == 4 for p in list(self.men[0]._peers.values())[1:]))
 
-    def cut(self, rank):
-        """As the kernel does when a process dies: its connections end without a goodbye."""
+    def cut(self, rank, *, seen_by=None):
+        """As the kernel does when a process dies: its connections end without a goodbye, all or to one other rank."""
         man = self.men[rank]
-        connected = [c.sock for c in man._everyone()]
+        connected = [c.sock for c in man._everyone() if seen_by in (None, c.rank)]
         man._door.close()
         man._on_lost = man._on_beat = lambda *_: None
         for sock in connected:
@@ -288,6 +288,17 @@ def test_a_death_in_training_is_known_to_all_others(started, capfd, rank):
         assert man.known.wait(20)
         assert (man.failure.rank, man.failure.kind, man.failure.code) == (rank, "death", 75)
     assert capfd.readouterr().err.count(f"hvdkit: rank {rank} on host h{rank} died (training, step 5 of epoch 1)") == 1
+
+
+def test_the_next_hub_may_hear_of_the_hubs_death_before_it_sees_it(started, capfd):
+    ranks = started(3)
+    ranks.train()
+    ranks.until(lambda: all(m._peers[0].state.phase == "training" for m in ranks.men[1:]))
+    ranks.cut(0, seen_by=2)
+    for man in ranks.men[1:]:
+        assert man.known.wait(20)
+        assert (man.failure.rank, man.failure.kind) == (0, "death")
+    assert capfd.readouterr().err.count("hvdkit: rank 0 on host h0 died (training, step 5 of epoch 1)") == 1
 
 
 def test_an_end_without_goodbye_is_silent_until_somebody_asks(started, capfd):
