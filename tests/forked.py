@@ -181,43 +181,48 @@ def serve(address):
             elif ready is listener:
                 connection, _ = listener.accept()
                 order, outputs = _receive(connection)
-                pid = os.fork() if order["surroundings"] == own else None
+                pid = os.fork() if order and order["surroundings"] == own else None
                 if pid == 0:
-                    for file in (listener, *children):
-                        os.close(file if isinstance(file, int) else file.detach())
+                    _close(listener, *children)
                     return _become(order, outputs, connection)
-                _note(pid, outputs, connection, children)
+                _close(*outputs)
+                if pid:
+                    end = os.pidfd_open(pid)
+                    children[end] = children[connection] = (pid, end, connection)
+                else:
+                    _answer(connection, None)
+                    connection.close()
 
 
-def _note(pid, outputs, connection, children):
-    for end in outputs:
-        os.close(end)
-    if pid is None:
-        connection.sendall(b"null\n")
-        connection.close()
-    else:
-        end = os.pidfd_open(pid)
-        children[end] = children[connection] = (pid, end, connection)
+def _close(*files):
+    for file in files:
+        os.close(file if isinstance(file, int) else file.detach())
+
+
+def _answer(connection, what):
+    with contextlib.suppress(OSError):  # nobody is there to hear of it
+        connection.sendall(json.dumps(what).encode() + b"\n")
 
 
 def _receive(connection):
+    """What is to be run, and its outputs; None in place of it if who asks was killed before all of it was said."""
     outputs = array.array("i")
     size, ancillary, _, _ = connection.recvmsg(8, socket.CMSG_SPACE(3 * outputs.itemsize))
-    outputs.frombytes(ancillary[0][2])
+    for *_, files in ancillary:
+        outputs.frombytes(files)
     wanted = int.from_bytes(size, "big")
     data = b""
-    while len(data) < wanted:
-        data += connection.recv(wanted - len(data))
-    return json.loads(data), list(outputs)
+    while part := connection.recv(wanted - len(data)):
+        data += part
+    return json.loads(data) if data and len(data) == wanted else None, list(outputs)
 
 
 def _bury(pid, end, connection, children):
     """One of the two has ended: the process, or who asked for it, and with whom it ends."""
     if not os.waitid(os.P_PIDFD, end, os.WEXITED | os.WNOHANG | os.WNOWAIT):
         _signal(pid, signal.SIGKILL)
-    code = os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
-    with contextlib.suppress(OSError):  # nobody is there to hear of it
-        connection.sendall(json.dumps(code).encode() + b"\n")
+        os.kill(pid, signal.SIGKILL)  # it may not have a process group of its own yet
+    _answer(connection, os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]))
     del children[end], children[connection]
     os.close(end)
     connection.close()
@@ -240,7 +245,7 @@ def _become(order, outputs, connection):
     os.sched_setaffinity(0, order["cores"])
     random.seed()
     numpy.random.seed()
-    connection.sendall(b"%d\n" % os.getpid())
+    _answer(connection, os.getpid())
     connection.detach()  # open until this process ends; what it starts does not inherit it
     return order["arguments"]
 

@@ -3,6 +3,7 @@
 import json
 import os
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -79,6 +80,15 @@ def test_a_signal_reaches_the_program(tmp_path, number):
         while psutil.pid_exists(pid) and time.monotonic() < until:
             time.sleep(0.05)
         assert not psutil.pid_exists(pid)
+
+
+@pytest.mark.parametrize("said", [b"", (100).to_bytes(8, "big") + b"half an order"])
+def test_a_server_outlives_who_is_killed_while_it_asks(tmp_path, said):
+    with socket.socket(socket.AF_UNIX) as connection:
+        connection.connect(os.environ[forked.ADDRESSES].split(":")[0])
+        connection.sendall(said)
+    (file := tmp_path / "program.py").write_text("import sys; sys.exit('tensorflow' in sys.modules and 7)")
+    assert _run(file, timeout=20).returncode == 7
 
 
 def test_nothing_is_forked_without_servers(tmp_path):
