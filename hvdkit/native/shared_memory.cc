@@ -10,8 +10,12 @@
 // ranks on all of them, so all end with the same bits. Up to four ranks each add up all of a chunk; more than that
 // divide the adding among themselves (a reduce-scatter and an allgather; R. Thakur, R. Rabenseifner and W. Gropp,
 // "Optimization of Collective Communication Operations in MPICH", 2005), which takes a second meeting.
+//
+// An exchange runs on TensorFlow's thread for as long as the others come at once, and goes on in one of its own where it
+// has to wait: to start a thread takes longer than to exchange a small model's gradients.
 #include <fcntl.h>
 #include <linux/futex.h>
+#include <semaphore.h>
 #include <sys/mman.h>
 #include <sys/stat.h>
 #include <sys/syscall.h>
@@ -45,7 +49,7 @@ using tensorflow::Tensor;
 
 constexpr size_t kChunkBytes = 512 << 10;  // with its double and those of a few ranks it stays in the cache
 constexpr int kDivideAbove = 4;            // ranks from which on adding is divided among them
-constexpr int kSpins = 2000;               // about 20 µs, less than it takes to sleep and to be woken
+constexpr uint64_t kSpinNanoseconds = 500'000;  // the ranks of a step differ by about that; to be woken takes longer
 constexpr long kLookUpNanoseconds = 50'000'000;  // how often a rank that waits looks whether its step was cancelled
 
 std::atomic<uint64_t> nanoseconds_waiting{0}, nanoseconds_in_all{0}, exchanges{0}, bytes_brought{0};
@@ -70,7 +74,9 @@ bool Fail(OpKernelContext* context, const absl::Status& status) {
 // Memory that the ranks of one host share, for the exchanges of one name.
 class Segment {
  public:
-  Segment(const std::string& path, int rank, int size) : path_(path), rank_(rank), size_(size) {}
+  Segment(const std::string& path, int rank, int size) : path_(path), rank_(rank), size_(size) {
+    sem_init(&free_, 0, 1);
+  }
 
   // All zeros is how it begins, so whoever comes first makes it and nobody waits for him.
   std::string Open() {
@@ -93,44 +99,57 @@ class Segment {
   int rank() const { return rank_; }
   int size() const { return size_; }
   void NextChunk() { parity_ ^= 1; }
-  std::mutex& in_use() { return in_use_; }
 
-  // Comes to a meeting and waits for all others. False if the step was cancelled meanwhile.
-  bool Meet(bool spin, OpKernelContext* context) {
+  // One exchange at a time. A semaphore, because the thread that ends an exchange may not be the one that began it.
+  bool TryEnter() { return sem_trywait(&free_) == 0; }
+  void Enter() {
+    while (sem_wait(&free_)) {
+    }
+  }
+  void Leave() { sem_post(&free_); }
+
+  // Comes to a meeting.
+  void Arrive() {
     Place& mine = places_[rank_];
     mine.arrived.store(++meeting_, std::memory_order_seq_cst);
     if (mine.sleepers.load(std::memory_order_seq_cst)) Futex(&mine.arrived, FUTEX_WAKE, INT_MAX, nullptr);
-    for (int other = 0; other < size_; ++other) {
-      if (other != rank_ && !Await(places_[other], spin, context)) return false;
+  }
+
+  // Whether all others have come to it, too, or come while this thread spins.
+  bool AllThere(bool spin) {
+    const uint64_t end = spin ? Now() + kSpinNanoseconds : 0;
+    while (!std::all_of(places_, places_ + size_, [&](const Place& place) { return There(place); })) {
+      if (Now() >= end) return false;
+#if defined(__x86_64__)
+      __builtin_ia32_pause();
+#endif
     }
     // Everybody has it open: nothing is left behind, however the job ends.
     if (meeting_ == 1 && rank_ == 0) unlink(path_.c_str());
     return true;
   }
 
- private:
-  bool Await(Place& other, bool spin, OpKernelContext* context) {
-    // Numbers of meetings wrap around, so they are compared by their difference.
-    const auto there = [&] { return static_cast<int32_t>(other.arrived.load() - meeting_) >= 0; };
-    for (int i = 0; spin && i < kSpins; ++i) {
-      if (there()) return true;
-#if defined(__x86_64__)
-      __builtin_ia32_pause();
-#endif
-    }
-    while (!there()) {
-      other.sleepers.fetch_add(1, std::memory_order_seq_cst);
-      const uint32_t seen = other.arrived.load(std::memory_order_seq_cst);
-      if (static_cast<int32_t>(seen - meeting_) < 0) {
-        const timespec limit{0, kLookUpNanoseconds};
-        Futex(&other.arrived, FUTEX_WAIT, seen, &limit);
+  // Sleeps until all others have come. False if the step was cancelled meanwhile.
+  bool Await(OpKernelContext* context) {
+    for (Place* other = places_; other != places_ + size_; ++other) {
+      while (!There(*other)) {
+        other->sleepers.fetch_add(1, std::memory_order_seq_cst);
+        const uint32_t seen = other->arrived.load(std::memory_order_seq_cst);
+        if (static_cast<int32_t>(seen - meeting_) < 0) {
+          const timespec limit{0, kLookUpNanoseconds};
+          Futex(&other->arrived, FUTEX_WAIT, seen, &limit);
+        }
+        other->sleepers.fetch_sub(1, std::memory_order_seq_cst);
+        auto* manager = context->cancellation_manager();
+        if (!There(*other) && manager && manager->IsCancelled()) return false;
       }
-      other.sleepers.fetch_sub(1, std::memory_order_seq_cst);
-      auto* manager = context->cancellation_manager();
-      if (!there() && manager && manager->IsCancelled()) return false;
     }
-    return true;
+    return AllThere(false);
   }
+
+ private:
+  // Numbers of meetings wrap around, so they are compared by their difference.
+  bool There(const Place& place) const { return static_cast<int32_t>(place.arrived.load() - meeting_) >= 0; }
 
   static void Futex(std::atomic<uint32_t>* word, int operation, uint32_t value, const timespec* limit) {
     syscall(SYS_futex, reinterpret_cast<uint32_t*>(word), operation, value, limit, nullptr, 0);
@@ -147,7 +166,7 @@ class Segment {
   int parity_ = 0;
   Place* places_ = nullptr;
   char* slots_ = nullptr;
-  std::mutex in_use_;
+  sem_t free_;
 };
 
 // By path: a step that is traced anew on one rank alone goes on in the segment where the others are.
@@ -203,7 +222,191 @@ void Add(const std::vector<const T*>& of, size_t offset, size_t count, typename 
   }
 }
 
-// What the operations have in common: a segment, and a thread that waits in it for the other ranks.
+// One exchange of one step: what a rank does before, between and after the meetings.
+class Exchange {
+ public:
+  Exchange(Segment* segment, OpKernelContext* context) : segment_(*segment), context_(context) {}
+  virtual ~Exchange() = default;
+
+  // Does what is due. True if the ranks must meet before there is more to do; false at the end, and with the context's
+  // status set where it cannot be done.
+  virtual bool Advance() = 0;
+
+ protected:
+  Segment& segment_;
+  OpKernelContext* context_;
+};
+
+// Tensors added up over the ranks, as one stream of numbers cut into chunks.
+template <typename T>
+class Sum : public Exchange {
+ public:
+  using W = typename Wider<T>::type;
+
+  Sum(Segment* segment, OpKernelContext* context, float before, W after)
+      : Exchange(segment, context), before_(before), after_(after) {}
+
+  bool Advance() override {
+    if (!is_cut_) {
+      if (!Cut()) return false;
+    } else if (segment_.size() > kDivideAbove && !is_part_added_) {
+      AddPart();
+      return is_part_added_ = true;
+    } else {
+      Take();
+      segment_.NextChunk();
+      is_part_added_ = false;
+      ++at_;
+    }
+    if (at_ == chunks_.size()) return false;
+    Put();
+    return true;
+  }
+
+ private:
+  struct Chunk {
+    std::vector<Piece<T>> pieces;
+    size_t filled = 0;
+  };
+
+  bool Cut() {
+    constexpr size_t kChunk = kChunkBytes / sizeof(T);
+    for (int i = 0; i < context_->num_inputs(); ++i) {
+      const Tensor& in = context_->input(i);
+      Tensor* out = nullptr;
+      // In place where nobody else holds the input: a rank reads its own numbers from its slot.
+      const auto status = context_->forward_input_or_allocate_output({i}, i, in.shape(), &out);
+      if (!status.ok()) return Fail(context_, status);
+      Piece<T> rest{in.flat<T>().data(), out->flat<T>().data(), static_cast<size_t>(in.NumElements())};
+      while (rest.count) {
+        if (chunks_.empty() || chunks_.back().filled == kChunk) chunks_.emplace_back();
+        Chunk& chunk = chunks_.back();
+        const size_t n = std::min(rest.count, kChunk - chunk.filled);
+        chunk.pieces.push_back({rest.in, rest.out, n});
+        chunk.filled += n;
+        rest.in += n, rest.out += n, rest.count -= n;
+      }
+    }
+    return is_cut_ = true;
+  }
+
+  void Put() {
+    T* mine = Slot(segment_.rank());
+    for (const Piece<T>& piece : chunks_[at_].pieces) {
+      if (before_ == 1.0f) {
+        std::memcpy(mine, piece.in, piece.count * sizeof(T));
+      } else {
+        for (size_t i = 0; i < piece.count; ++i) mine[i] = static_cast<T>(static_cast<W>(piece.in[i]) * W(before_));
+      }
+      mine += piece.count;
+    }
+  }
+
+  // This rank's part of the chunk, which no other rank reads before it is a sum.
+  void AddPart() {
+    const int rank = segment_.rank();
+    Add<T>(Slots(), PartBegin(rank), PartBegin(rank + 1) - PartBegin(rank), after_, Slot(rank) + PartBegin(rank));
+  }
+
+  void Take() {
+    const std::vector<const T*> slots = Slots();
+    size_t offset = 0;
+    int rank = 0;
+    for (const Piece<T>& piece : chunks_[at_].pieces) {
+      if (!is_part_added_) {
+        Add<T>(slots, offset, piece.count, after_, piece.out);
+        offset += piece.count;
+        continue;
+      }
+      for (size_t done = 0; done < piece.count;) {
+        while (offset >= PartBegin(rank + 1)) ++rank;
+        const size_t n = std::min(piece.count - done, PartBegin(rank + 1) - offset);
+        std::memcpy(piece.out + done, slots[rank] + offset, n * sizeof(T));
+        done += n, offset += n;
+      }
+    }
+  }
+
+  size_t PartBegin(int rank) const { return chunks_[at_].filled * rank / segment_.size(); }
+  T* Slot(int rank) { return reinterpret_cast<T*>(segment_.Slot(rank)); }
+  std::vector<const T*> Slots() {
+    std::vector<const T*> slots;
+    for (int rank = 0; rank < segment_.size(); ++rank) slots.push_back(Slot(rank));
+    return slots;
+  }
+
+  const float before_;
+  const W after_;
+  bool is_cut_ = false, is_part_added_ = false;
+  std::vector<Chunk> chunks_;
+  size_t at_ = 0;
+};
+
+// Rows of all ranks, in the order of the ranks. In each chunk a rank's slot begins with how many bytes it has in all.
+class Gather : public Exchange {
+ public:
+  Gather(Segment* segment, OpKernelContext* context)
+      : Exchange(segment, context), mine_(context->input(0)), length_(segment->size()), begin_(segment->size() + 1) {}
+
+  bool Advance() override {
+    if (mine_.dims() < 1) return Fail(context_, absl::InvalidArgumentError("Rows are gathered, and a scalar has none."));
+    if (has_put_) {
+      if (at_ == 0 && !Allocate()) return false;
+      Take();
+      segment_.NextChunk();
+      at_ += kRoom;
+      if (at_ >= longest_) return false;
+    }
+    Put();
+    return has_put_ = true;
+  }
+
+ private:
+  static constexpr size_t kHead = 64, kRoom = kChunkBytes - kHead;
+
+  void Put() {
+    const uint64_t bytes = mine_.TotalBytes();
+    char* slot = segment_.Slot(segment_.rank());
+    std::memcpy(slot, &bytes, sizeof bytes);
+    const char* from = static_cast<const char*>(mine_.data()) + at_;
+    if (at_ < bytes) std::memcpy(slot + kHead, from, std::min<uint64_t>(kRoom, bytes - at_));
+  }
+
+  void Take() {
+    for (int rank = 0; rank < segment_.size(); ++rank) {
+      if (at_ >= length_[rank]) continue;
+      const uint64_t bytes = std::min<uint64_t>(kRoom, length_[rank] - at_);
+      std::memcpy(to_ + begin_[rank] + at_, segment_.Slot(rank) + kHead, bytes);
+    }
+  }
+
+  // The output, whose size is known once all have put their first chunk.
+  bool Allocate() {
+    for (int rank = 0; rank < segment_.size(); ++rank) {
+      std::memcpy(&length_[rank], segment_.Slot(rank), sizeof(uint64_t));
+      begin_[rank + 1] = begin_[rank] + length_[rank];
+      longest_ = std::max(longest_, length_[rank]);
+    }
+    tensorflow::TensorShape shape = mine_.shape();
+    int64_t numbers_a_row = 1;
+    for (int i = 1; i < shape.dims(); ++i) numbers_a_row *= shape.dim_size(i);
+    const uint64_t row = numbers_a_row * tensorflow::DataTypeSize(mine_.dtype());
+    shape.set_dim(0, row ? begin_.back() / row : mine_.dim_size(0));
+    Tensor* out = nullptr;
+    const auto status = context_->allocate_output(0, shape, &out);
+    if (!status.ok()) return Fail(context_, status);
+    to_ = static_cast<char*>(out->data());
+    return true;
+  }
+
+  const Tensor& mine_;
+  std::vector<uint64_t> length_, begin_;  // of each rank, bytes
+  uint64_t longest_ = 0, at_ = 0;
+  char* to_ = nullptr;
+  bool has_put_ = false;
+};
+
+// What the operations have in common: where the ranks meet, and the way through the meetings.
 class SharedExchange : public AsyncOpKernel {
  public:
   explicit SharedExchange(OpKernelConstruction* construction) : AsyncOpKernel(construction) {
@@ -213,44 +416,59 @@ class SharedExchange : public AsyncOpKernel {
     OP_REQUIRES_OK(construction, construction->GetAttr("own_core", &own_core_));
   }
 
-  // On a thread of its own: whatever TensorFlow has queued behind this call, which may be an exchange that other ranks
-  // have come to first, would wait with it.
   void ComputeAsync(OpKernelContext* context, DoneCallback done) override {
-    std::thread([this, context, done] {
-      Locked(context);
-      done();
+    const uint64_t began = Now();
+    std::string problem;
+    Segment* segment = FindSegment(path_, rank_, size_, &problem);
+    OP_REQUIRES_ASYNC(context, segment, absl::ResourceExhaustedError(problem), done);
+    const std::shared_ptr<Exchange> exchange = Begin(segment, context);
+    const bool has_entered = segment->TryEnter();
+    if (has_entered && AdvanceWhileAllCome(exchange.get(), segment)) return End(segment, context, began, done);
+    // Who has to wait does so on a thread of its own: whatever TensorFlow has queued behind this call, which may be an
+    // exchange that other ranks have come to first, would wait with it.
+    std::thread([=] {
+      if (!has_entered) segment->Enter();
+      bool is_over = !has_entered && AdvanceWhileAllCome(exchange.get(), segment);
+      while (!is_over && Await(segment, context)) is_over = AdvanceWhileAllCome(exchange.get(), segment);
+      End(segment, context, began, done);
     }).detach();
   }
 
  protected:
-  // The exchange itself; false if the step was cancelled meanwhile.
-  virtual bool Exchange(Segment* segment, OpKernelContext* context) = 0;
+  virtual std::unique_ptr<Exchange> Begin(Segment* segment, OpKernelContext* context) = 0;
 
-  bool Meet(Segment* segment, OpKernelContext* context) {
+ private:
+  // False where others are late for a meeting that this rank has come to.
+  bool AdvanceWhileAllCome(Exchange* exchange, Segment* segment) {
+    while (exchange->Advance()) {
+      segment->Arrive();
+      const uint64_t began = Now();
+      const bool all = segment->AllThere(own_core_);
+      nanoseconds_waiting += Now() - began;
+      if (!all) return false;
+    }
+    return true;
+  }
+
+  // False if the step was cancelled meanwhile.
+  static bool Await(Segment* segment, OpKernelContext* context) {
     const uint64_t began = Now();
-    const bool all = segment->Meet(own_core_, context);
+    const bool all = segment->Await(context);
     nanoseconds_waiting += Now() - began;
+    if (!all) context->SetStatus(absl::CancelledError("The step was cancelled while ranks waited for each other."));
     return all;
   }
 
-  int rank_, size_;
-
- private:
-  void Locked(OpKernelContext* context) {
-    const uint64_t began = Now();
-    std::string problem;
-    Segment* segment = FindSegment(path_, rank_, size_, &problem);
-    OP_REQUIRES(context, segment, absl::ResourceExhaustedError(problem));
-    const std::lock_guard<std::mutex> lock(segment->in_use());
-    if (!Exchange(segment, context) && context->status().ok()) {
-      context->SetStatus(absl::CancelledError("The step was cancelled while ranks waited for each other."));
-    }
+  static void End(Segment* segment, OpKernelContext* context, uint64_t began, const DoneCallback& done) {
+    segment->Leave();
     nanoseconds_in_all += Now() - began;
     ++exchanges;
     for (int i = 0; i < context->num_inputs(); ++i) bytes_brought += context->input(i).TotalBytes();
+    done();
   }
 
   std::string path_;
+  int rank_, size_;
   bool own_core_;
 };
 
@@ -264,136 +482,22 @@ class SharedSum : public SharedExchange {
   }
 
  private:
-  bool Exchange(Segment* segment, OpKernelContext* context) override {
-    std::vector<Piece<T>> tensors;
-    for (int i = 0; i < context->num_inputs(); ++i) {
-      const Tensor& in = context->input(i);
-      Tensor* out = nullptr;
-      // In place where nobody else holds the input: a rank reads its own numbers from its slot.
-      const auto status = context->forward_input_or_allocate_output({i}, i, in.shape(), &out);
-      if (!status.ok()) return Fail(context, status);
-      tensors.push_back({in.flat<T>().data(), out->flat<T>().data(), static_cast<size_t>(in.NumElements())});
-    }
-    return Stream(tensors, segment, context);
-  }
-
-  // Takes the tensors as one stream, a chunk at a time.
-  bool Stream(const std::vector<Piece<T>>& tensors, Segment* segment, OpKernelContext* context) {
-    constexpr size_t kChunk = kChunkBytes / sizeof(T);
-    std::vector<Piece<T>> chunk;
-    size_t filled = 0;
-    for (Piece<T> rest : tensors) {
-      while (rest.count) {
-        const size_t n = std::min(rest.count, kChunk - filled);
-        chunk.push_back({rest.in, rest.out, n});
-        rest.in += n, rest.out += n, rest.count -= n, filled += n;
-        if (filled == kChunk) {
-          if (!OneChunk(chunk, filled, segment, context)) return false;
-          chunk.clear();
-          filled = 0;
-        }
-      }
-    }
-    return !filled || OneChunk(chunk, filled, segment, context);
-  }
-
-  bool OneChunk(const std::vector<Piece<T>>& chunk, size_t filled, Segment* segment, OpKernelContext* context) {
+  std::unique_ptr<Exchange> Begin(Segment* segment, OpKernelContext* context) override {
     using W = typename Wider<T>::type;
-    T* mine = reinterpret_cast<T*>(segment->Slot(rank_));
-    for (const Piece<T>& piece : chunk) {
-      if (before_ == 1.0f) {
-        std::memcpy(mine, piece.in, piece.count * sizeof(T));
-      } else {
-        for (size_t i = 0; i < piece.count; ++i) mine[i] = static_cast<T>(static_cast<W>(piece.in[i]) * W(before_));
-      }
-      mine += piece.count;
-    }
-    if (!Meet(segment, context)) return false;
-    std::vector<const T*> slots;
-    for (int rank = 0; rank < size_; ++rank) slots.push_back(reinterpret_cast<const T*>(segment->Slot(rank)));
-    size_t offset = 0;
-    if (size_ <= kDivideAbove) {
-      for (const Piece<T>& piece : chunk) {
-        Add<T>(slots, offset, piece.count, W(after_) / W(divisor_), piece.out);
-        offset += piece.count;
-      }
-    } else {
-      const auto begin = [&](int rank) { return filled * rank / size_; };
-      T* part = reinterpret_cast<T*>(segment->Slot(rank_)) + begin(rank_);  // which no other rank reads before it is a sum
-      Add<T>(slots, begin(rank_), begin(rank_ + 1) - begin(rank_), W(after_) / W(divisor_), part);
-      if (!Meet(segment, context)) return false;
-      int rank = 0;
-      for (const Piece<T>& piece : chunk) {
-        for (size_t done = 0; done < piece.count;) {
-          while (offset >= begin(rank + 1)) ++rank;
-          const size_t n = std::min(piece.count - done, begin(rank + 1) - offset);
-          std::memcpy(piece.out + done, slots[rank] + offset, n * sizeof(T));
-          done += n, offset += n;
-        }
-      }
-    }
-    segment->NextChunk();
-    return true;
+    return std::make_unique<Sum<T>>(segment, context, before_, W(after_) / W(divisor_));
   }
 
   int divisor_;  // apart from `after`, which is a float: a third of a double must be one
   float before_, after_;
 };
 
-// Rows of all ranks, in the order of the ranks. In each chunk a rank's slot begins with how many bytes it has in all.
 class SharedGather : public SharedExchange {
  public:
   using SharedExchange::SharedExchange;
 
  private:
-  static constexpr size_t kHead = 64, kRoom = kChunkBytes - kHead;
-
-  bool Exchange(Segment* segment, OpKernelContext* context) override {
-    const Tensor& mine = context->input(0);
-    if (mine.dims() < 1) return Fail(context, absl::InvalidArgumentError("Rows are gathered, and a scalar has none."));
-    const uint64_t bytes = mine.TotalBytes();
-    const char* from = static_cast<const char*>(mine.data());
-    std::vector<uint64_t> length(size_), begin(size_ + 1);
-    char* to = nullptr;
-    uint64_t longest = 0;
-    for (uint64_t at = 0; at == 0 || at < longest; at += kRoom) {
-      char* slot = segment->Slot(rank_);
-      std::memcpy(slot, &bytes, sizeof bytes);
-      if (at < bytes) std::memcpy(slot + kHead, from + at, std::min<uint64_t>(kRoom, bytes - at));
-      if (!Meet(segment, context)) return false;
-      if (at == 0) {
-        for (int rank = 0; rank < size_; ++rank) {
-          std::memcpy(&length[rank], segment->Slot(rank), sizeof(uint64_t));
-          begin[rank + 1] = begin[rank] + length[rank];
-          longest = std::max(longest, length[rank]);
-        }
-        to = Allocate(mine, begin[size_], context);
-        if (!to) return false;
-      }
-      for (int rank = 0; rank < size_; ++rank) {
-        if (at >= length[rank]) continue;
-        std::memcpy(to + begin[rank] + at, segment->Slot(rank) + kHead, std::min<uint64_t>(kRoom, length[rank] - at));
-      }
-      segment->NextChunk();
-    }
-    return true;
-  }
-
-  // The output of so many bytes; null, with the context's status set, if that cannot be.
-  static char* Allocate(const Tensor& mine, uint64_t bytes, OpKernelContext* context) {
-    tensorflow::TensorShape shape = mine.shape();
-    int64_t numbers_a_row = 1;
-    for (int i = 1; i < shape.dims(); ++i) numbers_a_row *= shape.dim_size(i);
-    const uint64_t row = numbers_a_row * tensorflow::DataTypeSize(mine.dtype());
-    shape.set_dim(0, row ? bytes / row : mine.dim_size(0));
-    Tensor* out = nullptr;
-    const auto status = context->allocate_output(0, shape, &out);
-    if (!status.ok()) {
-      Fail(context, status);
-      return nullptr;
-    }
-    static char nothing;  // of no bytes there is no address
-    return bytes ? static_cast<char*>(out->data()) : &nothing;
+  std::unique_ptr<Exchange> Begin(Segment* segment, OpKernelContext* context) override {
+    return std::make_unique<Gather>(segment, context);
   }
 };
 
