@@ -27,16 +27,21 @@ def locals_of(method: str, owner: Any, names: Sequence[str]) -> dict[str, Any] |
     return None
 
 
+def is_in_xla() -> bool:
+    """Whether this is traced inside of a `tf.function(jit_compile=True)`."""
+    if tf.executing_eagerly():
+        return False
+    functions = (f.f_locals.get("self") for f in _frames() if "polymorphic_function" in f.f_code.co_filename)
+    return any(getattr(function, "_jit_compile", None) is True for function in functions)
+
+
 def refuse_xla() -> None:
     """Says what TensorFlow's "unsupported operations" would mean, before XLA meets an exchange between ranks.
 
     Raises:
         RuntimeError: this is traced inside of a `tf.function(jit_compile=True)`.
     """
-    if tf.executing_eagerly():
-        return
-    functions = (f.f_locals.get("self") for f in _frames() if "polymorphic_function" in f.f_code.co_filename)
-    if any(getattr(function, "_jit_compile", None) is True for function in functions):
+    if is_in_xla():
         raise RuntimeError(
             "XLA cannot compile the exchange of gradients between ranks, but this step is inside of a "
             "tf.function(jit_compile=True). Compile the forward and backward pass in a tf.function of their own and "

@@ -18,7 +18,7 @@ import keras
 import tensorflow as tf
 import wrapt
 
-from hvdkit import call_stack, clipping, loss_scale, world
+from hvdkit import call_stack, clipping, fused_update, loss_scale, world
 from hvdkit.compression import Compression, ErrorFeedback
 from hvdkit.compression.feedback import elements, ring_bytes
 from hvdkit.errors import UsageError
@@ -39,6 +39,7 @@ class ExchangingOptimizer(wrapt.ObjectProxy):
     ) -> None:
         super().__init__(optimizer)
         self._self_exchange = exchange
+        fuse_updates(optimizer)
 
     def apply(self, grads: Sequence[Gradient], trainable_variables: Sequence[Any] | None = None) -> None:
         """Exchanges `grads` with the other replicas and applies the result.
@@ -341,6 +342,12 @@ def parts_of(optimizer: keras.optimizers.Optimizer) -> list[keras.optimizers.Opt
     """An optimizer and those inside of it (`LossScaleOptimizer`, `MultiOptimizer`)."""
     inside = [*getattr(optimizer, "optimizers", []), *filter(None, [getattr(optimizer, "inner_optimizer", None)])]
     return [optimizer, *(part for i in inside for part in parts_of(i))]
+
+
+def fuse_updates(optimizer: keras.optimizers.Optimizer) -> None:
+    """Lets an optimizer, and those inside of it, update each variable in one pass (see `hvdkit.fused_update`)."""
+    for part in parts_of(optimizer):
+        fused_update.fuse(part)
 
 
 def keeps_local(optimizer: Any, variable: Any) -> bool:

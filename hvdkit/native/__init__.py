@@ -17,13 +17,17 @@ import tensorflow as tf
 
 from hvdkit.errors import UsageError
 
-_SOURCE = Path(__file__).with_name("shared_memory.cc")
+_FOLDER = Path(__file__).parent
+_SOURCES = sorted(_FOLDER.glob("*.cc"))
+# No errno for a square root below zero: with it a loop that takes roots is not vectorised.
+_FLAGS = ["-O3", "-fno-math-errno", "-w", "-fPIC", "-shared"]
 
 
 def library() -> Path:
-    """Where the compiled library is, or would be: its name tells source and TensorFlow apart."""
-    key = hashlib.sha256(_SOURCE.read_bytes() + tf.version.VERSION.encode() + tf.version.COMPILER_VERSION.encode())
-    return _SOURCE.with_name(f"shared_memory-{key.hexdigest()[:12]}.so")
+    """Where the compiled library is, or would be: its name tells sources, flags and TensorFlow apart."""
+    key = hashlib.sha256(b"".join(source.read_bytes() for source in _SOURCES))
+    key.update(" ".join([*_FLAGS, tf.version.VERSION, tf.version.COMPILER_VERSION]).encode())
+    return _FOLDER / f"operations-{key.hexdigest()[:12]}.so"
 
 
 def is_built() -> bool:
@@ -38,7 +42,7 @@ def load() -> Any:
 
 
 def build() -> Path:
-    """Compiles the library with `$CXX`, or `g++`, in about ten seconds; one that is there stays.
+    """Compiles the library with `$CXX`, or `g++`, in about twenty seconds; one that is there stays.
 
     Raises:
         UsageError: there is no compiler, TensorFlow's headers are missing, or the folder cannot be written to.
@@ -47,19 +51,19 @@ def build() -> Path:
     if made.is_file():
         return made
     compiler = os.environ.get("CXX") or "g++"
-    flags = [*tf.sysconfig.get_compile_flags(), "-O3", "-w", "-fPIC", "-shared"]
+    flags, sources = [*tf.sysconfig.get_compile_flags(), *_FLAGS], map(str, _SOURCES)
     try:
         # Made aside, then renamed: what stands under its name is whole.
         with tempfile.TemporaryDirectory(dir=made.parent) as folder:
             aside = Path(folder, made.name)
-            command = [*shlex.split(compiler), *flags, "-o", str(aside), str(_SOURCE), *tf.sysconfig.get_link_flags()]
+            command = [*shlex.split(compiler), *flags, "-o", str(aside), *sources, *tf.sysconfig.get_link_flags()]
             subprocess.run(command, check=True, capture_output=True, text=True)
             aside.rename(made)
     except (OSError, subprocess.CalledProcessError) as error:
         said = getattr(error, "stderr", None) or str(error)
         line = next((line for line in said.splitlines() if "error" in line.lower()), said.strip())
         raise UsageError(
-            f"{_SOURCE.name} cannot be compiled with {compiler}: {line}. Install g++, or name a compiler in CXX; "
+            f"hvdkit.native cannot be compiled with {compiler}: {line}. Install g++, or name a compiler in CXX; "
             f"TensorFlow's headers must be there, and {made.parent} writable. Without it ranks of one host exchange "
             f"over the loopback network."
         ) from None

@@ -24,7 +24,7 @@ from hvdkit.compression.feedback import elements, ring_bytes
 from hvdkit.errors import UsageError
 from hvdkit.gradients import Gradient
 from hvdkit.mesh import mesh_of
-from hvdkit.optimizer import DistributedOptimizer, parts_of
+from hvdkit.optimizer import DistributedOptimizer, fuse_updates, parts_of
 from hvdkit.parallel.flat import Flat
 from hvdkit.parallel.whole_slots import WholeSlot, gather, joined
 from hvdkit.profile import marks
@@ -122,6 +122,7 @@ class ShardedOptimizer(DistributedOptimizer):
         if built is not None and not self._self_gradients.is_alone():
             self._self_given = [v.numpy() for v in built.variables]
             self.__wrapped__ = _unbuilt(self.__wrapped__)
+            fuse_updates(self.__wrapped__)
 
     def _take_over(self) -> None:
         """Puts in what the inner optimizer would do with parts alone, where it must see whole variables."""

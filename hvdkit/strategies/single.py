@@ -8,6 +8,7 @@ import keras
 import tensorflow as tf
 
 from hvdkit import world
+from hvdkit.optimizer import fuse_updates
 from hvdkit.strategies.base import Strategy, refuse_many_processes, refuse_options
 
 
@@ -34,6 +35,7 @@ class SingleStrategy(Strategy):
     def distribute(self, optimizer: keras.optimizers.Optimizer, **options: Any) -> keras.optimizers.Optimizer:
         """The optimizer itself: there is nobody to exchange gradients with, and nothing to compress."""
         refuse_options(self.name, options)
+        fuse_updates(optimizer)
         return optimizer
 
     def callbacks(self) -> list[keras.callbacks.Callback]:
