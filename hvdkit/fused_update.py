@@ -3,7 +3,7 @@
 Keras writes an optimizer in operations on whole arrays. Adam is a dozen, which read and write arrays as large as the
 weights thirty times: in a network of matrices that is half a step, and in a small network a fifth of it. Here they are
 one operation a variable: hvdkit's own for Adam, and TensorFlow's for gradient descent. The results are Keras', bit for
-bit. Where an operation does not fit (on GPUs, in half precision, under XLA, without `hvdkit.native`) Keras' own is used.
+bit. Where an operation does not fit (on GPUs, in half precision, under XLA, without `hvdkit.native`), Keras' are used.
 """
 
 import functools
@@ -24,13 +24,13 @@ def fuse(optimizer: keras.optimizers.Optimizer) -> None:
     Args:
         optimizer: one that takes steps itself (see `hvdkit.optimizer.parts_of`), built or not.
     """
-    fits, update = _FUSED.get(type(optimizer).update_step, (None, None))  # none where a subclass has its own
-    if fits is not None:
-        optimizer.update_step = functools.partial(_update, fits, update, optimizer)
+    fused = _FUSED.get(type(optimizer).update_step)  # none where a subclass has an update of its own
+    if fused is not None:
+        optimizer.update_step = functools.partial(_update, *fused, optimizer)
 
 
 def _update(fits: Callable, update: Callable, optimizer: Any, gradient: Any, variable: Any, learning_rate: Any) -> None:
-    """Takes the place of `update_step`, with its last three arguments."""
+    """Takes the place of `update_step`, which has the last three arguments."""
     if fits(optimizer, gradient, variable) and not call_stack.is_in_xla():
         update(optimizer, gradient, variable, learning_rate)
     else:
@@ -38,8 +38,8 @@ def _update(fits: Callable, update: Callable, optimizer: Any, gradient: Any, var
 
 
 def _fits_adam(optimizer: Any, gradient: Any, variable: Any) -> bool:
-    in_memory = "CPU" in variable.device or not tf.config.list_logical_devices("GPU")
-    return in_memory and variable.dtype in (tf.float32, tf.float64) and not optimizer.amsgrad and native.is_built()
+    is_on_host = "CPU" in variable.device or not tf.config.list_logical_devices("GPU")
+    return is_on_host and variable.dtype in (tf.float32, tf.float64) and not optimizer.amsgrad and native.is_built()
 
 
 def _adam(optimizer: Any, gradient: Any, variable: Any, learning_rate: Any) -> None:
