@@ -159,9 +159,8 @@ class GradientExchange:
         dense = [i for i in shared if i not in sparse]
         if self.process_set.process_set_id == 0:
             watchdog.traced(name, [_signature(result[i], variables[i] if variables else i) for i in shared])
-        marks.note("ready", [result[i] for i in dense])
+        self._note("ready", result)
         self._reduce_dense(result, self._group(dense, result, variables), name)
-        marks.note("reduced", [result[i] for i in dense])
         mesh = mesh_of(variables or [])
         for place in sparse:
             # Ranks that hold one model between them have the same rows: they count once.
@@ -169,10 +168,17 @@ class GradientExchange:
             result[place] = self._gather_sparse(result[place], f"{name}.sparse{place}", readers)
         if mesh:
             self._reduce_shards(result, shards, mesh.data_set, f"{name}.shards")
+        self._note("reduced", result)
         if self._scale_local:
             for place in local:
                 result[place] = _divided(result[place], self.process_set.size())
         return result
+
+    def _note(self, name: str, result: list[Gradient]) -> None:
+        """Notes the time at which all gradients are there."""
+        there = [place for place, grad in enumerate(result) if grad is not None]
+        for place, grad in zip(there, marks.note(name, [result[place] for place in there]), strict=True):
+            result[place] = grad
 
     def _group(self, dense: list[int], grads: Sequence[Gradient], variables: Sequence[Any] | None) -> list[list[int]]:
         """Divides places by the order in which the layers were made, which is the same on all ranks.

@@ -232,7 +232,8 @@ class ShardedOptimizer(DistributedOptimizer):
         if exchange.process_set.process_set_id == 0:
             paths = [(place, getattr(self._self_model[place], "path", str(place))) for place in present]
             watchdog.traced(exchange.name, [(tuple(dense[p].shape), dense[p].dtype.name, path) for p, path in paths])
-        marks.note("ready", [dense[place] for place in present])
+        for place, grad in zip(present, marks.note("ready", [dense[place] for place in present]), strict=True):
+            dense[place] = grad
         beat = heartbeat.current()
         payload: tf.Tensor | None = beat.payload()
         parts: dict[int, tf.Tensor] = {}
@@ -250,9 +251,7 @@ class ShardedOptimizer(DistributedOptimizer):
             name = f"{exchange.name}.heartbeat"
             (total,) = collectives.reduce_dense([payload], name, op=op, process_set=exchange.process_set)
             beat.receive(total, heartbeat.members(exchange.process_set))
-        averages = [parts[n] for n in range(len(self._self_flats))]
-        marks.note("reduced", averages)
-        return averages
+        return marks.note("reduced", [parts[n] for n in range(len(self._self_flats))])
 
     def _scatter(self, flats: list[Flat], dense: list[Any], rider: Any, dtype: str) -> tuple[list[tf.Tensor], Any]:
         """By a reduce-scatter: each rank gets everybody's numbers for its parts and the rider, and adds them up.

@@ -51,11 +51,21 @@ class Marks:
 
         return marked
 
-    def note(self, name: str, after: Sequence[tf.Tensor]) -> None:
-        """Notes the time at which the tensors are there."""
-        with tf.control_dependencies([t for t in after if isinstance(t, tf.Tensor)]):
+    def note(self, name: str, after: Sequence[Any]) -> list[Any]:
+        """Notes the time at which what is given is there.
+
+        Returns:
+            The same, for what is to come later: tensors and `tf.IndexedSlices` that are there once it is noted.
+        """
+        tensors = [t for t in tf.nest.flatten(list(after), expand_composites=True) if isinstance(t, tf.Tensor)]
+        with tf.control_dependencies(tensors):
             place = [[self._step.read_value() % self._steps, NAMES.index(name)]]
-            self._times.scatter_nd_update(place, [tf.timestamp()])
+            noted = self._times.scatter_nd_update(place, [tf.timestamp()])
+        with tf.control_dependencies([noted]):
+            later = iter([tf.identity(t) for t in tensors])
+            return tf.nest.map_structure(
+                lambda t: next(later) if isinstance(t, tf.Tensor) else t, list(after), expand_composites=True
+            )
 
     def reset(self) -> None:
         """Forgets all steps."""
@@ -80,7 +90,8 @@ def stop() -> None:
     _current = None
 
 
-def note(name: str, after: Sequence[tf.Tensor]) -> None:
-    """Notes the time at which the tensors are there, if anybody wants to know."""
-    if _current is not None and not tf.executing_eagerly():
-        _current.note(name, after)
+def note(name: str, after: Sequence[Any]) -> list[Any]:
+    """Notes the time at which gradients are there, if anybody wants to know, and returns them for what comes after."""
+    if _current is None or tf.executing_eagerly():
+        return list(after)
+    return _current.note(name, after)
