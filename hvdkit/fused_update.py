@@ -39,7 +39,10 @@ def _update(fits: Callable, update: Callable, optimizer: Any, gradient: Any, var
 
 def _fits_adam(optimizer: Any, gradient: Any, variable: Any) -> bool:
     is_on_host = "CPU" in variable.device or not tf.config.list_logical_devices("GPU")
-    return is_on_host and variable.dtype in (tf.float32, tf.float64) and not optimizer.amsgrad and native.is_built()
+    is_known = variable.dtype in (tf.float32, tf.float64)
+    if isinstance(gradient, tf.IndexedSlices):
+        is_known = is_known and gradient.indices.dtype in (tf.int32, tf.int64)
+    return is_on_host and is_known and not optimizer.amsgrad and native.is_built()
 
 
 def _adam(optimizer: Any, gradient: Any, variable: Any, learning_rate: Any) -> None:

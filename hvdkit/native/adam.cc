@@ -30,12 +30,12 @@ constexpr int kCyclesANumber = 10;  // for TensorFlow, which shares the numbers 
 // before and is still in use), the variable gets a copy of its own first.
 class Numbers {
  public:
-  absl::Status Open(OpKernelContext* context, int input, const TensorShape& shape) {
+  absl::Status Open(OpKernelContext* context, int input, tensorflow::DataType dtype, const TensorShape& shape) {
     TF_RETURN_IF_ERROR(tensorflow::LookupResource(context, tensorflow::HandleFromInput(context, input), &variable_));
     const tensorflow::mutex_lock lock(*variable_->mu());
     Tensor* tensor = variable_->tensor();
-    if (!variable_->is_initialized || tensor->shape() != shape) {
-      return absl::InvalidArgumentError("Adam's weights, moments and gradients must be there and of one shape.");
+    if (!variable_->is_initialized || tensor->dtype() != dtype || tensor->shape() != shape) {
+      return absl::InvalidArgumentError("Adam's weights, moments and gradients must be of one dtype and shape.");
     }
     if (!tensor->RefCountIsOne()) {
       Tensor copy;
@@ -63,7 +63,8 @@ class Step {
  public:
   // The inputs 0 to 2 are weights and moments, the last four α, 1 - β1, 1 - β2 and ε.
   absl::Status Open(OpKernelContext* context, const TensorShape& shape) {
-    for (int i = 0; i < 3; ++i) TF_RETURN_IF_ERROR(numbers_[i].Open(context, i, shape));
+    const tensorflow::DataType dtype = tensorflow::DataTypeToEnum<T>::value;
+    for (int i = 0; i < 3; ++i) TF_RETURN_IF_ERROR(numbers_[i].Open(context, i, dtype, shape));
     for (int i = 0; i < 4; ++i) scalars_[i] = context->input(context->num_inputs() - 4 + i).scalar<T>()();
     return absl::OkStatus();
   }
