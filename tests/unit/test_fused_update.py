@@ -117,6 +117,15 @@ def test_what_does_not_fit_is_left_to_keras(monkeypatch):
     assert "HvdkitAdam" not in operations(O.Adam(), dense("float32"))
 
 
+def test_all_that_hvdkit_wraps_is_fused():
+    import hvdkit as hvd
+    from hvdkit.strategies.single import SingleStrategy
+
+    hvd.init()
+    for wrap in (hvd.DistributedOptimizer, hvd.ShardedOptimizer, hvd.LocalSGD, SingleStrategy().distribute):
+        assert "_adam" in str(wrap(O.Adam()).update_step), wrap
+
+
 def test_xla_compiles_keras_own():
     gradients = dense("float32")
     fused, plain = (trained(O.Adam(1e-2), gradients, fused=fused, jit_compile=True) for fused in (True, False))
