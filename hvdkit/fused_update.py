@@ -3,7 +3,8 @@
 Keras writes an optimizer in operations on whole arrays. Adam is a dozen, which read and write arrays as large as the
 weights thirty times: in a network of matrices that is half a step, and in a small network a fifth of it. Here they are
 one operation a variable: hvdkit's own for Adam, and TensorFlow's for gradient descent. The results are Keras', bit for
-bit. Where an operation does not fit (on GPUs, in half precision, under XLA, without `hvdkit.native`), Keras' are used.
+bit. Where an operation does not fit (on GPUs, inside of XLA, and Adam in half precision or without `hvdkit.native`),
+Keras' are used.
 """
 
 import functools
@@ -24,28 +25,35 @@ def fuse(optimizer: keras.optimizers.Optimizer) -> None:
     Args:
         optimizer: one that takes steps itself (see `hvdkit.optimizer.parts_of`), built or not.
     """
-    fused = _FUSED.get(type(optimizer).update_step)  # none where a subclass has an update of its own
-    if fused is not None:
+    kind, keras_own = type(optimizer), keras.optimizers.Optimizer
+    # None where a subclass, a proxy or this very optimizer has an update of its own, or one of the parts of Keras'.
+    fused = _FUSED.get(getattr(kind, "update_step", None))
+    if fused is None or "update_step" in vars(optimizer):
+        return
+    if all(getattr(kind, part) is getattr(keras_own, part) for part in ("assign", "assign_add", "assign_sub")):
         optimizer.update_step = functools.partial(_update, *fused, optimizer)
 
 
 def _update(fits: Callable, update: Callable, optimizer: Any, gradient: Any, variable: Any, learning_rate: Any) -> None:
     """Takes the place of `update_step`, which has the last three arguments."""
-    if fits(optimizer, gradient, variable) and not call_stack.is_in_xla():
-        update(optimizer, gradient, variable, learning_rate)
+    native_variable = variable.value if isinstance(variable, keras.Variable) else variable
+    is_on_host = "CPU" in native_variable.device or not tf.config.list_logical_devices("GPU")
+    has_its_shape = tf.TensorShape(gradient.shape).is_compatible_with(native_variable.shape)  # Keras would stretch it
+    if is_on_host and has_its_shape and fits(optimizer, gradient, native_variable) and not call_stack.is_in_xla():
+        update(optimizer, gradient, native_variable, learning_rate)
     else:
         type(optimizer).update_step(optimizer, gradient, variable, learning_rate)
 
 
-def _fits_adam(optimizer: Any, gradient: Any, variable: Any) -> bool:
-    is_on_host = "CPU" in variable.device or not tf.config.list_logical_devices("GPU")
-    is_known = variable.dtype in (tf.float32, tf.float64)
-    if isinstance(gradient, tf.IndexedSlices):
-        is_known = is_known and gradient.indices.dtype in (tf.int32, tf.int64)
-    return is_on_host and is_known and not optimizer.amsgrad and native.is_built()
+def _fits_adam(optimizer: Any, gradient: Any, variable: tf.Variable) -> bool:
+    if isinstance(gradient, tf.IndexedSlices) and gradient.indices.dtype not in (tf.int32, tf.int64):
+        return False
+    place = optimizer._get_variable_index(variable)
+    dtypes = {tf.as_dtype(v.dtype) for v in (variable, optimizer._momentums[place], optimizer._velocities[place])}
+    return dtypes in ({tf.float32}, {tf.float64}) and not optimizer.amsgrad and native.is_built()
 
 
-def _adam(optimizer: Any, gradient: Any, variable: Any, learning_rate: Any) -> None:
+def _adam(optimizer: Any, gradient: Any, variable: tf.Variable, learning_rate: Any) -> None:
     """D. P. Kingma and J. Ba, "Adam", 2015, in the form at the end of its section 2."""
     place, dtype = optimizer._get_variable_index(variable), variable.dtype
     slots = [slots[place].value.handle for slots in (optimizer._momentums, optimizer._velocities)]
@@ -53,40 +61,36 @@ def _adam(optimizer: Any, gradient: Any, variable: Any, learning_rate: Any) -> N
     power_1, power_2 = (tf.pow(tf.cast(beta, dtype), step) for beta in (optimizer.beta_1, optimizer.beta_2))
     scalars = {
         "alpha": tf.cast(learning_rate, dtype) * tf.sqrt(1 - power_2) / (1 - power_1),
-        "rest_1": tf.constant(1 - optimizer.beta_1, dtype),
-        "rest_2": tf.constant(1 - optimizer.beta_2, dtype),
-        "epsilon": tf.constant(optimizer.epsilon, dtype),
+        "rest_1": keras.ops.convert_to_tensor(1 - optimizer.beta_1, dtype),
+        "rest_2": keras.ops.convert_to_tensor(1 - optimizer.beta_2, dtype),
+        "epsilon": keras.ops.convert_to_tensor(optimizer.epsilon, dtype),
     }
     if isinstance(gradient, tf.IndexedSlices):
         values = tf.cast(gradient.values, dtype)
-        native.load().hvdkit_sparse_adam(_handle(variable), *slots, values, gradient.indices, **scalars)
+        native.load().hvdkit_sparse_adam(variable.handle, *slots, values, gradient.indices, **scalars)
     else:
-        native.load().hvdkit_adam(_handle(variable), *slots, tf.cast(gradient, dtype), **scalars)
+        native.load().hvdkit_adam(variable.handle, *slots, tf.cast(gradient, dtype), **scalars)
 
 
-def _fits_sgd(optimizer: Any, gradient: Any, variable: Any) -> bool:
+def _fits_sgd(optimizer: Any, gradient: Any, variable: tf.Variable) -> bool:
     return isinstance(gradient, tf.Tensor)
 
 
-def _sgd(optimizer: Any, gradient: Any, variable: Any, learning_rate: Any) -> None:
+def _sgd(optimizer: Any, gradient: Any, variable: tf.Variable, learning_rate: Any) -> None:
     """Gradient descent, with momentum or with Nesterov's."""
     dtype = variable.dtype
     gradient, rate = tf.cast(gradient, dtype), tf.cast(learning_rate, dtype)
     if not optimizer.momentum:
-        tf.raw_ops.ResourceApplyGradientDescent(var=_handle(variable), alpha=rate, delta=gradient)
+        tf.raw_ops.ResourceApplyGradientDescent(var=variable.handle, alpha=rate, delta=gradient)
         return
     tf.raw_ops.ResourceApplyKerasMomentum(
-        var=_handle(variable),
+        var=variable.handle,
         accum=optimizer.momentums[optimizer._get_variable_index(variable)].value.handle,
         lr=rate,
         grad=gradient,
         momentum=tf.cast(optimizer.momentum, dtype),
         use_nesterov=optimizer.nesterov,
     )
-
-
-def _handle(variable: Any) -> tf.Tensor:
-    return (variable.value if isinstance(variable, keras.Variable) else variable).handle
 
 
 _FUSED = {

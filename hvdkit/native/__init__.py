@@ -19,10 +19,12 @@ from hvdkit.errors import UsageError
 
 _FOLDER = Path(__file__).parent
 _SOURCES = sorted(_FOLDER.glob("*.cc"))
-# No errno for a square root below zero: with it a loop that takes roots is not vectorised.
-_FLAGS = ["-O3", "-fno-math-errno", "-w", "-fPIC", "-shared"]
+# No errno for a square root below zero: with it a loop that takes roots is not vectorised. And no fused multiply-adds,
+# which round once where Keras' operations round twice.
+_FLAGS = ["-O3", "-fno-math-errno", "-ffp-contract=off", "-w", "-fPIC", "-shared"]
 
 
+@functools.lru_cache(maxsize=1)
 def library() -> Path:
     """Where the compiled library is, or would be: its name tells sources, flags and TensorFlow apart."""
     key = hashlib.sha256(b"".join(source.read_bytes() for source in _SOURCES))

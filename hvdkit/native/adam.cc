@@ -8,6 +8,8 @@
 #include <cmath>
 #include <cstdint>
 #include <cstring>
+#include <memory>
+#include <set>
 #include <vector>
 
 #include "tensorflow/core/framework/op.h"
@@ -26,48 +28,24 @@ using tensorflow::Var;
 
 constexpr int kCyclesANumber = 10;  // for TensorFlow, which shares the numbers out among its threads
 
-// A weight's or a moment's numbers, to be changed where they are. While others have them, too (a value that was read
-// before and is still in use), the variable gets a copy of its own first.
-class Numbers {
- public:
-  absl::Status Open(OpKernelContext* context, int input, tensorflow::DataType dtype, const TensorShape& shape) {
-    TF_RETURN_IF_ERROR(tensorflow::LookupResource(context, tensorflow::HandleFromInput(context, input), &variable_));
-    const tensorflow::mutex_lock lock(*variable_->mu());
-    Tensor* tensor = variable_->tensor();
-    if (!variable_->is_initialized || tensor->dtype() != dtype || tensor->shape() != shape) {
-      return absl::InvalidArgumentError("Adam's weights, moments and gradients must be of one dtype and shape.");
-    }
-    if (!tensor->RefCountIsOne()) {
-      Tensor copy;
-      TF_RETURN_IF_ERROR(context->allocate_temp(tensor->dtype(), shape, &copy));
-      std::memcpy(copy.data(), tensor->data(), tensor->TotalBytes());
-      *tensor = copy;
-    }
-    data_ = tensor->data();
-    return absl::OkStatus();
-  }
-
-  template <typename T>
-  T* data() const {
-    return static_cast<T*>(data_);
-  }
-
- private:
-  tensorflow::core::RefCountPtr<Var> variable_;
-  void* data_ = nullptr;
-};
-
-// One step of Adam for the weights of one variable.
+// One step of Adam for the weights of one variable, which nobody else reads or writes meanwhile.
 template <typename T>
 class Step {
  public:
   // The inputs 0 to 2 are weights and moments, the last four α, 1 - β1, 1 - β2 and ε.
-  absl::Status Open(OpKernelContext* context, const TensorShape& shape) {
-    const tensorflow::DataType dtype = tensorflow::DataTypeToEnum<T>::value;
-    for (int i = 0; i < 3; ++i) TF_RETURN_IF_ERROR(numbers_[i].Open(context, i, dtype, shape));
+  absl::Status Open(OpKernelContext* context) {
+    for (int i = 0; i < 3; ++i) {
+      const auto& handle = tensorflow::HandleFromInput(context, i);
+      TF_RETURN_IF_ERROR(tensorflow::LookupResource(context, handle, &variables_[i]));
+    }
+    Lock();
+    if (!variables_[0]->is_initialized) return absl::FailedPreconditionError("Adam's weights are not there yet.");
+    for (int i = 0; i < 3; ++i) TF_RETURN_IF_ERROR(OpenNumbers(context, i));
     for (int i = 0; i < 4; ++i) scalars_[i] = context->input(context->num_inputs() - 4 + i).scalar<T>()();
     return absl::OkStatus();
   }
+
+  const TensorShape& shape() const { return variables_[0]->tensor()->shape(); }
 
   // Updates the weights from `begin` on, by their gradients and the squares of these. Null stands for zeros.
   void Update(size_t begin, size_t count, const T* gradients, const T* squares) const {
@@ -81,11 +59,35 @@ class Step {
   }
 
  private:
+  // In the order of their addresses, so that no two steps wait for each other.
+  void Lock() {
+    std::set<tensorflow::mutex*> mutexes;
+    for (const auto& variable : variables_) mutexes.insert(variable->mu());
+    for (tensorflow::mutex* mutex : mutexes) locks_.push_back(std::make_unique<tensorflow::mutex_lock>(*mutex));
+  }
+
+  // Numbers that are changed where they are. While others have them, too (a value that was read before and is still in
+  // use), the variable gets a copy of its own first.
+  absl::Status OpenNumbers(OpKernelContext* context, int i) {
+    Tensor* tensor = variables_[i]->tensor();
+    if (tensor->dtype() != tensorflow::DataTypeToEnum<T>::value || tensor->shape() != shape()) {
+      return absl::InvalidArgumentError("Adam's weights and moments must be of one dtype and shape.");
+    }
+    if (!tensor->RefCountIsOne()) {
+      Tensor copy;
+      TF_RETURN_IF_ERROR(context->allocate_temp(tensor->dtype(), tensor->shape(), &copy));
+      std::memcpy(copy.data(), tensor->data(), tensor->TotalBytes());
+      *tensor = copy;
+    }
+    numbers_[i] = static_cast<T*>(tensor->data());
+    return absl::OkStatus();
+  }
+
   template <typename Gradient, typename Square>
   void Loop(size_t begin, size_t count, Gradient gradient, Square square) const {
-    T* __restrict weights = numbers_[0].data<T>() + begin;
-    T* __restrict m = numbers_[1].data<T>() + begin;
-    T* __restrict v = numbers_[2].data<T>() + begin;
+    T* __restrict weights = numbers_[0] + begin;
+    T* __restrict m = numbers_[1] + begin;
+    T* __restrict v = numbers_[2] + begin;
     const auto [alpha, rest_1, rest_2, epsilon] = scalars_;
     for (size_t i = 0; i < count; ++i) {
       m[i] += (gradient(i) - m[i]) * rest_1;
@@ -94,7 +96,9 @@ class Step {
     }
   }
 
-  Numbers numbers_[3];
+  tensorflow::core::RefCountPtr<Var> variables_[3];
+  std::vector<std::unique_ptr<tensorflow::mutex_lock>> locks_;  // given back before the variables are
+  T* numbers_[3];
   std::array<T, 4> scalars_;
 };
 
@@ -111,7 +115,9 @@ class Adam : public OpKernel {
   void Compute(OpKernelContext* context) override {
     const Tensor& gradient = context->input(3);
     Step<T> step;
-    OP_REQUIRES_OK(context, step.Open(context, gradient.shape()));
+    OP_REQUIRES_OK(context, step.Open(context));
+    OP_REQUIRES(context, gradient.shape() == step.shape(),
+                absl::InvalidArgumentError("Adam's gradients must have the shape of the weights."));
     const T* from = gradient.flat<T>().data();
     ShareOut(context, gradient.NumElements(), 1,
              [&](int64_t begin, int64_t end) { step.Update(begin, end - begin, from + begin, nullptr); });
@@ -127,11 +133,9 @@ class SparseAdam : public OpKernel {
 
   void Compute(OpKernelContext* context) override {
     const Tensor &values = context->input(3), &indices = context->input(4);
-    tensorflow::core::RefCountPtr<Var> variable;
-    OP_REQUIRES_OK(context, tensorflow::LookupResource(context, tensorflow::HandleFromInput(context, 0), &variable));
-    const TensorShape shape = variable->tensor()->shape();
     Step<T> step;
-    OP_REQUIRES_OK(context, step.Open(context, shape));
+    OP_REQUIRES_OK(context, step.Open(context));
+    const TensorShape& shape = step.shape();
     const int64_t rows = shape.dims() ? shape.dim_size(0) : 0, width = rows ? shape.num_elements() / rows : 0;
     OP_REQUIRES(context, values.NumElements() == indices.NumElements() * width,
                 absl::InvalidArgumentError("Adam's gradients of rows must be as wide as the rows."));
@@ -155,7 +159,8 @@ class SparseAdam : public OpKernel {
                             std::vector<int64_t>* place, std::vector<T>* gradients, std::vector<T>* squares) {
     for (int64_t i = 0; width && i < indices.size(); ++i, value += width) {
       const int64_t row = indices(i), rows = place->size();
-      if (row < 0 || row >= rows) return absl::InvalidArgumentError("A gradient is of a row that is not there.");
+      if (row < 0) continue;  // as tf.math.unsorted_segment_sum, and so Keras, leaves it out
+      if (row >= rows) return absl::InvalidArgumentError("A gradient is of a row that is not there.");
       if ((*place)[row] < 0) {
         (*place)[row] = gradients->size() / width;
         gradients->resize(gradients->size() + width);

@@ -106,10 +106,17 @@ class Segment {
     while (sem_wait(&free_)) {
     }
   }
-  void Leave() { sem_post(&free_); }
+  // A rank that leaves between two meetings has not read what others count as read.
+  void Leave(bool is_well) {
+    is_broken_ |= has_arrived_ && !is_well;
+    has_arrived_ = false;
+    sem_post(&free_);
+  }
+  bool is_broken() const { return is_broken_; }
 
   // Comes to a meeting.
   void Arrive() {
+    has_arrived_ = true;
     Place& mine = places_[rank_];
     mine.arrived.store(++meeting_, std::memory_order_seq_cst);
     if (mine.sleepers.load(std::memory_order_seq_cst)) Futex(&mine.arrived, FUTEX_WAKE, INT_MAX, nullptr);
@@ -167,6 +174,7 @@ class Segment {
   Place* places_ = nullptr;
   char* slots_ = nullptr;
   sem_t free_;
+  bool has_arrived_ = false, is_broken_ = false;
 };
 
 // By path: a step that is traced anew on one rank alone goes on in the segment where the others are.
@@ -423,13 +431,13 @@ class SharedExchange : public AsyncOpKernel {
     OP_REQUIRES_ASYNC(context, segment, absl::ResourceExhaustedError(problem), done);
     const std::shared_ptr<Exchange> exchange = Begin(segment, context);
     const bool has_entered = segment->TryEnter();
-    if (has_entered && AdvanceWhileAllCome(exchange.get(), segment)) return End(segment, context, began, done);
+    if (has_entered && AdvanceWhileAllCome(exchange.get(), segment, context)) return End(segment, context, began, done);
     // Who has to wait does so on a thread of its own: whatever TensorFlow has queued behind this call, which may be an
     // exchange that other ranks have come to first, would wait with it.
     std::thread([=] {
       if (!has_entered) segment->Enter();
-      bool is_over = !has_entered && AdvanceWhileAllCome(exchange.get(), segment);
-      while (!is_over && Await(segment, context)) is_over = AdvanceWhileAllCome(exchange.get(), segment);
+      bool is_over = !has_entered && AdvanceWhileAllCome(exchange.get(), segment, context);
+      while (!is_over && Await(segment, context)) is_over = AdvanceWhileAllCome(exchange.get(), segment, context);
       End(segment, context, began, done);
     }).detach();
   }
@@ -439,7 +447,11 @@ class SharedExchange : public AsyncOpKernel {
 
  private:
   // False where others are late for a meeting that this rank has come to.
-  bool AdvanceWhileAllCome(Exchange* exchange, Segment* segment) {
+  bool AdvanceWhileAllCome(Exchange* exchange, Segment* segment, OpKernelContext* context) {
+    if (segment->is_broken()) {
+      context->SetStatus(absl::AbortedError("An earlier step was cancelled while ranks exchanged: start the job anew."));
+      return true;
+    }
     while (exchange->Advance()) {
       segment->Arrive();
       const uint64_t began = Now();
@@ -460,7 +472,7 @@ class SharedExchange : public AsyncOpKernel {
   }
 
   static void End(Segment* segment, OpKernelContext* context, uint64_t began, const DoneCallback& done) {
-    segment->Leave();
+    segment->Leave(context->status().ok());
     nanoseconds_in_all += Now() - began;
     ++exchanges;
     for (int i = 0; i < context->num_inputs(); ++i) bytes_brought += context->input(i).TotalBytes();
