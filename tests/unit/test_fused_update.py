@@ -110,7 +110,13 @@ def test_what_does_not_fit_is_left_to_keras(monkeypatch):
         def update_step(self, gradient, variable, learning_rate):
             self.assign_sub(variable, gradient)
 
-    left = [O.Adam(amsgrad=True), Own(), O.RMSprop()]
+    class Assigns(O.Adam):
+        def assign_sub(self, variable, value):
+            super().assign_sub(variable, value / 2)
+
+    set_by_hand = O.Adam()
+    set_by_hand.update_step = Own().update_step
+    left = [O.Adam(amsgrad=True), Own(), Assigns(), set_by_hand, O.RMSprop()]
     assert not any("HvdkitAdam" in operations(optimizer, dense("float32")) for optimizer in left)
     assert "HvdkitAdam" not in operations(O.Adam(), dense("float16"), dtype="float16")
     monkeypatch.setattr(native, "is_built", lambda: False)
@@ -124,6 +130,8 @@ def test_all_that_hvdkit_wraps_is_fused():
     hvd.init()
     for wrap in (hvd.DistributedOptimizer, hvd.ShardedOptimizer, hvd.LocalSGD, SingleStrategy().distribute):
         assert "_adam" in str(wrap(O.Adam()).update_step), wrap
+    wrapped = O.LossScaleOptimizer(hvd.DistributedOptimizer(O.Adam()))
+    assert SingleStrategy().distribute(wrapped) is wrapped
 
 
 def test_xla_compiles_keras_own():
@@ -162,6 +170,22 @@ def test_a_row_that_is_not_there_is_an_error():
     optimizer = O.Adam(1e-2)
     fuse_updates(optimizer)
     optimizer.build(weights)
+    (gradient,) = rows("float32")(1.0)
     with pytest.raises(tf.errors.InvalidArgumentError, match="row that is not there"):
-        optimizer.apply(rows("float32")(1.0), weights)
+        optimizer.apply([tf.IndexedSlices(gradient.values, gradient.indices)], weights)
     assert np.all(weights[0].numpy() == 1)
+
+
+def test_rows_below_zero_are_left_out_as_keras_does():
+    def gradients(factor):
+        return [tf.IndexedSlices(tf.ones([2, 8]) * factor, tf.constant([-1, 3]), tf.constant([40, 8]))]
+
+    same_bits(*(trained(O.Adam(1e-2), gradients, fused=fused, shapes=[(40, 8)]) for fused in (True, False)))
+
+
+def test_a_gradient_that_keras_stretches_is_left_to_it():
+    def gradients(factor):
+        return [factor]
+
+    for make in (OPTIMIZERS["adam"], OPTIMIZERS["momentum"]):
+        same_bits(*(trained(make(), gradients, fused=fused, shapes=[(5,)]) for fused in (True, False)))
