@@ -83,11 +83,11 @@ class GradientExchange:
 
     def register_local(self, variable: Any) -> None:
         """Keeps the gradient of `variable` (a Keras or TensorFlow variable) on this rank."""
-        self._local[id(_native(variable))] = variable
+        self._local[id(native_variable(variable))] = variable
 
     def is_local(self, variable: Any) -> bool:
         """Whether `variable` differs from rank to rank: registered as local, or a shard."""
-        return id(_native(variable)) in self._local or shard_of(variable) is not None
+        return id(native_variable(variable)) in self._local or shard_of(variable) is not None
 
     def has_local(self) -> bool:
         """Whether any variable differs from rank to rank."""
@@ -191,10 +191,10 @@ class GradientExchange:
             number = min(self._groups, len(dense)) or 1
             groups = [dense[len(dense) * i // number : len(dense) * (i + 1) // number] for i in range(number)]
             return groups[::-1]
-        group_of = {id(_native(v)): number for number, group in enumerate(self._groups) for v in group}
+        group_of = {id(native_variable(v)): number for number, group in enumerate(self._groups) for v in group}
         given: dict[Any, list[int]] = {}
         for place in dense:  # a variable in no list is a group of its own
-            given.setdefault(group_of.get(id(_native(variables[place])), ("alone", place)), []).append(place)
+            given.setdefault(group_of.get(id(native_variable(variables[place])), ("alone", place)), []).append(place)
         return list(given.values())
 
     def _groups_by_size(self, dense: list[int], grads: Sequence[Gradient]) -> list[list[int]]:
@@ -358,6 +358,6 @@ def _divided(grad: Gradient, divisor: int) -> Gradient:
     return None if grad is None else grad / tf.cast(divisor, grad.dtype)
 
 
-def _native(variable: Any) -> Any:
+def native_variable(variable: Any) -> tf.Variable:
     """The `tf.Variable` behind a Keras variable: gradients may be asked for by either."""
     return getattr(variable, "_value", variable) if isinstance(variable, keras.Variable) else variable

@@ -44,7 +44,7 @@ def load() -> Any:
 
 
 def build() -> Path:
-    """Compiles the library with `$CXX`, or `g++`, in about twenty seconds; one that is there stays.
+    """Compiles the library with `$CXX`, or `g++`, in about 25 seconds; one that is there stays.
 
     Raises:
         UsageError: there is no compiler, TensorFlow's headers are missing, or the folder cannot be written to.

@@ -22,7 +22,7 @@ import tensorflow as tf
 from hvdkit import call_stack, collectives, heartbeat, loss_scale, shared_memory, watchdog, wire, world
 from hvdkit.compression.feedback import elements, ring_bytes
 from hvdkit.errors import UsageError
-from hvdkit.gradients import Gradient
+from hvdkit.gradients import Gradient, native_variable
 from hvdkit.mesh import mesh_of
 from hvdkit.optimizer import DistributedOptimizer, fuse_updates, parts_of
 from hvdkit.parallel.flat import Flat
@@ -143,7 +143,7 @@ class ShardedOptimizer(DistributedOptimizer):
         leaf, process_set = self._self_leaf, self._self_gradients.process_set
         groups: dict[tuple[bool, str], list[int]] = {}
         for place, variable in enumerate(self._self_model):
-            decays = not leaf.weight_decay or leaf._use_weight_decay(_native(variable))
+            decays = not leaf.weight_decay or leaf._use_weight_decay(native_variable(variable))
             groups.setdefault((decays, tf.as_dtype(variable.dtype).name), []).append(place)
         ranks = heartbeat.members(process_set)
         kept = []
@@ -182,7 +182,7 @@ class ShardedOptimizer(DistributedOptimizer):
             self.build(list(trainable_variables or []))
         dense = self._in_order(grads, trainable_variables)
         averages = self._reduce(dense)
-        weights = [_native(v) for v in self._self_model]
+        weights = [native_variable(v) for v in self._self_model]
         for flat, part in zip(self._self_flats, self._self_parts, strict=True):
             part.assign(tf.concat(flat.take(weights, flat.mine), axis=0))
         self.__wrapped__.apply(averages, self._self_parts)
@@ -214,10 +214,10 @@ class ShardedOptimizer(DistributedOptimizer):
         """The gradients as dense tensors, one for each variable of the optimizer, None where there is none."""
         given = list(self._self_model if variables is None else variables)
         grads, given = self._self_leaf._filter_empty_gradients(list(grads), given)  # warns as Keras does
-        place_of = {id(_native(v)): place for place, v in enumerate(self._self_model)}
+        place_of = {id(native_variable(v)): place for place, v in enumerate(self._self_model)}
         dense: list[Any] = [None] * len(self._self_model)
         for grad, variable in zip(grads, given, strict=True):
-            place = place_of.get(id(_native(variable)))
+            place = place_of.get(id(native_variable(variable)))
             if place is None:
                 raise ValueError(
                     f"The optimizer was not built with {variable.path}: make another one for other variables."
@@ -330,7 +330,7 @@ class ShardedOptimizer(DistributedOptimizer):
         for number, (flat, part) in enumerate(zip(self._self_flats, parts, strict=True)):
             name = f"{self._self_gradients.name}.{what}.{number}"
             vector = collectives.gather_rows(
-                tf.convert_to_tensor(_native(part)), name, self._self_gradients.process_set
+                tf.convert_to_tensor(native_variable(part)), name, self._self_gradients.process_set
             )
             for place, tensor in zip(flat.places, flat.divide(vector), strict=True):
                 found[place] = tensor
@@ -488,8 +488,3 @@ def _roles(optimizer: keras.optimizers.Optimizer, number: int) -> list[tuple[int
         match = re.search(r"probe(\d+)_(\w+)$", variable.name)
         found.append((int(match[1]), match[2]) if match else (None, variable.name))
     return found
-
-
-def _native(variable: Any) -> Any:
-    """The `tf.Variable` behind a Keras variable: gradients may be asked for by either."""
-    return variable.value if isinstance(variable, keras.Variable) else variable
