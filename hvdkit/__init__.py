@@ -15,24 +15,24 @@ __version__ = "0.1.0"
 
 # Where each public name lives.
 _HOME = {
-    "hvdkit.batch_normalization": ("SyncBatchNormalization", "synchronize_batch_normalization"),
+    "hvdkit.model.batch_normalization": ("SyncBatchNormalization", "synchronize_batch_normalization"),
     "hvdkit.collectives": (
         "allgather_object", "average_variables", "barrier", "broadcast_object", "broadcast_variables",
     ),
     "hvdkit.compression": ("Compression",),
     "hvdkit.errors": ("ReplicasDiverged", "UsageError"),
-    "hvdkit.evaluation": ("evaluate", "predict"),
-    "hvdkit.gradient_tape": ("DistributedGradientTape", "PartialDistributedGradientTape"),
-    "hvdkit.job": ("init", "shutdown"),
-    "hvdkit.local_sgd": ("LocalSGD",),
-    "hvdkit.mesh": ("Mesh",),
-    "hvdkit.operations": (
+    "hvdkit.model.evaluation": ("evaluate", "predict"),
+    "hvdkit.optimizers.gradient_tape": ("DistributedGradientTape", "PartialDistributedGradientTape"),
+    "hvdkit.runtime": ("init", "shutdown"),
+    "hvdkit.optimizers.local_sgd": ("LocalSGD",),
+    "hvdkit.collectives.mesh": ("Mesh",),
+    "hvdkit.collectives.operations": (
         "allgather", "allreduce", "alltoall", "broadcast", "broadcast_global_variables",
         "grouped_allgather", "grouped_allreduce", "grouped_reducescatter", "join", "reducescatter",
     ),
-    "hvdkit.optimizer": ("DistributedOptimizer", "PartialDistributedOptimizer", "scaled"),
-    "hvdkit.parallel.sharded": ("ShardedOptimizer",),
-    "hvdkit.saving": ("load_model",),
+    "hvdkit.optimizers.distributed": ("DistributedOptimizer", "PartialDistributedOptimizer", "scaled"),
+    "hvdkit.optimizers.sharded": ("ShardedOptimizer",),
+    "hvdkit.model.saving": ("load_model",),
     "hvdkit.world": (
         "World", "cross_rank", "cross_size", "is_initialized", "local_rank", "local_size", "rank", "size",
     ),

@@ -35,12 +35,13 @@ import keras
 import numpy as np
 import tensorflow as tf
 
-from hvdkit import collectives, heartbeat, job, world
-from hvdkit.callbacks.broadcast import tell_seeds_apart
+from hvdkit import collectives, runtime, world
 from hvdkit.checkpoint.commits import Commits
 from hvdkit.checkpoint.preemption import Listener, Preempted
 from hvdkit.errors import UsageError
-from hvdkit.parallel.sharded import ShardedOptimizer
+from hvdkit.optimizers import heartbeat
+from hvdkit.optimizers.sharded import ShardedOptimizer
+from hvdkit.optimizers.state import tell_seeds_apart
 
 world.horovod()  # says how to get Horovod where it is missing
 from horovod.common.elastic import ObjectState, run_fn  # noqa: E402
@@ -236,10 +237,10 @@ def broken_exchanges_as_horovods() -> Iterator[None]:
 def _reset() -> None:
     """Starts Horovod anew; again, if one more rank is lost meanwhile."""
     while True:
-        job.shutdown()
+        runtime.shutdown()
         try:
             with broken_exchanges_as_horovods():
-                job.init()
+                runtime.init()
         except HorovodInternalError:
             continue
         return

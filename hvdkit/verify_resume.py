@@ -146,7 +146,8 @@ def _train_and_die(kill: Kill, flags: list[str]) -> int:
     """What each rank runs where one is to be killed."""
     import keras
 
-    from hvdkit import train, world
+    from hvdkit import world
+    from hvdkit.train.__main__ import main as train
 
     class Killer(keras.callbacks.Callback):
         """Kills its own process, as nobody can prepare for."""
@@ -162,7 +163,7 @@ def _train_and_die(kill: Kill, flags: list[str]) -> int:
             if world.rank() == kill.rank and self._epoch * self.params["steps"] + batch + 1 >= kill.step:
                 threading.Timer(kill.delay, os.kill, (os.getpid(), signal.SIGKILL)).start()
 
-    return train.main(["hvdkit.train", *flags], [Killer()])
+    return train(["hvdkit.train", *flags], [Killer()])
 
 
 if __name__ == "__main__":

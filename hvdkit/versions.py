@@ -9,8 +9,10 @@ import importlib.machinery
 import importlib.metadata
 import json
 import os
+import platform
 import re
 import sys
+from importlib import metadata
 from pathlib import Path
 
 # TensorFlow's minor versions, each with the oldest Keras that it allows, but none below 3.5: before, a Keras variable
@@ -167,3 +169,15 @@ def _dotted(version: tuple[int, ...]) -> str:
 
 def _listed(found: dict[str, str]) -> str:
     return " and ".join(f"{name} {version}" for name, version in found.items())
+
+
+def installed() -> dict[str, str]:
+    """Versions of everything that decides a run's numbers."""
+    packages = ("hvdkit", "horovod", "tensorflow", "keras", "numpy", "tensorflow-datasets", "scikit-learn")
+    found = {"python": platform.python_version()}
+    for package in packages:
+        try:
+            found[package] = metadata.version(package)
+        except metadata.PackageNotFoundError:
+            found[package] = "not installed"
+    return found

@@ -35,7 +35,7 @@ if [[ ! $np && ! $hosts ]]; then
 fi
 
 "$root/launch/bootstrap.sh"
-case " ${flags[*]-} " in *' --help '*|*' -h '*) exec "$python" -m hvdkit.train_flags --help ;; esac
+case " ${flags[*]-} " in *' --help '*|*' -h '*) exec "$python" -m hvdkit.train.flags --help ;; esac
 # A wrong flag ends here, before any rank has started.
-"$python" -m hvdkit.train_flags ${flags[@]+"${flags[@]}"}
+"$python" -m hvdkit.train.flags ${flags[@]+"${flags[@]}"}
 exec "$python" -m hvdkit.launch "${launcher[@]}" -- "$python" -m hvdkit.train ${flags[@]+"${flags[@]}"}

@@ -160,9 +160,8 @@ def stop(servers, folder):
 
 def serve(address):
     """Forks a process for each order that comes in; returns in each such process with what it is to run."""
-    import hvdkit.train  # noqa: F401 - with TensorFlow, Keras, and all of hvdkit that a training needs
+    import hvdkit.train.run  # noqa: F401 - with TensorFlow, Keras, and all of hvdkit that a training needs
 
-    del sys.modules["hvdkit.train"]  # each process runs it as its main module
     own = surroundings()
     listener = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
     listener.bind(f"{address}.new")

@@ -12,7 +12,8 @@ Cases are measured in turn, round after round, since a machine's speed changes; 
 import argparse
 import sys
 
-from hvdkit.bench import accuracy, collectives, peers, scaling, show, throughput
+from hvdkit import reporting
+from hvdkit.bench import accuracy, collectives, peers, scaling, throughput
 from hvdkit.errors import UsageError
 
 _COMMANDS = {
@@ -43,10 +44,10 @@ def main(argv: list[str]) -> int:
         print(f"hvdkit.bench: {error}", file=sys.stderr)
         return 2
     print(module.report(found))
-    show.write_json(arguments.json, found)
+    reporting.write_measurement(arguments.json, found)
     x, y = module.AXES
     scales = {"xscale": "log", "yscale": "log"} if arguments.command == "collectives" else {}
-    show.plot(arguments.plot, f"hvdkit.bench {arguments.command}", x, y, module.lines(found), **scales)
+    reporting.plot(arguments.plot, f"hvdkit.bench {arguments.command}", x, y, module.lines(found), **scales)
     return 0
 
 

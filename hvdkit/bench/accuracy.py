@@ -10,7 +10,8 @@ import time
 from pathlib import Path
 from typing import Any
 
-from hvdkit.bench import jobs, show
+from hvdkit import reporting
+from hvdkit.bench import jobs
 from hvdkit.errors import UsageError
 
 
@@ -69,7 +70,7 @@ def report(found: dict[str, Any]) -> str:
         [row["case"], f"{row['target']:.1%}", *("not reached" if row[n] is None else f"{row[n]:.1f}" for n in _SHOWN)]
         for row in found["rows"]
     ]
-    return show.table(["case", "target", "epochs", "s of training", "s with start-up"], rows)
+    return reporting.table(["case", "target", "epochs", "s of training", "s with start-up"], rows)
 
 
 _SHOWN = ("epochs", "train_seconds", "seconds_with_start")

@@ -16,7 +16,8 @@ from typing import Any
 
 import numpy as np
 
-from hvdkit.bench import jobs, show
+from hvdkit import reporting
+from hvdkit.bench import jobs
 
 _LIMIT_BYTES = 64 << 20
 
@@ -38,7 +39,7 @@ def measure(arguments: argparse.Namespace) -> dict[str, Any]:
             program = [
                 sys.executable,
                 "-m",
-                "hvdkit.bench.exchange",
+                "hvdkit.bench.collectives_rank",
                 str(result),
                 arguments.sizes,
                 str(arguments.seconds),
@@ -104,7 +105,9 @@ def report(found: dict[str, Any]) -> str:
         for row in case["rows"]
     ]
     limits = ", ".join(f"{name.replace('_', ' ')} {value / 1e9:.2f} GB/s" for name, value in found["limits"].items())
-    return show.table(["case", "operation", "bytes", "µs", "quartiles", "bus GB/s"], rows) + f"\n\nLimits: {limits}"
+    return (
+        reporting.table(["case", "operation", "bytes", "µs", "quartiles", "bus GB/s"], rows) + f"\n\nLimits: {limits}"
+    )
 
 
 def lines(found: dict[str, Any]) -> dict[str, list[tuple[float, float]]]:

@@ -63,7 +63,7 @@ def train(
     """
     with tempfile.TemporaryDirectory() as folder:
         result = Path(folder, "result.json")
-        program = [sys.executable, "-m", "hvdkit.bench.training", str(seconds), str(result), *flags]
+        program = [sys.executable, "-m", "hvdkit.bench.rank", str(seconds), str(result), *flags]
         start = [sys.executable, "-m", "hvdkit.launch", *launcher, "--"] if launcher else []
         run([*bound_to(cores), *start, *program], environment)
         return dict(json.loads(result.read_text()))

@@ -9,7 +9,8 @@ import statistics
 import sys
 from typing import Any
 
-from hvdkit.bench import jobs, show, statistic, workloads
+from hvdkit import reporting
+from hvdkit.bench import jobs, statistic, workloads
 from hvdkit.bench.throughput import run_case
 from hvdkit.errors import UsageError
 
@@ -86,7 +87,7 @@ def report(found: dict[str, Any]) -> str:
         ]
         for row in found["rows"]
     ]
-    return show.table(["workload", "ranks", "samples/s", "speed-up", f"{found['mode']} efficiency", "95 %"], rows)
+    return reporting.table(["workload", "ranks", "samples/s", "speed-up", f"{found['mode']} efficiency", "95 %"], rows)
 
 
 def lines(found: dict[str, Any]) -> dict[str, list[tuple[float, float]]]:

@@ -5,7 +5,8 @@ import statistics
 import sys
 from typing import Any
 
-from hvdkit.bench import jobs, show, statistic, workloads
+from hvdkit import reporting
+from hvdkit.bench import jobs, statistic, workloads
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -83,7 +84,7 @@ def report(found: dict[str, Any]) -> str:
         "workload", "case", "samples/s", "quartiles", "peak MiB a rank", "in steps", "of the optimizer",
         "seconds to the first step", "exchange",
     ]  # fmt: skip
-    return show.table(heads, rows)
+    return reporting.table(heads, rows)
 
 
 def lines(found: dict[str, Any]) -> dict[str, list[tuple[float, float]]]:

@@ -5,18 +5,18 @@ import keras
 from hvdkit.callbacks.average_state import AverageStateCallback
 from hvdkit.callbacks.best_model_checkpoint import BestModelCheckpoint
 from hvdkit.callbacks.broadcast import BroadcastGlobalVariablesCallback
-from hvdkit.callbacks.checkpoint import CheckpointCallback
 from hvdkit.callbacks.compression_guard import CompressionGuard
 from hvdkit.callbacks.learning_rate_schedule import LearningRateScheduleCallback
 from hvdkit.callbacks.learning_rate_warmup import LearningRateWarmupCallback
 from hvdkit.callbacks.metric_average import MetricAverageCallback
-from hvdkit.callbacks.profile import ProfileCallback
 from hvdkit.callbacks.progress import ProgressCallback
 from hvdkit.callbacks.pulse import PulseCallback
 from hvdkit.callbacks.replica_guard import ReplicaGuardCallback
 from hvdkit.callbacks.root_output import RootOutputCallback
 from hvdkit.callbacks.step_loss import StepLossCallback
 from hvdkit.callbacks.stop_at_step import StopAtStepCallback
+from hvdkit.checkpoint.callback import CheckpointCallback
+from hvdkit.profiling.callback import ProfileCallback
 
 __all__ = [
     "AverageStateCallback",

@@ -5,8 +5,8 @@ from typing import Any
 import keras
 
 from hvdkit import collectives
-from hvdkit.local_sgd import local_optimizers
-from hvdkit.mesh import copies_of
+from hvdkit.collectives.mesh import copies_of
+from hvdkit.optimizers.local_sgd import local_optimizers
 
 
 class AverageStateCallback(keras.callbacks.Callback):

@@ -6,8 +6,9 @@ from typing import Any
 import keras
 
 from hvdkit import collectives, world
-from hvdkit.mesh import copy_index, share
-from hvdkit.optimizer import keeps_local
+from hvdkit.collectives.mesh import share
+from hvdkit.optimizers.distributed import keeps_local
+from hvdkit.optimizers.state import tell_seeds_apart
 
 
 class BroadcastGlobalVariablesCallback(keras.callbacks.Callback):
@@ -53,12 +54,3 @@ class BroadcastGlobalVariablesCallback(keras.callbacks.Callback):
         collectives.broadcast_variables([v for v in variables if id(v) not in self._local], self.root_rank)
         share(model.weights)
         tell_seeds_apart(model)
-
-
-def tell_seeds_apart(model: keras.Model) -> None:
-    """Makes seeds that are equal on all ranks different again: ranks would drop the same units of other examples."""
-    for variable in model.variables:
-        if variable.path.endswith("seed_generator_state"):  # [seed, counter]
-            seed = keras.ops.convert_to_numpy(variable)
-            seed[0] += copy_index(model)  # ranks that hold one model between them drop the same units
-            variable.assign(seed)

@@ -9,7 +9,7 @@ import numpy as np
 
 from hvdkit import collectives, world
 from hvdkit.errors import UsageError
-from hvdkit.optimizer import DistributedOptimizer
+from hvdkit.optimizers.distributed import DistributedOptimizer
 
 _log = logging.getLogger(__name__)
 

@@ -6,7 +6,7 @@ import keras
 import numpy as np
 
 from hvdkit import collectives, world
-from hvdkit.mesh import copies_of
+from hvdkit.collectives.mesh import copies_of
 
 
 class MetricAverageCallback(keras.callbacks.Callback):

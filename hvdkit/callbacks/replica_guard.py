@@ -11,9 +11,10 @@ import numpy as np
 import tensorflow as tf
 
 from hvdkit import collectives, world
+from hvdkit.collectives.mesh import Mesh, mesh_of, shard_of, share
 from hvdkit.errors import ReplicasDiverged, UsageError
-from hvdkit.mesh import Mesh, mesh_of, shard_of, share
-from hvdkit.optimizer import keeps_local
+from hvdkit.optimizers.state import COMMON, SEED, kept_of
+from hvdkit.optimizers.whole_slots import WholeSlot
 
 _log = logging.getLogger(__name__)
 
@@ -121,18 +122,18 @@ class _Guarded:
     """The variables that must be equal on all ranks, and the seeds, whose movement must be."""
 
     def __init__(self, model: keras.Model, local: set[int]) -> None:
-        state = [v for v in _state(model) if id(v) not in local and not keeps_local(model.optimizer, v)]
-        self._seeds = [v for v in state if _is_seed(v)]
-        self._equal = [v for v in state if not _is_seed(v)]
+        kept = [k for k in kept_of(model) if id(k.variable) not in local and not isinstance(k.variable, WholeSlot)]
+        self._seeds = [k.variable for k in kept if k.kind == SEED]
+        self._equal = [k.variable for k in kept if k.kind == COMMON]
         self._shards = [v for v in model.weights if shard_of(v) is not None]
         self._mesh = mesh_of(self._shards)
         self._names = [*(v.path for v in [*self._equal, *self._seeds]), "its part of the model"]
-        self._start = [_number(v) for v in self._seeds]
+        self._start = [_integers(v) for v in self._seeds]
         self._prints = tf.function(self._all_prints).get_concrete_function()
 
     def compare(self) -> tuple[list[int], str, bool] | None:
         """The ranks that differ, the first variable in which they do, and whether a majority tells who is right."""
-        moved = [_number(v) - start for v, start in zip(self._seeds, self._start, strict=True)]
+        moved = [_integers(v) - start for v, start in zip(self._seeds, self._start, strict=True)]
         prints = self._prints().numpy()
         common, shards = prints[: len(self._equal)], prints[len(self._equal) :]
         mine = np.asarray([*common, *(fingerprint(tf.constant(m)) for m in moved), shards.sum()], np.int64)
@@ -159,10 +160,14 @@ class _Guarded:
         """Gives all ranks the root's state; the seeds stay apart."""
         collectives.broadcast_variables(self._equal, root_rank)
         share(self._shards)
-        moved = [_number(v) - start for v, start in zip(self._seeds, self._start, strict=True)]
+        moved = [_integers(v) - start for v, start in zip(self._seeds, self._start, strict=True)]
         moved = collectives.broadcast_object(moved, root_rank, name="guard.seeds")
         for variable, start, movement in zip(self._seeds, self._start, moved, strict=True):
             variable.assign(start + movement)
+
+
+def _integers(seed: Any) -> np.ndarray:
+    return np.asarray(keras.ops.convert_to_numpy(seed), np.int64)
 
 
 def fingerprint(values: tf.Tensor) -> tf.Tensor:
@@ -202,23 +207,6 @@ def _compiled(shape: tf.TensorShape, dtype: tf.DType) -> Any:
     return tf.function(fingerprint).get_concrete_function(tf.TensorSpec(shape, dtype))
 
 
-def _state(model: keras.Model) -> list[Any]:
-    """All variables of a model and its optimizer but those that ranks gather on their own."""
-    frozen = {id(v) for layer in model._flatten_layers() if not layer.trainable for v in layer.weights}
-    gathered = {id(v) for v in model.non_trainable_weights if "float" in v.dtype} - frozen
-    metrics = {id(v) for metric in model.metrics for v in metric.variables}
-    slots = [v for v in getattr(model.optimizer, "variables", []) if "gradient_accumulator" not in v.path]
-    return [v for v in [*model.variables, *slots] if id(v) not in gathered | metrics and v.dtype != "string"]
-
-
 def _of_first_copy(prints: np.ndarray, mesh: Mesh | None) -> np.ndarray:
     """What each rank's shards should be: those of the first rank that holds the same ones."""
     return prints if mesh is None else np.tile(prints[: mesh.model], mesh.data)
-
-
-def _is_seed(variable: Any) -> bool:
-    return variable.path.endswith("seed_generator_state")
-
-
-def _number(variable: Any) -> np.ndarray:
-    return np.asarray(keras.ops.convert_to_numpy(variable), np.int64)

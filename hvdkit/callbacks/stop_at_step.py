@@ -2,7 +2,7 @@
 
 import keras
 
-from hvdkit import heartbeat
+from hvdkit.optimizers import heartbeat
 
 
 class StopAtStepCallback(keras.callbacks.Callback):

@@ -14,7 +14,9 @@ from typing import Any
 
 import numpy as np
 
-from hvdkit import call_stack, collectives, heartbeat, world
+from hvdkit import collectives, world
+from hvdkit.compat import call_stack
+from hvdkit.optimizers import heartbeat
 
 # Scripts that requeue look for it. HTCondor's own code for "checkpointed, start me again"; 75 is that of a stalled job.
 EXIT_CODE = 85

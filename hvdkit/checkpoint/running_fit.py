@@ -12,7 +12,7 @@ from typing import Any
 import keras
 import tensorflow as tf
 
-from hvdkit import call_stack
+from hvdkit.compat import call_stack
 
 
 class RunningFit:

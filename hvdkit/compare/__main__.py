@@ -16,7 +16,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from hvdkit.bench import jobs, show
+from hvdkit import reporting
+from hvdkit.bench import jobs
 from hvdkit.errors import UsageError
 
 _DIVIDING = ("tensor", "branches", "pipeline")
@@ -37,7 +38,7 @@ def main(argv: list[str]) -> int:
     for way, reason in found["left_out"].items():
         print(f"\n{way}: {reason}")
     print(f"\nThe fastest is {fastest(found)}.{f' hvdkit.plan says: {planned}' if planned else ''}")
-    show.write_json(arguments.json, {**found, "fastest": fastest(found), "plan": planned})
+    reporting.write_measurement(arguments.json, {**found, "fastest": fastest(found), "plan": planned})
     draw(arguments.plot, found)
     return 0
 
@@ -156,7 +157,7 @@ def table(found: dict[str, Any]) -> str:
         ]
         for row in found["rows"]
     ]
-    return show.table(heads, rows)
+    return reporting.table(heads, rows)
 
 
 def draw(path: str | None, found: dict[str, Any]) -> None:

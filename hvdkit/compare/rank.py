@@ -12,8 +12,11 @@ from typing import Any
 import keras
 import psutil
 
-from hvdkit import collectives, job, native, shared_memory, train, train_flags, world
+from hvdkit import collectives, native, runtime, world
+from hvdkit.collectives import shared_memory
 from hvdkit.errors import UsageError
+from hvdkit.train import flags
+from hvdkit.train.run import run
 
 
 class Meters(keras.callbacks.Callback):
@@ -46,7 +49,7 @@ def main(argv: list[str]) -> int:
     """Trains, and leaves what was measured in a file on rank 0."""
     meters = Meters()
     try:
-        result = train.run(train_flags.parse(["hvdkit.compare", *argv[2:]]), [meters])
+        result = run(flags.parse(["hvdkit.compare", *argv[2:]]), [meters])
     except UsageError as error:
         if world.launched_rank() == 0:
             print(f"hvdkit.compare: {error}", file=sys.stderr, flush=True)
@@ -63,7 +66,7 @@ def main(argv: list[str]) -> int:
             "sent_bytes_per_step": max(rank["sent"] for rank in everyone) / result["steps"],
         }
         Path(argv[1]).write_text(json.dumps(found))
-    job.shutdown()
+    runtime.shutdown()
     return 0
 
 

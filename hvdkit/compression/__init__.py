@@ -4,7 +4,7 @@ Two kinds. A *cast* (fp16, bf16) is made and unmade around the exchange, tensor 
 *compressor with error feedback* replaces the exchange by one of its own, and keeps what it left out for the next step.
 """
 
-from hvdkit.compression.casting import BF16Compressor, FP16Compressor, NoneCompressor
+from hvdkit.collectives.casting import BF16Compressor, FP16Compressor, NoneCompressor
 from hvdkit.compression.feedback import ErrorFeedback
 from hvdkit.compression.powersgd import PowerSGD
 from hvdkit.compression.quantised import Int8, OneBit

@@ -15,6 +15,7 @@ import numpy as np
 import tensorflow as tf
 
 from hvdkit import collectives, world
+from hvdkit.collectives.traffic import elements
 
 State = Sequence[tuple[keras.Variable, tf.Tensor]]
 
@@ -105,7 +106,7 @@ class ErrorFeedback(abc.ABC):
 
         def compressed() -> list[tf.Tensor]:
             averages, total, state = self.average(wide, payload, f"{name}.{_name_of(self)}", process_set)
-            # A step that overflowed is skipped (see `hvdkit.loss_scale`), and must not live on in what is kept. The
+            # A step that overflowed is skipped (see `optimizers.loss_scale`), and must not live on in what is kept. The
             # averages are the same on all ranks, and so is this.
             is_finite = tf.math.is_finite(tf.add_n([tf.reduce_sum(a) for a in averages]))
             tf.cond(is_finite, lambda: _assign(state), lambda: None)
@@ -146,16 +147,6 @@ def part(vector: tf.Tensor, shapes: Sequence[tuple[int, ...]]) -> list[tf.Tensor
     """Undoes `join`."""
     pieces = tf.split(vector, [elements([shape]) for shape in shapes])
     return [tf.reshape(piece, shape) for piece, shape in zip(pieces, shapes, strict=True)]
-
-
-def elements(shapes: Sequence[tuple[int, ...]]) -> int:
-    """How many numbers there are in tensors of these shapes."""
-    return int(sum(np.prod(shape) for shape in shapes))
-
-
-def ring_bytes(size: float, ranks: int) -> float:
-    """Bytes that a rank sends when `size` bytes are reduced by a ring: 2 (N - 1) / N times."""
-    return 2 * (ranks - 1) / ranks * size
 
 
 def _name_of(compressor: ErrorFeedback) -> str:

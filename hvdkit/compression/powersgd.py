@@ -13,7 +13,8 @@ import numpy as np
 import tensorflow as tf
 
 from hvdkit import collectives, world
-from hvdkit.compression.feedback import ErrorFeedback, State, elements, ring_bytes, variable
+from hvdkit.collectives.traffic import elements, ring_bytes
+from hvdkit.compression.feedback import ErrorFeedback, State, variable
 
 
 class PowerSGD(ErrorFeedback):

@@ -11,8 +11,10 @@ from typing import Any
 
 import tensorflow as tf
 
-from hvdkit import collectives, wire
-from hvdkit.compression.feedback import ErrorFeedback, State, elements, join, part, poison, ring_bytes, variable
+from hvdkit import collectives
+from hvdkit.collectives import wire
+from hvdkit.collectives.traffic import elements, ring_bytes
+from hvdkit.compression.feedback import ErrorFeedback, State, join, part, poison, variable
 
 _BLOCK = 256  # numbers with one scale
 

@@ -11,7 +11,8 @@ from typing import Any
 import tensorflow as tf
 
 from hvdkit import collectives
-from hvdkit.compression.feedback import ErrorFeedback, State, elements, join, part, poison, variable
+from hvdkit.collectives.traffic import elements
+from hvdkit.compression.feedback import ErrorFeedback, State, join, part, poison, variable
 
 _SAMPLE = 1 << 16
 _ENTRY_BYTES = 8  # a float32 and an int32

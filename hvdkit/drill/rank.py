@@ -13,8 +13,10 @@ import keras
 import numpy as np
 import tensorflow as tf
 
-from hvdkit import artifacts, collectives, train, train_flags, world
+from hvdkit import collectives, reporting, world
 from hvdkit.drill.report import hashes
+from hvdkit.train import flags as train_flags
+from hvdkit.train.__main__ import main as train
 
 _SIGNALS = {"kill": signal.SIGKILL, "freeze": signal.SIGSTOP, "term": signal.SIGTERM}
 _SLOW_SECONDS = 0.2  # a step
@@ -107,7 +109,7 @@ class Trouble(keras.callbacks.Callback):
             self._filler.unlink(missing_ok=True)
         if not self._told.exists():
             host = os.uname().nodename
-            artifacts.write_json(self._told, {"rank": fault.rank, "host": host, "step": done, "time": time.time()})
+            reporting.write_json(self._told, {"rank": fault.rank, "host": host, "step": done, "time": time.time()})
             self._happen()
 
     def _happen(self) -> None:
@@ -126,4 +128,4 @@ def main(what: str, flags: list[str]) -> int:
     every = train_flags.parse(["hvdkit.drill", *flags]).checkpoint_steps
     fault = Fault(kind, int(rank), int(step))
     trouble = Trouble(fault, notes, Path(folder), every if isinstance(every, int) else 0)
-    return train.main(["hvdkit.train", *flags], [notes, trouble], notes.tap)
+    return train(["hvdkit.train", *flags], [notes, trouble], notes.tap)

@@ -121,10 +121,10 @@ def _audit(runs: list[_Start], result: dict[str, Any], flags: list[str]) -> dict
 
 def _hashes_of_the_split(flags: list[str]) -> "collections.Counter[int]":
     os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
-    from hvdkit import train_flags
     from hvdkit.data import pipeline
     from hvdkit.data.sources import TokenSource, open_source
-    from hvdkit.model import find_model
+    from hvdkit.train import flags as train_flags
+    from hvdkit.train.build import find_model
 
     config = train_flags.parse(["hvdkit.drill", *flags])
     model = find_model(config.model)

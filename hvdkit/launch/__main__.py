@@ -11,9 +11,9 @@ from collections.abc import Callable
 
 from hvdkit.errors import UsageError
 from hvdkit.launch import options
-from hvdkit.launch.elastic import ElasticJob, Roster
 from hvdkit.launch.job import Job, Settings
 from hvdkit.launch.mpi import MpiJob
+from hvdkit.launch.restarts import ElasticJob, Roster
 
 
 def main(argv: list[str]) -> int:

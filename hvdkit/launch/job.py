@@ -14,7 +14,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from hvdkit.errors import UsageError
-from hvdkit.launch import agent, failures, plan
+from hvdkit.launch import agent, binding, failures
 from hvdkit.launch.console import Console
 from hvdkit.launch.failures import Failure
 from hvdkit.launch.hosts import Host, assign
@@ -233,25 +233,25 @@ class Job:
                         **self._interface_environment(link),
                     },
                     "ranks": [
-                        {"rank": slot.rank, "env": plan.rank_environment(slot, binding), "cores": binding.cores}
-                        for slot, binding in mine
+                        {"rank": slot.rank, "env": binding.rank_environment(slot, bound), "cores": bound.cores}
+                        for slot, bound in mine
                     ],
                 }
             )
 
-    def placed_on(self, link: Link) -> list[tuple[Any, plan.Binding]]:
+    def placed_on(self, link: Link) -> list[tuple[Any, binding.Binding]]:
         """The ranks of a host, and what of it is each one's own."""
         mine = [slot for slot in self.slots if slot.hostname == self._names[link]]
         s = self.settings
-        return list(zip(mine, plan.bindings(link.about or {}, len(mine), s.bind, s.cores, s.gpus), strict=True))
+        return list(zip(mine, binding.bindings(link.about or {}, len(mine), s.bind, s.cores, s.gpus), strict=True))
 
     def common_environment(self) -> dict[str, str]:
         """The variables that all ranks have."""
         return {
-            **plan.job_environment(
+            **binding.job_environment(
                 environment(), start_limit=self.settings.start_limit, stall_limit=self.settings.stall_limit
             ),
-            **plan.watched(self.settings.is_watched),
+            **binding.watched(self.settings.is_watched),
             **({"HVDKIT_ELASTIC": self.settings.elastic} if self.settings.elastic else {}),
             **({"HVDKIT_RANK_LOGS": str(self.console.logs.resolve())} if self.console.logs else {}),
         }
@@ -265,22 +265,22 @@ class Job:
         ranks = [
             (
                 slot,
-                binding,
+                bound,
                 f"by {self.settings.shell.program} as {self._addresses[link.host]}"
                 if link.is_remote
                 else "is this host",
             )
             for link in self.links
-            for slot, binding in self.placed_on(link)
+            for slot, bound in self.placed_on(link)
         ]
         link = self.links[0]
         common = {
             **self.common_environment(),
             **self._interface_environment(link),
-            plan.SECRET: f"{self._own_address(link)}:PORT/TOKEN",
+            binding.SECRET: f"{self._own_address(link)}:PORT/TOKEN",
             "HOROVOD_GLOO_RENDEZVOUS_PORT": "PORT",
         }
-        return plan.describe(self.settings.command, common, ranks)
+        return binding.describe(self.settings.command, common, ranks)
 
     # ---- The loop ----------------------------------------------------------------------------------------------------
 

@@ -14,7 +14,7 @@ import sys
 import time
 
 from hvdkit.errors import UsageError
-from hvdkit.launch import plan
+from hvdkit.launch import binding
 from hvdkit.launch.failures import Failure
 from hvdkit.launch.job import Job, Lost
 from hvdkit.launch.link import Link, address_of, environment, exported, is_this_host
@@ -110,13 +110,13 @@ class MpiJob(Job):
 
     def description(self) -> str:
         """What `--dry-run` prints."""
-        nothing = plan.Binding(None, None)
+        nothing = binding.Binding(None, None)
         reached = {
             name: "is this host" if is_this_host(name, address) else f"by ssh as {address}"
             for name, address in self._addresses.items()
         }
         ranks = [(slot, nothing, reached[slot.hostname]) for slot in self.slots]
-        return plan.describe(self.settings.command, self.common_environment(), ranks, started_by=self.command())
+        return binding.describe(self.settings.command, self.common_environment(), ranks, started_by=self.command())
 
     def take_output(self, rank: int, data: bytes, *, is_error: bool) -> None:
         """Gives each line to the rank that is named in its tag; what has none is mpirun's own."""

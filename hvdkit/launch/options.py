@@ -11,9 +11,9 @@ from pathlib import Path
 from hvdkit.errors import UsageError
 from hvdkit.launch import hosts
 from hvdkit.launch.console import MODES, Console
-from hvdkit.launch.elastic import Policy, run_script
 from hvdkit.launch.hosts import Host
 from hvdkit.launch.job import Settings
+from hvdkit.launch.restarts import Policy, run_script
 from hvdkit.launch.shells import Shell, Srun, Ssh
 
 

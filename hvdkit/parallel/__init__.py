@@ -13,7 +13,7 @@
 Gradients, clipping, metrics, checkpoints and guards are those of the whole model.
 """
 
-from hvdkit.mesh import Mesh
+from hvdkit.collectives.mesh import Mesh
 from hvdkit.parallel.branches import split_branches
 from hvdkit.parallel.pipeline import PipelinedModel, pipeline
 from hvdkit.parallel.sizes import divisions

@@ -12,9 +12,9 @@ import keras
 import tensorflow as tf
 
 from hvdkit import collectives
+from hvdkit.collectives.mesh import Mesh, Shard, mark
 from hvdkit.errors import UsageError
-from hvdkit.mesh import Mesh, Shard, mark
-from hvdkit.parallel import exchange, graph, whole_model
+from hvdkit.parallel import graph, mappings, whole_model
 
 
 def split_branches(model: keras.Model, mesh: Mesh, branches: Sequence[str] | None = None) -> keras.Model:
@@ -85,7 +85,7 @@ class SpreadToBranches(keras.layers.Layer):
 
     def call(self, x: tf.Tensor) -> tf.Tensor:
         """Returns its input."""
-        return exchange.spread(x, self._mesh, self.name) if x.dtype.is_floating else x
+        return mappings.spread(x, self._mesh, self.name) if x.dtype.is_floating else x
 
 
 class MeetingOfBranches(keras.layers.Layer):

@@ -11,9 +11,9 @@ import keras
 import tensorflow as tf
 from keras import ops
 
+from hvdkit.collectives.mesh import Mesh
 from hvdkit.errors import UsageError
-from hvdkit.mesh import Mesh
-from hvdkit.parallel import exchange
+from hvdkit.parallel import mappings
 
 
 class _Part:
@@ -44,7 +44,7 @@ class JoinParts(keras.layers.Layer):
 
     def call(self, x: tf.Tensor) -> tf.Tensor:
         """Returns the whole tensor."""
-        return exchange.joined(x, self.axis, self.mesh, _kind(self))
+        return mappings.joined(x, self.axis, self.mesh, _kind(self))
 
 
 class OwnPart(keras.layers.Layer):
@@ -56,7 +56,7 @@ class OwnPart(keras.layers.Layer):
 
     def call(self, x: tf.Tensor) -> tf.Tensor:
         """Returns the part."""
-        return exchange.own_part(x, self.axis, self.mesh, _kind(self))
+        return mappings.own_part(x, self.axis, self.mesh, _kind(self))
 
 
 class ColumnDense(_Part, keras.layers.Dense):
@@ -69,7 +69,7 @@ class ColumnDense(_Part, keras.layers.Dense):
 
     def call(self, x: tf.Tensor, training: bool | None = None) -> tf.Tensor:
         """[..., features] to [..., units / ranks]."""
-        return super().call(exchange.spread(x, self.mesh, _kind(self)), training)
+        return super().call(mappings.spread(x, self.mesh, _kind(self)), training)
 
 
 class RowDense(_Part, keras.layers.Dense):
@@ -101,7 +101,7 @@ class ColumnEinsumDense(_Part, keras.layers.EinsumDense):
 
     def call(self, inputs: tf.Tensor, training: bool | None = None) -> tf.Tensor:
         """The layer's equation, for a part of one of the output's axes."""
-        return super().call(exchange.spread(inputs, self.mesh, _kind(self)), training)
+        return super().call(mappings.spread(inputs, self.mesh, _kind(self)), training)
 
 
 class RowEinsumDense(_Part, keras.layers.EinsumDense):
@@ -146,7 +146,7 @@ class HeadsAttention(_Part, keras.layers.MultiHeadAttention):
     ) -> Any:
         """As `keras.layers.MultiHeadAttention`; attention scores are those of this rank's heads."""
         spread = {id(x): x for x in (query, value, key) if x is not None}
-        spread = {i: exchange.spread(x, self.mesh, f"{_kind(self)}.{n}") for n, (i, x) in enumerate(spread.items())}
+        spread = {i: mappings.spread(x, self.mesh, f"{_kind(self)}.{n}") for n, (i, x) in enumerate(spread.items())}
         return super().call(
             spread[id(query)],
             spread[id(value)],
@@ -178,7 +178,7 @@ class VocabularyEmbedding(_Part, keras.layers.Embedding):
         vectors = tf.scatter_nd(mine, found, [tf.size(numbers, tf.int64), self.output_dim])
         vectors = tf.reshape(vectors, tf.concat([tf.shape(inputs), [self.output_dim]], axis=0))
         vectors = tf.ensure_shape(vectors, [*inputs.shape, self.output_dim])
-        return exchange.total(vectors, self.mesh, _kind(self))
+        return mappings.total(vectors, self.mesh, _kind(self))
 
 
 class ColumnEmbedding(_Part, keras.layers.Embedding):
@@ -192,7 +192,7 @@ class ColumnEmbedding(_Part, keras.layers.Embedding):
 
 
 def _kind(layer: Any) -> str:
-    """The name of a layer's exchanges, which are numbered in the order of the graph (see `hvdkit.wire`).
+    """The name of a layer's exchanges, which are numbered in the order of the graph (see `hvdkit.collectives.wire`).
 
     Not the layer's own: Keras numbers those that have none, differently on a rank that has made one more model.
     """
@@ -222,7 +222,7 @@ def part(number: int, mesh: Mesh, what: str, layer: str | None) -> int:
 
 def _after_the_sum(layer: Any, term: tf.Tensor) -> tf.Tensor:
     """Adds the ranks' terms up, then the bias, which all have, and applies the activation."""
-    x = exchange.total(term, layer.mesh, _kind(layer))
+    x = mappings.total(term, layer.mesh, _kind(layer))
     if layer.bias is not None:
         x = ops.add(x, ops.cast(layer.bias, x.dtype))
     return x if layer.activation is None else layer.activation(x)

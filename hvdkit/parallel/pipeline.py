@@ -24,9 +24,10 @@ from typing import Any
 import keras
 import tensorflow as tf
 
-from hvdkit import collectives, wire, world
+from hvdkit import collectives, world
+from hvdkit.collectives import wire
+from hvdkit.collectives.mesh import Mesh, Shard, mark
 from hvdkit.errors import UsageError
-from hvdkit.mesh import Mesh, Shard, mark
 from hvdkit.parallel import graph, whole_model
 from hvdkit.parallel.transfer import Outbox, receive, send
 

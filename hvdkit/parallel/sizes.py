@@ -5,8 +5,8 @@ from typing import Any
 
 import keras
 
+from hvdkit.collectives.mesh import Mesh
 from hvdkit.errors import UsageError
-from hvdkit.mesh import Mesh
 from hvdkit.parallel import graph, tensor
 from hvdkit.parallel.pipeline import even_cuts
 

@@ -15,8 +15,8 @@ from typing import Any
 import keras
 
 from hvdkit import world
+from hvdkit.collectives.mesh import Mesh, Shard, mark
 from hvdkit.errors import UsageError
-from hvdkit.mesh import Mesh, Shard, mark
 from hvdkit.parallel import graph, whole_model
 from hvdkit.parallel import layers as parts
 

@@ -9,8 +9,9 @@ from typing import Any
 
 import tensorflow as tf
 
-from hvdkit import collectives, shared_memory, wire, world
-from hvdkit.mesh import Mesh
+from hvdkit import collectives, world
+from hvdkit.collectives import shared_memory, wire
+from hvdkit.collectives.mesh import Mesh
 
 
 def send(mesh: Mesh, stage: int, x: tf.Tensor, name: str) -> tf.Tensor:

@@ -10,8 +10,8 @@ import keras
 import numpy as np
 
 from hvdkit import collectives, world
+from hvdkit.collectives.mesh import mesh_of, shard_of
 from hvdkit.errors import UsageError
-from hvdkit.mesh import mesh_of, shard_of
 
 
 @dataclasses.dataclass(frozen=True)

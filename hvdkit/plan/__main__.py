@@ -17,12 +17,12 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from hvdkit.bench import show
+from hvdkit import reporting
 from hvdkit.errors import UsageError
 from hvdkit.plan import advice, facts, links, measure, modes, published, report
 from hvdkit.plan import score as scoring
 from hvdkit.plan.cost import Cluster, Compute, Link, Mode
-from hvdkit.world import usable_cores
+from hvdkit.world.devices import usable_cores
 
 _MEMORY = Link(5e-6, 1 / 4e9, 2e-4)  # between ranks of a host, where nothing was measured: shared memory
 
@@ -74,13 +74,13 @@ def _plan(arguments: argparse.Namespace) -> int:
     sentence = advice.advise(found, ways, " ".join(arguments.flags), arguments.hosts)
     print(report.table(found))
     print(f"\n{sentence}")
-    show.write_json(arguments.json, {"rows": found, **measured, "advice": sentence})
+    reporting.write_measurement(arguments.json, {"rows": found, **measured, "advice": sentence})
     lines: dict[str, list[tuple[float, float]]] = {}
     for row in found:
         lines.setdefault(row["mode"], []).append((row["ranks"], row["speedup"]))
     first = found[0]["mode"]
     lines["ideal"] = [(row["ranks"], row["speedup"] / row["efficiency"]) for row in found if row["mode"] == first]
-    show.plot(arguments.plot, "predicted scaling", "ranks", "times one process", lines, xscale="log", yscale="log")
+    reporting.plot(arguments.plot, "predicted scaling", "ranks", "times one process", lines, xscale="log", yscale="log")
     return 0
 
 
@@ -98,7 +98,7 @@ def _measure(arguments: argparse.Namespace) -> int:
     found = measure.measure(predicted, ways, own, launcher, arguments.seconds)
     print(measure.table(found))
     print(f"\nmedian error {scoring.score(found):.0%}")
-    show.write_json(arguments.json, {"rows": found, **measured})
+    reporting.write_measurement(arguments.json, {"rows": found, **measured})
     return 0
 
 
@@ -180,7 +180,7 @@ def _score(argv: list[str]) -> int:
         raise UsageError("score needs files, as in: python -m hvdkit.plan score FILE.json...")
     pairs = [pair for path in argv for pair in scoring.read(path)]
     lines = [[p["case"], f"{p['predicted']:,.0f}", f"{p['measured']:,.0f}", f"{p['error']:+.0%}"] for p in pairs]
-    print(show.table(["case", "predicted samples/s", "measured", "error"], lines))
+    print(reporting.table(["case", "predicted samples/s", "measured", "error"], lines))
     print(f"\nmedian error {scoring.score(pairs):.0%} of {len(pairs)}")
     return 0
 
@@ -193,9 +193,9 @@ def _published(argv: list[str]) -> int:
         "predicted, 90 % hidden": published.predicted(0.9),
     }
     points = {one.name: list(one.points) for one in published.ALL}
-    show.plot(argv[0], "ResNet-50, weak scaling", "GPUs", "efficiency", {**predictions, **points}, xscale="log")
+    reporting.plot(argv[0], "ResNet-50, weak scaling", "GPUs", "efficiency", {**predictions, **points}, xscale="log")
     rows = [[name, *(f"{efficiency:.2f}" for _, efficiency in line)] for name, line in predictions.items()]
-    print(show.table(["GPUs", *map(str, published.RANKS)], rows))
+    print(reporting.table(["GPUs", *map(str, published.RANKS)], rows))
     print(
         "\n".join(
             f"{one.name}: {', '.join(f'{n}: {e:.2f}' for n, e in one.points)} ({one.source})" for one in published.ALL

@@ -243,7 +243,8 @@ def predict(
         mode: how they train.
         cluster: where.
         overlap: share of the exchange that runs while gradients are still computed. 0 is on the safe side: of gradients
-            that go in several groups (see `hvdkit.gradients`) hvdkit hides some, by a share that depends on the model.
+            that go in several groups (see `hvdkit.optimizers.gradients`) hvdkit hides some, by a share that depends on
+            the model.
     """
     if mode.division and ranks > 1:
         return _predict_divided(ranks, local_batch, compute, mode, mode.division, cluster)

@@ -3,7 +3,8 @@
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from hvdkit.bench import jobs, show
+from hvdkit import reporting
+from hvdkit.bench import jobs
 from hvdkit.plan.cost import Mode
 
 _MANY_STEPS = 10  # an execution, where steps are short: Python's part of them then does not count
@@ -68,4 +69,4 @@ def table(found: Sequence[Mapping[str, Any]]) -> str:
         ]
         for row in found
     ]
-    return show.table(heads, lines)
+    return reporting.table(heads, lines)

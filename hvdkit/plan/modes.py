@@ -22,7 +22,7 @@ def all_modes(
         shapes: of the trainable weights.
         optimizer: as the flag of hvdkit.train has it.
         compression_seconds: what a compressor computes a step, by name.
-        divisions: by strategy, how the model can be divided (see `hvdkit.bench.training`).
+        divisions: by strategy, how the model can be divided (see `hvdkit.bench.rank`).
     """
     colon = "," if ":" in optimizer else ":"
     accumulate = f"--optimizer={optimizer}{colon}gradient_accumulation_steps={ACCUMULATED}"
@@ -45,8 +45,8 @@ def all_modes(
 
 
 def _with_feedback(name: str, shapes: Sequence[Sequence[int]], seconds: float) -> Mode:
+    from hvdkit.collectives.traffic import elements, ring_bytes
     from hvdkit.compression import by_name
-    from hvdkit.compression.feedback import elements, ring_bytes
 
     compressor: Any = by_name(name)
     known = [tuple(shape) for shape in shapes]

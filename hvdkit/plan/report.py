@@ -6,7 +6,7 @@ from typing import Any
 
 import numpy as np
 
-from hvdkit.bench import show
+from hvdkit import reporting
 from hvdkit.plan.cost import Cluster, Compute, Link, Mode, predict
 
 _DRAWS = 400
@@ -98,4 +98,4 @@ def table(found: Sequence[Mapping[str, Any]]) -> str:
             f"{row['wire_bytes'] / 1e6:,.3f}",
         ]
         lines.append(line + ([f"{row['cost_per_million']:.4f}"] if priced else []))
-    return show.table(heads + (["cost of 1M samples"] if priced else []), lines)
+    return reporting.table(heads + (["cost of 1M samples"] if priced else []), lines)

@@ -8,7 +8,7 @@ import keras
 import tensorflow as tf
 
 from hvdkit.errors import UsageError
-from hvdkit.world import World, launched_size
+from hvdkit.world.ranks import World, launched_size
 
 
 class Strategy(Protocol):

@@ -15,7 +15,7 @@ import tensorflow as tf
 
 from hvdkit import world
 from hvdkit.errors import UsageError
-from hvdkit.introduction import introduce
+from hvdkit.world.introduction import introduce
 
 
 @dataclasses.dataclass(frozen=True)

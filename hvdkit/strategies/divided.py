@@ -5,10 +5,10 @@ from typing import Any
 
 import keras
 
-from hvdkit import job, parallel, world
+from hvdkit import parallel, runtime, world
+from hvdkit.collectives.mesh import Mesh
 from hvdkit.compression import ErrorFeedback
 from hvdkit.errors import UsageError
-from hvdkit.mesh import Mesh
 from hvdkit.strategies.horovod import HorovodStrategy
 
 NAMES = ("tensor", "branches", "pipeline")
@@ -44,7 +44,7 @@ class DividedStrategy(HorovodStrategy):
         self.name = name
         self._division = division
         self._mesh = Mesh(replicas, division.ranks or max(1, world.launched_size() // (replicas or 1)))
-        self.world = job.init(mesh=self._mesh)
+        self.world = runtime.init(mesh=self._mesh)
         if self._mesh.data * self._mesh.model != self.world.size:
             raise UsageError(f"{self._mesh} does not fit the {self.world.size} rank(s) that were started.")
         self.size = self._mesh.data

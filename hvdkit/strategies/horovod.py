@@ -7,12 +7,12 @@ from typing import Any
 import keras
 import tensorflow as tf
 
-from hvdkit import callbacks, job
+from hvdkit import callbacks, runtime
 from hvdkit.errors import UsageError
-from hvdkit.evaluation import evaluate_part
-from hvdkit.local_sgd import LocalSGD
-from hvdkit.optimizer import DistributedOptimizer
-from hvdkit.parallel.sharded import ShardedOptimizer
+from hvdkit.model.evaluation import evaluate_part
+from hvdkit.optimizers.distributed import DistributedOptimizer
+from hvdkit.optimizers.local_sgd import LocalSGD
+from hvdkit.optimizers.sharded import ShardedOptimizer
 from hvdkit.strategies.base import Strategy
 
 
@@ -26,7 +26,7 @@ class HorovodStrategy(Strategy):
     name = "horovod"
 
     def __init__(self, replicas: int | None = None) -> None:
-        self.world = job.init()
+        self.world = runtime.init()
         self.size = self.world.size
         self.shares: Sequence[int] = [self.world.rank]
         if replicas not in (None, self.size):

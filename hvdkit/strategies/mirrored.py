@@ -9,8 +9,9 @@ import tensorflow as tf
 
 from hvdkit import world
 from hvdkit.errors import UsageError
-from hvdkit.loss_scale import with_loss_scale
-from hvdkit.optimizer import ExchangingOptimizer, parts_of
+from hvdkit.optimizers.exchanging import ExchangingOptimizer
+from hvdkit.optimizers.loss_scale import with_loss_scale
+from hvdkit.optimizers.parts import parts_of
 from hvdkit.strategies.base import Strategy, refuse_many_processes, refuse_options
 from hvdkit.strategies.replicas import sum_over_replicas
 

@@ -19,9 +19,9 @@ import tensorflow as tf
 
 from hvdkit import world
 from hvdkit.errors import UsageError
-from hvdkit.gradients import Gradient
-from hvdkit.loss_scale import with_loss_scale
-from hvdkit.optimizer import ExchangingOptimizer
+from hvdkit.optimizers.exchanging import ExchangingOptimizer
+from hvdkit.optimizers.gradients import Gradient
+from hvdkit.optimizers.loss_scale import with_loss_scale
 from hvdkit.strategies import cluster
 from hvdkit.strategies.horovod import HorovodStrategy
 from hvdkit.strategies.replicas import sum_over_replicas

@@ -2,7 +2,7 @@
 
 import tensorflow as tf
 
-from hvdkit.gradients import Gradient
+from hvdkit.optimizers.gradients import Gradient
 
 
 def sum_over_replicas(grads: list[Gradient]) -> list[Gradient]:

@@ -8,7 +8,7 @@ import keras
 import tensorflow as tf
 
 from hvdkit import world
-from hvdkit.optimizer import fuse_updates
+from hvdkit.optimizers.fused_update import fuse_updates
 from hvdkit.strategies.base import Strategy, refuse_many_processes, refuse_options
 
 

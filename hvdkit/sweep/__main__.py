@@ -21,7 +21,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from hvdkit import artifacts
+from hvdkit import reporting, versions
 from hvdkit.errors import UsageError
 from hvdkit.sweep import hosts, options, space
 from hvdkit.sweep.options import Options
@@ -70,7 +70,7 @@ def _report(chosen: Options, study: Any, code: int, seconds: float, table: str) 
     best = study.best()
     trials = study.trials()
     plots = study.plot(chosen.folder)
-    artifacts.write_json(
+    reporting.write_json(
         chosen.folder / "result.json",
         {
             "goal": chosen.goal,
@@ -79,7 +79,7 @@ def _report(chosen: Options, study: Any, code: int, seconds: float, table: str) 
             "trials": [vars(trial) for trial in trials],
             "seconds": round(seconds, 2),
             "is_over": code == 0,
-            "versions": artifacts.versions(),
+            "versions": versions.installed(),
         },
     )
     if best:
@@ -112,7 +112,7 @@ def _own_folder(chosen: Options) -> Iterator[None]:
         except OSError:
             raise UsageError(f"A sweep is running in {folder}. Wait for it, or choose another --workdir=DIR.") from None
         _refuse_another(folder, identity)
-        artifacts.write_json(folder / "sweep.json", identity)
+        reporting.write_json(folder / "sweep.json", identity)
         yield
 
 

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from hvdkit.errors import UsageError
-from hvdkit.launch import agent, hosts, job, plan
+from hvdkit.launch import agent, binding, hosts, job
 from hvdkit.launch.link import GONE, Link, address_of, is_this_host, own_address_towards
 
 _AGAIN_SECONDS = 20.0  # from one look at a host that did not answer to the next
@@ -124,7 +124,7 @@ def divide(host: SweepHost, about: dict[str, Any], places: int, ranks: int) -> l
             f"Give it {gpus} place(s), or hide the GPUs with CUDA_VISIBLE_DEVICES='' to train on the CPU."
         )
     number = places // ranks
-    shares = plan.bindings({**about, "gpus": []}, number, "cores")
+    shares = binding.bindings({**about, "gpus": []}, number, "cores")
     return [
         Slot(
             host,

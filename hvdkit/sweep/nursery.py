@@ -23,7 +23,7 @@ _libc = ctypes.CDLL(None, use_errno=True)
 
 def main() -> int:
     """Serves until its input closes; then all tasks are killed."""
-    from hvdkit import train
+    from hvdkit.train.__main__ import main as train
 
     running: dict[int, int] = {}  # tasks, by process id
     awake, alarm = os.pipe()
@@ -46,7 +46,7 @@ def main() -> int:
                 *lines, incoming = (incoming + data).split(b"\n")
                 for line in lines:
                     order = json.loads(line)
-                    pid = _fork(train.main, order)
+                    pid = _fork(train, order)
                     running[pid] = order["id"]
                     _say({"id": order["id"], "pid": pid})
         _reap(running)

@@ -8,12 +8,12 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Literal
 
-from hvdkit import train_flags
 from hvdkit.errors import UsageError
 from hvdkit.launch import job
 from hvdkit.launch import options as launch_options
 from hvdkit.sweep import space
 from hvdkit.sweep.space import Parameter
+from hvdkit.train import flags as train_flags
 
 _OURS = ("workdir", "overwrite", "resume", "fold")  # flags of the training that the sweep sets itself
 Direction = Literal["maximize", "minimize"]

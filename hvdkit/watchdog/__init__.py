@@ -31,11 +31,11 @@ from typing import Any
 
 from hvdkit import world as worlds
 from hvdkit.errors import UsageError
-from hvdkit.introduction import introduce
 from hvdkit.watchdog.channel import listen, own_address
 from hvdkit.watchdog.progress import Progress, Waiting
 from hvdkit.watchdog.states import Failure
 from hvdkit.watchdog.watchman import STALLED, Job, Watchman
+from hvdkit.world.introduction import introduce
 
 __all__ = [
     "STALLED",
@@ -117,8 +117,8 @@ def stop() -> None:
 def waiting(name: str, detail: object = "", everyone: bool = False) -> Waiting:
     """A context for an eager collective: this rank waits for the others in it.
 
-    Horovod matches what `hvdkit.wire` runs by its name. So ranks whose main threads are in different collectives that
-    all ranks must enter wait for each other for ever, and Horovod only waits, too: the watchdog compares them.
+    Horovod matches what `collectives.wire` runs by its name. So ranks whose main threads are in different collectives
+    that all ranks must enter wait for each other for ever, and Horovod only waits, too: the watchdog compares them.
 
     Args:
         name: the collective's name, the same on all ranks.

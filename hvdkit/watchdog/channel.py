@@ -17,7 +17,7 @@ import threading
 import time
 from typing import Any
 
-from hvdkit.world import World
+from hvdkit.world.ranks import World
 
 Message = dict[str, Any]
 

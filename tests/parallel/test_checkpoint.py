@@ -73,7 +73,8 @@ def train_until_told_to_leave(flags, step):
 
     import keras
 
-    from hvdkit import train, world
+    from hvdkit import world
+    from hvdkit.train.__main__ import main as train
 
     class Told(keras.callbacks.Callback):
         checkpointed = False  # or it would go on counting where it was
@@ -84,7 +85,7 @@ def train_until_told_to_leave(flags, step):
             if not self.left and world.rank() == 1:
                 os.kill(os.getpid(), signal.SIGTERM)
 
-    sys.exit(train.main(["hvdkit.train", *flags], [Told()]))
+    sys.exit(train(["hvdkit.train", *flags], [Told()]))
 
 
 def seen(path):

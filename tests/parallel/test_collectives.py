@@ -59,7 +59,7 @@ def compressed_gradients(kind):
     import tensorflow as tf
 
     import hvdkit as hvd
-    from hvdkit.gradients import GradientExchange
+    from hvdkit.optimizers.gradients import GradientExchange
 
     world = hvd.init()
     exchange = GradientExchange("test", compression=getattr(hvd.Compression, kind))
@@ -114,7 +114,7 @@ def alike_but_one():
     import keras
 
     import hvdkit as hvd
-    from hvdkit import wire
+    from hvdkit.collectives import wire
 
     me = hvd.init()
     sent, run = [], wire.run
@@ -136,7 +136,7 @@ def diverged():
     import keras
 
     import hvdkit as hvd
-    from hvdkit.agreement import check_equal
+    from hvdkit.collectives.agreement import check_equal
 
     world = hvd.init()
     check_equal(["same"], ["x"])

@@ -11,9 +11,9 @@ def exchanged(spec, steps, shapes):
     import tensorflow as tf
 
     import hvdkit as hvd
-    from hvdkit import heartbeat
     from hvdkit.compression import by_name
-    from hvdkit.gradients import GradientExchange
+    from hvdkit.optimizers import heartbeat
+    from hvdkit.optimizers.gradients import GradientExchange
 
     me = hvd.init()
     exchange = GradientExchange("test", compression=by_name(spec))
@@ -87,7 +87,7 @@ def overflowing(spec):
 
     import hvdkit as hvd
     from hvdkit.compression import by_name
-    from hvdkit.gradients import GradientExchange
+    from hvdkit.optimizers.gradients import GradientExchange
 
     me = hvd.init()
     generator = np.random.default_rng(8)

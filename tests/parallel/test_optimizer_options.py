@@ -45,7 +45,7 @@ def accumulating(kind):
     import keras
 
     import hvdkit as hvd
-    from hvdkit import heartbeat
+    from hvdkit.optimizers import heartbeat
 
     world = hvd.init()
     inputs, labels = _batches(world.size, kind)
@@ -161,7 +161,7 @@ def of_large_gradients():
 
 @pytest.mark.parametrize("memory", ["0", "1"])
 def test_gradients_that_fill_a_link_go_in_groups_the_last_layers_first(ranks, memory):
-    from hvdkit import heartbeat
+    from hvdkit.optimizers import heartbeat
 
     for weights, groups in ranks(2, of_large_gradients, env={"HVDKIT_SHARED_MEMORY": memory}):
         assert weights == [[-1.5], [-3.0], [-4.5]]
@@ -289,7 +289,7 @@ def by_adasum():
     import tensorflow as tf
 
     import hvdkit as hvd
-    from hvdkit import adasum
+    from hvdkit.collectives import adasum
 
     world = hvd.init()
     everyone = np.random.default_rng(3).normal(size=[world.size, 11])

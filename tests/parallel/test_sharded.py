@@ -92,7 +92,7 @@ def _dense(optimizer):
 
 def against_one_process(cases):
     import hvdkit as hvd
-    from hvdkit import heartbeat
+    from hvdkit.optimizers import heartbeat
 
     me = hvd.init()
     inputs, labels = _batches(me.size)
@@ -209,7 +209,7 @@ def taken_over():
     import keras
 
     import hvdkit as hvd
-    from hvdkit.mesh import Shard, mark
+    from hvdkit.collectives.mesh import Shard, mark
 
     alone = keras.optimizers  # noqa: F841 - Keras is loaded before Horovod begins
     only = hvd.ProcessSet([0])

@@ -20,7 +20,8 @@ def summed(dtype, shared=True):
     import tensorflow as tf
 
     import hvdkit as hvd
-    from hvdkit import collectives, shared_memory, world
+    from hvdkit import collectives, world
+    from hvdkit.collectives import shared_memory
 
     me = hvd.init()
     assert shared_memory.is_used() is shared
@@ -76,7 +77,8 @@ def gathered():
     import tensorflow as tf
 
     import hvdkit as hvd
-    from hvdkit import collectives, shared_memory, world
+    from hvdkit import collectives, world
+    from hvdkit.collectives import shared_memory
 
     pair = hvd.ProcessSet([0, 2])
     me = hvd.init(process_sets=[pair])
@@ -160,12 +162,13 @@ def without_library():
     import tensorflow as tf
 
     import hvdkit as hvd
-    from hvdkit import collectives, native, shared_memory, world
+    from hvdkit import collectives, native, world
+    from hvdkit.collectives import shared_memory
 
     told = []
     handler = logging.Handler()
     handler.emit = lambda record: told.append(record.getMessage())
-    logging.getLogger("hvdkit.shared_memory").addHandler(handler)
+    logging.getLogger("hvdkit.collectives.shared_memory").addHandler(handler)
     native.is_built = lambda: False
     me = hvd.init()
     everyone = world.horovod().global_process_set

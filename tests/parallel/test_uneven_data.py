@@ -56,7 +56,7 @@ def trained_on_uneven_data(examples):
 
 
 def _refused_steps(world):
-    from hvdkit.agreement import check_equal_steps
+    from hvdkit.collectives.agreement import check_equal_steps
     from hvdkit.errors import UsageError
 
     check_equal_steps(10)

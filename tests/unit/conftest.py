@@ -3,10 +3,11 @@
 import pytest
 
 from hvdkit import world
+from hvdkit.world import ranks
 
 
 @pytest.fixture(autouse=True)
 def alone():
     world.enter(world.World.single())
     yield
-    world._world = None
+    ranks._world = None

@@ -8,7 +8,7 @@ import pytest
 import tensorflow as tf
 
 from hvdkit import native
-from hvdkit.optimizer import fuse_updates
+from hvdkit.optimizers.fused_update import fuse_updates
 
 pytestmark = pytest.mark.skipif(not native.is_built(), reason="hvdkit.native is not compiled: launch/bootstrap.sh")
 

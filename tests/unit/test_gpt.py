@@ -11,11 +11,12 @@ import pytest
 import tensorflow as tf
 from hvdkit_models.recipe import Recipe
 
-from hvdkit import generate, train_data, train_flags
+from hvdkit import generate
 from hvdkit.data import balance, checks, pipeline
 from hvdkit.data.sources import TokenSource, open_source
 from hvdkit.errors import UsageError
-from hvdkit.model import check_output
+from hvdkit.train import data, flags
+from hvdkit.train.build import check_output
 from tests.conftest import run_command
 
 TEXT = bytes(range(65, 91)) * 4  # A to Z, so that each byte tells what comes next
@@ -109,10 +110,10 @@ def test_texts_of_a_prepared_data_set(shared_data):
 @pytest.mark.parametrize(("flag", "value"), [("sampling", "over"), ("class_weights", True)])
 def test_there_are_no_classes_to_balance(flag, value):
     source = TokenSource("letters", {"train": TEXT, "test": TEXT})
-    settings = train_flags.resolve(train_flags.parse(["train"]), Recipe(sequence_length=8), 1)
-    assert train_data._windows(source, settings).sequence_length == 8
+    settings = flags.resolve(flags.parse(["train"]), Recipe(sequence_length=8), 1)
+    assert data._windows(source, settings).sequence_length == 8
     with pytest.raises(UsageError, match=f"^--{flag}.* balances classes, and the windows of letters have none"):
-        train_data._windows(source, dataclasses.replace(settings, **{flag: value}))
+        data._windows(source, dataclasses.replace(settings, **{flag: value}))
 
 
 def test_no_place_sees_a_later_one():

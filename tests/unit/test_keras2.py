@@ -3,7 +3,7 @@
 import keras
 import pytest
 
-from hvdkit import keras2
+from hvdkit.compat import keras2
 
 
 @pytest.fixture

@@ -7,8 +7,8 @@ import kubernetes_validate
 import pytest
 import yaml
 
-from hvdkit import train_flags
 from hvdkit.launch import options
+from hvdkit.train import flags as train_flags
 from tests.conftest import ROOT
 
 FOLDER = ROOT / "launch" / "kubernetes"

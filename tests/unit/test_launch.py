@@ -6,12 +6,12 @@ import pickle
 import pytest
 
 from hvdkit import UsageError
-from hvdkit.launch import failures, hosts, link, options, plan
+from hvdkit.launch import binding, failures, hosts, link, options
 from hvdkit.launch.console import Console
-from hvdkit.launch.elastic import run_script
 from hvdkit.launch.failures import Failure
 from hvdkit.launch.hosts import Host
 from hvdkit.launch.rendezvous import MOST_BYTES, Rendezvous
+from hvdkit.launch.restarts import run_script
 from hvdkit.launch.shells import Srun, Ssh
 
 # ---- Hosts -------------------------------------------------------------------------------------------------------
@@ -111,34 +111,34 @@ def test_places_are_those_of_horovod():
 )
 def test_cores_are_shared_evenly(cores, ranks, expected):
     about = {"cores": cores, "gpus": [], "hostname": "h1"}
-    bound = [binding.cores for binding in plan.bindings(about, ranks, "cores")]
+    bound = [b.cores for b in binding.bindings(about, ranks, "cores")]
     assert bound == expected
-    assert [b.cores for b in plan.bindings(about, ranks, "auto")] == expected, "there are no GPUs"
-    assert [b.cores for b in plan.bindings(about, ranks, "none")] == [None] * ranks
+    assert [b.cores for b in binding.bindings(about, ranks, "auto")] == expected, "there are no GPUs"
+    assert [b.cores for b in binding.bindings(about, ranks, "none")] == [None] * ranks
 
 
 def test_cores_are_left_alone_where_gpus_compute_or_a_rank_has_them_all():
     about = {"cores": [0, 1], "gpus": ["0", "1"], "hostname": "h1"}
-    assert [(b.cores, b.gpu) for b in plan.bindings(about, 2, "auto")] == [(None, None)] * 2
-    assert plan.bindings({**about, "gpus": []}, 1, "auto")[0].cores is None
+    assert [(b.cores, b.gpu) for b in binding.bindings(about, 2, "auto")] == [(None, None)] * 2
+    assert binding.bindings({**about, "gpus": []}, 1, "auto")[0].cores is None
 
 
 def test_gpus_are_bound_one_to_a_rank():
     about = {"cores": [0, 1], "gpus": ["2", "5"], "hostname": "h1"}
-    bound = plan.bindings(about, 2, "both")
+    bound = binding.bindings(about, 2, "both")
     assert [(b.cores, b.gpu) for b in bound] == [([0], "2"), ([1], "5")]
     slot = hosts.assign([Host("h1", 2)], 2)[1]
-    assert plan.rank_environment(slot, bound[1])["CUDA_VISIBLE_DEVICES"] == "5"
+    assert binding.rank_environment(slot, bound[1])["CUDA_VISIBLE_DEVICES"] == "5"
     with pytest.raises(UsageError, match=r"host h1 shows 2 GPU\(s\) for 3 ranks"):
-        plan.bindings(about, 3, "gpus")
+        binding.bindings(about, 3, "gpus")
 
 
 def test_what_the_user_set_goes_before_the_defaults():
-    variables = plan.job_environment({"HOROVOD_GLOO_TIMEOUT_SECONDS": "7"}, start_limit=300, stall_limit=None)
+    variables = binding.job_environment({"HOROVOD_GLOO_TIMEOUT_SECONDS": "7"}, start_limit=300, stall_limit=None)
     assert variables["HOROVOD_GLOO_TIMEOUT_SECONDS"] == "7"
     assert variables["HOROVOD_STALL_SHUTDOWN_TIME_SECONDS"] == "600"
     assert "HVDKIT_STALL_SECONDS" not in variables
-    variables = plan.job_environment({"HVDKIT_STALL_SECONDS": "50"}, start_limit=300, stall_limit=40)
+    variables = binding.job_environment({"HVDKIT_STALL_SECONDS": "50"}, start_limit=300, stall_limit=40)
     assert variables["HOROVOD_GLOO_TIMEOUT_SECONDS"] == "300"
     assert (variables["HVDKIT_STALL_SECONDS"], variables["HOROVOD_STALL_SHUTDOWN_TIME_SECONDS"]) == ("40", "40")
 

@@ -5,7 +5,7 @@ import pytest
 import tensorflow as tf
 
 import hvdkit as hvd
-from hvdkit import wire
+from hvdkit.collectives import wire
 
 
 def test_each_is_the_identity():

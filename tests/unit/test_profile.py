@@ -6,7 +6,7 @@ import json
 import numpy as np
 import pytest
 
-from hvdkit.profile import shares, trace
+from hvdkit.profiling import shares, trace
 
 
 def _times(own, steps=10, clocks=(0.0, 0.0), exchange=0.3, update=0.1):

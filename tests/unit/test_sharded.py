@@ -9,7 +9,7 @@ def test_parts_are_equal_and_together_are_all(ranks):
     import keras
     import tensorflow as tf
 
-    from hvdkit.parallel.flat import Flat
+    from hvdkit.optimizers.flat import Flat
 
     shapes = [(3, 5), (), (17,), (0,), (2, 2, 2)]
     values = [np.random.default_rng(0).normal(size=shape).astype("float32") for shape in shapes]

@@ -2,15 +2,15 @@ import json
 
 import pytest
 
-from hvdkit import train_flags
 from hvdkit.errors import UsageError
-from hvdkit.launch import plan
+from hvdkit.launch import binding
 from hvdkit.launch.hosts import numbers
 from hvdkit.sweep import __main__ as job
 from hvdkit.sweep import options, space, tasks
 from hvdkit.sweep.hosts import divide
 from hvdkit.sweep.study import Study
 from hvdkit.sweep.tasks import Task
+from hvdkit.train import flags
 
 SGD = "momentum=0.9,nesterov=True"
 
@@ -98,15 +98,15 @@ def test_mistakes_are_told_before_anything_starts(tmp_path, capsys, arguments, m
 
 
 def test_a_flag_of_one_command_line_does_not_stay_for_the_next():
-    assert train_flags.parse(["", "--epochs=7"]).epochs == 7
-    assert train_flags.parse([""]).epochs is None
+    assert flags.parse(["", "--epochs=7"]).epochs == 7
+    assert flags.parse([""]).epochs is None
 
 
 @pytest.mark.parametrize("fold", ["5/5", "0/1", "1", "a/b", "-1/3"])
 def test_a_fold_that_is_none_is_refused(fold):
     with pytest.raises(UsageError, match="is not FOLD/FOLDS"):
-        train_flags.parse(["", f"--fold={fold}"])
-    assert train_flags.parse(["", "--fold=2/5"]).folding == (2, 5)
+        flags.parse(["", f"--fold={fold}"])
+    assert flags.parse(["", "--fold=2/5"]).folding == (2, 5)
 
 
 def test_a_sweep_may_become_longer_but_not_another(tmp_path):
@@ -211,13 +211,13 @@ def test_a_host_is_divided_into_slots():
 
 def test_a_job_may_be_given_a_part_of_a_host():
     about = {"hostname": "h1", "cores": [0, 2, 1, 3], "gpus": ["0", "1"]}
-    assert [b.cores for b in plan.bindings(about, 1, "auto", cores=[1, 3])] == [[1, 3]]
-    assert [b.cores for b in plan.bindings(about, 2, "auto", cores=[3, 0])] == [[0], [3]]
-    assert [b.cores for b in plan.bindings(about, 2, "none", cores=[3])] == [[3], [3]]
-    assert [(b.cores, b.gpu) for b in plan.bindings(about, 1, "auto", gpus=["1"])] == [(None, "1")]
-    assert [(b.cores, b.gpu) for b in plan.bindings(about, 1, "auto", [2], ["1"])] == [([2], "1")]
+    assert [b.cores for b in binding.bindings(about, 1, "auto", cores=[1, 3])] == [[1, 3]]
+    assert [b.cores for b in binding.bindings(about, 2, "auto", cores=[3, 0])] == [[0], [3]]
+    assert [b.cores for b in binding.bindings(about, 2, "none", cores=[3])] == [[3], [3]]
+    assert [(b.cores, b.gpu) for b in binding.bindings(about, 1, "auto", gpus=["1"])] == [(None, "1")]
+    assert [(b.cores, b.gpu) for b in binding.bindings(about, 1, "auto", [2], ["1"])] == [([2], "1")]
     with pytest.raises(UsageError, match=r"--cores names 7, and host h1 has 0, 1, 2, 3\."):
-        plan.bindings(about, 1, "auto", cores=[0, 7])
+        binding.bindings(about, 1, "auto", cores=[0, 7])
     assert numbers("0-2,7", "--cores") == [0, 1, 2, 7]
     with pytest.raises(UsageError, match="--cores 0-x is not understood: '0-x' is no number or range like 0-3"):
         numbers("0-x", "--cores")

@@ -1,6 +1,7 @@
 """The watchdog's parts: the rules, the stacks, the connections, and several watchdogs in one process."""
 
 import dataclasses
+import os
 import pickle
 import re
 import secrets
@@ -20,6 +21,7 @@ from hvdkit.watchdog.progress import Progress, Waiting
 from hvdkit.watchdog.report import failure_sentence, stall_report
 from hvdkit.watchdog.states import Failure, RankState
 from hvdkit.watchdog.watchman import Job, Watchman
+from hvdkit.world import limits
 
 
 def state(rank, **fields):
@@ -168,7 +170,7 @@ def test_dimensions_that_differ_legally_are_no_mismatch():
 
 
 def test_what_a_rank_brings_is_described_as_far_as_it_must_be_alike():
-    from hvdkit import wire
+    from hvdkit.collectives import wire
 
     rows = [tf.zeros([2, 3])]
     assert wire._detail("allreduce", [*rows, tf.zeros([], tf.int32)]) == "float32[2, 3], int32[]"
@@ -196,12 +198,12 @@ def test_horovods_own_stall_check_comes_later(monkeypatch):
         monkeypatch.delenv(name)
     monkeypatch.setenv("HOROVOD_STALL_SHUTDOWN_TIME_SECONDS", "90")  # as an old script sets it
     for _ in range(2):  # the second time after a shutdown
-        world._leave_stalls_to_hvdkit()
+        limits.leave_stalls_to_hvdkit()
         names = "HVDKIT_STALL_SECONDS", "HOROVOD_STALL_CHECK_TIME_SECONDS", "HOROVOD_STALL_SHUTDOWN_TIME_SECONDS"
-        assert [world.os.environ[name] for name in names] == ["90", "300", "330"]
+        assert [os.environ[name] for name in names] == ["90", "300", "330"]
     monkeypatch.setenv("HVDKIT_STALL_ACTION", "warn")
-    world._leave_stalls_to_hvdkit()
-    assert world.os.environ["HOROVOD_STALL_SHUTDOWN_TIME_SECONDS"] == "0"
+    limits.leave_stalls_to_hvdkit()
+    assert os.environ["HOROVOD_STALL_SHUTDOWN_TIME_SECONDS"] == "0"
     monkeypatch.setenv("HVDKIT_STALL_ACTION", "panic")
     with pytest.raises(UsageError, match="HVDKIT_STALL_ACTION=panic is unknown. Use abort, .* or warn"):
         world.stall_aborts()

@@ -5,6 +5,7 @@ import pytest
 
 import hvdkit as hvd
 from hvdkit import world
+from hvdkit.world import devices, ranks
 
 
 def test_a_rank_must_lie_below_its_size():
@@ -19,7 +20,7 @@ def test_the_single_world_is_the_root_of_itself():
 
 
 def test_without_init_there_is_no_world():
-    world._world = None
+    ranks._world = None
     with pytest.raises(RuntimeError, match=r"call hvdkit\.init\(\)"):
         hvd.rank()
     assert not hvd.is_initialized()
@@ -34,11 +35,11 @@ def test_the_launcher_says_how_many_processes_there_are(monkeypatch):
 
 def test_a_host_whose_own_name_does_not_resolve_is_told_so(monkeypatch):
     """Found with a real one: `unshare -u sh -c 'hostname nosuchhost; horovodrun -np 2 ...'` ends in exit code 139."""
-    monkeypatch.setattr(world.socket, "gethostname", lambda: "nosuchhost.invalid")
-    world._check_own_name()  # a process that runs alone does not mind
+    monkeypatch.setattr(ranks.socket, "gethostname", lambda: "nosuchhost.invalid")
+    ranks._check_own_name()  # a process that runs alone does not mind
     monkeypatch.setenv("HOROVOD_SIZE", "2")
     with pytest.raises(hvd.UsageError, match=r"own name, nosuchhost\.invalid, does not resolve"):
-        world._check_own_name()
+        ranks._check_own_name()
 
 
 class FakeTensorFlow:
@@ -56,14 +57,14 @@ def test_a_rank_takes_the_gpu_of_its_local_rank(monkeypatch, gpus, hidden, expec
     if hidden:  # the launcher has left one GPU visible
         monkeypatch.setenv("CUDA_VISIBLE_DEVICES", hidden)
     tensorflow = FakeTensorFlow()
-    world._pin_gpu(tensorflow, gpus, world.World(1, 2, 1, 2, 0, 1, "h1"))
+    devices._pin_gpu(tensorflow, gpus, local_rank=1, local_size=2, host="h1")
     assert tensorflow.visible == [(expected, "GPU")]
     assert tensorflow.growing == [(gpu, True) for gpu in gpus]
 
 
 def test_more_ranks_than_gpus_are_refused():
     with pytest.raises(hvd.UsageError, match=r"3 ranks were started on host h1, which shows 2 GPU\(s\)"):
-        world._pin_gpu(FakeTensorFlow(), ["g0", "g1"], world.World(2, 3, 2, 3, 0, 1, "h1"))
+        devices._pin_gpu(FakeTensorFlow(), ["g0", "g1"], local_rank=2, local_size=3, host="h1")
 
 
 def run(program, **environment):
@@ -88,8 +89,8 @@ hvd.shutdown(); print(hvd.is_initialized())
 def test_a_rank_with_cores_of_its_own_takes_all_that_it_sees():
     program = """
 import tensorflow as tf
-from hvdkit import world
-world._take_devices(world.World(0, 2, 0, 2, 0, 1, "h1"))
+from hvdkit.world.devices import take_devices
+take_devices(local_rank=0, local_size=2, host="h1")
 print(tf.config.threading.get_intra_op_parallelism_threads())
 """
     cores = world.usable_cores()
@@ -132,7 +133,7 @@ except ImportError as error:
 
 def test_importing_hvdkit_does_not_load_tensorflow():
     assert run(
-        "import sys, hvdkit, hvdkit.launch.__main__, hvdkit.train_flags; print('tensorflow' in sys.modules)"
+        "import sys, hvdkit, hvdkit.launch.__main__, hvdkit.train.flags; print('tensorflow' in sys.modules)"
     ) == ["False"]
 
 

@@ -14,10 +14,11 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from hvdkit.bench import jobs, show, statistic, workloads
+from hvdkit import reporting
+from hvdkit.bench import jobs, statistic, workloads
 from hvdkit.bench.peers import environments
 from hvdkit.errors import UsageError
-from hvdkit.world import usable_cores
+from hvdkit.world.devices import usable_cores
 
 _HERE = Path(__file__).parent
 OURS = "hvdkit"
@@ -192,7 +193,7 @@ def report(found: dict[str, Any]) -> str:
         rows.append([row["workload"], row["peer"], f"{row['samples_per_second']:,.0f}", told, spread, threads])
     heads = ["workload", "peer", "samples/s", f"{OURS} is so much faster", "rounds", "its best setting"]
     notes = [f"{peer} was left out: {why}" for peer, why in found["missing"].items()]
-    return "\n".join([show.table(heads, rows), *notes])
+    return "\n".join([reporting.table(heads, rows), *notes])
 
 
 def lines(found: dict[str, Any]) -> dict[str, list[tuple[float, float]]]:

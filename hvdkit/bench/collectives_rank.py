@@ -1,0 +1,113 @@
+"""The rank of `collectives`: times Horovod's operations, and sums through shared memory, inside a TensorFlow graph.
+
+python -m hvdkit.launch -np 2 -- python -m hvdkit.bench.collectives_rank RESULT.json BYTES,BYTES,... SECONDS
+"""
+
+import json
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import tensorflow as tf
+
+import hvdkit as hvd
+from hvdkit import collectives, world
+from hvdkit.collectives import shared_memory, wire
+
+_FEWEST = 5  # timings of one size
+
+
+def operations(elements: int) -> dict[str, Callable[[tf.Tensor], tf.Tensor]]:
+    """What is timed, by name: functions of a float32 tensor of so many elements."""
+    everyone = world.horovod().global_process_set
+    sums = {"op": world.horovod().Sum}
+    found = {
+        "allreduce": lambda x: wire.run("allreduce", [x], f"bench.allreduce.{elements}", **sums)[0],
+        "allgather": lambda x: wire.run("allgather", [x], f"bench.allgather.{elements}")[0],
+        "broadcast": lambda x: wire.run("broadcast", [x], f"bench.broadcast.{elements}", root_rank=0)[0],
+    }
+    if shared_memory.is_used():
+        found["shared_allreduce"] = lambda x: collectives.reduce_dense(
+            [x], f"bench.shared.{elements}", process_set=everyone, **sums
+        )[0]
+    if world.size() == 2:
+        found |= _transfers(elements)
+    return found
+
+
+def _transfers(elements: int) -> dict[str, Callable[[tf.Tensor], tf.Tensor]]:
+    """Ways to send a tensor from rank 0 to rank 1, by collectives; a broadcast and an allreduce are two more."""
+    sends, everyone = world.rank() == 0, world.horovod().global_process_set
+    splits = tf.constant([0, elements] if sends else [0, 0])
+
+    def alltoall(x: tf.Tensor) -> tf.Tensor:
+        rows, _ = wire.run("alltoall", [x if sends else x[:0], splits], f"bench.send.alltoall.{elements}")
+        return tf.concat([rows, [0.0]], axis=0)  # the sender gets nothing back
+
+    def allgather(x: tf.Tensor) -> tf.Tensor:
+        return wire.run("allgather", [x if sends else x[:0]], f"bench.send.allgather.{elements}")[0]
+
+    def shared(x: tf.Tensor) -> tf.Tensor:
+        return collectives.gather_rows(x if sends else x[:0], f"bench.send.shared.{elements}", everyone)
+
+    found = {"send_by_alltoall": alltoall, "send_by_allgather": allgather}
+    return found | ({"send_by_shared_memory": shared} if shared_memory.is_used() else {})
+
+
+def timings(operation: Callable[[tf.Tensor], tf.Tensor], elements: int, seconds: float) -> list[float]:
+    """Seconds of each of many exchanges, the slowest rank's."""
+
+    @tf.function
+    def repeat(x: tf.Tensor, times: tf.Tensor) -> tf.Tensor:
+        total = 0.0  # of what came back: TensorFlow leaves out what nobody uses
+        for _ in tf.range(times):
+            tf.autograph.experimental.set_loop_options(parallel_iterations=1)
+            with tf.control_dependencies([total]):
+                total += tf.reshape(operation(tf.identity(x)), [-1])[0]
+        return total
+
+    x = tf.ones([elements])
+    repeat(x, tf.constant(3))  # traces, and lets Horovod remember the operation
+    collectives.barrier(name="bench")
+    began = time.perf_counter()
+    repeat(x, tf.constant(3))
+    once = collectives.broadcast_object((time.perf_counter() - began) / 3, name="bench.once")
+    times = max(1, int(seconds / 20 / once))
+    measured = []
+    for _ in range(max(_FEWEST, min(20, int(seconds / once / times)))):
+        began = time.perf_counter()
+        repeat(x, tf.constant(times))
+        measured.append((time.perf_counter() - began) / times)
+    everyone = collectives.allgather_object(measured, name="bench.measured")
+    return [float(value) for value in np.max(everyone, axis=0)]
+
+
+def main(argv: list[str]) -> None:
+    """Times all operations at all sizes, and leaves the result in a file on rank 0."""
+    me = hvd.init()
+    # Nothing in the loop changes what is exchanged, and TensorFlow would move the exchange out of it.
+    tf.config.optimizer.set_experimental_options({"loop_optimization": False})
+    rows = []
+    for size in map(int, argv[2].split(",")):
+        elements = max(1, size // 4)
+        for name, operation in operations(elements).items():
+            measured = timings(operation, elements, float(argv[3]))
+            low, middle, high = np.quantile(measured, [0.25, 0.5, 0.75])
+            row: dict[str, Any] = {
+                "operation": name,
+                "bytes": elements * 4,
+                "seconds": middle,
+                "quartiles": [low, high],
+            }
+            rows.append(row)
+    if me.rank == 0:
+        content = {"kind": "collectives", "ranks": me.size, "hosts": me.cross_size, "local_size": me.local_size}
+        Path(argv[1]).write_text(json.dumps({**content, "rows": rows}))
+    hvd.shutdown()
+
+
+if __name__ == "__main__":
+    main(sys.argv)

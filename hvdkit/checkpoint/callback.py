@@ -1,0 +1,363 @@
+"""`CheckpointCallback`: training that is interrupted at any instant goes on as if it had not been."""
+
+import logging
+import os
+import time
+from collections.abc import Callable, Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+import keras
+
+from hvdkit import collectives, world
+from hvdkit.checkpoint import randomness, resuming, store, variables
+from hvdkit.checkpoint.callback_state import CallbackStates
+from hvdkit.checkpoint.plain import pack, unpack
+from hvdkit.checkpoint.preemption import EXIT_CODE, SIGNALS, Listener, Preempted
+from hvdkit.checkpoint.running_fit import RunningFit
+from hvdkit.checkpoint.store import Checkpoint
+from hvdkit.checkpoint.writer import Writer
+from hvdkit.errors import UsageError
+from hvdkit.optimizers.parts import optimizers_of
+from hvdkit.optimizers.state import kept_of
+
+_log = logging.getLogger(__name__)
+
+_MORE_IS_BETTER = ("acc", "auc", "f1", "precision", "recall", "iou", "r2")
+
+
+class CheckpointCallback(keras.callbacks.Callback):
+    """Saves all that `fit` must not lose, and goes on from it, in the middle of an epoch, bit for bit.
+
+    Kept are weights, optimizer slots and loss scale, the learning rate and what all callbacks remember (Keras' too),
+    the metrics of the epoch so far, epoch and step, every rank's seeds, and the position in the data. Rank 0 writes, in
+    a thread, while training goes on. Put the callback on all ranks, wherever in the list. One is for one `fit`.
+
+    A data set of your own (arrays, `tf.data.Dataset`, `PyDataset`) must give the same batches in each run: shuffle
+    with a fixed seed, or after `keras.utils.set_random_seed`. When training resumes, the batches of the interrupted
+    epoch that were trained before are read once more and passed over; of a data set without end, all batches.
+
+    A signal (SIGTERM, SIGUSR1), to one rank or to all, ends the job on all ranks after the same step, saved, with exit
+    code 85: start the same command again. If it comes while evaluating, that is at the epoch's end.
+
+    Args:
+        directory: where checkpoints are written, by rank 0 alone.
+        every: steps from one to the next, or "epoch". The end of training is saved, too.
+        resume: "auto" goes on from the newest intact checkpoint in `directory`, if there is one; "never"; or the path
+            of a checkpoint, or of a run that has some.
+        keep: how many of the newest checkpoints stay.
+        keep_best: how many of the best stay besides, by `monitor`.
+        monitor: a metric of an epoch's logs.
+        mode: "min", "max", or "auto", which tells from the metric's name.
+        on_error: what to do when a checkpoint cannot be written: "warn" trains on, "stop" ends the job.
+        job: what this run is, by name, in JSON's types. A checkpoint with another value of one of these is refused.
+        extra: a function of (epoch, step), where training would go on, that says what else to keep, in JSON's types;
+            it is found in `state["extra"]`.
+        resumed: the checkpoint to go on from, where the caller has opened it, and made a data set that begins at its
+            step: then nothing is passed over.
+        signals: on which to leave.
+
+    Attributes:
+        resumed: the checkpoint that training went on from; None if it began at the beginning.
+
+    Raises:
+        UsageError: an argument is wrong, or the checkpoint is of another model or another job.
+
+    Example: `model.fit(dataset, epochs=9, callbacks=[*hvd.callbacks.standard(), CheckpointCallback("run", every=500)])`
+    """
+
+    checkpointed = False
+
+    def __init__(
+        self,
+        directory: str | os.PathLike[str],
+        every: int | str = "epoch",
+        resume: str | os.PathLike[str] = "auto",
+        keep: int = 3,
+        keep_best: int = 0,
+        monitor: str = "val_loss",
+        mode: str = "auto",
+        on_error: str = "warn",
+        job: Mapping[str, Any] | None = None,
+        extra: Callable[[int, int], Any] | None = None,
+        resumed: Checkpoint | None = None,
+        signals: Iterable[int] = SIGNALS,
+    ) -> None:
+        super().__init__()
+        if every != "epoch" and (isinstance(every, bool) or not isinstance(every, int) or every < 1):
+            raise UsageError(f"every must be 'epoch' or a number of steps, 1 or more, but is {every!r}.")
+        if keep < 1 or keep_best < 0:
+            raise UsageError(f"keep must be 1 or more and keep_best 0 or more, but they are {keep} and {keep_best}.")
+        for name, value, choices in (("mode", mode, ("auto", "min", "max")), ("on_error", on_error, ("warn", "stop"))):
+            if value not in choices:
+                raise UsageError(f"{name} must be one of {', '.join(choices)}, but is {value!r}.")
+        self.directory = Path(directory).expanduser()
+        self.every = every
+        self.resume = os.fspath(resume)
+        self.keep = keep
+        self.keep_best = keep_best
+        self.monitor = monitor
+        more = any(part in monitor for part in _MORE_IS_BETTER)
+        self.mode = mode if mode != "auto" else "max" if more else "min"
+        self.on_error = on_error
+        self.job = dict(job or {})
+        self.extra = extra
+        self.resumed = resumed
+        self.data_begins_there = resumed is not None
+        self.signals = tuple(signals)
+        self._used = False
+
+    def on_train_begin(self, logs: dict | None = None) -> None:
+        """Puts itself behind all other callbacks: what they remember is final only then."""
+        if self._used:
+            raise UsageError(
+                "This CheckpointCallback has served a fit already. Give the next fit one of its own, with a directory "
+                "of its own: a run that resumes must find what belongs to each."
+            )
+        self._used = True
+        fit = RunningFit(self.model)
+        keeper = _Keeper(self, fit)
+        keeper.set_params(self.params)
+        keeper.set_model(self.model)
+        fit.callbacks.append(keeper)  # Keras is going through this list, and comes to it last
+
+    def on_train_batch_end(self, batch: int, logs: dict | None = None) -> None:
+        """Nothing; but a callback with this hook keeps Keras from calling hooks in other threads."""
+
+
+class _Keeper(keras.callbacks.Callback):
+    """The last callback of all, behind Keras' own: saves and restores for a `CheckpointCallback`."""
+
+    checkpointed = False
+
+    def __init__(self, settings: CheckpointCallback, fit: RunningFit) -> None:
+        super().__init__()
+        self._settings = settings
+        self._fit = fit
+        self._writer = Writer()
+        self._listener = Listener(settings.model, settings.signals)
+        self._epoch = self._step = 0  # where training is: `_step` steps of this epoch are taken
+        self._before = 0  # steps of the epochs before
+        self._looked = 0  # steps in all when it was last decided whether to save
+        self._stopped = False
+        self._waited = 0.0  # seconds that training stood still for snapshots
+        self._pending: Checkpoint | None = None  # to be restored when the epoch has begun
+        self._logs: dict[str, Any] = {}
+
+    # ---- Beginning ------------------------------------------------------------------------------------------------
+    def on_train_begin(self, logs: dict | None = None) -> None:
+        """Restores, after all callbacks have begun, and the guards have made the ranks equal."""
+        self._refuse_process_sets()
+        settings = self._settings
+        self._states = CallbackStates(self._fit.callbacks)
+        if world.rank() == 0:
+            store.sweep(settings.directory)
+        found = settings.resumed or resuming.open_checkpoint(settings.directory, settings.resume)
+        if found:
+            resuming.refuse_another_job(found, settings.job)
+            self._resume(found)
+        self._listener.start()
+
+    def on_epoch_begin(self, epoch: int, logs: dict | None = None) -> None:
+        """In the middle of an epoch, undoes what Keras and the callbacks do at its beginning."""
+        self._epoch, self._step = epoch, 0
+        if self._pending:
+            self._step = self._pending.state["step_in_epoch"]
+            self._restore(self._pending)
+            self._pending = None
+
+    def _resume(self, found: Checkpoint) -> None:
+        state, steps = found.state, self.model.steps_per_execution
+        self._settings.resumed = found
+        if state["step_in_epoch"] % steps:
+            raise UsageError(
+                f"The checkpoint {found.path} is of step {state['step_in_epoch']} of an epoch, and steps_per_execution="
+                f"{steps} passes over it. Use a divisor of that step."
+            )
+        self._fit.build()
+        kept = kept_of(self.model)
+        resuming.refuse_another_model(found, variables.difference(kept, _signatures(state)))
+        self._before, self._looked = state["step"] - state["step_in_epoch"], state["step"]
+        self._restore(found)
+        self._pending = found if state["step_in_epoch"] else None
+        self._stopped = state["stopped"]
+        where = f"step {state['step_in_epoch']} of epoch {state['epoch'] + 1}"
+        if world.rank() == 0:  # a warning, because scripts show no less
+            _log.warning("going on from %s: %s", found.path, "training was over" if self._stopped else where)
+        if self._stopped:
+            self._fit.leave_epochs_out(self.params["epochs"])
+            return
+        self._fit.begin_at(
+            state["epoch"],
+            state["step_in_epoch"],
+            steps=state["steps_per_epoch"],
+            data_begins_there=self._settings.data_begins_there,
+            then=lambda: self._restore_randomness(found),
+            logs=unpack(state["logs"], found.arrays),
+        )
+
+    def _restore(self, found: Checkpoint) -> None:
+        state = found.state
+        same_metrics = variables.restore(kept_of(self.model), _signatures(state), found.arrays)
+        if state["step_in_epoch"] and not same_metrics:
+            _log.warning("The metrics are not those of %s: in this epoch they begin anew.", found.path)
+        ranks = state["ranks"]
+        mine = ranks[world.rank()] if world.rank() < len(ranks) else ranks[0]
+        self._states.restore(mine["callbacks"], found.arrays)
+
+    def _restore_randomness(self, found: Checkpoint) -> None:
+        ranks = found.state["ranks"]
+        if world.rank() < len(ranks):
+            randomness.restore(unpack(ranks[world.rank()]["random"], found.arrays))
+        found.arrays.clear()  # all is restored, and they are as large as the model
+
+    def _refuse_process_sets(self) -> None:
+        for optimizer in optimizers_of(self.model):
+            exchange = getattr(optimizer, "_self_gradients", None)
+            if exchange is not None and exchange.process_set.process_set_id:
+                raise UsageError(
+                    "CheckpointCallback saves a model that all ranks train, but the optimizer exchanges within a "
+                    "process set. Use Keras' ModelCheckpoint on one rank of the set."
+                )
+
+    # ---- Saving ---------------------------------------------------------------------------------------------------
+    def on_train_batch_end(self, batch: int, logs: dict | None = None) -> None:
+        """Saves if it is time, or if a rank was told to leave."""
+        self._step = batch + 1
+        self._logs = dict(logs or {})
+        self._stop_on_error()
+        leaving = self._listener.after_execution()
+        if self._fit.steps is not None and self._step >= self._fit.steps:
+            return  # the epoch's end comes next, and saves
+        if leaving:
+            self._leave(self._save(self._epoch, self._step))
+        elif self._is_time():
+            self._save(self._epoch, self._step, may_drop=True)
+
+    def on_epoch_end(self, epoch: int, logs: dict | None = None) -> None:
+        """Saves the beginning of the next epoch, if it is time, if training ends, or if a rank was told to leave."""
+        self._stop_on_error()
+        leaving = self._listener.ask_all()
+        self._stopped = bool(self.model.stop_training)
+        over = self._stopped or epoch + 1 >= self.params["epochs"]
+        is_time = self._is_time()
+        cut_short = self._stopped and self._fit.steps is not None and self._step < self._fit.steps
+        position = (epoch, self._step) if cut_short else (epoch + 1, 0)
+        if self._settings.every == "epoch" or is_time or over or leaving:
+            names = self._save(*position, metrics=_numbers(logs), may_drop=not (over or leaving))
+            if leaving:
+                self._leave(names)
+        self._before += self._step
+
+    def on_train_end(self, logs: dict | None = None) -> None:
+        """Waits until the last checkpoint is written."""
+        self._listener.stop()
+        self._writer.wait()
+        self.model._initial_epoch = None
+        self._stop_on_error()
+        if self._writer.count:
+            _log.info(
+                "%d checkpoint(s), each written in %.3f s while training went on after a snapshot of %.4f s",
+                self._writer.count, self._writer.seconds / self._writer.count, self._waited / self._writer.count,
+            )  # fmt: skip
+
+    def _is_time(self) -> bool:
+        every, now = self._settings.every, self._before + self._step
+        before, self._looked = self._looked, now
+        return isinstance(every, int) and now // every > before // every
+
+    def _save(
+        self, epoch: int, step: int, metrics: Mapping[str, float] | None = None, may_drop: bool = False
+    ) -> list[str | None]:
+        """Takes a snapshot on all ranks, and begins to write it on the root.
+
+        Args:
+            epoch: at which to go on.
+            step: of that epoch.
+            metrics: the epoch's.
+            may_drop: leave it, if the one before is still being written.
+
+        Returns:
+            The signal that each rank has heard.
+        """
+        began = time.perf_counter()
+        arrays: dict[str, Any] = {}
+        kept = kept_of(self.model)
+        snapshot = variables.Snapshot(kept)
+        random_arrays: dict[str, Any] = {}
+        mine = {
+            "callbacks": self._states.pack(arrays),
+            "random": pack(randomness.state(), random_arrays, f"random/{world.rank()}"),
+            "random_arrays": random_arrays,
+            "heard": self._listener.heard,
+            **({"variables": snapshot.signatures} if snapshot.divided else {}),
+        }
+        ranks = collectives.allgather_object(mine, name="checkpoint.ranks")
+        own = collectives.gather_object(snapshot.own, name="checkpoint.own")
+        heard = [rank["heard"] for rank in ranks]
+        if world.rank():
+            return heard
+        now = self._before + self._step
+        if may_drop and self._writer.busy:
+            _log.info("no checkpoint of step %d: the one before is still being written", now)
+            return heard
+        for rank in ranks:
+            arrays |= rank["random_arrays"]
+        state = {
+            "step": now,
+            "epoch": epoch,
+            "step_in_epoch": step,
+            "steps_per_epoch": self._fit.steps,
+            "stopped": self._stopped,
+            "logs": pack(self._logs, arrays, "logs"),
+            "job": self._settings.job,
+            "extra": self._settings.extra(epoch, step) if self._settings.extra else None,
+            "variables": snapshot.signatures,
+            "ranks": [
+                {name: rank[name] for name in ("callbacks", "random", "variables") if name in rank} for rank in ranks
+            ],
+            "versions": {"keras": keras.__version__},
+            "written": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
+        }
+        self._waited += time.perf_counter() - began
+        self._writer.start(now, lambda: self._write(now, state, {**arrays, **snapshot.arrays(own)}, metrics or {}))
+        return heard
+
+    def _write(self, step: int, state: dict[str, Any], arrays: dict[str, Any], metrics: Mapping[str, float]) -> Path:
+        settings = self._settings
+        path = store.write(settings.directory, step, state, arrays, metrics)
+        store.retain(settings.directory, settings.keep, settings.keep_best, settings.monitor, settings.mode)
+        return path
+
+    def _stop_on_error(self) -> None:
+        if self._settings.on_error == "stop" and self._writer.error and not self._writer.busy:
+            raise RuntimeError(
+                f"A checkpoint could not be written to {self._settings.directory} ({self._writer.error}), and "
+                f"on_error='stop' ends training then. Older checkpoints are intact."
+            ) from self._writer.error
+
+    def _leave(self, heard: list[str | None]) -> None:
+        """Ends the job, saved; on all ranks."""
+        told = [f"rank {rank} ({name})" for rank, name in enumerate(heard) if name]
+        message = f"{', '.join(told[:8])}{', ...' * (len(told) > 8)} was told to leave after step "
+        message += f"{self._before + self._step}; "
+        if world.rank() == 0:
+            self._writer.wait()
+            message += "it could not be saved, older checkpoints are intact" if self._writer.error else "it is saved"
+            message += f"; all ranks leave with exit code {EXIT_CODE}: start the same command again."
+            _log.warning("%s", message)
+        # Nobody leaves before it is written: a launcher ends the job with the first to go.
+        message = collectives.broadcast_object(message, name="checkpoint.leave")
+        self._listener.stop()
+        self.model._initial_epoch = None
+        raise Preempted(message)
+
+
+def _signatures(state: dict[str, Any]) -> list[Any]:
+    """What was kept on this rank: of a divided model ranks keep different variables."""
+    ranks = state["ranks"]
+    return list(ranks[world.rank() % len(ranks)].get("variables", state["variables"]))
+
+
+def _numbers(logs: dict | None) -> dict[str, float]:
+    return {name: float(value) for name, value in (logs or {}).items() if isinstance(value, (int, float))}

@@ -1,0 +1,38 @@
+"""All that moves tensors between ranks.
+
+`wire` runs one operation under a name that all ranks share; `tensors`, `variables` and `objects` are the collectives
+that the rest of hvdkit is built from, and are handed on here; `operations` are the public ones, with Horovod's names.
+"""
+
+from hvdkit.collectives.objects import allgather_object, broadcast_object, gather_object, scatter_object
+from hvdkit.collectives.tensors import (
+    allreduce_sum,
+    barrier,
+    check_root,
+    from_wire,
+    gather_rows,
+    reduce_dense,
+    size_of,
+    takes_part,
+    to_wire,
+)
+from hvdkit.collectives.variables import average_variables, broadcast_variables, digest
+
+__all__ = [
+    "allgather_object",
+    "allreduce_sum",
+    "average_variables",
+    "barrier",
+    "broadcast_object",
+    "broadcast_variables",
+    "check_root",
+    "digest",
+    "from_wire",
+    "gather_object",
+    "gather_rows",
+    "reduce_dense",
+    "scatter_object",
+    "size_of",
+    "takes_part",
+    "to_wire",
+]

@@ -1,0 +1,105 @@
+"""Python objects between ranks, pickled with cloudpickle."""
+
+from collections.abc import Sequence
+from typing import Any
+
+import cloudpickle
+import numpy as np
+import tensorflow as tf
+
+from hvdkit import world
+from hvdkit.collectives import wire
+from hvdkit.collectives.tensors import check_root, takes_part
+
+_PIECE = 1 << 30  # bytes that one exchange of objects moves at most
+
+
+def broadcast_object(
+    obj: Any, root_rank: int = 0, session: Any = None, name: str | None = None, process_set: Any = None
+) -> Any:
+    """Returns the root rank's `obj` on all ranks (pickled with cloudpickle, between the ranks of this job only).
+
+    Args:
+        obj: any object that can be pickled; what ranks other than the root pass is not looked at.
+        root_rank: the rank (among all ranks, also with a process set) whose object is taken.
+        session: accepted for Horovod's sake.
+        name: what is broadcast, the same on all ranks; by default the function that calls.
+        process_set: the ranks that take part; by default all.
+
+    Raises:
+        ValueError: there is no such root rank, or this rank is not in the process set.
+    """
+    check_root(root_rank, process_set)
+    if not takes_part(process_set):
+        return obj
+    name = f"hvdkit.{name}" if name else wire.caller("broadcast_object", line=False)
+    mine = cloudpickle.dumps(obj) if world.rank() == root_rank else b""
+    length = tf.constant([len(mine)], tf.int64)
+    (length,) = wire.run("broadcast", [length], f"{name}.length", process_set, root_rank=root_rank)
+    content = _bytes(mine) if mine else tf.zeros(length, tf.uint8)
+    (content,) = wire.run("broadcast", [content], f"{name}.content", process_set, root_rank=root_rank)
+    return obj if mine else cloudpickle.loads(content.numpy().tobytes())
+
+
+def allgather_object(obj: Any, session: Any = None, name: str | None = None, process_set: Any = None) -> list[Any]:
+    """Returns the objects of all ranks, in the order of the ranks.
+
+    Args:
+        obj: any object that can be pickled.
+        session: accepted for Horovod's sake.
+        name: what is gathered, the same on all ranks; by default the line that calls.
+        process_set: the ranks that take part; by default all.
+    """
+    if not takes_part(process_set):
+        return [obj]
+    name = f"hvdkit.gather.{name}" if name else wire.caller("allgather_object")
+    mine = cloudpickle.dumps(obj)
+    (lengths,) = wire.run("allgather", [tf.constant([len(mine)], tf.int64)], f"{name}.lengths", process_set)
+    (content,) = wire.run("allgather", [_bytes(mine)], f"{name}.content", process_set)
+    parts = np.split(content.numpy(), np.cumsum(lengths.numpy())[:-1])
+    return [cloudpickle.loads(part.tobytes()) for part in parts]
+
+
+def gather_object(obj: Any, name: str) -> list[Any]:
+    """Returns the objects of all ranks on rank 0, and nothing elsewhere: other ranks need no memory for them.
+
+    Args:
+        obj: any object that can be pickled.
+        name: what is gathered, the same on all ranks.
+    """
+    if not takes_part(None):
+        return [obj]
+    received = _exchange_bytes([cloudpickle.dumps(obj), *[b""] * (world.size() - 1)], f"hvdkit.gather.{name}")
+    return [cloudpickle.loads(content) for content in received] if world.rank() == 0 else []
+
+
+def scatter_object(objects: Sequence[Any], name: str) -> Any:
+    """Returns to each rank its own of the objects that rank 0 has.
+
+    Args:
+        objects: one a rank, on rank 0; elsewhere not looked at.
+        name: what is scattered, the same on all ranks.
+    """
+    if not takes_part(None):
+        return objects[0]
+    mine = [cloudpickle.dumps(o) for o in objects] if world.rank() == 0 else [b""] * world.size()
+    return cloudpickle.loads(_exchange_bytes(mine, f"hvdkit.scatter.{name}")[0])
+
+
+def _exchange_bytes(contents: Sequence[bytes], name: str) -> list[bytes]:
+    """Sends to each rank its bytes, and returns those from each; in pieces, as a collective counts in int32."""
+    lengths = tf.constant([max(map(len, contents))], tf.int64)
+    (lengths,) = wire.run("allgather", [lengths], f"{name}.lengths", None)
+    received: list[list[bytes]] = [[] for _ in contents]
+    piece = _PIECE // len(contents)
+    for begin in range(0, int(tf.reduce_max(lengths)), piece):
+        cut = [content[begin : begin + piece] for content in contents]
+        splits = tf.constant([len(part) for part in cut], tf.int32)
+        content, sizes = wire.run("alltoall", [_bytes(b"".join(cut)), splits], f"{name}.content", None)
+        for place, part in enumerate(np.split(content.numpy(), np.cumsum(sizes.numpy())[:-1])):
+            received[place].append(part.tobytes())
+    return [b"".join(parts) for parts in received]
+
+
+def _bytes(content: bytes) -> tf.Tensor:
+    return tf.convert_to_tensor(np.frombuffer(content, np.uint8))

@@ -1,0 +1,427 @@
+"""Horovod's operations on tensors, with the names and arguments of `horovod.tensorflow.keras`.
+
+They take whatever TensorFlow makes a tensor of (arrays, numbers, Keras and TensorFlow variables), eagerly and in
+graphs, and return tensors. All ranks of the process set must call them. In a job of one rank each is the identity.
+
+**Names.** Horovod matches the ranks' calls by name, and here names hold in eager calls too. A call without a name is
+known by its line of the user's code: if ranks call in different order, the job does not mix up values, but stops, with
+Horovod's report of the lines that wait. Ranks that call on different lines pass the same `name`. An unnamed
+`broadcast` is known by the function around it, because the root rank's call and the others' are often two branches.
+
+**Dtypes.** What Horovod lacks (bfloat16, 16 and 32 bit unsigned integers, ...) is converted on the way where that is
+exact, and refused with a `TypeError` where there is no meaning (sums of bool, of strings).
+"""
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import tensorflow as tf
+
+from hvdkit import collectives, watchdog, world
+from hvdkit.collectives import shared_memory, wire
+from hvdkit.collectives.adasum import adasum
+from hvdkit.collectives.casting import NoneCompressor
+
+# What Horovod cannot add up, and what it travels as.
+_ADDED_AS = {"bfloat16": "float32", "int16": "int32", "uint16": "int32", "uint32": "int64"}
+_SCATTERED_AS = {**_ADDED_AS, "int8": "int32", "uint8": "int32"}
+_ADDED = {"uint8", "int8", "int32", "int64", "float16", "float32", "float64"}
+
+# Autograph would rewrite these functions for the user's graph, and cannot.
+_as_it_is = tf.autograph.experimental.do_not_convert
+
+
+@_as_it_is
+def allreduce(
+    value: Any,
+    name: str | None = None,
+    average: bool | None = None,
+    prescale_factor: float = 1.0,
+    postscale_factor: float = 1.0,
+    op: Any = None,
+    compression: Any = NoneCompressor,
+    device_dense: str = "",
+    device_sparse: str = "",
+    process_set: Any = None,
+    ignore_name_scope: bool = False,
+) -> Any:
+    """Reduces a value over all ranks.
+
+    Args:
+        value: tensor-like of any shape, the same on all ranks; or `tf.IndexedSlices`, whose rows are gathered.
+        name: what is reduced, the same on all ranks.
+        average: deprecated: True for `op=Average`, False for `op=Sum`.
+        prescale_factor: multiplied in before the reduction.
+        postscale_factor: multiplied in after it.
+        op: `hvdkit.Average` (the default; of integers it is cut off), `Sum`, `Min`, `Max`, `Product` or `Adasum`.
+        compression: rounds the value for the wire: `hvdkit.Compression.none`, `fp16` or `bf16` (which travels as
+            float32 here; only `DistributedOptimizer` sends its half).
+        device_dense: where dense values are reduced, as in `tf.device`.
+        device_sparse: likewise for `tf.IndexedSlices`.
+        process_set: the ranks that take part; by default all.
+        ignore_name_scope: accepted for Horovod's sake: names never contain scopes here.
+
+    Returns:
+        A tensor of the value's shape and dtype, or `tf.IndexedSlices`.
+
+    Raises:
+        ValueError: both `op` and `average` are given, this rank is not in the process set, or the operation has no
+            such `op`.
+        TypeError: values of this dtype cannot be added up.
+    """
+    op = _op(op, average)
+    name = name or wire.caller("allreduce")
+    scale = (prescale_factor, postscale_factor)
+    if isinstance(value, tf.IndexedSlices):
+        return _reduce_rows(value, name, op, scale, compression, device_sparse, process_set)
+    tensor = _tensor(value)
+    return _reduce([tensor], "allreduce", name, op, scale, compression, device_dense, process_set)[0]
+
+
+@_as_it_is
+def grouped_allreduce(
+    tensors: Sequence[Any],
+    average: bool | None = None,
+    device_dense: str = "",
+    device_sparse: str = "",
+    compression: Any = NoneCompressor,
+    op: Any = None,
+    prescale_factor: float = 1.0,
+    postscale_factor: float = 1.0,
+    process_set: Any = None,
+    ignore_name_scope: bool = False,
+    name: str | None = None,
+) -> list[Any]:
+    """Reduces several values over all ranks, which Horovod starts on together; see `allreduce`.
+
+    Args:
+        tensors: tensor-likes or `tf.IndexedSlices`, in the same order on all ranks; dtypes may be mixed.
+        average: see `allreduce`, as for all others.
+        device_dense: see `allreduce`.
+        device_sparse: see `allreduce`.
+        compression: see `allreduce`.
+        op: see `allreduce`.
+        prescale_factor: see `allreduce`.
+        postscale_factor: see `allreduce`.
+        process_set: see `allreduce`.
+        ignore_name_scope: see `allreduce`.
+        name: see `allreduce`.
+
+    Returns:
+        The reduced values, in the order given. `tf.IndexedSlices` keep their own dense shape.
+    """
+    op = _op(op, average)
+    name = name or wire.caller("grouped_allreduce")
+    scale = (prescale_factor, postscale_factor)
+    results: list[Any] = list(tensors)
+    dense = [i for i, t in enumerate(tensors) if not isinstance(t, tf.IndexedSlices)]
+    for place, value in enumerate(tensors):
+        if isinstance(value, tf.IndexedSlices):
+            results[place] = _reduce_rows(value, f"{name}.{place}", op, scale, compression, device_sparse, process_set)
+    inputs = [_tensor(tensors[i]) for i in dense]
+    reduced = _reduce(inputs, "grouped_allreduce", name, op, scale, compression, device_dense, process_set)
+    for place, tensor in zip(dense, reduced, strict=True):
+        results[place] = tensor
+    return results
+
+
+@_as_it_is
+def allgather(value: Any, name: str | None = None, ignore_name_scope: bool = False, process_set: Any = None) -> Any:
+    """Concatenates the ranks' values along the first dimension, in the order of the ranks.
+
+    Args:
+        value: tensor-like of at least one dimension; only the first may differ from rank to rank.
+        name: what is gathered, the same on all ranks.
+        ignore_name_scope: accepted for Horovod's sake.
+        process_set: the ranks that take part; by default all.
+
+    Returns:
+        A tensor whose first dimension is the sum of the ranks' first dimensions.
+    """
+    return _gather([_tensor(value)], "allgather", name or wire.caller("allgather"), process_set)[0]
+
+
+@_as_it_is
+def grouped_allgather(
+    tensors: Sequence[Any], name: str | None = None, ignore_name_scope: bool = False, process_set: Any = None
+) -> list[Any]:
+    """Concatenates several values of all ranks, each along its first dimension; see `allgather`."""
+    inputs = [_tensor(t) for t in tensors]
+    return _gather(inputs, "grouped_allgather", name or wire.caller("grouped_allgather"), process_set)
+
+
+@_as_it_is
+def broadcast(
+    value: Any, root_rank: int, name: str | None = None, ignore_name_scope: bool = False, process_set: Any = None
+) -> Any:
+    """Returns the root rank's value on all ranks.
+
+    Args:
+        value: tensor-like, of the same shape and dtype on all ranks.
+        root_rank: the rank (among all ranks, also with a process set) whose value is taken.
+        name: what is broadcast, the same on all ranks.
+        ignore_name_scope: accepted for Horovod's sake.
+        process_set: the ranks that take part; by default all.
+
+    Raises:
+        ValueError: there is no such root rank.
+    """
+    tensor = _tensor(value)
+    collectives.check_root(root_rank, process_set)
+    if not collectives.takes_part(process_set):
+        return tensor
+    name = name or wire.caller("broadcast", line=False)
+    return _moved(lambda t: wire.run("broadcast", t, name, process_set, root_rank=root_rank), [tensor])[0]
+
+
+@_as_it_is
+def reducescatter(
+    value: Any,
+    name: str | None = None,
+    op: Any = None,
+    device_dense: str = "",
+    compression: Any = NoneCompressor,
+    process_set: Any = None,
+    ignore_name_scope: bool = False,
+    prescale_factor: float = 1.0,
+    postscale_factor: float = 1.0,
+) -> Any:
+    """Reduces a value over all ranks and returns this rank's part of the rows.
+
+    Args:
+        value: tensor-like of at least one dimension, of the same shape on all ranks.
+        name: what is reduced, the same on all ranks.
+        op: `hvdkit.Average` (the default) or `hvdkit.Sum`.
+        device_dense: where it is reduced, as in `tf.device`.
+        compression: see `allreduce`.
+        process_set: the ranks that take part; by default all.
+        ignore_name_scope: accepted for Horovod's sake.
+        prescale_factor: multiplied in before the reduction.
+        postscale_factor: multiplied in after it.
+
+    Returns:
+        The rows of this rank, in the order of the ranks; where they do not divide evenly, the first ranks get one more.
+    """
+    inputs, scale = [_tensor(value)], (prescale_factor, postscale_factor)
+    name = name or wire.caller("reducescatter")
+    return _reduce(inputs, "reducescatter", name, _op(op), scale, compression, device_dense, process_set)[0]
+
+
+@_as_it_is
+def grouped_reducescatter(
+    tensors: Sequence[Any],
+    device_dense: str = "",
+    compression: Any = NoneCompressor,
+    op: Any = None,
+    process_set: Any = None,
+    prescale_factor: float = 1.0,
+    postscale_factor: float = 1.0,
+    name: str | None = None,
+) -> list[Any]:
+    """Reduces several values over all ranks and returns this rank's part of the rows of each; see `reducescatter`."""
+    inputs, scale = [_tensor(t) for t in tensors], (prescale_factor, postscale_factor)
+    name = name or wire.caller("grouped_reducescatter")
+    return _reduce(inputs, "grouped_reducescatter", name, _op(op), scale, compression, device_dense, process_set)
+
+
+@_as_it_is
+def alltoall(
+    tensor: Any,
+    splits: Any = None,
+    name: str | None = None,
+    ignore_name_scope: bool = False,
+    process_set: Any = None,
+) -> Any:
+    """Sends some rows to each rank, and returns the rows that all ranks sent to this one.
+
+    Args:
+        tensor: tensor-like of at least one dimension; only the first may differ from rank to rank.
+        splits: how many rows each rank gets, in the order of the ranks; by default equally many.
+        name: what is exchanged, the same on all ranks.
+        ignore_name_scope: accepted for Horovod's sake.
+        process_set: the ranks that take part; by default all.
+
+    Returns:
+        The received rows, in the order of their senders; with `splits` a pair: the rows, and how many each rank sent.
+    """
+    rows = _tensor(tensor)
+    _check_rows([rows], "alltoall")
+    counts = tf.constant([], tf.int32) if splits is None else tf.cast(_tensor(splits), tf.int32)
+    if not collectives.takes_part(process_set):
+        return rows if splits is None else (rows, counts)
+    name = name or wire.caller("alltoall")
+    received: list[tf.Tensor] = []
+
+    def exchange(inputs: list[tf.Tensor]) -> list[tf.Tensor]:
+        output, sent = wire.run("alltoall", [*inputs, counts], name, process_set)
+        received.append(sent)
+        return [output]
+
+    output = _moved(exchange, [rows])[0]
+    return output if splits is None else (output, received[0])
+
+
+@_as_it_is
+def join() -> Any:
+    """Says that this rank has no more data, and waits until all ranks have said so.
+
+    Meanwhile it takes part in the others' `allreduce` with zeros. Other operations than `allreduce` cannot be used
+    while a rank has joined.
+
+    Returns:
+        The rank that joined last, as an integer tensor.
+    """
+    if world.size() == 1:
+        return tf.constant(0)
+    shared_memory.refuse_to_join()
+    with watchdog.waiting("hvdkit.join"):
+        last = world.horovod().join()
+    watchdog.count_anew()
+    return last
+
+
+def broadcast_global_variables(root_rank: int) -> None:
+    """Raises: TensorFlow 2 keeps no list of all variables, so there is nothing that it could broadcast.
+
+    In a job of one rank it does nothing.
+
+    Raises:
+        RuntimeError: says what to write instead.
+    """
+    if world.size() > 1:
+        raise RuntimeError(
+            f"broadcast_global_variables({root_rank}) has no variables to broadcast: TensorFlow 2 keeps no list of all "
+            f"variables. Write hvdkit.broadcast_variables([*model.weights, *model.optimizer.variables], "
+            f"root_rank={root_rank}), or give model.fit "
+            f"callbacks=[hvdkit.callbacks.BroadcastGlobalVariablesCallback({root_rank})]."
+        )
+
+
+def _op(op: Any, average: bool | None = None) -> Any:
+    hvd = world.horovod()
+    op = hvd.mpi_ops.handle_average_backwards_compatibility(op, average)
+    known = {n: getattr(hvd, n) for n in ("Average", "Sum", "Adasum", "Min", "Max", "Product")}
+    if op not in known.values():
+        raise ValueError(f"op must be one of {', '.join(f'hvdkit.{n}' for n in known)}, but is {op!r}.")
+    return op
+
+
+def _tensor(value: Any) -> tf.Tensor:
+    if isinstance(value, tf.IndexedSlices):
+        raise TypeError("tf.IndexedSlices can be reduced by allreduce and grouped_allreduce only; pass its .values.")
+    return tf.convert_to_tensor(value)
+
+
+def _reduce(
+    tensors: list[tf.Tensor], kind: str, name: str, op: Any, scale: Any, compression: Any, device: str, process_set: Any
+) -> list[tf.Tensor]:
+    """All reductions of dense tensors. Those of one dtype go together, as Horovod's groups must."""
+    scatter = "reducescatter" in kind
+    if scatter:
+        _check_rows(tensors, kind)
+    _check_op(op, scatter)
+    for tensor in tensors:
+        _check_addable(tensor, kind)
+    if not collectives.takes_part(process_set):
+        factor = scale[0] * scale[1]
+        return tensors if factor == 1.0 else [tf.cast(tf.cast(t, tf.float64) * factor, t.dtype) for t in tensors]
+    if op == world.horovod().Adasum:
+        scaled = [t if scale[0] == 1.0 else t * tf.cast(scale[0], t.dtype) for t in tensors]
+        combined = adasum(scaled, name, process_set or world.horovod().global_process_set) if scaled else []
+        return [t if scale[1] == 1.0 else t * tf.cast(scale[1], t.dtype) for t in combined]
+    wires, contexts = zip(*[compression.compress(t) for t in tensors], strict=True) if tensors else ((), ())
+    travels_as = _SCATTERED_AS if scatter else _ADDED_AS
+    carriers = [travels_as.get(t.dtype.name, t.dtype.name) for t in wires]
+    results: list[Any] = [None] * len(tensors)
+    for dtype in sorted(set(carriers)):
+        places = [i for i, carrier in enumerate(carriers) if carrier == dtype]
+        reduced = wire.run(
+            kind,
+            [tf.cast(wires[i], dtype) for i in places],
+            f"{name}.{dtype}" if kind.startswith("grouped") else name,
+            process_set,
+            device,
+            op=op,
+            prescale_factor=scale[0],
+            postscale_factor=scale[1],
+        )
+        for place, tensor in zip(places, reduced, strict=True):
+            result = compression.decompress(tf.cast(tensor, wires[place].dtype), contexts[place])
+            results[place] = result if scatter else tf.ensure_shape(result, tensors[place].shape)
+    return results
+
+
+def _reduce_rows(
+    slices: tf.IndexedSlices, name: str, op: Any, scale: Any, compression: Any, device: str, process_set: Any
+) -> tf.IndexedSlices:
+    hvd = world.horovod()
+    if op not in (hvd.Sum, hvd.Average):
+        raise ValueError(
+            "tf.IndexedSlices can be summed or averaged (op=hvdkit.Sum or hvdkit.Average), nothing else; "
+            "tf.convert_to_tensor(slices) makes a dense tensor of them."
+        )
+    with tf.device(device or None):
+        values, context = compression.compress(_tensor(slices.values))
+        values = compression.decompress(allgather(values, f"{name}.values", process_set=process_set), context)
+        indices = allgather(slices.indices, f"{name}.indices", process_set=process_set)
+        factor = scale[0] * scale[1]
+        if op == hvd.Average:
+            factor /= collectives.size_of(process_set)
+        scaled = values if factor == 1.0 else values * tf.cast(factor, values.dtype)
+    shape = None if slices.dense_shape is None else _tensor(slices.dense_shape)
+    return tf.IndexedSlices(scaled, indices, shape)
+
+
+def _gather(tensors: list[tf.Tensor], kind: str, name: str, process_set: Any) -> list[tf.Tensor]:
+    _check_rows(tensors, kind)
+    if not collectives.takes_part(process_set) or not tensors:
+        return tensors
+    rows = _moved(lambda inputs: _run_by_dtype(inputs, kind, name, process_set), tensors)
+    return [tf.ensure_shape(r, [None, *t.shape[1:]]) if t.shape.rank else r for r, t in zip(rows, tensors, strict=True)]
+
+
+def _run_by_dtype(tensors: list[tf.Tensor], kind: str, name: str, process_set: Any) -> list[tf.Tensor]:
+    results: list[Any] = [None] * len(tensors)
+    for dtype in sorted({t.dtype.name for t in tensors}):
+        places = [i for i, t in enumerate(tensors) if t.dtype.name == dtype]
+        suffix = f".{dtype}" if kind.startswith("grouped") else ""
+        outputs = wire.run(kind, [tensors[i] for i in places], name + suffix, process_set)
+        for place, output in zip(places, outputs, strict=True):
+            results[place] = output
+    return results
+
+
+def _moved(move: Callable[[list[tf.Tensor]], list[tf.Tensor]], tensors: list[tf.Tensor]) -> list[tf.Tensor]:
+    """Moves tensors without looking at their values: what Horovod lacks travels as float32, or as its bytes."""
+    for tensor in tensors:
+        if tensor.dtype in (tf.string, tf.resource, tf.variant):
+            raise TypeError(
+                f"Tensors of dtype {tensor.dtype.name} cannot be sent between ranks. Send Python objects, such as "
+                f"tensor.numpy(), with hvdkit.allgather_object or hvdkit.broadcast_object."
+            )
+    half = [t.dtype == tf.bfloat16 for t in tensors]  # exact in float32, which gradients can pass through
+    wires = [tf.cast(t, tf.float32) if h else collectives.to_wire(t) for t, h in zip(tensors, half, strict=True)]
+    outputs = zip(move(wires), tensors, half, strict=True)
+    return [tf.cast(o, t.dtype) if h else collectives.from_wire(o, t.dtype) for o, t, h in outputs]
+
+
+def _check_rows(tensors: Sequence[tf.Tensor], kind: str) -> None:
+    if any(t.shape.rank == 0 for t in tensors):
+        raise ValueError(
+            f"{kind} works along the first dimension, but was given a scalar: pass a list of one element, "
+            f"such as tf.expand_dims(value, 0)."
+        )
+
+
+def _check_addable(tensor: tf.Tensor, kind: str) -> None:
+    if tensor.dtype.name not in _ADDED | _ADDED_AS.keys():
+        raise TypeError(
+            f"{kind} cannot reduce values of dtype {tensor.dtype.name}. Cast them to one of "
+            f"{', '.join(sorted(_ADDED))}, or gather them with hvdkit.allgather and reduce them yourself."
+        )
+
+
+def _check_op(op: Any, scatter: bool) -> None:
+    hvd = world.horovod()
+    if scatter and op not in (hvd.Average, hvd.Sum):
+        raise ValueError("reducescatter can sum or average (op=hvdkit.Sum or hvdkit.Average), nothing else.")

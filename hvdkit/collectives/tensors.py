@@ -1,0 +1,171 @@
+"""Moving values between ranks: the collectives that the rest of hvdkit is built from.
+
+Every function here must be called by all ranks of the process set. Each is the identity in a job of one rank. The
+ranks' calls are matched by name (see `hvdkit.collectives.wire`).
+"""
+
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+import tensorflow as tf
+
+from hvdkit import world
+from hvdkit.collectives import shared_memory, wire
+
+# Horovod moves these; anything else (uint32 seeds, bfloat16 weights, ...) travels as bytes.
+_HOROVOD_DTYPES = {"uint8", "int8", "uint16", "int16", "int32", "int64", "float16", "float32", "float64", "bool"}
+
+
+def allreduce_sum(values: np.ndarray, name: str, process_set: Any = None) -> np.ndarray:
+    """Sums an array over the ranks, outside of any graph.
+
+    Args:
+        values: array of any shape; int64 and float64 keep their precision.
+        name: what is summed; the same on all ranks.
+        process_set: the Horovod process set that takes part; by default all ranks.
+    """
+    if not takes_part(process_set):
+        return values
+    op = world.horovod().Sum
+    return wire.run("allreduce", [tf.convert_to_tensor(values)], f"hvdkit.{name}", process_set, op=op)[0].numpy()
+
+
+def barrier(process_set: Any = None, name: str | None = None) -> None:
+    """Returns when all ranks of the process set have called it.
+
+    Args:
+        process_set: the ranks that wait for each other; by default all.
+        name: tells barriers apart, so that ranks cannot pass different ones together; by default the same for all.
+    """
+    if takes_part(process_set):  # horovod.tensorflow has none of its own
+        op = world.horovod().Sum
+        wire.run("allreduce", [tf.zeros([1])], f"hvdkit.barrier.{name}", process_set, op=op)
+
+
+def takes_part(process_set: Any) -> bool:
+    """Whether there is anybody to exchange with: False in a job of one rank.
+
+    Raises:
+        ValueError: the process set is not registered, or this rank is not in it.
+    """
+    if world.size() == 1:
+        return False
+    if process_set is None or process_set.process_set_id == 0:
+        return True
+    if process_set.size() == 1:
+        return False
+    if process_set.process_set_id is None:
+        raise ValueError(
+            f"{process_set} is not registered: pass it to hvdkit.init(process_sets=[...]) or, with "
+            f"HOROVOD_DYNAMIC_PROCESS_SETS=1 in the environment, to hvdkit.add_process_set on all ranks."
+        )
+    if not process_set.included():
+        raise ValueError(
+            f"Rank {world.rank()} is not among the ranks {process_set.ranks} of the process set: only those may call. "
+            f"Write `if process_set.included(): ...`."
+        )
+    return True
+
+
+def size_of(process_set: Any) -> int:
+    """Number of ranks that take part."""
+    return world.size() if process_set is None or world.size() == 1 else process_set.size()
+
+
+def check_root(root_rank: int, process_set: Any) -> None:
+    """Raises a `ValueError` if no such rank takes part: Horovod would wait for it, or end the process."""
+    ranks = range(world.size()) if process_set is None or not process_set.process_set_id else process_set.ranks
+    if root_rank not in ranks:
+        raise ValueError(f"root_rank={root_rank} does not take part; the ranks are {list(ranks)}.")
+
+
+def reduce_dense(
+    tensors: Sequence[tf.Tensor],
+    name: str,
+    *,
+    op: Any,
+    process_set: Any,
+    prescale: float = 1.0,
+    postscale: float = 1.0,
+) -> list[tf.Tensor]:
+    """Averages or sums tensors over the ranks of a process set; in a graph or eagerly.
+
+    All tensors of one dtype travel as one group, so that Horovod starts on them together and fuses them. Between ranks
+    of one host they go through its memory instead, where that can be done (see `hvdkit.collectives.shared_memory`).
+
+    Args:
+        tensors: dense tensors, in the same order and of the same shapes on all ranks.
+        name: prefix of the exchange's name, the same on all ranks.
+        op: Horovod's `Average` or `Sum`.
+        process_set: the Horovod process set that takes part.
+        prescale: factor before the sum; Horovod does not use it for bfloat16, whose sums are taken in float32.
+        postscale: factor after the sum; likewise.
+    """
+    hvd = world.horovod()
+    results: list[tf.Tensor | None] = [None] * len(tensors)
+    for dtype in sorted({t.dtype.name for t in tensors}):
+        places = [i for i, t in enumerate(tensors) if t.dtype.name == dtype]
+        group = [tensors[i] for i in places]
+        if shared_memory.sums(group[0].dtype):
+            divisor = process_set.size() if op == hvd.Average else 1
+            factors = {"before": prescale, "after": postscale, "divisor": divisor}
+            reduced = wire.run_shared("sum", group, f"{name}.{dtype}", process_set, **factors)
+        elif dtype == "bfloat16":
+            average = op == hvd.Average
+            reduced = _sum_bfloat16(group, f"{name}.bfloat16", average=average, process_set=process_set)
+        else:
+            reduced = wire.run(
+                "grouped_allreduce",
+                group,
+                f"{name}.{dtype}",
+                process_set,
+                op=op,
+                prescale_factor=prescale,
+                postscale_factor=postscale,
+            )
+        for place, tensor in zip(places, reduced, strict=True):
+            results[place] = tf.ensure_shape(tensor, tensors[place].shape)
+    return results
+
+
+def gather_rows(tensor: tf.Tensor, name: str, process_set: Any) -> tf.Tensor:
+    """Concatenates the ranks' tensors along the first dimension, whose length may differ from rank to rank."""
+    if shared_memory.gathers(tensor.dtype):
+        (rows,) = wire.run_shared("gather", [tensor], name, process_set)
+    else:
+        (rows,) = wire.run("allgather", [to_wire(tensor)], name, process_set)
+        rows = from_wire(rows, tensor.dtype)
+    return tf.ensure_shape(rows, [None, *tensor.shape[1:]])
+
+
+def _sum_bfloat16(tensors: list[tf.Tensor], name: str, *, average: bool, process_set: Any) -> list[tf.Tensor]:
+    """A ring's traffic without a bfloat16 allreduce: scatter the parts, sum each in float32, gather the sums.
+
+    Each rank sends and receives 2 (N - 1) / N times the buffer, as a ring allreduce does, and every rank ends with
+    the same bits, because each part is summed and rounded in one place.
+    """
+    ranks = process_set.size()
+    flat = tf.concat([tf.reshape(t, [-1]) for t in tensors], axis=0)
+    length = tf.size(flat)
+    part = (length + ranks - 1) // ranks
+    padded = tf.reshape(tf.pad(flat, [[0, part * ranks - length]]), [ranks, part])
+    even = tf.constant([], tf.int32)
+    received, _ = wire.run("alltoall", [to_wire(padded), even], f"{name}.scatter", process_set)
+    summed = tf.reduce_sum(tf.cast(from_wire(received, tf.bfloat16), tf.float32), axis=0)
+    mine = tf.cast(summed / ranks if average else summed, tf.bfloat16)
+    total = gather_rows(mine[tf.newaxis], f"{name}.gather", process_set)
+    parts = tf.split(tf.reshape(total, [-1])[:length], [tf.size(t) for t in tensors])
+    return [tf.reshape(p, tf.shape(t)) for p, t in zip(parts, tensors, strict=True)]
+
+
+def to_wire(tensor: tf.Tensor) -> tf.Tensor:
+    """Returns what Horovod can move: the tensor itself or, of dtypes that it lacks, its bytes."""
+    if tensor.dtype.name in _HOROVOD_DTYPES:
+        return tensor
+    return tf.bitcast(tensor, tf.uint8)  # adds a last dimension of the dtype's size in bytes
+
+
+def from_wire(tensor: tf.Tensor, dtype: tf.DType) -> tf.Tensor:
+    """Undoes `to_wire`."""
+    return tensor if dtype.name in _HOROVOD_DTYPES else tf.bitcast(tensor, dtype)

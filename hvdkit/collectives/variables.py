@@ -1,0 +1,114 @@
+"""The variables of a model or an optimizer between ranks: broadcast, averages, checksums."""
+
+import hashlib
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+import tensorflow as tf
+
+from hvdkit import watchdog
+from hvdkit.collectives import wire
+from hvdkit.collectives.objects import allgather_object
+from hvdkit.collectives.tensors import allreduce_sum, check_root, from_wire, size_of, takes_part, to_wire
+
+
+def broadcast_variables(
+    variables: Sequence[Any], root_rank: int = 0, process_set: Any = None, inplace: bool = False
+) -> None:
+    """Assigns the root rank's values to `variables` on all ranks.
+
+    What all ranks have alike, as after equal seeds, is told by its SHA-256 and does not travel.
+
+    Args:
+        variables: `keras.Variable`s or `tf.Variable`s of any dtype, in the same order and of the same shapes on all
+            ranks.
+        root_rank: the rank (among all ranks, also with a process set) whose values are taken.
+        process_set: the ranks that take part; by default all.
+        inplace: accepted for Horovod's sake, where it saves the memory of a copy.
+
+    Raises:
+        ValueError: the ranks' lists differ in length, shape or dtype; the message shows the first difference. Or there
+            is no such root rank.
+    """
+    check_root(root_rank, process_set)
+    if not takes_part(process_set):
+        return
+    native = [getattr(v, "value", v) if not isinstance(v, tf.Variable) else v for v in variables]
+    differing = _differing(variables, native, process_set)
+
+    @tf.function
+    def broadcast() -> None:
+        for number, variable in differing:
+            tensor = [to_wire(variable.read_value())]
+            name = f"hvdkit.broadcast.{number}"
+            (received,) = wire.run("broadcast", tensor, name, process_set, root_rank=root_rank)
+            variable.assign(from_wire(received, variable.dtype))
+
+    if differing:
+        everyone = process_set is None or process_set.process_set_id == 0
+        with watchdog.waiting("hvdkit.broadcast", f"{len(differing)} variables", everyone):
+            broadcast()
+
+
+def average_variables(variables: Sequence[Any], process_set: Any = None) -> None:
+    """Sets float variables to their mean over the ranks; those that all hold alike are left as they are."""
+    if not takes_part(process_set):
+        return
+    digests = allgather_object([digest([v]) for v in variables], name="average.digests", process_set=process_set)
+    differing = [v for number, v in enumerate(variables) if len({d[number] for d in digests}) > 1]
+    for number, variable in enumerate(differing):
+        total = allreduce_sum(np.asarray(variable, dtype=np.float64), f"average.{number}", process_set)
+        variable.assign(total / size_of(process_set))
+
+
+def digest(variables: Sequence[Any]) -> str:
+    """SHA-256 over the shapes and values of variables, in hexadecimal: equal if and only if all bits are equal."""
+    sha = hashlib.sha256()
+    for variable in variables:
+        value = np.ascontiguousarray(tf.convert_to_tensor(variable).numpy())
+        sha.update(f"{value.dtype.name}{value.shape}".encode())
+        sha.update(value.tobytes())
+    return sha.hexdigest()
+
+
+def _differing(
+    variables: Sequence[Any], native: Sequence[tf.Variable], process_set: Any
+) -> list[tuple[int, tf.Variable]]:
+    """The variables whose values are not the same on all ranks, with their places.
+
+    By position: names are numbered, differently on a rank that has made one more model.
+
+    Raises:
+        ValueError: the ranks' lists differ in length, shape or dtype.
+    """
+    mine = [
+        (f"{tuple(n.shape)} {n.dtype.name}", getattr(v, "path", n.name), _digest(n))
+        for v, n in zip(variables, native, strict=True)
+    ]
+    everyone = allgather_object(mine, name="shapes", process_set=process_set)
+    ranks = range(len(everyone)) if process_set is None or not process_set.process_set_id else process_set.ranks
+    for rank, other in zip(ranks, everyone, strict=True):
+        pairs = zip(everyone[0], other, strict=False)
+        differing = next(((a, b) for a, b in pairs if a[0] != b[0]), None)
+        if differing:
+            (shape, path, _), (other_shape, _, _) = differing
+            difference = f"{path} is {shape} on rank {ranks[0]} and {other_shape} on rank {rank}"
+        elif len(other) != len(everyone[0]):
+            difference = f"rank {ranks[0]} has {len(everyone[0])} variables and rank {rank} has {len(other)}"
+        else:
+            continue
+        raise ValueError(
+            f"Ranks cannot share their variables, because their models differ: {difference}. "
+            f"Build the same model, with the same trainable layers, on every rank."
+        )
+    digests = zip(*([digest for _, _, digest in other] for other in everyone), strict=True)
+    alike = [len(set(of_all)) == 1 for of_all in digests]
+    return [(number, variable) for number, variable in enumerate(native) if not alike[number]]
+
+
+def _digest(variable: tf.Variable) -> bytes:
+    values = np.ascontiguousarray(variable.numpy())
+    if values.dtype == object:  # strings, whose lengths count
+        values = np.frombuffer(repr(values.tolist()).encode(), np.uint8)
+    return hashlib.sha256(values.reshape(-1).view(np.uint8).data).digest()

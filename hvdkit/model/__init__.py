@@ -1,0 +1,1 @@
+"""What `fit`, `evaluate`, `predict`, `load_model` and BatchNormalization mean on many ranks."""

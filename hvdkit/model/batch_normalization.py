@@ -1,0 +1,119 @@
+"""Batch normalisation over the batches of all ranks: what `BatchNormalization(synchronized=True)` promises.
+
+Keras honours that flag under `tf.distribute` only; here a job of several ranks does so, too. Nothing but the flag marks
+a layer, so that the layers stay Keras' own: they are cloned, saved and loaded with it, and a saved model opens in plain
+Keras, where a single process needs no exchange.
+"""
+
+import logging
+from typing import Any
+
+import keras
+import tensorflow as tf
+
+from hvdkit import world
+from hvdkit.collectives import wire
+
+_log = logging.getLogger(__name__)
+
+_keras_moments = keras.layers.BatchNormalization._moments
+
+
+def SyncBatchNormalization(fused: bool = False, **arguments: Any) -> keras.layers.BatchNormalization:  # noqa: N802 - Horovod's
+    """A `keras.layers.BatchNormalization` whose moments in training are those of the global batch, over all ranks.
+
+    Local batches may differ in length: each example (each that is not masked) counts once. In training, each call
+    exchanges three float64 numbers a channel, and three more on the way back: the gradient is that of the global
+    batch, provided that it is averaged over the ranks (`DistributedOptimizer`). All ranks must call the layers in the
+    same order.
+
+    XLA cannot compile the exchange, and `keras.layers.TimeDistributed` cannot vectorise it.
+
+    Args:
+        fused: accepted for Horovod's sake; Keras 3 has no fused kernel to choose.
+        **arguments: see `keras.layers.BatchNormalization`.
+
+    Raises:
+        ValueError: `fused` is true.
+
+    Reference: S. Ioffe and C. Szegedy, "Batch Normalization", 2015, https://arxiv.org/abs/1502.03167; the API is
+    `horovod.tensorflow.SyncBatchNormalization`'s.
+    """
+    honour_flag()
+    if fused:
+        raise ValueError("SyncBatchNormalization(fused=True) is not possible: the ranks' moments are exchanged.")
+    layer = keras.layers.BatchNormalization(**{**arguments, "synchronized": True})
+    layer.supports_jit = False
+    return layer
+
+
+def synchronize_batch_normalization(model: keras.Model) -> keras.Model:
+    """Makes every `BatchNormalization` of a built model, nested ones too, use the moments of the global batch.
+
+    The layers are changed in place, and keep their weights; the training step is traced anew.
+
+    Args:
+        model: any Keras model; those of `keras.applications`, for example. Call this before `compile`.
+
+    Returns:
+        The model.
+    """
+    honour_flag()
+    layers = [layer for layer in model._flatten_layers() if isinstance(layer, keras.layers.BatchNormalization)]
+    for layer in layers:
+        layer.synchronized = True
+        layer.supports_jit = False
+    if model.compiled:
+        model.train_function = None
+        model.jit_compile = False
+    _log.info("%d BatchNormalization layer(s) of %s take their moments over all ranks.", len(layers), model.name)
+    return model
+
+
+def honour_flag() -> None:
+    """Makes Keras' `BatchNormalization(synchronized=True)` mean "over all ranks" in a job of several ranks."""
+    keras.layers.BatchNormalization._moments = _moments
+
+
+def _moments(self: Any, inputs: tf.Tensor, mask: tf.Tensor | None) -> tuple[tf.Tensor, tf.Tensor]:
+    """Mean and variance of each channel, in the place of Keras' method of this name."""
+    if not (self.synchronized and world.is_initialized() and world.size() > 1):
+        return _keras_moments(self, inputs, mask)
+    axes, shape = self._reduction_axes, tf.shape(inputs)
+    if mask is None:
+        mean, variance = keras.ops.moments(inputs, axes=axes)
+        counted = tf.fill(tf.shape(mean), tf.size(inputs, tf.int64) // tf.size(mean, tf.int64))
+    else:
+        mean, variance = _keras_moments(self, inputs, mask)
+        counted = tf.math.count_nonzero(tf.broadcast_to(tf.cast(mask, tf.bool)[..., None], shape), axis=axes)
+    # Steps that run in one graph follow each other through this layer's weights, and so must their exchanges.
+    with tf.control_dependencies([tf.convert_to_tensor(self.moving_mean)]):
+        counted = tf.identity(counted)
+    channels = [inputs.shape[self.axis]]
+    mean, variance = _moments_of_all(tf.reshape(mean, channels), tf.reshape(variance, channels), counted)
+    return tf.cast(mean, inputs.dtype), tf.cast(variance, inputs.dtype)
+
+
+def _moments_of_all(mean: tf.Tensor, variance: tf.Tensor, counted: tf.Tensor) -> tuple[tf.Tensor, tf.Tensor]:
+    """Combines the ranks' moments [channels]; in float64, where `E[x²] - E[x]²` does not cancel what matters."""
+    count, mean, variance = (tf.cast(t, tf.float64) for t in (counted, mean, variance))
+    mean, variance = (tf.where(count > 0, t, tf.zeros_like(t)) for t in (mean, variance))
+    count, total, squares = tf.unstack(_sum_over_ranks(tf.stack([count, count * mean, count * (variance + mean**2)])))
+    mean = tf.math.divide_no_nan(total, count)
+    return mean, tf.maximum(tf.math.divide_no_nan(squares, count) - mean**2, 0.0)
+
+
+@tf.custom_gradient
+def _sum_over_ranks(values: tf.Tensor) -> tuple[tf.Tensor, Any]:
+    """A sum that every rank's loss depends on: so its gradient is the sum of all ranks' gradients.
+
+    Horovod has one registered, but leaves its name to TensorFlow, which numbers ranks' tensors differently once one has
+    made a tensor more.
+    """
+
+    def total(tensor: tf.Tensor) -> tf.Tensor:
+        name = f"hvdkit.batch_normalization.{tensor.shape[-1]}"
+        (result,) = wire.run("allreduce", [tensor], name, op=world.horovod().Sum)
+        return tf.ensure_shape(result, tensor.shape)
+
+    return total(values), total

@@ -1,0 +1,75 @@
+"""Clipping by norm where ranks hold shards of a model: the norm is that of the whole gradient.
+
+Keras clips what it is given, and a rank of a divided model is given parts. So the squared norms are added up over the
+ranks that hold one model between them, before Keras' rule is applied.
+"""
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import keras
+import tensorflow as tf
+
+from hvdkit import collectives, world
+from hvdkit.collectives import wire
+from hvdkit.collectives.mesh import Shard, mesh_of, shard_of
+
+
+def clip_over_shards(optimizer: keras.optimizers.Optimizer, variables: Callable[[], Sequence[Any] | None]) -> None:
+    """Makes an optimizer clip by the norms of whole gradients, where its variables are shards.
+
+    There is no public place: Keras clips between the exchange and the update, in a function of its own.
+
+    Args:
+        optimizer: the one that clips.
+        variables: returns those whose gradients are on their way.
+    """
+    clip = optimizer._clip_gradients
+
+    def clip_by_whole_norms(grads: list[Any]) -> list[Any]:
+        shards = [shard_of(v) for v in variables() or []]
+        mesh = mesh_of(variables() or [])
+        by_norm = optimizer.clipnorm or optimizer.global_clipnorm
+        if mesh is None or mesh.model == 1 or not by_norm or len(shards) != len(grads):
+            return clip(grads)
+        if optimizer.clipnorm:
+            return _clip_each(grads, shards, mesh, optimizer.clipnorm)
+        return _clip_all(grads, shards, mesh, optimizer.global_clipnorm)
+
+    optimizer._clip_gradients = clip_by_whole_norms
+
+
+def _clip_each(grads: list[Any], shards: Sequence[Shard | None], mesh: Any, limit: float) -> list[Any]:
+    """`clipnorm`: each variable's gradient by its own norm."""
+    squares = [_square(g) for g in grads]
+    divided = [i for i, shard in enumerate(shards) if shard is not None and shard.axis is not None]
+    if divided:  # the same ones on all ranks of a row
+        whole = _sum(tf.stack([squares[i] for i in divided]), mesh, "each")
+        for number, place in enumerate(divided):
+            squares[place] = whole[number]
+    return [_scaled(g, limit / tf.maximum(tf.sqrt(s), limit)) for g, s in zip(grads, squares, strict=True)]
+
+
+def _clip_all(grads: list[Any], shards: Sequence[Shard | None], mesh: Any, limit: float) -> list[Any]:
+    """`global_clipnorm`: all gradients by their common norm, in which what all ranks have counts once."""
+    counts = [shard is not None or mesh.model_index == 0 for shard in shards]
+    mine = [_square(g) for g, counted in zip(grads, counts, strict=True) if counted]
+    norm = tf.sqrt(_sum(tf.add_n(mine) if mine else wire.zeros([], tf.float32), mesh, "all"))
+    scale = limit * tf.minimum(1 / norm, 1 / limit) + (norm - norm)  # NaN where the norm is not finite, as in Keras
+    return [tf.convert_to_tensor(g) * tf.cast(scale, g.dtype) for g in grads]  # dense, as Keras makes them here
+
+
+def _square(grad: Any) -> tf.Tensor:
+    values = grad.values if isinstance(grad, tf.IndexedSlices) else grad
+    return tf.reduce_sum(tf.square(tf.cast(values, tf.float32)))
+
+
+def _scaled(grad: Any, factor: tf.Tensor) -> Any:
+    if isinstance(grad, tf.IndexedSlices):
+        return tf.IndexedSlices(grad.values * tf.cast(factor, grad.values.dtype), grad.indices, grad.dense_shape)
+    return grad * tf.cast(factor, grad.dtype)
+
+
+def _sum(values: tf.Tensor, mesh: Any, name: str) -> tf.Tensor:
+    op = world.horovod().Sum
+    return collectives.reduce_dense([values], f"hvdkit.clip.{name}", op=op, process_set=mesh.model_set)[0]

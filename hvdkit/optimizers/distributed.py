@@ -1,0 +1,362 @@
+"""`DistributedOptimizer`: any Keras 3 optimizer, fed with the gradients of all ranks.
+
+Keras 3 updates weights through `Optimizer.apply`, which Horovod's own Keras layer does not know. Here the user's
+optimizer is kept whole, inside a transparent proxy that changes one thing: what reaches `apply` is the average over all
+ranks. Everything after it (loss scale, clipping, weight decay, EMA, the update itself) then sees what one process
+with the global batch would see.
+
+A proxy rather than a subclass made on the fly, because it *is* the user's optimizer for everyone who asks: its class,
+its configuration and its state are the inner one's. So `model.save` writes a plain Keras file, and `isinstance`,
+learning-rate callbacks and attribute access work as before.
+"""
+
+import warnings
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import keras
+import tensorflow as tf
+
+from hvdkit import world
+from hvdkit.collectives.mesh import mesh_of, shard_of
+from hvdkit.collectives.traffic import elements, ring_bytes
+from hvdkit.compat import call_stack
+from hvdkit.compression import Compression, ErrorFeedback
+from hvdkit.errors import UsageError
+from hvdkit.optimizers import clipping, loss_scale
+from hvdkit.optimizers.exchanging import ExchangingOptimizer
+from hvdkit.optimizers.gradients import Gradient, GradientExchange, weights_of
+from hvdkit.optimizers.parts import parts_of
+
+
+class DistributedOptimizer(ExchangingOptimizer):
+    """Wraps a Keras optimizer so that gradients are averaged over all ranks before they are applied.
+
+    Args:
+        optimizer: any `keras.optimizers.Optimizer`. Under the global policy `mixed_float16` it is put into a
+            `LossScaleOptimizer` first, as `Model.compile` would do around it: the ranks then judge the *averaged*
+            gradients, and skip a step with an overflow together. Where a `LossScaleOptimizer` is put around this one,
+            the ranks agree on an overflow in one more exchange, of three numbers.
+        name: prefix of the exchanges' names.
+        device_dense: accepted for Horovod's sake: gradients travel from where they are.
+        device_sparse: likewise.
+        compression: `hvdkit.Compression.none`, `.fp16` or `.bf16`, or a class with the same two methods; or
+            one that keeps what it leaves out: `.int8()`, `.onebit()`, `.topk(fraction)`, `.powersgd(rank)`.
+        sparse_as_dense: turns sparse gradients (of embeddings) into dense ones. Off by default: Keras' adaptive
+            optimizers update only the rows that a sparse gradient names, so a dense one trains another model.
+        gradient_predivide_factor: divide by this before the sum over ranks, and by size / this after it; for
+            gradients so large that their sum overflows on the wire. Needs `op=hvdkit.Average`.
+        op: `hvdkit.Average` (the default), `hvdkit.Sum` or `hvdkit.Adasum`. The last lets each rank's optimizer take
+            its step, and combines the steps (see `hvdkit.collectives.adasum`): slots then are each rank's own.
+        backward_passes_per_step: exchange and apply only every so many calls, and the sum of the gradients in between:
+            Keras' own gradient accumulation, which this switches on in `optimizer`, with one exchange at its end. An
+            optimizer that has `gradient_accumulation_steps` already exchanges as seldom without this argument.
+        average_aggregated_gradients: apply the mean of these gradients instead of their sum.
+        num_groups: old name of `groups`.
+        groups: None for groups large enough to fill a link, the last layers' first, and for a single one through shared
+            memory; a number of groups; or a list of lists of variables that are to travel together, each variable in no
+            list by itself.
+        process_set: the Horovod process set whose ranks take part; by default all. Other ranks exchange nothing.
+        scale_local_gradients: divide the gradients of variables that are kept local by the number of ranks, as the
+            others' average is.
+
+    Raises:
+        TypeError: `optimizer` is not a Keras 3 optimizer, or is wrapped already.
+        ValueError: an argument has a wrong value, or does not go together with another.
+
+    References: A. Sergeev and M. Del Balso, "Horovod: fast and easy distributed deep learning in TensorFlow", 2018,
+    https://arxiv.org/abs/1802.05799; the arguments are those of `horovod.tensorflow.keras.DistributedOptimizer` 0.28.1.
+    """
+
+    def __init__(
+        self,
+        optimizer: keras.optimizers.Optimizer,
+        name: str | None = None,
+        device_dense: str = "",
+        device_sparse: str = "",
+        compression: Any = Compression.none,
+        sparse_as_dense: bool = False,
+        gradient_predivide_factor: float = 1.0,
+        op: Any = None,
+        backward_passes_per_step: int = 1,
+        average_aggregated_gradients: bool = False,
+        num_groups: int = 0,
+        groups: int | Sequence[Sequence[Any]] | None = None,
+        process_set: Any = None,
+        scale_local_gradients: bool = True,
+    ) -> None:
+        _refuse_what_is_no_optimizer(optimizer)
+        exchange = GradientExchange(
+            # By class: Keras numbers the optimizers' names, differently on a rank that has made one more.
+            name=name or f"Distributed{type(optimizer).__name__}",
+            compression=compression,
+            sparse_as_dense=sparse_as_dense,
+            op=op,
+            process_set=process_set,
+            gradient_predivide_factor=gradient_predivide_factor,
+            groups=_replace_num_groups(num_groups, groups),
+            scale_local_gradients=scale_local_gradients,
+        )
+        optimizer = loss_scale.with_loss_scale(optimizer)
+        super().__init__(optimizer, exchange)
+        self._self_gradients = exchange
+        factor = 1 if average_aggregated_gradients else backward_passes_per_step
+        _accumulate(optimizer, backward_passes_per_step)
+        self._self_variables: list[Any] | None = None
+        for part in parts_of(optimizer):
+            clipping.clip_over_shards(part, lambda: self._self_variables)
+        self._self_exchanges_inside = self._exchanges_where_accumulated()
+        if self._self_exchanges_inside:
+            self._exchange_where_accumulated(optimizer, factor)
+
+    def apply(self, grads: Sequence[Gradient], trainable_variables: Sequence[Any] | None = None) -> None:
+        """Exchanges `grads` with the other ranks and applies the result.
+
+        Args:
+            grads: this rank's gradients: `tf.Tensor`, `tf.IndexedSlices` or None, one a variable.
+            trainable_variables: their variables; by default those that the optimizer was built with.
+        """
+        exchange = self._self_gradients
+        if exchange.is_alone():
+            self.__wrapped__.apply(list(grads), trainable_variables)
+            return
+        call_stack.refuse_xla()
+        loss_scale.refuse_a_branch_of_this_rank(self.__wrapped__, exchange)
+        if trainable_variables is None:
+            trainable_variables = self.__wrapped__._trainable_variables
+        variables = list(trainable_variables)
+        self._self_variables = [v for g, v in zip(grads, variables, strict=True) if g is not None]
+        if exchange.is_adasum():
+            self._apply_by_adasum(list(grads), variables)
+        elif self._self_exchanges_inside:
+            self.__wrapped__.apply(list(grads), variables)
+        else:
+            self.__wrapped__.apply(exchange(list(grads), variables), variables)
+
+    def build(self, variables: Sequence[Any]) -> None:
+        """Builds the optimizer, and tells a `LossScaleOptimizer` around it to judge overflows with all ranks.
+
+        Raises:
+            UsageError: the variables are shards of a divided model, and the optimizer looks at whole ones.
+        """
+        outer = call_stack.caller(keras.optimizers.LossScaleOptimizer, "build")
+        if outer is not None:
+            loss_scale.judge_overflow_together(outer, self._self_gradients)
+        self.__wrapped__.build(variables)
+        self._self_gradients.build(variables)
+        if mesh_of(variables) is not None:
+            _refuse_what_looks_at_whole_variables(parts_of(self.__wrapped__), variables)
+            for part in parts_of(self.__wrapped__):
+                if isinstance(part, keras.optimizers.LossScaleOptimizer):  # ranks see gradients of different weights
+                    loss_scale.judge_overflow_together(part, self._self_gradients)
+
+    @property
+    def variables(self) -> list[Any]:
+        """The optimizer's variables, and what compression keeps from step to step."""
+        return [*self.__wrapped__.variables, *self._self_gradients.state()]
+
+    @property
+    def compression(self) -> ErrorFeedback | None:
+        """The compressor with error feedback, if there is one."""
+        return self._self_gradients.feedback
+
+    def wire_bytes(self, variables: Sequence[Any]) -> tuple[float, float]:
+        """Bytes that a rank sends a step for gradients of these variables, and what it would send of them uncompressed.
+
+        By a ring, as Horovod and Gloo reduce; sparse gradients are counted as if they were dense.
+        """
+        exchange = self._self_gradients
+        sent, whole = exchange.wire_bytes([tuple(v.shape) for v in variables if not exchange.is_local(v)])
+        shards = [v for v in variables if shard_of(v) is not None]
+        mesh = mesh_of(shards)
+        own = ring_bytes(4 * elements([tuple(v.shape) for v in shards]), mesh.data) if mesh else 0
+        return sent + own, whole + own
+
+    def register_local_var(self, var: Any) -> None:
+        """Keeps the gradient of `var` (a Keras or TensorFlow variable) on this rank: each trains its own.
+
+        Tell `hvdkit.callbacks.BroadcastGlobalVariablesCallback(local_variables=...)` too.
+        """
+        self._self_gradients.register_local(var)
+
+    def keeps_local(self, variable: Any) -> bool:
+        """Whether a weight, or a slot of this optimizer, is each rank's own.
+
+        Slots are under Adasum, and those of local variables; as Keras' slots do not tell whose they are, all slots
+        count as local once one variable does.
+        """
+        exchange = self._self_gradients
+        if exchange.feedback and any(variable is v for v in exchange.feedback.own):
+            return True
+        own_slots = exchange.is_adasum() or exchange.has_local()
+        return exchange.is_local(variable) or (own_slots and any(variable is v for v in self.__wrapped__.variables))
+
+    def _exchanges_where_accumulated(self) -> bool:
+        return _accumulates(self.__wrapped__) and not self._self_gradients.is_adasum()
+
+    def _exchange_where_accumulated(self, optimizer: keras.optimizers.Optimizer, factor: float) -> None:
+        """Moves the exchange behind Keras' accumulation: into the branch that is taken every N calls, by all ranks.
+
+        There Keras clips the accumulated gradients, which comes first and must see those of all ranks; there is no
+        public place.
+        """
+        for part in parts_of(optimizer):
+            if isinstance(part, keras.optimizers.LossScaleOptimizer):
+                # It decides at each call whether the branch is reached at all.
+                loss_scale.judge_overflow_together(part, self._self_gradients)
+                continue
+            clip = part._clip_gradients
+
+            def exchange_and_clip(grads: list[Gradient], clip: Callable = clip) -> list[Gradient]:
+                variables = self._self_variables
+                if variables is not None and len(variables) != len(grads):  # a part of a MultiOptimizer's
+                    variables = None
+                grads = self._self_gradients(grads, variables)
+                return clip([g if g is None else g * tf.cast(factor, g.dtype) for g in grads])
+
+            part._clip_gradients = exchange_and_clip
+
+    def _apply_by_adasum(self, grads: list[Gradient], variables: list[Any]) -> None:
+        """Takes this rank's own step and replaces it by the combination of all ranks' steps."""
+        exchange = self._self_gradients
+        shared = [v for v in variables if not exchange.is_local(v)]
+        starts = [tf.identity(v.value) for v in shared]
+        self.__wrapped__.apply(grads, variables)
+        steps = exchange([tf.identity(v.value) - start for v, start in zip(shared, starts, strict=True)])
+        for variable, start, step in zip(shared, starts, steps, strict=True):
+            variable.assign(start + step)
+
+
+def _refuse_what_looks_at_whole_variables(
+    parts: Sequence[keras.optimizers.Optimizer], variables: Sequence[Any]
+) -> None:
+    """An optimizer that takes norms or means of a variable would take those of a part of it."""
+    if not any(shard is not None and shard.axis is not None for shard in map(shard_of, variables)):
+        return
+    looks = {cls.__name__ for part in parts for cls in type(part).__mro__} & {"Adafactor", "Lamb", "Muon"}
+    if looks:
+        raise UsageError(
+            f"{looks.pop()} looks at whole variables, and of this divided model each rank has a part of them. Use "
+            f"another optimizer, such as Adam, or a pipeline."
+        )
+
+
+def PartialDistributedOptimizer(  # noqa: N802 - Horovod's name
+    optimizer: keras.optimizers.Optimizer,
+    name: str | None = None,
+    device_dense: str = "",
+    device_sparse: str = "",
+    compression: Any = Compression.none,
+    sparse_as_dense: bool = False,
+    gradient_predivide_factor: float = 1.0,
+    op: Any = None,
+    groups: int | Sequence[Sequence[Any]] | None = None,
+    process_set: Any = None,
+    local_layers: keras.layers.Layer | Sequence[keras.layers.Layer] | None = None,
+    scale_local_gradients: bool = True,
+) -> DistributedOptimizer:
+    """A `DistributedOptimizer` that leaves the weights of some layers to each rank.
+
+    Args:
+        local_layers: a layer or layers, built already, whose gradients stay on this rank.
+
+    The other arguments are those of `DistributedOptimizer`.
+
+    Raises:
+        TypeError: `local_layers` holds something else than layers.
+        ValueError: a local layer is not built, so its weights do not exist yet.
+    """
+    distributed = DistributedOptimizer(
+        optimizer,
+        name=name,
+        device_dense=device_dense,
+        device_sparse=device_sparse,
+        compression=compression,
+        sparse_as_dense=sparse_as_dense,
+        gradient_predivide_factor=gradient_predivide_factor,
+        op=op,
+        groups=groups,
+        process_set=process_set,
+        scale_local_gradients=scale_local_gradients,
+    )
+    for variable in weights_of(local_layers):
+        distributed.register_local_var(variable)
+    return distributed
+
+
+def scaled(learning_rate: float) -> float:
+    """The learning rate for the job's global batch: `learning_rate` times the number of ranks.
+
+    The linear scaling rule of P. Goyal et al., "Accurate, Large Minibatch SGD", 2017,
+    https://arxiv.org/abs/1706.02677, section 2.1; use it together with a warm-up.
+    """
+    return learning_rate * world.size()
+
+
+def keeps_local(optimizer: Any, variable: Any) -> bool:
+    """Whether a `DistributedOptimizer`, at whatever depth of `optimizer`, leaves a weight or slot to each rank."""
+    if isinstance(optimizer, DistributedOptimizer):
+        return optimizer.keeps_local(variable)
+    inner = getattr(optimizer, "inner_optimizer", None)
+    return inner is not None and keeps_local(inner, variable)
+
+
+def _refuse_what_is_no_optimizer(optimizer: Any) -> None:
+    if any(isinstance(part, ExchangingOptimizer) for part in _all_parts(optimizer)):
+        raise TypeError(
+            f"The optimizer {optimizer.name!r} is a DistributedOptimizer already; wrapping it twice would average "
+            f"twice. Pass the optimizer that is inside."
+        )
+    if isinstance(optimizer, keras.optimizers.Optimizer):
+        return
+    module = type(optimizer).__module__
+    if isinstance(optimizer, str):
+        mend = f"Write keras.optimizers.get({optimizer!r})."
+    elif "legacy" in module or module.split(".")[0] in ("tf_keras", "tensorflow"):
+        mend = (
+            f"That is an optimizer of Keras 2 or TensorFlow; write keras.optimizers.{type(optimizer).__name__}(...), "
+            f"with learning_rate for lr, and a keras.optimizers.schedules schedule for decay."
+        )
+    else:
+        mend = "Pass an instance such as keras.optimizers.Adam(1e-3)."
+    raise TypeError(
+        f"DistributedOptimizer needs a keras.optimizers.Optimizer, but was given {optimizer!r} "
+        f"of type {module}.{type(optimizer).__name__}. {mend}"
+    )
+
+
+def _all_parts(optimizer: Any) -> list[Any]:
+    return parts_of(optimizer) if isinstance(optimizer, keras.optimizers.Optimizer) else [optimizer]
+
+
+def _replace_num_groups(num_groups: int, groups: Any) -> Any:
+    if not num_groups:
+        return groups
+    warnings.warn("num_groups is Horovod's old name of groups: write groups.", DeprecationWarning, stacklevel=3)
+    return num_groups if groups is None else groups
+
+
+def _accumulate(optimizer: keras.optimizers.Optimizer, passes: int) -> None:
+    """Switches Keras' gradient accumulation on in each part that takes steps."""
+    if isinstance(passes, bool) or not isinstance(passes, int) or passes < 1:
+        raise ValueError(f"backward_passes_per_step must be 1 or more, but is {passes!r}.")
+    if passes == 1:
+        return
+    for part in parts_of(optimizer):
+        if part.gradient_accumulation_steps:
+            raise ValueError(
+                f"backward_passes_per_step={passes} and gradient_accumulation_steps={part.gradient_accumulation_steps} "
+                f"of {type(part).__name__} are two names of one thing: give one of them."
+            )
+        if part.built:
+            raise ValueError(
+                f"backward_passes_per_step={passes} adds slots to the optimizer, but {type(part).__name__} is built "
+                f"already: wrap it before it is used, or give it gradient_accumulation_steps={passes} when it is made."
+            )
+    for part in parts_of(optimizer):
+        if not hasattr(part, "inner_optimizer") and not hasattr(part, "optimizers"):
+            part.gradient_accumulation_steps = passes
+
+
+def _accumulates(optimizer: keras.optimizers.Optimizer) -> bool:
+    return any(part.gradient_accumulation_steps for part in parts_of(optimizer))

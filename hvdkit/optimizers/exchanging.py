@@ -1,0 +1,52 @@
+"""`ExchangingOptimizer`: a transparent proxy around a Keras optimizer that changes what reaches `apply`."""
+
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any
+
+import keras
+import wrapt
+
+from hvdkit.compat.keras2 import REMOVED_FROM_OPTIMIZERS
+from hvdkit.optimizers.fused_update import fuse_updates
+from hvdkit.optimizers.gradients import Gradient
+
+
+class ExchangingOptimizer(wrapt.ObjectProxy):
+    """A Keras optimizer whose gradients pass through `exchange` on their way to `apply`.
+
+    Args:
+        optimizer: the optimizer that everything else is left to.
+        exchange: maps this replica's gradients (`tf.Tensor`, `tf.IndexedSlices` or None) to those that are applied.
+    """
+
+    def __init__(
+        self, optimizer: keras.optimizers.Optimizer, exchange: Callable[[list[Gradient]], list[Gradient]]
+    ) -> None:
+        super().__init__(optimizer)
+        self._self_exchange = exchange
+        fuse_updates(optimizer)
+
+    def apply(self, grads: Sequence[Gradient], trainable_variables: Sequence[Any] | None = None) -> None:
+        """Exchanges `grads` with the other replicas and applies the result.
+
+        Args:
+            grads: this replica's gradients: `tf.Tensor`, `tf.IndexedSlices` or None, one a variable.
+            trainable_variables: their variables; by default those that the optimizer was built with.
+        """
+        self.__wrapped__.apply(self._self_exchange(list(grads)), trainable_variables)
+
+    def apply_gradients(self, grads_and_vars: Iterable[tuple[Gradient, Any]]) -> Any:
+        """Exchanges and applies `(gradient, variable)` pairs, and returns the iteration counter."""
+        grads, variables = zip(*grads_and_vars, strict=True)
+        self.apply(grads, list(variables))
+        return self.iterations
+
+    def __getattr__(self, name: str) -> Any:
+        if name in REMOVED_FROM_OPTIMIZERS:
+            raise AttributeError(REMOVED_FROM_OPTIMIZERS[name])
+        return super().__getattr__(name)
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        if name in REMOVED_FROM_OPTIMIZERS:
+            raise AttributeError(REMOVED_FROM_OPTIMIZERS[name])
+        super().__setattr__(name, value)

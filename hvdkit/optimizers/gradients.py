@@ -1,0 +1,361 @@
+"""The exchange of gradients between ranks, with all of Horovod's options: what optimizers and tapes have in common."""
+
+from collections.abc import Sequence
+from typing import Any
+
+import keras
+import tensorflow as tf
+
+from hvdkit import collectives, watchdog, world
+from hvdkit.collectives import shared_memory
+from hvdkit.collectives.adasum import adasum
+from hvdkit.collectives.mesh import mesh_of, shard_of
+from hvdkit.collectives.traffic import elements, ring_bytes
+from hvdkit.compat.keras3 import native_variable
+from hvdkit.compression import Compression, ErrorFeedback
+from hvdkit.errors import UsageError
+from hvdkit.optimizers import heartbeat
+from hvdkit.profiling import marks
+
+Gradient = Any  # tf.Tensor, tf.IndexedSlices or None
+
+_Groups = int | Sequence[Sequence[Any]] | None
+_GROUP_BYTES = 4 * 2**20  # at least, of a group that nobody asked for: a message that fills a link
+_MOST_GROUPS = 8  # each costs ranks and network an agreement of its own
+
+
+class GradientExchange:
+    """Reduces a list of gradients over ranks.
+
+    Dense gradients travel in groups and come back dense. Sparse ones are gathered, rows and indices, and stay
+    `tf.IndexedSlices`. None stays None. Those of a divided model's shards are reduced over the ranks that hold the same
+    shard (see `hvdkit.collectives.mesh`).
+
+    Args:
+        name: prefix of the exchange's name, the same on all ranks.
+        compression: see `hvdkit.Compression`.
+        sparse_as_dense: turn sparse gradients into dense ones first.
+        op: `hvdkit.Average` (also for None), `hvdkit.Sum` or `hvdkit.Adasum`.
+        process_set: the Horovod process set whose ranks take part; None for all.
+        gradient_predivide_factor: divide by this before the sum, and by size / this after it.
+        groups: None for as many as serve the job (see `_groups_by_size`); a number of groups; or lists of variables,
+            each list one group.
+        scale_local_gradients: divide the gradients of local variables by the number of ranks.
+
+    Raises:
+        ValueError: arguments have wrong values, or do not go together.
+    """
+
+    def __init__(
+        self,
+        name: str,
+        *,
+        compression: Any = Compression.none,
+        sparse_as_dense: bool = False,
+        op: Any = None,
+        process_set: Any = None,
+        gradient_predivide_factor: float = 1.0,
+        groups: _Groups = None,
+        scale_local_gradients: bool = True,
+    ) -> None:
+        hvd = world.horovod()
+        self.op = hvd.Average if op is None else op
+        _check(self.op, gradient_predivide_factor, groups, process_set)
+        if isinstance(compression, type) and issubclass(compression, ErrorFeedback):
+            compression = compression()
+        self.feedback: ErrorFeedback | None = compression if isinstance(compression, ErrorFeedback) else None
+        if self.feedback and (self.op == hvd.Adasum or groups is not None or gradient_predivide_factor != 1):
+            raise ValueError(
+                f"{type(compression).__name__} sends all gradients in an exchange of its own, and averages or sums "
+                f"them: leave out groups, gradient_predivide_factor and op=hvdkit.Adasum."
+            )
+        self.process_set = process_set or hvd.global_process_set
+        self.name = name
+        self._compression = Compression.none if self.feedback else compression
+        self._sparse_as_dense = sparse_as_dense or self.op == hvd.Adasum
+        self._predivide = gradient_predivide_factor
+        self._groups = groups
+        self._scale_local = scale_local_gradients
+        self._local: dict[int, Any] = {}
+        self._has_shards = False
+        self.used = False  # whether gradients ever came here, if only where a step was traced
+
+    def is_adasum(self) -> bool:
+        """Whether updates are combined by Adasum."""
+        return self.op == world.horovod().Adasum
+
+    def register_local(self, variable: Any) -> None:
+        """Keeps the gradient of `variable` (a Keras or TensorFlow variable) on this rank."""
+        self._local[id(native_variable(variable))] = variable
+
+    def is_local(self, variable: Any) -> bool:
+        """Whether `variable` differs from rank to rank: registered as local, or a shard."""
+        return id(native_variable(variable)) in self._local or shard_of(variable) is not None
+
+    def has_local(self) -> bool:
+        """Whether any variable differs from rank to rank."""
+        return bool(self._local) or self._has_shards
+
+    def build(self, variables: Sequence[Any]) -> None:
+        """Makes what compression keeps from step to step, for the gradients of these variables.
+
+        An Embedding's is sparse, and goes as it is. Other variables of sparse gradients are not known here.
+
+        Raises:
+            UsageError: some are shards of a divided model, and what was asked for knows whole ones only.
+        """
+        self._has_shards = mesh_of(variables) is not None
+        unfit = self.feedback or self.op != world.horovod().Average or self.process_set.process_set_id
+        if self._has_shards and unfit:
+            raise UsageError(
+                "The model is divided over ranks (hvdkit.parallel), and its gradients with it: leave out process_set, "
+                "op, and compression with error feedback; fp16 and bf16 work."
+            )
+        if self.feedback and not self.is_alone():
+            dense = [v for v in variables if not self.is_local(v)]
+            if not self._sparse_as_dense:
+                dense = [v for v in dense if not getattr(v, "path", "").endswith("/embeddings")]
+            self.feedback.build([tuple(v.shape) for v in dense], self.process_set.size())
+
+    def wire_bytes(self, shapes: Sequence[tuple[int, ...]]) -> tuple[float, float]:
+        """Bytes that a rank sends for dense float32 gradients of these shapes, and what they would be uncompressed."""
+        ranks = 1 if self.is_alone() else self.process_set.size()
+        whole = ring_bytes(4 * elements(shapes), ranks)
+        if self.feedback:
+            return self.feedback.wire_bytes(shapes, ranks), whole
+        cast = getattr(self._compression, "wire_dtype", None)
+        return whole * (cast.size / 4 if cast else 1), whole
+
+    def state(self) -> list[Any]:
+        """The variables that compression keeps."""
+        return [*self.feedback.common, *self.feedback.own] if self.feedback else []
+
+    def is_alone(self) -> bool:
+        """Whether there is nobody to exchange with."""
+        if world.size() == 1:
+            return True
+        if self.process_set.process_set_id is None:
+            raise ValueError(
+                f"Horovod does not know {self.process_set}: pass it to hvdkit.init(process_sets=[...]) on every rank, "
+                f"or to hvdkit.add_process_set."
+            )
+        return world.rank() not in heartbeat.members(self.process_set) or self.process_set.size() == 1
+
+    def __call__(self, grads: Sequence[Gradient], variables: Sequence[Any] | None = None) -> list[Gradient]:
+        """Returns the gradients reduced over the ranks, in the order given.
+
+        Args:
+            grads: this rank's gradients: `tf.Tensor`, `tf.IndexedSlices` or None; alike on all ranks.
+            variables: their variables; needed where some are local, or groups are given by variable.
+        """
+        result = list(grads)
+        self.used = True
+        if self.is_alone():
+            return result
+        if self._sparse_as_dense:
+            result = [tf.convert_to_tensor(g) if isinstance(g, tf.IndexedSlices) else g for g in result]
+        name = self.name
+        shards = [i for i, v in enumerate(variables or []) if result[i] is not None and shard_of(v) is not None]
+        local = {i for i, v in enumerate(variables or []) if self.is_local(v) and i not in shards}
+        shared = [i for i, g in enumerate(result) if g is not None and i not in local and i not in shards]
+        sparse = [i for i in shared if isinstance(result[i], tf.IndexedSlices)]
+        dense = [i for i in shared if i not in sparse]
+        if self.process_set.process_set_id == 0:
+            watchdog.traced(name, [_signature(result[i], variables[i] if variables else i) for i in shared])
+        self._note("ready", result)
+        self._reduce_dense(result, self._group(dense, result, variables), name)
+        mesh = mesh_of(variables or [])
+        for place in sparse:
+            # Ranks that hold one model between them have the same rows: they count once.
+            readers = mesh.data_set if mesh else self.process_set
+            result[place] = self._gather_sparse(result[place], f"{name}.sparse{place}", readers)
+        if mesh:
+            self._reduce_shards(result, shards, mesh.data_set, f"{name}.shards")
+        self._note("reduced", result)
+        if self._scale_local:
+            for place in local:
+                result[place] = _divided(result[place], self.process_set.size())
+        return result
+
+    def _note(self, name: str, result: list[Gradient]) -> None:
+        """Notes the time at which all gradients are there."""
+        there = [place for place, grad in enumerate(result) if grad is not None]
+        for place, grad in zip(there, marks.note(name, [result[place] for place in there]), strict=True):
+            result[place] = grad
+
+    def _group(self, dense: list[int], grads: Sequence[Gradient], variables: Sequence[Any] | None) -> list[list[int]]:
+        """Divides places by the order in which the layers were made, which is the same on all ranks.
+
+        The last layers' come first: the backward pass makes their gradients first, and goes on while they travel.
+        """
+        if self._groups is None or variables is None:
+            return self._groups_by_size(dense, grads)
+        if isinstance(self._groups, int):
+            number = min(self._groups, len(dense)) or 1
+            groups = [dense[len(dense) * i // number : len(dense) * (i + 1) // number] for i in range(number)]
+            return groups[::-1]
+        group_of = {id(native_variable(v)): number for number, group in enumerate(self._groups) for v in group}
+        given: dict[Any, list[int]] = {}
+        for place in dense:  # a variable in no list is a group of its own
+            given.setdefault(group_of.get(id(native_variable(variables[place])), ("alone", place)), []).append(place)
+        return list(given.values())
+
+    def _groups_by_size(self, dense: list[int], grads: Sequence[Gradient]) -> list[list[int]]:
+        """Groups that fill a link, the last layers' first.
+
+        One group through shared memory, where there is no link that could be idle; for Adasum and error feedback, which
+        look at all gradients in one exchange; and where sizes are not known while the step is traced.
+        """
+        shapes = [grads[place].shape for place in dense]
+        if (
+            self.feedback
+            or self.is_adasum()
+            or shared_memory.is_used()
+            or not all(s.is_fully_defined() for s in shapes)
+        ):
+            return [dense]
+        sizes = [s.num_elements() * grads[place].dtype.size for s, place in zip(shapes, dense, strict=True)]
+        enough = max(_GROUP_BYTES, sum(sizes) / _MOST_GROUPS)
+        groups: list[list[int]] = [[]]
+        filled = 0
+        for place, size in zip(reversed(dense), reversed(sizes), strict=True):
+            if filled >= enough:
+                groups.append([])
+                filled = 0
+            groups[-1].append(place)
+            filled += size
+        return groups
+
+    def _reduce_dense(self, result: list[Gradient], groups: list[list[int]], name: str) -> None:
+        """Replaces dense gradients by the reduced ones. The heartbeat travels with the first group."""
+        beat = heartbeat.current()
+        payload: tf.Tensor | None = beat.payload()
+        if self.feedback:
+            self._reduce_with_feedback(self.feedback, result, groups[0] if groups else [], name)
+            return
+        for number, places in enumerate(groups or [[]]):
+            compressed = [self._compression.compress(tf.convert_to_tensor(result[i])) for i in places]
+            wires = [wire for wire, _ in compressed] + ([] if payload is None else [payload])
+            reduced = self._reduce(wires, f"{name}.group{number}")
+            if payload is not None:
+                total = reduced.pop()
+                average = self.op == world.horovod().Average
+                beat.receive(total * self.process_set.size() if average else total, heartbeat.members(self.process_set))
+                payload = None
+            for place, tensor, (_, context) in zip(places, reduced, compressed, strict=True):
+                result[place] = self._compression.decompress(tensor, context)
+
+    def _reduce_shards(self, result: list[Gradient], places: list[int], copies: Any, name: str) -> None:
+        """Replaces the gradients of shards by those reduced over the ranks that hold the same ones."""
+        if copies.size() == 1:
+            return
+        dense = [place for place in places if not isinstance(result[place], tf.IndexedSlices)]
+        compressed = [self._compression.compress(tf.convert_to_tensor(result[i])) for i in dense]
+        wires = [wire for wire, _ in compressed]
+        factors = {"prescale": 1 / self._predivide, "postscale": self._predivide}
+        reduced = collectives.reduce_dense(wires, name, op=self.op, process_set=copies, **factors)
+        for place, tensor, (_, context) in zip(dense, reduced, compressed, strict=True):
+            result[place] = self._compression.decompress(tensor, context)
+        for place in (place for place in places if place not in dense):
+            result[place] = self._gather_sparse(result[place], f"{name}.sparse{place}", copies)
+
+    def _reduce_with_feedback(
+        self, feedback: ErrorFeedback, result: list[Gradient], places: list[int], name: str
+    ) -> None:
+        beat = heartbeat.current()
+        grads = [tf.convert_to_tensor(result[i]) for i in places]
+        averages, total = feedback.reduce(grads, beat.payload(), name, self.process_set)
+        beat.receive(total, heartbeat.members(self.process_set))
+        factor = 1 if self.op == world.horovod().Average else self.process_set.size()
+        for place, average in zip(places, averages, strict=True):
+            result[place] = average * tf.cast(factor, average.dtype)
+
+    def _reduce(self, wires: list[tf.Tensor], name: str) -> list[tf.Tensor]:
+        hvd = world.horovod()
+        if not self.is_adasum():
+            return collectives.reduce_dense(
+                wires,
+                name,
+                op=self.op,
+                process_set=self.process_set,
+                prescale=1 / self._predivide,
+                postscale=self._predivide,
+            )
+        *wires, payload = wires  # Adasum has one group, so the heartbeat is always there
+        beat = collectives.reduce_dense([payload], f"{name}.heartbeat", op=hvd.Sum, process_set=self.process_set)
+        return [*(adasum(wires, f"{name}.adasum", self.process_set) if wires else []), *beat]
+
+    def _gather_sparse(self, grad: tf.IndexedSlices, name: str, process_set: Any) -> tf.IndexedSlices:
+        if process_set.size() == 1:
+            return grad
+        wire, context = self._compression.compress(grad.values / tf.cast(self._predivide, grad.values.dtype))
+        values = collectives.gather_rows(wire, f"{name}.values", process_set)
+        values = self._compression.decompress(values, context)
+        divisor = process_set.size() if self.op == world.horovod().Average else 1
+        values = values * tf.cast(self._predivide / divisor, values.dtype)
+        indices = collectives.gather_rows(grad.indices, f"{name}.indices", process_set)
+        return tf.IndexedSlices(values, indices, grad.dense_shape)
+
+
+def weights_of(local_layers: Any) -> list[Any]:
+    """The weights of one layer or several, BatchNormalization's statistics among them.
+
+    Raises:
+        TypeError: there is something else than layers.
+        ValueError: a layer is not built yet.
+    """
+    layers = local_layers if isinstance(local_layers, (list, tuple, set)) else [local_layers]
+    layers = [layer for layer in layers if layer is not None]
+    for layer in layers:
+        if not isinstance(layer, keras.layers.Layer):
+            raise TypeError(f"local_layers must be Keras layers, but one is {layer!r} of type {type(layer).__name__}.")
+        if not layer.built:
+            raise ValueError(
+                f"The local layer {layer.name!r} has no weights yet. Build the model first (model.build(input_shape), "
+                f"or keras.Input at its start), then make the optimizer."
+            )
+    return [v for layer in layers for v in layer.weights]
+
+
+def any_rank(flag: tf.Tensor, name: str, process_set: Any) -> tf.Tensor:
+    """Whether a boolean scalar is true on any rank of the process set; the heartbeat travels with it."""
+    beat = heartbeat.current()
+    message = tf.concat([beat.payload(), [tf.cast(flag, tf.float32)]], axis=0)
+    op = world.horovod().Sum
+    (total,) = collectives.reduce_dense([message], name, op=op, process_set=process_set)
+    beat.receive(total[: heartbeat.LENGTH], heartbeat.members(process_set))
+    return total[-1] > 0.5
+
+
+def _check(op: Any, predivide: float, groups: _Groups, process_set: Any) -> None:
+    hvd = world.horovod()
+    if op not in (hvd.Average, hvd.Sum, hvd.Adasum):
+        raise ValueError(f"op must be hvdkit.Average, hvdkit.Sum or hvdkit.Adasum, but is {op!r}.")
+    if not predivide > 0:
+        raise ValueError(f"gradient_predivide_factor must be above 0, but is {predivide!r}.")
+    if predivide != 1 and op != hvd.Average:
+        raise ValueError(
+            f"gradient_predivide_factor={predivide} divides an average in two steps, so it needs op=hvdkit.Average."
+        )
+    if op == hvd.Adasum and groups is not None:
+        raise ValueError("op=hvdkit.Adasum reduces each tensor by itself and all in one exchange: leave groups out.")
+    if isinstance(groups, bool) or not (groups is None or isinstance(groups, (int, list, tuple))):
+        raise ValueError(f"groups must be a number of groups or a list of lists of variables, but is {groups!r}.")
+    if isinstance(groups, int) and groups < 1:
+        raise ValueError(f"groups must be 1 or more, but is {groups}; leave it out for one group.")
+
+
+def _signature(grad: Gradient, variable: Any) -> tuple[Any, str, str]:
+    """Shape, dtype and path of what is exchanged: Horovod adds up tensors of different shapes without a word."""
+    sparse = isinstance(grad, tf.IndexedSlices)
+    shape = grad.values.shape if sparse else grad.shape
+    if shape.rank is not None:
+        shape = (None, *shape[1:]) if sparse else tuple(shape)
+    path = getattr(variable, "path", None) or getattr(variable, "name", None)
+    return shape, grad.dtype.name, path or f"gradient {variable}"
+
+
+def _divided(grad: Gradient, divisor: int) -> Gradient:
+    if isinstance(grad, tf.IndexedSlices):
+        return tf.IndexedSlices(grad.values / tf.cast(divisor, grad.values.dtype), grad.indices, grad.dense_shape)
+    return None if grad is None else grad / tf.cast(divisor, grad.dtype)

@@ -1,0 +1,60 @@
+"""Dynamic loss scaling on many ranks: all skip a step, or none.
+
+`LossScaleOptimizer` skips a step in which gradients overflow float16, and halves the scale. A rank that skipped alone
+would train another model and leave the others waiting in the exchange.
+"""
+
+import keras
+import tensorflow as tf
+
+from hvdkit.compat import call_stack
+from hvdkit.optimizers.gradients import Gradient, GradientExchange, any_rank
+
+_MARK = "_hvdkit_judges_together"
+
+
+def with_loss_scale(optimizer: keras.optimizers.Optimizer) -> keras.optimizers.Optimizer:
+    """Puts an optimizer into a `LossScaleOptimizer` if the global dtype policy is `mixed_float16`."""
+    half = keras.config.dtype_policy().name == "mixed_float16"
+    if half and not isinstance(optimizer, keras.optimizers.LossScaleOptimizer):
+        return keras.optimizers.LossScaleOptimizer(optimizer)
+    return optimizer
+
+
+def judge_overflow_together(outer: keras.optimizers.LossScaleOptimizer, exchange: GradientExchange) -> None:
+    """Makes a `LossScaleOptimizer` around an exchange skip a step if any rank's gradients overflow.
+
+    One more exchange a step, of three numbers. Without it, its branch "gradients are finite", which holds the exchange,
+    would be taken by some ranks and not by others.
+    """
+    if hasattr(outer, _MARK):
+        return
+    check_finite = outer.check_finite
+
+    def check_finite_on_all_ranks(grads: list[Gradient]) -> tf.Tensor:
+        finite = check_finite(grads)
+        if exchange.is_alone():
+            return finite
+        return ~any_rank(~finite, "overflow", exchange.process_set)
+
+    outer.check_finite = check_finite_on_all_ranks
+    setattr(outer, _MARK, True)
+
+
+def refuse_a_branch_of_this_rank(wrapped: keras.optimizers.Optimizer, exchange: GradientExchange) -> None:
+    """Stops a hang before it happens: a `LossScaleOptimizer` decides for this rank alone whether there is an exchange.
+
+    Args:
+        wrapped: the optimizer inside the `DistributedOptimizer`.
+        exchange: its exchange.
+
+    Raises:
+        RuntimeError: there is such a one around; it was not met when the optimizer was built.
+    """
+    outer = call_stack.caller(keras.optimizers.LossScaleOptimizer, "_stateful_handle_finite_grads")
+    if outer is not None and outer is not wrapped and not hasattr(outer, _MARK):
+        raise RuntimeError(
+            "A DistributedOptimizer that was built by itself is inside a LossScaleOptimizer, where ranks would wait "
+            "for each other for ever when the gradients of one overflow. Put it outside: "
+            "hvdkit.DistributedOptimizer(keras.optimizers.LossScaleOptimizer(optimizer))."
+        )

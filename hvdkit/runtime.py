@@ -1,0 +1,58 @@
+"""The start and the end of this process's part in the job: `init` and `shutdown`."""
+
+from typing import Any
+
+from hvdkit import watchdog, world
+from hvdkit.collectives import shared_memory, wire
+from hvdkit.collectives.mesh import Mesh
+from hvdkit.compat import keras2
+from hvdkit.model import batch_normalization, fit
+from hvdkit.world.ranks import World
+
+
+def init(*args: Any, mesh: Mesh | None = None, **kwargs: Any) -> World:
+    """Starts Horovod, takes this rank's share of the host, and puts the guards in place.
+
+    Call it before TensorFlow makes its first tensor: devices and threads are fixed from then on (see
+    `hvdkit.world.init` for which). With several ranks there are from then on a watchdog, which reports a job that
+    stands still and ends it (see `hvdkit.watchdog`), a guarded `keras.Model.fit` (see `hvdkit.model.fit`), and
+    `BatchNormalization(synchronized=True)` that means all ranks (see `hvdkit.model.batch_normalization`).
+
+    Args:
+        *args: passed to `horovod.tensorflow.init` (process sets, for example).
+        mesh: how the ranks are laid out, where a model is to be divided (see `hvdkit.parallel`).
+        **kwargs: as `args`.
+
+    Returns:
+        The `World` of this process. Calling `init` again returns the same world.
+
+    Raises:
+        ImportError: Horovod is not installed, or was built for another TensorFlow.
+        UsageError: this host has GPUs, but fewer than ranks; its own name does not resolve; or the mesh does not fit
+            the number of ranks.
+    """
+    first = not world.is_initialized()
+    keras2.explain_in_keras()
+    if mesh is not None and first:
+        kwargs["process_sets"] = [*(kwargs.get("process_sets") or []), *mesh.process_sets(world.launched_size())]
+    me = world.init(*args, **kwargs)
+    if first and me.size > 1:
+        try:
+            watchdog.start(me)
+            shared_memory.start(me)
+        except BaseException:
+            world.shutdown()  # so that a second `init` starts all of it
+            raise
+        fit.install()
+        batch_normalization.honour_flag()
+    return me
+
+
+def shutdown() -> None:
+    """Leaves the job: no collective may follow. A second `init` starts anew."""
+    fit.uninstall()
+    keras2.leave_keras_alone()
+    watchdog.stop()
+    shared_memory.stop()
+    wire.forget()
+    world.shutdown()

@@ -1,0 +1,46 @@
+"""Trains a Keras model on real data, on any number of ranks: see `hvdkit.train.run`."""
+
+import logging
+import os
+import sys
+from collections.abc import Sequence
+
+import keras
+
+from hvdkit import runtime, watchdog, world
+from hvdkit.checkpoint import preemption
+from hvdkit.errors import ReplicasDiverged, UnfitSizeError, UsageError
+from hvdkit.train import flags
+from hvdkit.train.run import Tap, run
+
+_SIZE_UNFIT = 86  # as in hvdkit.launch.failures: an elastic launcher starts fewer ranks
+
+
+def main(argv: list[str], more_callbacks: Sequence[keras.callbacks.Callback] = (), tap: Tap | None = None) -> int:
+    """Runs the job; `more_callbacks` and `tap` as for `run`.
+
+    Returns:
+        0 if it trained, 2 if the user can mend what went wrong, 1 if the replicas diverged, 85 if a signal asked it to
+        leave: then the same command goes on; in an elastic job 86 if it needs another number of ranks.
+    """
+    try:
+        with preemption.leaving_at_once():
+            run(flags.parse(argv), more_callbacks, tap)
+    except preemption.Preempted as left:
+        if not left.agreed:
+            watchdog.fail(left, preemption.EXIT_CODE)
+        return preemption.EXIT_CODE
+    except (UsageError, ReplicasDiverged) as error:
+        logging.getLogger("hvdkit").debug("left with", exc_info=True)
+        if world.launched_rank() == 0:  # all ranks leave with the same sentence; one is enough
+            print(f"hvdkit.train: {error}", file=sys.stderr, flush=True)
+        if isinstance(error, UnfitSizeError) and os.environ.get("HVDKIT_ELASTIC"):
+            return _SIZE_UNFIT
+        return 2 if isinstance(error, UsageError) else 1
+    finally:
+        runtime.shutdown()
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv))

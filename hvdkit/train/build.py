@@ -1,0 +1,260 @@
+"""From `--model` to a compiled Keras model: one of the recipes' models, or any function that returns one."""
+
+import ast
+import dataclasses
+import gc
+import importlib.util
+import inspect
+import sys
+import traceback
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import hvdkit_models
+import keras
+import tensorflow as tf
+from hvdkit_models.recipe import Recipe
+
+from hvdkit.compression import by_name
+from hvdkit.data.sources import Source, TokenSource
+from hvdkit.data.vocabulary import Vocabulary
+from hvdkit.errors import UsageError
+from hvdkit.strategies import Strategy
+from hvdkit.train import flags
+from hvdkit.train.flags import Config, Settings
+
+
+@dataclasses.dataclass(frozen=True)
+class ModelSource:
+    """A function that builds a model, and the defaults to train it with.
+
+    Attributes:
+        name: a short name, fit for a folder.
+        build: returns a Keras model, compiled or not. It is given those of `input_shape`, `num_classes`,
+            `vocabulary_size` and `sequence_length` that it has parameters for.
+        recipes: the defaults, one a data set.
+    """
+
+    name: str
+    build: Callable[..., keras.Model]
+    recipes: tuple[Recipe, ...]
+
+    def recipe_for(self, dataset: str) -> Recipe:
+        """The recipe for a data set, by its name; the first one for a data set that has none."""
+        return next((recipe for recipe in self.recipes if recipe.dataset == dataset), self.recipes[0])
+
+
+def find_model(model: str) -> ModelSource:
+    """Finds a model by name, or a user's function by `path/to/file.py:function`.
+
+    Raises:
+        UsageError: there is no such model, file or function, or the file cannot be imported.
+    """
+    if ".py" not in model:
+        if model not in hvdkit_models.names():
+            raise UsageError(
+                f"There is no model {model!r}. Choose one of {', '.join(hvdkit_models.names())}, or give your own as "
+                f"path/to/file.py:function."
+            )
+        module = hvdkit_models.load(model)
+        return ModelSource(model, module.build, module.RECIPES)
+    file, _, function = model.partition(":")
+    path = Path(file).expanduser()
+    if not path.is_file() or not function:
+        missing = "names no function" if path.is_file() else f"names the file {path}, which is not there"
+        raise UsageError(f"--model={model} {missing}. The form is path/to/file.py:function.")
+    build = getattr(_import_file(path), function, None)
+    if not callable(build):
+        raise UsageError(f"{path} has no function {function!r} that --model={model} could call.")
+    return ModelSource(path.stem, build, (Recipe(),))
+
+
+def build_model(source: ModelSource, given: dict[str, Any], chosen: Mapping[str, Any] | None = None) -> keras.Model:
+    """Calls the build function with those of the arguments `given` that it takes, and with all that were `chosen`.
+
+    Args:
+        source: the function.
+        given: by name, what follows from the data.
+        chosen: by name, what the user asked for.
+
+    Raises:
+        UsageError: it needs another argument, does not take one, fails, or returns something else than a Keras model.
+    """
+    parameters = inspect.signature(source.build).parameters
+    _check_chosen(source, given, chosen or {})
+    given = {**given, **(chosen or {})}
+    unknown = [
+        name
+        for name, p in parameters.items()
+        if p.default is p.empty and p.kind in (p.POSITIONAL_OR_KEYWORD, p.KEYWORD_ONLY) and name not in given
+    ]
+    if unknown:
+        raise UsageError(
+            f"The model {source.name} needs the argument {unknown[0]!r}, which this data set has not: it gives "
+            f"{', '.join(given)}. Choose another data set, or give the parameter a default."
+        )
+    try:
+        model = source.build(**{n: value for n, value in given.items() if n in parameters or n in (chosen or {})})
+    except Exception as error:  # whatever a user's function raises
+        raise UsageError(f"The model {source.name} cannot be built: {_describe(error)}.") from error
+    if not isinstance(model, keras.Model):
+        raise UsageError(
+            f"The model {source.name} is a {type(model).__module__}.{type(model).__name__}, not a Keras 3 model "
+            f"(keras.Model). A model of tf_keras or PyTorch has to be rewritten in Keras 3."
+        )
+    return model
+
+
+def _check_chosen(source: ModelSource, given: Mapping[str, Any], chosen: Mapping[str, Any]) -> None:
+    """Raises a `UsageError` if the build function does not take an argument, or if the data decide it."""
+    parameters = inspect.signature(source.build).parameters.values()
+    own = [p.name for p in parameters if p.name not in given and p.kind in (p.POSITIONAL_OR_KEYWORD, p.KEYWORD_ONLY)]
+    takes_all = any(p.kind is p.VAR_KEYWORD for p in parameters)
+    for name in chosen:
+        if name in given:
+            raise UsageError(
+                f"--model_args was given {name}, which the data decide ({name} is {given[name]}). Leave it out; texts "
+                f"are cut by --sequence_length, images resized by --image_size."
+            )
+        if name not in own and not takes_all:
+            raise UsageError(
+                f"--model_args was given {name}, and the model {source.name} takes {', '.join(own) or 'none'}. Correct "
+                f"the name, or leave it out."
+            )
+
+
+def make_optimizer(spec: str, learning_rate: float) -> keras.optimizers.Optimizer:
+    """Makes a Keras optimizer from a name with optional arguments, such as `sgd:momentum=0.9,nesterov=True`.
+
+    Raises:
+        UsageError: Keras has no such optimizer, or it takes no such argument.
+    """
+    name, _, arguments = spec.partition(":")
+    try:
+        config = {k.strip(): ast.literal_eval(v.strip()) for k, v in (a.split("=") for a in arguments.split(",") if a)}
+        optimizer = keras.optimizers.get({"class_name": name, "config": {"learning_rate": learning_rate, **config}})
+    except (ValueError, TypeError, SyntaxError) as error:
+        raise UsageError(
+            f"--optimizer={spec} is not a Keras optimizer ({str(error).splitlines()[0]}). The form is "
+            f"name:argument=value,argument=value, for example sgd:momentum=0.9,nesterov=True."
+        ) from None
+    return optimizer
+
+
+def ends_in_probabilities(model: keras.Model) -> bool:
+    """Whether the model's last layer has a softmax, so that the loss must not apply one again."""
+    last = model.layers[-1] if model.layers else None
+    return isinstance(last, keras.layers.Softmax) or getattr(last, "activation", None) is keras.activations.softmax
+
+
+def check_output(
+    model: keras.Model, spec: tf.TensorSpec, num_classes: int, name: str, *, each_token: bool = False
+) -> None:
+    """Runs the model's shapes through and compares its output with the number of classes.
+
+    Args:
+        model: the model.
+        spec: of one example.
+        num_classes: what a label can be.
+        name: the model's.
+        each_token: whether each token of an example has a label, rather than the example one.
+
+    Raises:
+        UsageError: the model cannot take such an input, or does not give a value a class.
+    """
+    dtype = "float32" if spec.dtype == tf.uint8 else spec.dtype.name
+    try:
+        output = model(keras.KerasTensor((None, *spec.shape), dtype))
+    except Exception as error:  # whatever a user's layers raise on a shape that they were not made for
+        raise UsageError(
+            f"The model {name} cannot take examples of shape {tuple(spec.shape)} "
+            f"({str(error).strip().splitlines()[0]}). Choose another data set, resize images with --image_size, or "
+            f"build the model with the argument input_shape."
+        ) from error
+    shape = getattr(output, "shape", None)
+    if model.compiled or shape is None:
+        return
+    needed = (*(spec.shape if each_token else ()), num_classes)
+    if tuple(shape[1:]) != needed:
+        kinds, argument = ("tokens", "vocabulary_size") if each_token else ("classes", "num_classes")
+        raise UsageError(
+            f"The model {name} gives {shape}, but {num_classes} {kinds} need (batch, {', '.join(map(str, needed))}). "
+            f"Build it with the argument {argument}, or compile it with a loss of its own."
+        )
+
+
+def _import_file(path: Path) -> Any:
+    spec = importlib.util.spec_from_file_location(f"user_model_{path.stem}", path)
+    if spec is None or spec.loader is None:
+        raise UsageError(f"{path} cannot be imported as Python.")
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[spec.name] = module  # dataclasses, pickle and autograph look there
+    sys.path.insert(0, str(path.resolve().parent))  # as `python file.py` has it, for modules beside the file
+    try:
+        spec.loader.exec_module(module)
+    except Exception as error:
+        raise UsageError(f"{path} cannot be imported: {_describe(error)}.") from error
+    return module
+
+
+def _describe(error: Exception) -> str:
+    """An error in a sentence, with the place where it was raised."""
+    last = traceback.extract_tb(error.__traceback__)[-1]
+    message = (str(error).strip().splitlines() or ["no message"])[0].rstrip(".")
+    return f"{type(error).__name__}: {message} (line {last.lineno} of {last.filename})"
+
+
+def compile_model(
+    config: Config,
+    settings: Settings,
+    strategy: Strategy,
+    model_source: ModelSource,
+    source: Source,
+    vocabulary: Vocabulary | None,
+    spec: tf.TensorSpec,
+) -> tuple[keras.Model, Settings]:
+    """Builds and compiles the model; the settings are then those that it really has."""
+    given = _given_by_data(source, vocabulary, spec)
+    model = build_model(model_source, given, settings.model_arguments)
+    each_token = isinstance(source, TokenSource)
+    labels = given["vocabulary_size" if each_token else "num_classes"]
+    check_output(model, spec, labels, model_source.name, each_token=each_token)
+    options: dict[str, Any] = {} if settings.compression == "none" else {"compression": by_name(settings.compression)}
+    if settings.shard_optimizer:
+        options["shard"] = True
+    if settings.local_steps:
+        options |= {n: getattr(settings, n) for n in ("local_steps", "outer_learning_rate", "outer_momentum")}
+    from_logits, whole, compiled = not ends_in_probabilities(model), model, model.compiled
+    model = strategy.divide(whole)
+    if compiled and model is not whole:
+        model.compile_from_config(whole.get_compile_config())
+    del whole  # and with it, from a divided model, the other ranks' weights
+    gc.collect()
+    if compiled:
+        rate = float(keras.ops.convert_to_numpy(model.optimizer.learning_rate))
+        settings = flags.leave_optimizer_to_model(config, settings, model_source.name, rate)
+        model.optimizer = strategy.distribute(model.optimizer, **options)
+    else:
+        model.compile(
+            strategy.distribute(make_optimizer(settings.optimizer, settings.learning_rate), **options),
+            loss=keras.losses.SparseCategoricalCrossentropy(from_logits=from_logits),
+            metrics=[keras.metrics.SparseCategoricalAccuracy(name="accuracy")],
+            jit_compile=False,  # XLA compiles neither Horovod's exchange nor tf.distribute's
+        )
+    # Keras would build it while it traces the first step, and slots that start from the weights' values
+    # (ScheduleFreeAdamW's) would start from 0.
+    if not model.optimizer.built:
+        model.optimizer.build(model.trainable_variables)
+    return model, settings
+
+
+def _given_by_data(source: Source, vocabulary: Vocabulary | None, spec: tf.TensorSpec) -> dict[str, Any]:
+    """By name, what a function that builds a model may ask for."""
+    given: dict[str, Any] = {"input_shape": tuple(spec.shape)}
+    if isinstance(source, TokenSource):
+        return given | {"vocabulary_size": source.vocabulary_size, "sequence_length": source.sequence_length}
+    given["num_classes"] = len(source.label_names)
+    if vocabulary:
+        given |= {"vocabulary_size": vocabulary.size, "sequence_length": vocabulary.sequence_length}
+    return given

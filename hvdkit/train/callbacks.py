@@ -1,0 +1,103 @@
+"""The callbacks of the main job, and how many steps one execution of the graph takes."""
+
+import logging
+import math
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import keras
+
+from hvdkit import callbacks
+from hvdkit.checkpoint.store import Checkpoint
+from hvdkit.errors import UsageError
+from hvdkit.strategies import Strategy
+from hvdkit.train.data import TrainingData
+from hvdkit.train.flags import Settings
+
+_log = logging.getLogger(__name__)
+
+
+def checkpoint_callback(
+    settings: Settings,
+    strategy: Strategy,
+    workdir: Path,
+    identity: dict[str, Any],
+    found: Checkpoint | None,
+    data: TrainingData,
+) -> callbacks.CheckpointCallback:
+    """What writes the run's checkpoints, with what a resumed run needs to know of data and warm-up."""
+    warmup = {"warmup_epochs": settings.warmup_epochs, "warmup_replicas": _warmup_replicas(strategy, found)}
+    return callbacks.CheckpointCallback(
+        workdir / "checkpoints",
+        every=settings.checkpoint_steps,
+        resume="never",  # what there is has been opened already
+        resumed=found,
+        keep=settings.keep,
+        keep_best=settings.keep_best,
+        monitor="val_loss" if settings.eval_every else "loss",
+        on_error=settings.checkpoint_error,
+        job=identity,
+        extra=lambda epoch, step: {"stretches": data.stretches(epoch, step), **warmup},
+    )
+
+
+def _warmup_replicas(strategy: Strategy, found: Checkpoint | None) -> int:
+    """How many replicas the warm-up counts with: those with which training began."""
+    return found.state["extra"]["warmup_replicas"] if found else strategy.size
+
+
+def training_callbacks(
+    settings: Settings, strategy: Strategy, steps: int, steps_per_epoch: int, workdir: Path, found: Checkpoint | None
+) -> list[keras.callbacks.Callback]:
+    """The callbacks of a training, in the order in which Keras calls them."""
+    chosen: list[keras.callbacks.Callback] = []
+    epochs = steps / steps_per_epoch
+    warmup = min(settings.warmup_epochs, epochs / 2)
+    if warmup < settings.warmup_epochs:
+        _log.info("the warm-up is cut to %.3g epochs, half of the training", warmup)
+    if warmup:
+        chosen.append(callbacks.LearningRateWarmupCallback(None, warmup, size=_warmup_replicas(strategy, found)))
+    if settings.lr_schedule == "cosine":
+        multiplier = _cosine(warmup, epochs)
+        chosen.append(callbacks.LearningRateScheduleCallback(None, multiplier, start_epoch=warmup, staircase=False))
+    if settings.profile:
+        start, _, stop = ("32:96" if settings.profile == "auto" else settings.profile).partition(":")
+        chosen.append(callbacks.ProfileCallback(workdir / "profile", int(start), int(stop)))
+    if settings.compression_guard and strategy.size > 1:
+        chosen.append(callbacks.CompressionGuard(settings.compression_guard))
+    if steps % steps_per_epoch and steps > steps_per_epoch:
+        chosen.append(callbacks.StopAtStepCallback(steps, steps_per_epoch))
+    if strategy.world.is_root:
+        chosen.append(keras.callbacks.CSVLogger(workdir / "history.csv"))
+        chosen.append(callbacks.StepLossCallback(workdir / "loss.csv", steps_per_epoch))
+        chosen.append(callbacks.PulseCallback(workdir / "logs" / "pulse"))
+        if settings.tensorboard:
+            chosen.append(keras.callbacks.TensorBoard(workdir / "tensorboard", write_graph=False))
+    return chosen
+
+
+def _cosine(start: float, end: float) -> Callable[[float], float]:
+    """From 1 at epoch `start` to 0 at epoch `end` (I. Loshchilov and F. Hutter, "SGDR", 2017, without restarts)."""
+    return lambda epoch: 0.5 * (1 + math.cos(math.pi * min(1.0, max(0.0, epoch - start) / (end - start))))
+
+
+def steps_per_execution(
+    wanted: int | None, steps: int, steps_per_epoch: int, found: Checkpoint | None, most: int = 16
+) -> int:
+    """Steps that run in one call of the graph: they must divide an epoch, and the last, shorter one, evenly.
+
+    Keras would run whole executions beyond an epoch's end otherwise. A step at which training goes on must be reached,
+    too.
+    """
+    common = math.gcd(min(steps, steps_per_epoch), steps % steps_per_epoch)
+    if found:
+        common = math.gcd(common, found.state["step_in_epoch"])
+    chosen = wanted or max(n for n in range(1, most + 1) if common % n == 0)
+    if common % chosen:
+        fitting = ", ".join(str(n) for n in range(1, common + 1) if common % n == 0)
+        raise UsageError(
+            f"--steps_per_execution={wanted} does not divide an epoch of {steps_per_epoch} steps in a training of "
+            f"{steps}. Use one of {fitting}, or leave it out."
+        )
+    return chosen

@@ -1,0 +1,229 @@
+"""What `hvdkit.train` trains and tests on: this process's shares of a source, read, checked, described and batched.
+
+A run that is gone on with begins where its data was left, also where other ranks left it (see
+`hvdkit.data.epoch_order`).
+"""
+
+import dataclasses
+import logging
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import tensorflow as tf
+from hvdkit_models.recipe import Recipe
+
+from hvdkit import collectives, world
+from hvdkit.checkpoint.store import Checkpoint
+from hvdkit.collectives.agreement import together
+from hvdkit.data import balance, checks, pipeline
+from hvdkit.data.epoch_order import Stretch
+from hvdkit.data.sources import FoldSource, Source, TokenSource
+from hvdkit.data.vocabulary import Vocabulary, learn_tokens
+from hvdkit.errors import UsageError
+from hvdkit.strategies import Strategy
+from hvdkit.train.flags import Settings
+
+_log = logging.getLogger("hvdkit.train")  # whose part this is
+
+
+def prepared(source: Source, settings: Settings) -> Source:
+    """A fold of the source, or windows of it, as the settings say."""
+    if settings.folding:
+        source = FoldSource(source, *settings.folding)
+    return _windows(source, settings) if isinstance(source, TokenSource) else source
+
+
+def _windows(source: TokenSource, settings: Settings) -> TokenSource:
+    """The text in windows as long as the settings say.
+
+    Raises:
+        UsageError: it is too short, or classes are to be balanced, which it has not.
+    """
+    if settings.sampling != "none" or settings.class_weights:
+        flag = "--class_weights" if settings.class_weights else f"--sampling={settings.sampling}"
+        raise UsageError(f"{flag} balances classes, and the windows of {source.name} have none. Leave it out.")
+    return source.cut(settings.sequence_length)
+
+
+def make_vocabulary(source: Source, settings: Settings, recipe: Recipe, workdir: Path) -> Vocabulary:
+    """The root learns the vocabulary, all take it."""
+    tokens = learn_tokens(source, recipe.max_tokens) if world.rank() == 0 else None
+    vocabulary = Vocabulary(collectives.broadcast_object(tokens, name="vocabulary"), settings.sequence_length)
+    if world.rank() == 0:
+        vocabulary.save(workdir / "vocabulary.txt")
+        _log.info("vocabulary: %d tokens, texts of %d tokens", vocabulary.size, vocabulary.sequence_length)
+    return vocabulary
+
+
+@dataclasses.dataclass(frozen=True)
+class TrainingData:
+    """This process's training batches.
+
+    Attributes:
+        batches: from the step on at which training begins.
+        steps_per_epoch: of all processes.
+        spec: of an input.
+        epoch: the first epoch.
+        handed_over: what other shares have taken of that epoch.
+        now: the shares there are now, with no step taken.
+        now_rest: the same of the first epoch's rest, if it was handed over.
+    """
+
+    batches: tf.data.Dataset
+    steps_per_epoch: int
+    spec: tf.TensorSpec
+    epoch: int
+    handed_over: Sequence[Stretch]
+    now: Stretch
+    now_rest: Stretch
+
+    def stretches(self, epoch: int, step: int) -> list[dict[str, Any]]:
+        """Who will have taken the steps of an epoch up to one of them, for a checkpoint."""
+        before = list(self.handed_over) if epoch == self.epoch else []
+        steps = step - sum(stretch.steps for stretch in before)
+        last = dataclasses.replace(self.now_rest if before else self.now, steps=steps)
+        return [stretch.to_json() for stretch in ([*before, last] if step else [])]
+
+
+def read_training_data(
+    settings: Settings,
+    strategy: Strategy,
+    source: Source,
+    vocabulary: Vocabulary | None,
+    found: Checkpoint | None,
+) -> TrainingData:
+    """Reads and checks this process's shares, and finds the step to begin at."""
+    with together():
+        examples = source.size("train")
+        if examples < strategy.size:
+            raise UsageError(
+                f"{source.name} has {examples} training examples, fewer than {strategy.size} replicas. Start fewer."
+            )
+        encode = vocabulary.encode if vocabulary else None
+        cache = settings.cache_gb * 1e9
+        shares = [
+            pipeline.read_share(source, "train", share, strategy.size, encode=encode, cache_bytes=cache)
+            for share in strategy.shares
+        ]
+        by_share = [checks.check_share(share, "train", len(source.label_names)) for share in shares]
+    everyone = _of_all_shares(strategy.shares, by_share, "counts")
+    counts = np.sum(everyone, axis=0)
+    sampling = balance.Sampling(settings.sampling, counts)
+    with together():
+        smallest = min(sampling.size(c) for c in everyone)
+        steps_per_epoch = smallest // settings.local_batch
+        if not steps_per_epoch:
+            raise UsageError(
+                f"A local batch of {settings.local_batch} is larger than a share of {smallest} training examples "
+                f"({source.name} divided over {strategy.size}). Use a smaller batch, or fewer replicas."
+            )
+    _describe_data(settings, source, counts, sum(map(sampling.size, everyone)), steps_per_epoch)
+    start = pipeline.Start()
+    handed_over: list[Stretch] = []
+    buffers = _buffers(shares)
+    encode = vocabulary.encode if vocabulary else None
+    if found:
+        start, handed_over = _start(settings, source, shares, buffers, found, steps_per_epoch, encode)
+    batches = pipeline.training_batches(
+        shares,
+        local_batch=settings.local_batch,
+        steps_per_epoch=steps_per_epoch,
+        seed=settings.seed,
+        sampling=sampling,
+        class_weights=balance.class_weights(counts) if settings.class_weights else None,
+        start=start,
+    )
+    now = Stretch(strategy.size, 0, buffers)
+    now_rest = Stretch(strategy.size, 0, _buffers(start.rest)) if handed_over else now
+    spec = checks.input_spec(shares[0])
+    return TrainingData(batches, steps_per_epoch, spec, start.epoch, handed_over, now, now_rest)
+
+
+def _of_all_shares(shares: Sequence[int], mine: Sequence[Any], name: str) -> list[Any]:
+    """What processes have of their shares, in the shares' order; several may read the same one. A collective call."""
+    everyone = collectives.allgather_object(list(zip(shares, mine, strict=True)), name=name)
+    by_share = {share: value for process in everyone for share, value in process}
+    return [by_share[share] for share in sorted(by_share)]
+
+
+def _buffers(shares: Sequence[pipeline.Share]) -> tuple[int, ...] | None:
+    """The shuffle buffers of all processes' shares, in order; None if they are in memory. A collective call."""
+    everyone = _of_all_shares([share.share for share in shares], [share.buffer() for share in shares], "buffers")
+    return None if None in everyone else tuple(everyone)
+
+
+def _start(
+    settings: Settings,
+    source: Source,
+    shares: Sequence[pipeline.Share],
+    buffers: Sequence[int] | None,
+    found: Checkpoint,
+    steps_per_epoch: int,
+    encode: pipeline.Encode | None,
+) -> tuple[pipeline.Start, list[Stretch]]:
+    """Where the data goes on, and who took the steps of that epoch before."""
+    epoch, step = found.state["epoch"], found.state["step_in_epoch"]
+    stretches = [Stretch.from_json(s) for s in found.state["extra"]["stretches"]]
+    if settings.sampling != "none":
+        if any(not s.goes_on(shares[0].shares, buffers) for s in stretches):
+            _log.warning("With --sampling, another number of replicas goes on in an order of its own.")
+        return pipeline.Start(epoch, step), []
+    start, handed_over = pipeline.start_of(
+        epoch, stretches, source, shares, buffers,
+        seed=settings.seed,
+        global_batch=settings.global_batch,
+        steps_per_epoch=steps_per_epoch,
+        encode=encode,
+    )  # fmt: skip
+    if handed_over:
+        _log.info("epoch %d is finished on the examples that it has not seen", epoch + 1)
+    return start, handed_over
+
+
+def _describe_data(settings: Settings, source: Source, counts: np.ndarray, examples: int, steps_per_epoch: int) -> None:
+    if isinstance(source, TokenSource):
+        _log.info(
+            "%s: %s bytes of text to train on, in %s windows of %d; %s to test on",
+            source.name, f"{source.length('train'):,}", f"{counts.sum():,}", source.sequence_length,
+            f"{source.length('test'):,}",
+        )  # fmt: skip
+    else:
+        _describe_classes(settings, source, counts)
+    left = examples - steps_per_epoch * settings.global_batch
+    _log.info(
+        "%d steps an epoch, of %d examples each over %d replica(s)%s",
+        steps_per_epoch, settings.global_batch, settings.replicas,
+        f"; {left} examples, others each epoch, do not fill a batch" if left else "",
+    )  # fmt: skip
+
+
+def _describe_classes(settings: Settings, source: Source, counts: np.ndarray) -> None:
+    _log.info("%s: %d training examples: %s", source.name, counts.sum(), balance.describe(counts, source.label_names))
+    empty = checks.empty_classes(counts, source.label_names)
+    if empty:
+        _log.warning("No training example in %d class(es): %s", len(empty), ", ".join(empty[:10]))
+    if settings.class_weights:
+        weights = ", ".join(f"{w:.3g}" for w in balance.class_weights(counts)[:12])
+        _log.info("class weights: %s%s", weights, ", ..." if len(counts) > 12 else "")
+
+
+def read_test_data(
+    settings: Settings, strategy: Strategy, source: Source, vocabulary: Vocabulary | None
+) -> tf.data.Dataset:
+    """This process's part of the test split: every example once, over all processes."""
+    index, shares = strategy.evaluation_share()
+    with together():
+        if source.size("test") < shares:
+            raise UsageError(
+                f"{source.name} has {source.size('test')} test examples, fewer than {shares} ranks. Start fewer."
+            )
+        share = pipeline.read_share(
+            source, "test", index, shares,
+            encode=vocabulary.encode if vocabulary else None,
+            cache_bytes=settings.cache_gb * 1e9,
+        )  # fmt: skip
+        checks.check_share(share, "test", len(source.label_names))
+        batch = strategy.evaluation_batch(share.size, settings.global_batch)
+    return pipeline.evaluation_batches(share, batch)

@@ -1,0 +1,215 @@
+"""Who am I: this process among all processes of the job, and the GPU or the CPU cores that are its own.
+
+This module owns the start and the end of Horovod, the `World` that describes the result, and the pinning of devices.
+It does not move tensors: see `hvdkit.collectives`.
+"""
+
+import dataclasses
+import logging
+import os
+import socket
+import sys
+from typing import Any
+
+from hvdkit.errors import UsageError
+from hvdkit.world.devices import take_devices
+from hvdkit.world.limits import leave_stalls_to_hvdkit
+
+_log = logging.getLogger(__name__)
+
+
+@dataclasses.dataclass(frozen=True)
+class World:
+    """This process's place in the job, in Horovod's words.
+
+    Attributes:
+        rank: number of this process, from 0 to `size - 1`.
+        size: number of processes in the job.
+        local_rank: number of this process on its host.
+        local_size: number of processes on this host.
+        cross_rank: number of this host among the hosts that run a process with this `local_rank`.
+        cross_size: number of such hosts.
+        host: this host's name.
+
+    Raises:
+        ValueError: a rank does not lie below its size.
+    """
+
+    rank: int
+    size: int
+    local_rank: int
+    local_size: int
+    cross_rank: int
+    cross_size: int
+    host: str
+
+    def __post_init__(self) -> None:
+        pairs = {
+            "rank/size": (self.rank, self.size),
+            "local_rank/local_size": (self.local_rank, self.local_size),
+            "cross_rank/cross_size": (self.cross_rank, self.cross_size),
+        }
+        wrong = [f"{name} = {r}/{n}" for name, (r, n) in pairs.items() if not 0 <= r < n]
+        if wrong:
+            raise ValueError(f"Each rank must lie in 0..size-1, but {', '.join(wrong)} in {self}.")
+
+    @classmethod
+    def single(cls) -> "World":
+        """The world of a process that runs alone: the null implementation, so that no caller asks "if distributed"."""
+        return cls(0, 1, 0, 1, 0, 1, socket.gethostname())
+
+    @property
+    def is_root(self) -> bool:
+        """Whether this process is rank 0: the one that shows progress and writes artefacts."""
+        return self.rank == 0
+
+
+_world: World | None = None
+_has_devices = False  # TensorFlow takes them once a process, also where `init` is called again
+
+
+def init(*args: Any, **kwargs: Any) -> World:
+    """Starts Horovod and takes this rank's share of the host: its GPU, or its part of the CPU cores.
+
+    Call it before TensorFlow makes its first tensor: devices and threads are fixed from then on. With GPUs, the one
+    whose number is the local rank is made the only visible one, with memory growth. Without, TensorFlow's
+    intra-op threads are set to this rank's share of the cores that the process may use. If a rank waits for others in
+    an exchange for ten minutes, the job ends (`HVDKIT_STALL_SECONDS` sets another limit, 0 none; see
+    `hvdkit.watchdog`).
+
+    Args:
+        *args: passed to `horovod.tensorflow.init` (process sets, for example).
+        **kwargs: likewise.
+
+    Returns:
+        The `World` of this process. Calling `init` again returns the same world.
+
+    Raises:
+        ImportError: Horovod is not installed, or was built for another TensorFlow.
+        UsageError: this host has GPUs, but fewer than ranks; or its own name does not resolve; or a limit in the
+            environment is not a number.
+    """
+    global _world, _has_devices
+    if _world is None:
+        _check_own_name()
+        leave_stalls_to_hvdkit()
+        hvd = horovod()
+        hvd.init(*args, **kwargs)
+        world = World(
+            rank=hvd.rank(),
+            size=hvd.size(),
+            local_rank=hvd.local_rank(),
+            local_size=hvd.local_size(),
+            cross_rank=hvd.cross_rank(),
+            cross_size=hvd.cross_size(),
+            host=socket.gethostname(),
+        )
+        _world = world
+        if not _has_devices:
+            take_devices(world.local_rank, world.local_size, world.host)
+            _has_devices = True
+    return _world
+
+
+def enter(world: World) -> World:
+    """Makes `world` the current one without Horovod: for a process that trains alone, or in tests of one process."""
+    global _world
+    _world = world
+    return world
+
+
+def shutdown() -> None:
+    """Leaves the job: no collective may follow. A second `init` starts anew."""
+    global _world
+    if _world is not None:
+        if _world.size > 1 or "horovod" in sys.modules:
+            horovod().shutdown()
+        _world = None
+
+
+def is_initialized() -> bool:
+    """Whether `init` was called, and `shutdown` was not."""
+    return _world is not None
+
+
+def current() -> World:
+    """The world that `init` returned.
+
+    Raises:
+        RuntimeError: `init` was not called.
+    """
+    if _world is None:
+        raise RuntimeError("hvdkit is not initialised: call hvdkit.init() at the start of the script.")
+    return _world
+
+
+def rank() -> int:
+    """Number of this process, from 0 to `size() - 1`."""
+    return current().rank
+
+
+def size() -> int:
+    """Number of processes in the job."""
+    return current().size
+
+
+def local_rank() -> int:
+    """Number of this process on its host."""
+    return current().local_rank
+
+
+def local_size() -> int:
+    """Number of processes on this host."""
+    return current().local_size
+
+
+def cross_rank() -> int:
+    """Number of this host among the hosts that run a process with this local rank."""
+    return current().cross_rank
+
+
+def cross_size() -> int:
+    """Number of hosts that run a process with this local rank."""
+    return current().cross_size
+
+
+def launched_size() -> int:
+    """How many processes the launcher started, before any library is loaded: 1 where there was no launcher."""
+    return _launched("SIZE", 1)
+
+
+def launched_rank() -> int:
+    """The rank that the launcher gave this process, before any library is loaded: 0 where there was no launcher."""
+    return _launched("RANK", 0)
+
+
+def _launched(what: str, alone: int) -> int:
+    launchers = (f"HOROVOD_{what}", f"OMPI_COMM_WORLD_{what}", f"PMI_{what}")
+    return next((int(os.environ[v]) for v in launchers if os.environ.get(v, "").isdigit()), alone)
+
+
+def horovod() -> Any:
+    """The module `horovod.tensorflow`, or an `ImportError` that says how to get it."""
+    try:
+        import horovod.tensorflow as hvd
+    except (ImportError, OSError) as error:
+        raise ImportError(
+            f"hvdkit needs Horovod 0.28.1 built for the TensorFlow that is installed here, but importing it failed "
+            f"with: {error}. `pip install horovod` does not compile against it; from a checkout of hvdkit run "
+            f"`launch/bootstrap.sh --into PREFIX`, where PREFIX is this Python environment."
+        ) from error
+    return hvd
+
+
+def _check_own_name() -> None:
+    """Gloo looks up this host's own name, and ends the process with a segmentation fault if there is no such host."""
+    name = socket.gethostname()
+    try:
+        socket.getaddrinfo(name, None)
+    except OSError:
+        if launched_size() > 1:
+            raise UsageError(
+                f"This host's own name, {name}, does not resolve, and Horovod's Gloo crashes on that. Add its address "
+                f"to /etc/hosts: echo '127.0.0.1 {name}' >> /etc/hosts for a job on this host alone, the address by "
+                f"which other hosts reach it otherwise."
+            ) from None

@@ -1,0 +1,317 @@
+"""The main job's parts: flags, models, artefacts."""
+
+import dataclasses
+import json
+import types
+
+import hvdkit_models
+import keras
+import numpy as np
+import pytest
+from hvdkit_models.recipe import Recipe
+
+from hvdkit import reporting
+from hvdkit.errors import UsageError
+from hvdkit.strategies import MirroredStrategy, SingleStrategy, create
+from hvdkit.train import artifacts, callbacks
+from hvdkit.train import flags as train_flags
+from hvdkit.train.build import build_model, check_output, find_model, make_optimizer
+
+
+def parse(*flags):
+    return train_flags.parse(["train", *flags])
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (["--modle=mnist_mlp"], "Unknown command line flag 'modle'"),
+        (["mnist_mlp"], "'mnist_mlp' is not a flag"),
+        (["--epochs=0"], "flag --epochs=0: 0 is not"),
+        (["--strategy=magic"], "single|horovod|mirrored|multiworker"),
+        (["--epochs=1", "--steps=3"], "--epochs and --steps exclude each other"),
+        (["--global_batch=8", "--local_batch=3"], "--global_batch and --local_batch exclude each other"),
+        (["--shard_optimizer", "--compression=fp16"], "--shard_optimizer and --compression exclude each other"),
+    ],
+)
+def test_wrong_flags(flags, message):
+    from absl import flags as absl_flags
+
+    try:
+        with pytest.raises(UsageError, match=message.replace("|", r".*")):
+            parse(*flags)
+    finally:
+        absl_flags.FLAGS.unparse_flags()
+        for name in ("epochs", "steps", "global_batch", "local_batch", "shard_optimizer", "compression"):
+            absl_flags.FLAGS[name].unparse()
+
+
+def test_the_recipe_fills_in_what_the_flags_leave_open():
+    recipe = Recipe("mnist", global_batch=100, learning_rate=0.1, epochs=20)
+    config = train_flags.resolve(parse(), recipe, 2)
+    assert (config.dataset, config.global_batch, config.local_batch, config.learning_rate) == ("mnist", 100, 50, 0.1)
+    assert config.warmup_epochs == 0
+    config = train_flags.resolve(_with(local_batch=100), recipe, 4)
+    assert (config.global_batch, config.learning_rate, config.warmup_epochs) == (400, pytest.approx(0.4), 2.0)
+
+
+def _with(**changes):
+    return dataclasses.replace(parse(), **changes)
+
+
+def test_a_batch_that_cannot_be_divided():
+    with pytest.raises(
+        UsageError, match="global batch of 127 cannot be divided evenly over 2 replicas. Use --global_batch=126 or 128"
+    ):
+        train_flags.resolve(_with(global_batch=127), Recipe(), 2)
+
+
+def test_the_help_groups_all_flags():
+    text = train_flags.help_text()
+    assert [line for line in text.splitlines() if line.endswith(":") and not line.startswith(" ")] == [
+        "What to train:", "How to train it:", "On which machine:", "What to write:", "Checkpoints:",
+    ]  # fmt: skip
+    assert all(f"--{field.name}" in text for field in dataclasses.fields(train_flags.Config))
+
+
+@pytest.mark.parametrize("name", hvdkit_models.names())
+def test_every_model_builds_and_has_a_recipe_and_its_command(name):
+    source = find_model(name)
+    assert all(isinstance(recipe, Recipe) for recipe in source.recipes)
+    given = {"input_shape": (32, 32, 3), "num_classes": 7, "vocabulary_size": 50, "sequence_length": 12}
+    model = build_model(source, given)
+    of_text = name in ("text_classifier", "gpt")
+    inputs = np.ones([2, 12], "int32") if of_text else np.ones([2, 32, 32, 3])
+    assert model(inputs).shape == ((2, 12, 50) if name == "gpt" else (2, 7))
+    header = hvdkit_models.load(name).__doc__
+    assert f"launch/local.sh -np 2 --model={name}" in header
+    assert "hvdkit" not in header.replace("launch/local.sh", "")
+
+
+def test_the_models_have_the_sizes_they_should():
+    shapes = {
+        "mnist_mlp": ((28, 28, 1), 109_386),
+        "cifar_cnn": ((32, 32, 3), 136_886),
+        "resnet": ((32, 32, 3), 274_042),
+    }
+    for name, (shape, parameters) in shapes.items():
+        assert hvdkit_models.load(name).build(shape, 10).count_params() == parameters
+    assert hvdkit_models.load("resnet").build((224, 224, 3), 1000).count_params() == 25_636_712
+    branches = hvdkit_models.load("branch_cnn").build((28, 28, 1), 10, branches=3)
+    assert sum("conv0" in layer.name for layer in branches.layers) == 3
+    assert hvdkit_models.load("branch_cnn").build((8, 8, 1), 10)(np.ones([1, 8, 8, 1])).shape == (1, 10)
+
+
+USER_MODEL = """
+import keras
+
+def plain():
+    return keras.Sequential([keras.layers.Input([8, 8, 1]), keras.layers.Flatten(), keras.layers.Dense(10)])
+
+def greedy(input_shape, colour):
+    return plain()
+
+def nothing():
+    return 3
+
+def broken():
+    return keras.Sequential(12)
+"""
+
+
+def test_a_users_own_model(tmp_path):
+    path = tmp_path / "mine.py"
+    path.write_text(USER_MODEL)
+    source = find_model(f"{path}:plain")
+    given = {"input_shape": (8, 8, 1), "num_classes": 10}
+    assert source.name == "mine"
+    assert build_model(source, given).count_params() == 650
+    with pytest.raises(UsageError, match="needs the argument 'colour'"):
+        build_model(find_model(f"{path}:greedy"), given)
+    with pytest.raises(UsageError, match=r"The model mine cannot be built: TypeError: .* \(line \d+ of "):
+        build_model(find_model(f"{path}:broken"), given)
+    with pytest.raises(UsageError, match=r"is a builtins\.int, not a Keras 3 model"):
+        build_model(find_model(f"{path}:nothing"), given)
+
+
+@pytest.mark.parametrize(
+    ("model", "message"),
+    [
+        ("lenet", "There is no model 'lenet'. Choose one of branch_cnn, "),
+        ("missing.py:build", r"names the file missing\.py, which is not there"),
+        ("{mine}", "names no function"),
+        ("{mine}:other", "has no function 'other'"),
+        ("{broken}:build", r"cannot be imported: ZeroDivisionError"),
+    ],
+)
+def test_models_that_are_not_there(tmp_path, model, message):
+    (tmp_path / "mine.py").write_text(USER_MODEL)
+    (tmp_path / "broken.py").write_text("1 / 0")
+    with pytest.raises(UsageError, match=message):
+        find_model(model.format(mine=tmp_path / "mine.py", broken=tmp_path / "broken.py"))
+
+
+def test_a_model_that_does_not_fit_the_data():
+    import tensorflow as tf
+
+    model = hvdkit_models.load("mnist_mlp").build((28, 28, 1), 10)
+    with pytest.raises(UsageError, match=r"cannot take examples of shape \(8, 8, 1\)"):
+        check_output(model, tf.TensorSpec([8, 8, 1], tf.uint8), 10, "mine")
+    with pytest.raises(UsageError, match=r"but 3 classes need \(batch, 3\)"):
+        check_output(model, tf.TensorSpec([28, 28, 1], tf.uint8), 3, "mine")
+
+
+def model_arguments(text):
+    return _with(model_args=text).model_arguments
+
+
+def test_arguments_of_the_model(tmp_path):
+    assert model_arguments("width=256, depth=6,hidden=(128,64),rate=1e-3,norm=layer,bias=False") == {
+        "width": 256, "depth": 6, "hidden": (128, 64), "rate": 1e-3, "norm": "layer", "bias": False,
+    }  # fmt: skip
+    assert model_arguments(None) == {}
+    given = {"input_shape": (28, 28, 1), "num_classes": 10}
+    small = build_model(find_model("mnist_mlp"), given, model_arguments("hidden=(8,)"))
+    assert small.count_params() == 784 * 8 + 8 + 8 * 10 + 10
+    with pytest.raises(UsageError, match="was given width, and the model mnist_mlp takes hidden. Correct the name"):
+        build_model(find_model("mnist_mlp"), given, {"width": 3})
+    with pytest.raises(UsageError, match=r"was given num_classes, which the data decide \(num_classes is 10\)"):
+        build_model(find_model("mnist_mlp"), given, {"num_classes": 3})
+    with pytest.raises(UsageError, match="cannot be built: ValueError: a width of 130 cannot be divided over 4 heads"):
+        build_model(find_model("gpt"), {"sequence_length": 8}, {"width": 130})
+    path = tmp_path / "mine.py"
+    path.write_text(USER_MODEL + "\ndef open_ended(**sizes):\n    return plain() if sizes == {'n': 3} else 0\n")
+    assert build_model(find_model(f"{path}:open_ended"), given, {"n": 3}).count_params() == 650
+
+
+@pytest.mark.parametrize("wrong", ["width", "width=", "width=256;depth=6", "256", "width=2*x", "a=1,a=2", "**x"])
+def test_arguments_of_the_model_that_cannot_be_read(wrong):
+    with pytest.raises(UsageError, match=r"^--model_args=.* cannot be read \(.*\)\. The form is name=value,name=value"):
+        train_flags._check(_with(model_args=wrong))
+
+
+def test_optimizers_by_name():
+    optimizer = make_optimizer("sgd:momentum=0.9,nesterov=True", 0.1)
+    assert (type(optimizer), optimizer.momentum, optimizer.nesterov) == (keras.optimizers.SGD, 0.9, True)
+    for wrong in ("sdg", "sgd:speed=3", "sgd:momentum"):
+        with pytest.raises(UsageError, match=f"--optimizer={wrong} is not a Keras optimizer"):
+            make_optimizer(wrong, 0.1)
+
+
+def test_strategies_are_chosen_by_name(monkeypatch):
+    assert isinstance(create("single", 3), SingleStrategy)
+    assert list(create("single", 3).shares) == [0, 1, 2]
+    with pytest.raises(
+        UsageError, match="There is no strategy 'magic'. Choose one of: single, horovod, mirrored, multiworker"
+    ):
+        create("magic")
+    monkeypatch.setenv("HOROVOD_SIZE", "2")
+    for name in ("single", "mirrored"):
+        with pytest.raises(UsageError, match=f"--strategy={name} trains in one process, but 2 were started"):
+            create(name)
+
+
+@pytest.mark.parametrize(("examples", "size", "expected"), [(360, 2, 32), (10_000, 2, 32), (33, 2, 30), (7, 4, 8)])
+def test_every_device_gets_an_example_of_every_evaluation_batch(examples, size, expected):
+    strategy = object.__new__(MirroredStrategy)
+    strategy.size = size
+    batch = strategy.evaluation_batch(examples, 32 if size == 2 else 8)
+    rest = examples % batch
+    assert batch == expected
+    assert rest == 0 or rest > -(-rest // size) * (size - 1)
+
+
+@pytest.mark.parametrize(
+    ("steps", "steps_per_epoch", "expected"), [(220, 44, 11), (1872, 468, 13), (200, 781, 10), (7, 5, 1)]
+)
+def test_steps_per_execution_divides_every_epoch(steps, steps_per_epoch, expected):
+    chosen = callbacks.steps_per_execution(None, steps, steps_per_epoch, None)
+    assert chosen == expected
+    assert min(steps, steps_per_epoch) % chosen == 0 == (steps % steps_per_epoch) % chosen
+
+
+def test_too_few_test_examples_for_the_devices_are_refused():
+    strategy = object.__new__(MirroredStrategy)
+    strategy.size = 4
+    with pytest.raises(UsageError, match="5 test examples cannot be divided over 4 devices"):
+        strategy.evaluation_batch(5, 8)
+
+
+def test_steps_per_execution_that_would_run_over_an_epochs_end_are_refused():
+    assert callbacks.steps_per_execution(4, 220, 44, None) == 4
+    with pytest.raises(
+        UsageError, match="--steps_per_execution=16 does not divide an epoch of 44 .* 1, 2, 4, 11, 22, 44"
+    ):
+        callbacks.steps_per_execution(16, 220, 44, None)
+
+
+def test_a_compiled_models_optimizer_is_its_own():
+    settings = train_flags.resolve(_with(), Recipe(lr_schedule="cosine", warmup_epochs=1), 2)
+    left = train_flags.leave_optimizer_to_model(_with(), settings, "mine", 0.25)
+    assert (left.optimizer, left.learning_rate, left.lr_schedule, left.warmup_epochs) == (
+        "the model's",
+        0.25,
+        "constant",
+        0,
+    )
+    with pytest.raises(UsageError, match="--learning_rate was given, but the model mine is compiled by its function"):
+        train_flags.leave_optimizer_to_model(_with(learning_rate=0.1), settings, "mine", 0.25)
+
+
+def test_the_cosine_begins_where_the_warmup_ends():
+    multiplier = callbacks._cosine(0.5, 2.0)
+    assert [multiplier(e) for e in (0.0, 0.5, 1.25, 2.0)] == pytest.approx([1.0, 1.0, 0.5, 0.0])
+    assert train_flags.resolve(_with(warmup_epochs=3.0), Recipe(), 1).warmup_epochs == 0
+
+
+@pytest.mark.parametrize("strategy", ["single"])
+def test_compression_without_an_exchange_is_refused(strategy):
+    with pytest.raises(UsageError, match="--strategy=single has no compression: nothing leaves the process"):
+        create(strategy).distribute(keras.optimizers.Adam(), compression=None)
+
+
+def test_an_old_run_is_cleared_away(tmp_path):
+    for name in ("result.json", "model.keras", "logs"):
+        (tmp_path / name).touch()
+    (tmp_path / "tensorboard" / "train").mkdir(parents=True)
+    artifacts.clear(tmp_path)
+    assert [p.name for p in tmp_path.iterdir()] == ["logs"]
+
+
+def test_json_is_whole_or_not_there(tmp_path):
+    path = tmp_path / "result.json"
+    reporting.write_json(path, {"a": 1})
+    with pytest.raises(TypeError):
+        reporting.write_json(path, {"a": object()})
+    assert json.loads(path.read_text()) == {"a": 1}
+    assert list(tmp_path.iterdir()) == [path]
+
+
+def test_a_workdir_with_a_run_is_not_overwritten(tmp_path):
+    artifacts.make_workdir(tmp_path, overwrite=False, begin_anew=False)
+    (tmp_path / "result.json").touch()
+    with pytest.raises(UsageError, match="has a finished run"):
+        artifacts.make_workdir(tmp_path, overwrite=False, begin_anew=False)
+    artifacts.make_workdir(tmp_path, overwrite=True, begin_anew=False)
+    (tmp_path / "file").touch()
+    with pytest.raises(UsageError, match=r"cannot be written to \(Not a directory\)"):
+        artifacts.make_workdir(tmp_path / "file", overwrite=True, begin_anew=False)
+
+
+def test_an_interrupted_run_is_not_begun_anew_by_accident(tmp_path):
+    (tmp_path / "checkpoints").mkdir()
+    artifacts.make_workdir(tmp_path, overwrite=False, begin_anew=False)
+    with pytest.raises(UsageError, match="has the checkpoints of an interrupted run, and --resume=never would lose"):
+        artifacts.make_workdir(tmp_path, overwrite=False, begin_anew=True)
+    artifacts.make_workdir(tmp_path, overwrite=True, begin_anew=True)
+
+
+def test_the_step_at_which_a_run_goes_on_is_reached():
+    found = types.SimpleNamespace(state={"step_in_epoch": 6})
+    assert callbacks.steps_per_execution(None, 220, 44, found) == 2
+
+
+def test_curves_of_a_run_that_took_no_step(tmp_path):
+    """It went on from where another one had ended, so that there is a history, and no loss by step."""
+    artifacts.plot_curves(tmp_path, {"loss": [1.0], "accuracy": [0.5]}, 44, 0, "title")
+    assert (tmp_path / "curves.png").read_bytes()[1:4] == b"PNG"
