@@ -13,22 +13,32 @@ from pathlib import Path
 import psutil
 import pytest
 
-from tests import forked
+from tests import forked, resident
 
 ROOT = Path(__file__).resolve().parent.parent
-RANK_MAIN = Path(__file__).parent / "parallel" / "rank_main.py"
 
 
 def pytest_configure(config):
     os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
     os.environ.setdefault("TF_ENABLE_ONEDNN_OPTS", "1")  # as in launched ranks
-    if not hasattr(config, "workerinput") and os.environ.get(forked.ADDRESSES) != "":
-        config.forked = Path(tempfile.mkdtemp(prefix="hvdkit-forked-"))
-        config.forked_servers = forked.start(config.forked)
     if config.getoption("dist", "no") == "no":  # tests run in this process
         # Loaded once, before any test: TensorFlow and TFDS set environment variables of their own when imported.
         import tensorflow  # noqa: F401
         import tensorflow_datasets  # noqa: F401
+    elif not hasattr(config, "workerinput"):
+        _serve_programs(config)  # before there are workers, which inherit the addresses
+
+
+def pytest_collection_finish(session):
+    if session.config.getoption("dist", "no") == "no" and any("unit" not in item.path.parts for item in session.items):
+        _serve_programs(session.config)
+
+
+def _serve_programs(config):
+    """Starts the servers of `tests/forked.py`, for all workers."""
+    if os.environ.get(forked.ADDRESSES) != "":
+        config.forked = Path(tempfile.mkdtemp(prefix="hvdkit-forked-"))
+        config.forked_servers = forked.start(config.forked)
 
 
 def pytest_unconfigure(config):
@@ -103,17 +113,37 @@ def run_command(command, *, timeout, env=None, cwd=None):
     return Ended(process.returncode, output)
 
 
-@pytest.fixture
-def ranks(tmp_path):
-    """Calls a module-level function on N ranks, and returns what each returned: `ranks(2, function, key=value)`."""
+@pytest.fixture(scope="session")
+def resident_ranks():
+    """Ranks that stay from test to test."""
+    pool = resident.Pool(dict(os.environ))
+    yield pool
+    pool.close()
 
-    def start(number, function, *, timeout=540, env=None, fails=False, **arguments):
-        results = tmp_path / f"ranks-{len(list(tmp_path.iterdir()))}"
-        results.mkdir()
-        call = {"file": function.__code__.co_filename, "function": function.__name__, "arguments": arguments}
-        (results / "call.json").write_text(json.dumps(call))
+
+@pytest.fixture
+def ranks(tmp_path, resident_ranks):
+    """Calls a module-level function on N ranks, and returns what each returned: `ranks(2, function, key=value)`.
+
+    The ranks are those of earlier calls; with `fresh=True`, and where the job is to fail, the launcher starts new ones.
+    Ask for new ones where a function changes what lasts as long as its process: modules, devices, signal handlers.
+    """
+
+    def start(number, function, *, timeout=540, env=None, fails=False, fresh=False, **arguments):
+        folder = tmp_path / f"ranks-{len(list(tmp_path.iterdir()))}"
+        folder.mkdir()
+        call = {
+            "file": function.__code__.co_filename,
+            "function": function.__name__,
+            "arguments": arguments,
+            "environment": env or {},
+        }
+        file = folder / "call.json"
+        file.write_text(json.dumps(call))
+        if not (fails or fresh):
+            return resident_ranks.call(number, file, timeout)
         ended = run_command(
-            [sys.executable, "-m", "hvdkit.launch", "-np", number, "--", *forked.command(RANK_MAIN, results)],
+            [sys.executable, "-m", "hvdkit.launch", "-np", number, "--", *forked.command(resident.RANK_MAIN, file)],
             timeout=timeout,
             env={"TF_CPP_MIN_LOG_LEVEL": "2", **(env or {})},
         )
@@ -122,7 +152,7 @@ def ranks(tmp_path):
             return ended
         if ended.code != 0:
             pytest.fail(f"{number} ranks of {function.__name__} ended with {ended.code}; their output:\n{ended.output}")
-        return [pickle.loads((results / f"{rank}.pickle").read_bytes()) for rank in range(number)]
+        return [pickle.loads((folder / f"{rank}.pickle").read_bytes()) for rank in range(number)]
 
     return start
 

@@ -14,6 +14,7 @@ rely on the order of a set do not agree by chance.
 
 import array
 import contextlib
+import gc
 import json
 import os
 import select
@@ -162,6 +163,8 @@ def serve(address):
     """Forks a process for each order that comes in; returns in each such process with what it is to run."""
     import hvdkit.train.run  # noqa: F401 - with TensorFlow, Keras, and all of hvdkit that a training needs
 
+    gc.collect()
+    gc.freeze()  # processes that collect garbage would copy all of it otherwise
     own = surroundings()
     listener = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
     listener.bind(f"{address}.new")

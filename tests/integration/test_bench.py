@@ -41,6 +41,7 @@ def test_throughput_tells_speed_start_and_memory(bench):
     assert found["machine"]["cores"] >= 1
 
 
+@pytest.mark.slow
 def test_collectives_lie_below_what_the_machine_can_do(bench, tmp_path):
     found, _ = bench("collectives", "--sizes", "1024,4194304")
     rows = {(row["operation"], row["bytes"]): row for row in found["rows"]}
@@ -73,6 +74,7 @@ def test_collectives_lie_below_what_the_machine_can_do(bench, tmp_path):
     assert content["advice"].splitlines()[0] in ended.output
 
 
+@pytest.mark.slow
 def test_each_mode_is_tried_beside_its_prediction(tmp_path):
     file = tmp_path / "tried.json"
     options = ["-H", "localhost:2", "--batch", "32", "--seconds", "1", "--modes", "data parallel,powersgd,local SGD"]
@@ -92,6 +94,7 @@ def test_each_mode_is_tried_beside_its_prediction(tmp_path):
     assert "powersgd" in ended.output
 
 
+@pytest.mark.slow
 def test_scaling_is_against_one_rank(bench):
     found, _ = bench("scaling", "--workloads", "mlp", "--mode", "strong")
     one, two = found["rows"]
@@ -99,6 +102,7 @@ def test_scaling_is_against_one_rank(bench):
     assert two["efficiency"] == pytest.approx(two["speedup"] / 2)
 
 
+@pytest.mark.slow
 def test_accuracy_is_timed_to_the_epoch_that_reached_it(bench):
     found, output = bench("accuracy", "--target", "0.9", "--case", "-np 2", "--", "--model=mnist_mlp", "--epochs=4")
     (run,) = found["rows"][0]["runs"]
@@ -107,6 +111,7 @@ def test_accuracy_is_timed_to_the_epoch_that_reached_it(bench):
     assert "90.0%" in output
 
 
+@pytest.mark.slow
 def test_peers_train_the_same_model(bench):
     """Those that need no environment of their own; the others are started in the same way."""
     found, output = bench("peers", "--workloads", "mlp", "--peers", "horovod_tape,mirrored", timeout=550)

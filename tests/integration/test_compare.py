@@ -16,6 +16,7 @@ def compare(tmp_path):
     return run
 
 
+@pytest.mark.slow
 def test_ways_side_by_side(compare, tmp_path):
     """One process and branches found by themselves end alike; a way that the model does not have is named."""
     flags = ["--model=branch_cnn", "--dataset=digits", "--steps=20", "--global_batch=32"]

@@ -64,6 +64,7 @@ def test_healthy_hosts_are_well(hosts, examine, tmp_path):
     assert left == before, "the hosts are left as they were"
 
 
+@pytest.mark.slow
 def test_an_ill_host_is_told_from_a_healthy_one_and_mended(hosts, examine, tmp_path):
     cluster = hosts(2)
     (tmp_path / "data").mkdir()
@@ -106,6 +107,7 @@ def test_an_ill_host_is_told_from_a_healthy_one_and_mended(hosts, examine, tmp_p
     assert again.output == (tmp_path / "data" / "all.csv").read_text(), "it was brought from h1"
 
 
+@pytest.mark.slow
 def test_hosts_that_cannot_be_reached_do_not_hide_the_others(hosts, examine):
     """Of three hosts one has no sshd, and one lets in nothing but ssh."""
     cluster = hosts(3)

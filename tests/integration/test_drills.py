@@ -32,6 +32,7 @@ def nothing_is_lost(report):
     assert report["starts"] == 2
 
 
+@pytest.mark.slow
 def test_a_remote_rank_is_killed(drill):
     report = drill("kill", "--rank", "1", "-H", "h1:1,h2:1")
     nothing_is_lost(report)
@@ -39,23 +40,27 @@ def test_a_remote_rank_is_killed(drill):
     assert 0 < report["steps_redone"] <= 44, "those since the last checkpoint"
 
 
+@pytest.mark.slow
 def test_a_host_is_cut_off(drill):
     report = drill("partition", "--rank", "1", "-H", "h1:1,h2:1")
     nothing_is_lost(report)
     assert (report["host"], report["ranks_at_the_end"]) == ("h2", 1)
 
 
+@pytest.mark.slow
 def test_a_remote_rank_is_told_to_leave(drill):
     report = drill("term", "--rank", "1", "-H", "h1:1,h2:1")
     nothing_is_lost(report)
     assert report["steps_redone"] == 0, "it had time to save"
 
 
+@pytest.mark.slow
 def test_a_rank_is_killed_under_mpi(drill):
     report = drill("kill", "--rank", "1", "-H", "h1:1,h2:1", "--mpi")
     nothing_is_lost(report)
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(os.geteuid() != 0, reason="root is needed to mount a small disk")
 def test_the_disk_of_the_checkpoints_is_full_for_a_while(drill):
     report = drill("disk-full", "-H", "h1:1,h2:1", "--step", "30")

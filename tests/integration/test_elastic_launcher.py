@@ -67,6 +67,7 @@ def test_a_mistake_of_the_users_is_not_repeated(elastic, starts):
     assert (code, sizes(starts)) == (2, [2]), output
 
 
+@pytest.mark.slow
 def test_a_host_that_is_cut_off_is_done_without_and_taken_back(cluster, elastic, starts):
     script = SAVES + f"[ $n = 3 ] && exit 0; echo begins; {WAIT}"
     job = elastic(script, "-H", "h1:1,h2:1", "--host-timeout", "4", "--output", "rank0")
@@ -83,6 +84,7 @@ def test_a_host_that_is_cut_off_is_done_without_and_taken_back(cluster, elastic,
     assert "restart 2" not in output, "a change of hosts is no failure"
 
 
+@pytest.mark.slow
 def test_with_too_few_hosts_it_waits_and_goes_on_when_they_are_back(cluster, elastic, starts):
     """horovod#3494: below --min-np the job hung for ever."""
     script = SAVES + f"[ $n = 2 ] && exit 0; echo begins; {WAIT}"
@@ -97,6 +99,7 @@ def test_with_too_few_hosts_it_waits_and_goes_on_when_they_are_back(cluster, ela
     assert (code, sizes(starts)) == (0, [2, 2]), output
 
 
+@pytest.mark.slow
 def test_with_too_few_hosts_for_too_long_it_ends(cluster, elastic):
     job = elastic(
         f"echo begins; {WAIT}", "-H", "h1:1,h2:1", "--min-np", "2", "--host-timeout", "4", "--elastic-timeout", "3",
@@ -138,6 +141,7 @@ def test_hosts_come_and_go_as_they_are_listed(elastic, starts, tmp_path, kind):
     assert "started 2 rank(s) on h1:1,h3:1." in output
 
 
+@pytest.mark.slow
 def test_a_new_host_whose_rank_hangs_at_start_is_done_without(start, tmp_path):  # noqa: F811
     """horovod#2652: a new worker that hung at start took the job with it."""
     listed = tmp_path / "hosts"
@@ -160,6 +164,7 @@ def test_a_new_host_whose_rank_hangs_at_start_is_done_without(start, tmp_path): 
     assert "hvdkit.launch: ended by SIGTERM." in output
 
 
+@pytest.mark.slow
 def test_a_new_host_that_is_not_fit_is_done_without(cluster, elastic, starts, tmp_path):
     """The others go on: before it came, nothing was wrong."""
     listed = tmp_path / "hosts"

@@ -38,6 +38,7 @@ def environment(tmp_path):
     shutil.rmtree(copy)
 
 
+@pytest.mark.slow
 @pytest.mark.gpu_build
 @pytest.mark.timeout(3000)
 def test_horovod_with_nccl_compiles_links_and_loads(environment):

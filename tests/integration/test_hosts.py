@@ -73,6 +73,7 @@ def test_ranks_run_where_they_belong(launch):
     ]
 
 
+@pytest.mark.slow
 @pytest.mark.timeout(900)
 def test_training_on_two_hosts_gives_the_model_of_one(cluster, train, tmp_path):
     script = ROOT / "launch" / "hosts.sh"
@@ -89,6 +90,7 @@ def test_training_on_two_hosts_gives_the_model_of_one(cluster, train, tmp_path):
     assert weights[0] == weights[1]
 
 
+@pytest.mark.slow
 @pytest.mark.timeout(900)
 def test_a_model_divided_over_two_hosts_is_that_of_one_process(cluster, train, tmp_path):
     flags = ["--model=mnist_mlp", "--dataset=digits", "--notensorboard", "--steps=22", "--checkpoint_every=never"]
@@ -233,6 +235,7 @@ def test_a_host_without_what_is_needed(launch, tmp_path):
 # ---- The hosts themselves ----------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_hosts_come_and_go_without_a_trace():
     hosts = Cluster(f"u{os.getpid()}")
     try:
@@ -268,6 +271,7 @@ def test_the_hosts_script_answers_mistakes_in_one_sentence(arguments, message):
 # ---- MPI ---------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(shutil.which("mpirun") is None, reason="no mpirun: apt-get install openmpi-bin")
 def test_a_remote_rank_that_is_killed_under_mpi_is_named(launch, tmp_path):
     script = 'echo "$(hostname) $HOROVOD_CONTROLLER"; sleep 1; [ $OMPI_COMM_WORLD_RANK = 1 ] && kill -9 $$; sleep 600'
@@ -278,6 +282,7 @@ def test_a_remote_rank_that_is_killed_under_mpi_is_named(launch, tmp_path):
     assert ["h1 mpi\n" in logs[0], "h2 mpi\n" in logs[1]] == [True, True]
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(shutil.which("mpirun") is None, reason="no mpirun: apt-get install openmpi-bin")
 def test_a_host_that_is_cut_off_under_mpi_is_named(cluster, start):
     job = start("--mpi", *TWO, "--host-timeout", "4", "--", "sh", "-c", 'echo "rank $(hostname)"; exec sleep 600')

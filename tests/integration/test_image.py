@@ -233,6 +233,7 @@ def _check_sshd(container, folder):
     assert "Host key verification failed" in said["impostor"], ended.output
 
 
+@pytest.mark.slow
 @pytest.mark.image
 @pytest.mark.timeout(2400)
 def test_the_image_is_built_and_does_what_it_is_for(images, tmp_path):

@@ -57,6 +57,7 @@ def limited(tmp_path):
             place.rmdir()
 
 
+@pytest.mark.slow
 @pytest.mark.timeout(900)
 def test_a_model_that_one_rank_cannot_hold_trains_when_divided(limited, tmp_path):
     (tmp_path / "text").mkdir()

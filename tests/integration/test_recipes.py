@@ -22,6 +22,7 @@ def launch(*flags, timeout=900):
     assert ended.code == 0, ended.output
 
 
+@pytest.mark.slow
 @pytest.mark.timeout(1000)
 @pytest.mark.recipe
 @pytest.mark.shared_data
@@ -47,6 +48,7 @@ def test_the_claims_are_those_of_the_project():
     }
 
 
+@pytest.mark.slow
 @pytest.mark.recipe
 @pytest.mark.shared_data
 def test_resnet20_learns_in_200_steps(shared_data, tmp_path):
@@ -58,6 +60,7 @@ def test_resnet20_learns_in_200_steps(shared_data, tmp_path):
     assert last < 0.9 * first, f"the loss of the last 20 steps is {last:.3f}, that of the first 20 {first:.3f}"
 
 
+@pytest.mark.slow
 @pytest.mark.recipe
 def test_resnet50_trains(tmp_path):
     launch(

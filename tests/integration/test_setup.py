@@ -40,6 +40,7 @@ def test_the_requirements_leave_horovod_to_bootstrap():
     assert not any(line.lower().startswith("horovod") for line in lines), "pip would compile it, and fail"
 
 
+@pytest.mark.slow
 def test_pip_install_gives_the_library_and_the_recipes(tmp_path):
     copy = tmp_path / "copy"  # setuptools leaves its traces where it builds
     shutil.copytree(ROOT, copy, ignore=shutil.ignore_patterns(".venv", ".git", "runs", "*.egg-info", "__pycache__"))

@@ -136,6 +136,7 @@ def submit(slurm, tmp_path):
         slurm.wait(lambda: "RUNNING" not in slurm.run("squeue", "--format=%T"), "jobs to end", 60)
 
 
+@pytest.mark.slow
 @pytest.mark.timeout(900)
 def test_a_job_that_is_told_to_leave_is_queued_again_and_goes_on(submit, slurm, tmp_path):
     workdir = tmp_path / "w"
@@ -159,6 +160,7 @@ def test_a_job_that_is_told_to_leave_is_queued_again_and_goes_on(submit, slurm, 
     assert ["rank 1@h2" in log for log in logs] == [False, True]
 
 
+@pytest.mark.slow
 def test_a_rank_that_fails_ends_the_job_with_its_exit_code(submit, tmp_path):
     script = tmp_path / "job.sh"
     fails = 'echo "rank $HOROVOD_RANK on $(hostname)"; [ $HOROVOD_RANK = 1 ] && exit 7; sleep 600'
@@ -172,6 +174,7 @@ def test_a_rank_that_fails_ends_the_job_with_its_exit_code(submit, tmp_path):
     assert lines[-1] == "hvdkit.launch: rank 1 on host h2 was the first to fail, with exit code 7."
 
 
+@pytest.mark.slow
 def test_nothing_is_left_of_a_job_that_is_cancelled(submit, slurm, tmp_path):
     script = tmp_path / "job.sh"
     ranks = "trap '' TERM; setsid sleep 986 & echo begins; while :; do sleep 0.2; done"
@@ -188,6 +191,7 @@ def _sleepers():
     return run_command(["pgrep", "-f", "^sleep 986$"], timeout=60).output.split()
 
 
+@pytest.mark.slow
 def test_mistakes(cluster, submit, tmp_path):
     ended = run_command([ROOT / "launch" / "slurm.sh"], timeout=60, env={"SLURM_JOB_ID": ""})
     assert (ended.code, ended.output.startswith("slurm.sh: this runs inside of a Slurm job")) == (2, True)

@@ -86,6 +86,7 @@ def start(tmp_path):
         said.close()
 
 
+@pytest.mark.slow
 def test_a_grid_is_finished_and_the_best_model_is_kept(tmp_path):
     workdir = tmp_path / "sweep"
     search = ["-np", "2", "--grid", "optimizer=adam,sgd", "--grid", "global_batch=32,64,100000", "--", "--epochs=2"]
@@ -112,6 +113,7 @@ def test_a_grid_is_finished_and_the_best_model_is_kept(tmp_path):
     assert (other.code, "has another sweep: its parameters, flags differ" in other.output) == (2, True)
 
 
+@pytest.mark.slow
 def test_kills_and_hangs_lose_nothing(tmp_path, gate, start):
     workdir = tmp_path / "sweep"
     search = ["-np", "2", "--stall_timeout=20", "--grid", "seed=1,2,3,4", "--", MODEL, "--dataset=digits", "--epochs=2"]
@@ -139,6 +141,7 @@ def test_kills_and_hangs_lose_nothing(tmp_path, gate, start):
     assert len(list(workdir.glob("trials/*/try-*/result.json"))) == 4
 
 
+@pytest.mark.slow
 def test_bad_trials_end_early_and_a_sweep_that_was_told_to_leave_goes_on(tmp_path, start):
     workdir = tmp_path / "sweep"
     search = ["-np", "1", "--asha=2:1", "--goal=loss", "--grid", "learning_rate=0.005,1e-8,1e-9", "--"]
@@ -175,6 +178,7 @@ def test_folds_are_tasks_and_the_best_is_trained_on_all(tmp_path):
     assert (workdir / "best" / "model.keras").exists()
 
 
+@pytest.mark.slow
 def test_a_task_of_two_ranks(tmp_path):
     workdir = tmp_path / "sweep"
     ended = sweep(workdir, "-np", "2", "--ranks_per_task=2", "--grid", "epochs=1,2", "--", "--dataset=digits")
@@ -183,6 +187,7 @@ def test_a_task_of_two_ranks(tmp_path):
     assert sizes == [2, 2]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("lose", "find"), [("cut", "mend"), ("halt", "boot")])
 def test_a_host_is_lost(cluster, tmp_path, gate, start, lose, find):
     workdir = tmp_path / "sweep"

@@ -60,6 +60,7 @@ def test_the_readme_shows_one_of_the_pairs():
     assert [line[1:] for line in shown if line[0] == "+"] == [line for line in new if line]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", LINES)
 def test_both_scripts_of_a_pair_run(name, tmp_path):
     for folder in ("single", "ranks"):
@@ -115,6 +116,7 @@ ORIGINALS = {  # its arguments, and how many of its lines change
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ORIGINALS)
 def test_horovods_own_example_runs_with_the_import_changed(examples, mnist, name, tmp_path):
     arguments, expected = ORIGINALS[name]

@@ -185,7 +185,7 @@ def whole_and_interrupted(folder):
 
 def test_every_ranks_own_state_goes_on(ranks, tmp_path):
     """Random seeds and BatchNormalization's statistics, which differ from rank to rank in the middle of an epoch."""
-    everyone = ranks(2, whole_and_interrupted, folder=str(tmp_path))
+    everyone = ranks(2, whole_and_interrupted, fresh=True, folder=str(tmp_path))
     for whole, resumed, codes, step in everyone:
         assert resumed == whole
         # The signal comes after a step; the next step's exchange tells the other rank.

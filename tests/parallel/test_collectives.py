@@ -127,7 +127,7 @@ def alike_but_one():
 
 
 def test_only_what_differs_travels(ranks):
-    for sent, values in ranks(2, alike_but_one):
+    for sent, values in ranks(2, alike_but_one, fresh=True):
         assert sent == ["hvdkit.broadcast.1"]
         assert values == [[1.0, 2.0], [1.0], [3]]
 

@@ -3,6 +3,7 @@
 import json
 
 import numpy as np
+import pytest
 
 from tests import forked
 from tests.conftest import run_command
@@ -51,6 +52,7 @@ def test_two_ranks_train_the_model_of_one_process(ranks):
         assert alone[0] > 1e-3, "training on the own share alone should differ, or this test proves nothing"
 
 
+@pytest.mark.slow
 def test_a_text_is_trained_on_killed_gone_on_with_and_written(tmp_path):
     (tmp_path / "text").mkdir()
     for number in range(2):
@@ -115,6 +117,7 @@ def losses_by_mesh(meshes):
     return found
 
 
+@pytest.mark.slow
 def test_all_meshes_have_the_losses_of_one_process(ranks):
     (alone,) = ranks(1, losses_by_mesh, meshes=[("data", 1)])
     expected, _ = alone["data 1 x 1"]

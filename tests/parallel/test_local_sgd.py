@@ -129,6 +129,7 @@ def test_fit_ends_with_one_model(ranks, every, compression):
     assert one[2] > 0.9
 
 
+@pytest.mark.slow
 def test_the_main_job_trains_with_few_exchanges(train, tmp_path):
     ended = train(2, f"--workdir={tmp_path}/a", "--local_steps=11", "--outer_learning_rate=1", "--outer_momentum=0")
     assert ended.code == 0, ended.output
@@ -139,6 +140,7 @@ def test_the_main_job_trains_with_few_exchanges(train, tmp_path):
     assert stopped.code == 0, stopped.output
 
 
+@pytest.mark.slow
 def test_a_run_that_is_resumed_between_two_exchanges_ends_bit_for_bit(tmp_path):
     from tests import forked
     from tests.conftest import run_command

@@ -35,11 +35,12 @@ def multiworker_against_one_process(names):
     return differences
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("workers", "names"), [(2, sorted(parity.OPTIMIZERS)), (3, ["Adam", "SGD", "LossScaleOptimizer"])]
 )
 def test_workers_equal_one_process(ranks, workers, names):
-    for differences in ranks(workers, multiworker_against_one_process, names=names, timeout=500):
+    for differences in ranks(workers, multiworker_against_one_process, fresh=True, names=names, timeout=500):
         assert len(differences) == 2 * len(names)
         assert {name: d for name, d in differences.items() if not d[0] < 1e-5 < 1e-4 < d[1]} == {}
 
@@ -129,9 +130,10 @@ def _refused(action):
         return str(error)
 
 
+@pytest.mark.slow
 def test_fit_behaves_as_with_horovod(ranks, tmp_path):
     path = tmp_path / "model.keras"
-    results = ranks(2, fitted_by_both_strategies, path=str(path))
+    results = ranks(2, fitted_by_both_strategies, fresh=True, path=str(path))
     first, second = results
     assert first["multiworker"] == second["multiworker"]
     assert first["digest"] == second["digest"]
@@ -167,7 +169,7 @@ def stopped_by_one_worker():
 
 
 def test_all_workers_leave_with_the_one_that_wants_to(ranks):
-    first, second = ranks(2, stopped_by_one_worker)
+    first, second = ranks(2, stopped_by_one_worker, fresh=True)
     assert first == second == ([0], 5), "at the end of the epoch"
 
 
@@ -204,7 +206,7 @@ def refused_on_one_rank():
 
 
 def test_what_is_wrong_on_one_rank_is_refused_on_all(ranks):
-    first, second = ranks(2, refused_on_one_rank, timeout=120)
+    first, second = ranks(2, refused_on_one_rank, fresh=True, timeout=120)
     assert first == second
     for message, part in zip(
         first,
@@ -233,7 +235,7 @@ def killed_in_training():
 
 
 def test_a_dead_worker_ends_the_job(ranks):
-    ended = ranks(2, killed_in_training, timeout=400, fails=True, env=forked.NOT_FORKED)
+    ended = ranks(2, killed_in_training, fresh=True, timeout=400, fails=True, env=forked.NOT_FORKED)
     assert ended.code == 128 + signal.SIGKILL, ended.output
     assert re.search(r"\nhvdkit\.launch: rank 1 on host \S+ was the first to fail, killed by SIGKILL", ended.output)
 

@@ -174,7 +174,7 @@ def test_three_ranks_equal_one_process(ranks, kind):
 
 @pytest.mark.parametrize("kind", ["dense", "sparse"])
 def test_mirrored_equals_one_process(ranks, kind):
-    (differences,) = ranks(1, mirrored_against_one_process, kind=kind, names=_UNDER_MIRRORED)
+    (differences,) = ranks(1, mirrored_against_one_process, fresh=True, kind=kind, names=_UNDER_MIRRORED)
     assert {name: d for name, d in differences.items() if not d < 1e-5} == {}
 
 
@@ -194,5 +194,5 @@ def mirrored_with_what_it_cannot_do():
 
 
 def test_mirrored_refuses_what_tf_distribute_cannot_do(ranks):
-    (messages,) = ranks(1, mirrored_with_what_it_cannot_do)
+    (messages,) = ranks(1, mirrored_with_what_it_cannot_do, fresh=True)
     assert [m.split()[2] for m in messages] == ["gradient_accumulation_steps", "ema_overwrite_frequency"]

@@ -103,7 +103,7 @@ def broadcast_by_horovods_own_keras_layer():
 
 
 def test_horovods_own_broadcast_still_crashes_on_keras_3(ranks):
-    for error in ranks(2, broadcast_by_horovods_own_keras_layer):
+    for error in ranks(2, broadcast_by_horovods_own_keras_layer, fresh=True):
         assert error == "'Variable' object has no attribute 'ref'"
 
 

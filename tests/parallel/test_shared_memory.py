@@ -152,7 +152,7 @@ def test_a_rank_cannot_leave_the_others_waiting(ranks):
 
 
 def test_what_is_lacking_is_told_and_the_job_goes_on(ranks, tmp_path):
-    found = ranks(2, without_library)
+    found = ranks(2, without_library, fresh=True)
     assert found == [(False, 3.0)] * 2
 
 

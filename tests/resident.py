@@ -1,0 +1,140 @@
+"""Ranks that stay: started once by the launcher, they run one test's function after another.
+
+Starting ranks takes several seconds of a core's time each, and most tests train for less. A `Pool` keeps the ranks of
+the last sizes that were asked for. Whatever goes wrong in a call ends these ranks, and the next call gets new ones.
+"""
+
+import collections
+import contextlib
+import json
+import pickle
+import selectors
+import socket
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+import psutil
+import pytest
+
+from tests import forked
+
+RANK_MAIN = Path(__file__).parent / "parallel" / "rank_main.py"
+_KEPT = 2  # sizes of jobs that wait for their next call
+_START_SECONDS = 240
+_OTHERS_SECONDS = 5  # for the other ranks to say what they met, when one has failed
+MARK = "resident"  # of these processes, in place of a test's own
+
+
+class Pool:
+    """The resident ranks of one process that runs tests.
+
+    Args:
+        environment: the variables that ranks are started with, before any test has changed them.
+    """
+
+    def __init__(self, environment):
+        self._environment = {**environment, "HVDKIT_TEST": MARK, "TF_CPP_MIN_LOG_LEVEL": "2"}
+        self._jobs = collections.OrderedDict()
+
+    def call(self, number, file, timeout):
+        """Has `number` ranks make the call in `file`; returns what each returned, in their order."""
+        job = self._jobs.pop(number, None) or Ranks(number, self._environment)
+        while len(self._jobs) >= _KEPT:
+            self._jobs.popitem(last=False)[1].end()
+        try:
+            job.call(file, timeout)
+        except BaseException:
+            job.end()
+            raise
+        self._jobs[number] = job
+        return [pickle.loads((file.parent / f"{rank}.pickle").read_bytes()) for rank in range(number)]
+
+    def close(self):
+        """Ends all ranks."""
+        while self._jobs:
+            self._jobs.popitem()[1].end()
+
+
+class Ranks:
+    """Ranks of one job, each at the other end of a socket."""
+
+    def __init__(self, number, environment):
+        self._folder = tempfile.TemporaryDirectory(prefix="hvdkit-ranks-")
+        self._log = Path(self._folder.name, "log")
+        address = str(Path(self._folder.name, "socket"))
+        with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as listener, self._log.open("wb") as log:
+            listener.bind(address)
+            listener.listen(number)
+            command = [sys.executable, "-m", "hvdkit.launch", "-np", str(number), "--"]
+            command += forked.command(RANK_MAIN, "--serve", address)
+            self._launcher = subprocess.Popen(
+                command, stdout=log, stderr=subprocess.STDOUT, stdin=subprocess.DEVNULL, env=environment
+            )
+            self._connections = []
+            self._readers = {}
+            self._accept(listener, number)
+
+    def _accept(self, listener, number):
+        until = time.monotonic() + _START_SECONDS
+        listener.settimeout(1)
+        while len(self._connections) < number:
+            try:
+                connection, _ = listener.accept()
+            except TimeoutError:
+                if self._launcher.poll() is not None or time.monotonic() > until:
+                    self.end()
+                    pytest.fail(f"{number} ranks did not start; their output:\n{self._said}")
+            else:
+                self._connections.append(connection)
+                reader = connection.makefile("r")
+                self._readers[connection] = (json.loads(reader.readline())["rank"], reader)
+
+    def call(self, file, timeout):
+        """Runs one call on all ranks, then readies them for the next."""
+        begin = self._log.stat().st_size
+        self._ask(json.dumps(str(file)), "the call", timeout, begin)
+        self._ask('"begin anew"', "clearing up", 60, begin)
+
+    def _ask(self, order, what, timeout, begin):
+        for connection in self._connections:
+            connection.sendall(order.encode() + b"\n")
+        errors = {}
+        until = time.monotonic() + timeout
+        with selectors.DefaultSelector() as selector:
+            for connection in self._connections:
+                selector.register(connection, selectors.EVENT_READ)
+            while selector.get_map() and time.monotonic() < until:
+                for key, _ in selector.select(1):
+                    selector.unregister(key.fileobj)
+                    rank, reader = self._readers[key.fileobj]
+                    line = reader.readline()
+                    error = json.loads(line)["error"] if line else "its process ended\n"
+                    if error:
+                        errors[rank] = error
+                        until = min(until, time.monotonic() + _OTHERS_SECONDS)
+            waiting = [self._readers[key.fileobj][0] for key in selector.get_map().values()]
+        if errors or waiting:
+            self.end()
+            said = self._said[begin:].decode(errors="replace")
+            shown = "".join(f"---- rank {rank}: {error}" for rank, error in sorted(errors.items()))
+            late = f"rank(s) {waiting} were not done after {timeout} s\n" if waiting else ""
+            pytest.fail(f"{what} failed: {late}{shown}---- their output:\n{said}")
+
+    def end(self):
+        """Ends the ranks, and keeps what they printed."""
+        for connection in self._connections:
+            connection.close()
+        for _, reader in self._readers.values():
+            reader.close()
+        try:
+            self._launcher.wait(5)
+        except subprocess.TimeoutExpired:
+            for process in [*psutil.Process(self._launcher.pid).children(recursive=True), self._launcher]:
+                with contextlib.suppress(psutil.NoSuchProcess):
+                    process.kill()
+            self._launcher.wait()
+        self._said = self._log.read_bytes()
+        self._folder.cleanup()
