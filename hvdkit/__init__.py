@@ -1,10 +1,41 @@
-"""hvdkit: Keras 3 on TensorFlow, trained across GPUs and hosts with Horovod.
+"""Train Keras 3 models on TensorFlow with Horovod, on many GPUs and hosts: four lines of a Keras script change.
 
-`import hvdkit as hvd` is the whole public API. Names are loaded when they are first used (PEP 562), so that
-`python -m hvdkit.launch` and a check of flags need not wait for TensorFlow.
+    import hvdkit as hvd
+    hvd.init()                                  # who am I; my GPU, my cores
+    dataset = hvd.data.shard(dataset)           # my even share, as many steps as everyone
+    model.compile(hvd.DistributedOptimizer(keras.optimizers.Adam(hvd.scaled(1e-3))), loss=loss, metrics=metrics)
+    model.fit(dataset, epochs=5, callbacks=hvd.callbacks.standard())
+
+Start it with: hvdkit launch -np 4 -- python train_mine.py
+
+What you want to do, and what does it:
+
+    Start, and know which rank this is     init, rank, size, local_rank, local_size, shutdown, World
+    Give each rank its share of the data   data.shard, data.even_share
+    Average gradients in model.fit         DistributedOptimizer, scaled; PartialDistributedOptimizer for layers that
+                                           stay each rank's own
+    ... in a training loop of your own     DistributedGradientTape, broadcast_variables
+    Add what fit needs on many ranks       callbacks.standard; callbacks has each by its name
+    Evaluate and predict on all ranks      evaluate, predict
+    Average metrics and BatchNorm          callbacks.MetricAverageCallback, synchronize_batch_normalization
+    Save, and resume from a checkpoint     callbacks.CheckpointCallback, load_model
+    Send less, or less often               Compression, LocalSGD
+    Keep optimizer state once              ShardedOptimizer
+    Divide a model over several ranks      Mesh, parallel.split_tensors, parallel.split_branches, parallel.pipeline
+    Go on when ranks come and go           elastic.run, elastic.KerasState
+    Move tensors between ranks             allreduce, allgather, broadcast, alltoall, reducescatter, barrier, join
+    Move Python objects                    broadcast_object, allgather_object
+    Use only some of the ranks             ProcessSet, add_process_set
+    Find out what is wrong                 UsageError, ReplicasDiverged; nccl_built, gloo_built, mpi_built;
+                                           start_timeline, callbacks.ProfileCallback
+
+Names and arguments are Horovod's where Horovod has them, so an old script changes its import alone. A name is loaded
+when it is first used: `import hvdkit` does not load TensorFlow.
 """
 
+import ast
 import importlib
+from pathlib import Path
 from typing import Any
 
 from hvdkit import versions
@@ -13,124 +44,36 @@ versions.check()  # before anything that a wrong version would break in a way no
 
 __version__ = "0.1.0"
 
-# Where each public name lives.
-_HOME = {
-    "hvdkit.model.batch_normalization": ("SyncBatchNormalization", "synchronize_batch_normalization"),
-    "hvdkit.collectives": (
-        "allgather_object", "average_variables", "barrier", "broadcast_object", "broadcast_variables",
-    ),
-    "hvdkit.compression": ("Compression",),
-    "hvdkit.errors": ("ReplicasDiverged", "UsageError"),
-    "hvdkit.model.evaluation": ("evaluate", "predict"),
-    "hvdkit.optimizers.gradient_tape": ("DistributedGradientTape", "PartialDistributedGradientTape"),
-    "hvdkit.runtime": ("init", "shutdown"),
-    "hvdkit.optimizers.local_sgd": ("LocalSGD",),
-    "hvdkit.collectives.mesh": ("Mesh",),
-    "hvdkit.collectives.operations": (
-        "allgather", "allreduce", "alltoall", "broadcast", "broadcast_global_variables",
-        "grouped_allgather", "grouped_allreduce", "grouped_reducescatter", "join", "reducescatter",
-    ),
-    "hvdkit.optimizers.distributed": ("DistributedOptimizer", "PartialDistributedOptimizer", "scaled"),
-    "hvdkit.optimizers.sharded": ("ShardedOptimizer",),
-    "hvdkit.model.saving": ("load_model",),
-    "hvdkit.world": (
-        "World", "cross_rank", "cross_size", "is_initialized", "local_rank", "local_size", "rank", "size",
-    ),
-    # Horovod's own, as they are.
-    "horovod.tensorflow": (
-        "Adasum", "Average", "Max", "Min", "ProcessSet", "Product", "Sum", "add_process_set", "ccl_built", "cuda_built",
-        "ddl_built", "global_process_set", "gloo_built", "gloo_enabled", "is_homogeneous", "mpi_built", "mpi_enabled",
-        "mpi_threads_supported", "nccl_built", "remove_process_set", "rocm_built", "start_timeline", "stop_timeline",
-    ),
-}  # fmt: skip
-_MODULES = ("callbacks", "data", "elastic", "parallel", "strategies")
-_NAMES = {name: module for module, names in _HOME.items() for name in names}
 
-__all__ = [
-    "Adasum",
-    "Average",
-    "Compression",
-    "DistributedGradientTape",
-    "DistributedOptimizer",
-    "LocalSGD",
-    "Max",
-    "Mesh",
-    "Min",
-    "PartialDistributedGradientTape",
-    "PartialDistributedOptimizer",
-    "ProcessSet",
-    "Product",
-    "ReplicasDiverged",
-    "ShardedOptimizer",
-    "Sum",
-    "SyncBatchNormalization",
-    "UsageError",
-    "World",
-    "add_process_set",
-    "allgather",
-    "allgather_object",
-    "allreduce",
-    "alltoall",
-    "average_variables",
-    "barrier",
-    "broadcast",
-    "broadcast_global_variables",
-    "broadcast_object",
-    "broadcast_variables",
-    "callbacks",
-    "ccl_built",
-    "cross_rank",
-    "cross_size",
-    "cuda_built",
-    "data",
-    "ddl_built",
-    "elastic",
-    "evaluate",
-    "global_process_set",
-    "gloo_built",
-    "gloo_enabled",
-    "grouped_allgather",
-    "grouped_allreduce",
-    "grouped_reducescatter",
-    "init",
-    "is_homogeneous",
-    "is_initialized",
-    "join",
-    "load_model",
-    "local_rank",
-    "local_size",
-    "mpi_built",
-    "mpi_enabled",
-    "mpi_threads_supported",
-    "nccl_built",
-    "parallel",
-    "predict",
-    "rank",
-    "reducescatter",
-    "remove_process_set",
-    "rocm_built",
-    "scaled",
-    "shutdown",
-    "size",
-    "start_timeline",
-    "stop_timeline",
-    "strategies",
-    "synchronize_batch_normalization",
-]
+def _read_stub() -> dict[str, str]:
+    """Each public name, and the module that has it, from `__init__.pyi`."""
+    homes: dict[str, str] = {}
+    for statement in ast.parse(Path(__file__).with_name("__init__.pyi").read_text("utf-8")).body:
+        if isinstance(statement, ast.ImportFrom):
+            homes.update({alias.asname: str(statement.module) for alias in statement.names if alias.asname})
+        elif isinstance(statement, ast.FunctionDef | ast.ClassDef):
+            homes[statement.name] = "horovod.tensorflow"
+        elif isinstance(statement, ast.AnnAssign) and isinstance(statement.target, ast.Name):
+            homes[statement.target.id] = "horovod.tensorflow"
+    return {name: home for name, home in homes.items() if not name.startswith("_")}
+
+
+_HOMES = _read_stub()
+__all__ = sorted(_HOMES)
 
 
 def __getattr__(name: str) -> Any:
-    if name in _MODULES:
+    if name not in _HOMES:
+        raise AttributeError(f"module 'hvdkit' has no attribute {name!r}")
+    home = _HOMES[name]
+    if home == "hvdkit":
         return importlib.import_module(f"hvdkit.{name}")
-    if name in _NAMES:
-        home = _NAMES[name]
-        if home == "horovod.tensorflow":
-            from hvdkit import world
+    if home == "horovod.tensorflow":
+        from hvdkit import world
 
-            return getattr(world.horovod(), name)  # which says what to do where Horovod is missing
-        return getattr(importlib.import_module(home), name)
-    raise AttributeError(f"module 'hvdkit' has no attribute {name!r}")
+        return getattr(world.horovod(), name)  # which says what to do where Horovod is missing
+    return getattr(importlib.import_module(home), name)
 
 
 def __dir__() -> list[str]:
-    return sorted({*globals(), *__all__})
+    return __all__
