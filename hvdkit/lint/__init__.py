@@ -1,10 +1,11 @@
-"""Reading a training script for what makes it wrong on many ranks: `python -m hvdkit.lint script.py`.
+"""Static analysis of distributed training scripts: `python -m hvdkit.lint script.py`.
 
-The script is parsed, never imported, and neither is TensorFlow: a check takes a fraction of a second and needs no GPU.
+The script is parsed and never imported, and TensorFlow is not loaded. A check takes a fraction of a second and needs no
+GPU.
 
-    script.py      what one file says: imports and their aliases, names and what they may hold, calls, blocks
+    script.py      imports and aliases, possible values of names, calls and blocks of one file
     ranks.py       which code runs on some ranks only
     training.py    where the script compiles and fits Keras models, and with which callbacks
-    finding.py     what a rule is, and what it reports
-    rules/         the rules, one file a subject
+    finding.py     rules and the findings that they report
+    rules/         the rules, one file per subject
 """

@@ -1,9 +1,9 @@
-"""Finds in Keras training scripts what makes them wrong on many ranks.
+"""Finds mistakes in Keras training scripts that only show on several ranks.
 
     python -m hvdkit.lint train_mine.py
 
-The exit code is 0 if nothing was found, 1 if something was, 2 if a file could not be read. `# noqa: HVD202` at the end
-of a line waives a finding there.
+The exit code is 0 without findings, 1 with findings, and 2 if a file cannot be read. `# noqa: HVD202` at the end of a
+line suppresses a finding there.
 """
 
 import argparse
@@ -21,7 +21,7 @@ from hvdkit.lint.script import Script
 
 
 def main(argv: list[str]) -> int:
-    """Checks what the command line names, shows the findings, and returns the exit code."""
+    """Checks the files on the command line, prints the findings, and returns the exit code."""
     arguments = _parse(argv)
     if arguments.list:
         print("\n".join(f"{rule.code}  {rule.title}" for rule in RULES))
@@ -63,10 +63,10 @@ def read(file: Path) -> Script:
     """Reads and parses a file, without running it.
 
     Raises:
-        UsageError: it cannot be read, or is not Python.
+        UsageError: the file cannot be read, or is not Python.
     """
     try:
-        with tokenize.open(file) as stream:  # which knows encoding declarations
+        with tokenize.open(file) as stream:  # honours encoding declarations
             return Script(stream.read(), str(file))
     except OSError as error:
         raise UsageError(f"{file} cannot be read: {error.strerror}. Give the path of a Python file.") from None
@@ -77,14 +77,14 @@ def read(file: Path) -> Script:
     except SyntaxError as error:
         where = f"{file}:{error.lineno}" if error.lineno else str(file)
         raise UsageError(
-            f"{where} is not Python {sys.version_info.major}.{sys.version_info.minor}: {error.msg}. Mend it first."
+            f"{where} is not Python {sys.version_info.major}.{sys.version_info.minor}: {error.msg}. Fix it first."
         ) from None
     except (ValueError, RecursionError, MemoryError) as error:
         raise UsageError(f"{file} cannot be parsed as Python: {error}.") from None
 
 
 def _files(path: Path) -> Iterator[Path]:
-    """The file itself, or the Python files under a folder: not those of virtual environments and hidden folders."""
+    """The file itself, or all Python files under a folder, except in virtual environments and hidden folders."""
     if not path.is_dir():
         yield path
         return
@@ -100,7 +100,7 @@ def _is_foreign(file: Path, root: Path) -> bool:
 
 
 def _chosen(codes: str) -> list[Rule]:
-    """The rules whose codes begin with one of these, which are parted by commas."""
+    """The rules whose codes start with one of these comma-separated prefixes."""
     chosen = []
     for code in [c.strip().upper() for c in codes.split(",") if c.strip()]:
         matching = [rule for rule in RULES if rule.code.startswith(code)]
@@ -113,11 +113,13 @@ def _chosen(codes: str) -> list[Rule]:
 
 def _parse(argv: list[str]) -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="python -m hvdkit.lint", description=__doc__.partition("\n")[0])
-    parser.add_argument("paths", nargs="*", metavar="PATH", help="scripts, and folders of scripts")
-    parser.add_argument("--select", default="HVD", metavar="CODES", help="check these only: HVD301,HVD5")
-    parser.add_argument("--ignore", metavar="CODES", help="leave these out")
+    parser.add_argument("paths", nargs="*", metavar="PATH", help="scripts, or folders of scripts")
+    parser.add_argument(
+        "--select", default="HVD", metavar="CODES", help="check only these rules, for example HVD301,HVD5"
+    )
+    parser.add_argument("--ignore", metavar="CODES", help="skip these rules")
     parser.add_argument("--json", action="store_true", help="print one JSON object")
-    parser.add_argument("--explain", metavar="CODES", help="say at length what rules mean, with right and wrong")
+    parser.add_argument("--explain", metavar="CODES", help="explain rules, with wrong and right code")
     parser.add_argument("--list", action="store_true", help="list the rules")
     arguments = parser.parse_args(argv[1:])
     if not (arguments.paths or arguments.explain or arguments.list):

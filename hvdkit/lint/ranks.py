@@ -1,4 +1,4 @@
-"""Which code runs on some ranks only: tests of the rank, and the blocks that they guard."""
+"""Which code runs on some ranks only: tests of the rank and the blocks that they guard."""
 
 import ast
 from collections.abc import Iterator
@@ -6,18 +6,23 @@ from typing import NamedTuple
 
 from hvdkit.lint.script import Function, Script, is_constant
 
-# What all ranks get alike, whatever each gave.
-_AGREED = {
-    "hvd.allgather", "hvd.allgather_object", "hvd.allreduce", "hvd.broadcast", "hvd.broadcast_object",
-    "hvd.grouped_allgather", "hvd.grouped_allreduce",
-}  # fmt: skip
+# These collectives return the same value on all ranks.
+_SAME_ON_ALL_RANKS = {
+    "hvd.allgather",
+    "hvd.allgather_object",
+    "hvd.allreduce",
+    "hvd.broadcast",
+    "hvd.broadcast_object",
+    "hvd.grouped_allgather",
+    "hvd.grouped_allreduce",
+}
 _RANKS = {"hvd.rank", "hvd.local_rank", "hvd.cross_rank"}
-_SPOKEN = {"rank", "local_rank", "is_root", "is_chief", "is_main", "is_master"}  # what people call parameters
+_RANK_NAMES = {"rank", "local_rank", "is_root", "is_chief", "is_main", "is_master"}  # usual names of variables
 _ENVIRONMENT = {"HOROVOD_RANK", "HOROVOD_LOCAL_RANK", "OMPI_COMM_WORLD_RANK", "PMI_RANK", "SLURM_PROCID", "RANK"}
 
 
 class Guard(NamedTuple):
-    """A test that must come out as `truth` for a node to be reached; `exit` is the statement that leaves otherwise."""
+    """A test that must equal `truth` for a node to be reached; `exit` is the statement that exits otherwise."""
 
     test: ast.AST
     truth: bool
@@ -28,22 +33,22 @@ class Guard(NamedTuple):
 def is_rank(script: Script, node: ast.AST) -> bool:
     """Whether a node reads the rank: `hvd.rank()`, `world.rank`, a name such as `local_rank`, HOROVOD_RANK."""
     if isinstance(node, ast.Name):
-        return node.id in _SPOKEN or script.name(node) in _RANKS
+        return node.id in _RANK_NAMES or script.name(node) in _RANKS
     if isinstance(node, ast.Attribute):
-        return node.attr in _SPOKEN and not ast.unparse(node.value).endswith("shape")  # a tensor's rank
+        return node.attr in _RANK_NAMES and not ast.unparse(node.value).endswith("shape")  # a tensor's rank
     return is_constant(node, *_ENVIRONMENT)
 
 
 def depends_on_rank(script: Script, node: ast.AST) -> bool:
-    """Whether a value may differ from rank to rank because it is made from the rank."""
-    made_from = script.derivation(node, cut=lambda n: script.called(n) in _AGREED)
+    """Whether a value is computed from the rank and may therefore differ between ranks."""
+    made_from = script.derivation(node, cut=lambda n: script.called(n) in _SAME_ON_ALL_RANKS)
     return any(is_rank(script, n) for n in made_from.nodes)
 
 
 def tests_rank(script: Script, test: ast.AST) -> bool:
-    """Whether a test comes out differently from rank to rank because it looks at the rank.
+    """Whether a test reads the rank, and its result may therefore differ between ranks.
 
-    Narrower than `depends_on_rank`: the length of a rank's share depends on the rank, but is not its test.
+    This is narrower than `depends_on_rank`: the length of a shard depends on the rank, but does not test it.
     """
     values = script.values(test)
     if values and values != [test]:
@@ -51,26 +56,26 @@ def tests_rank(script: Script, test: ast.AST) -> bool:
         return unknown or any(value is not None and tests_rank(script, value) for value in values)
     if isinstance(test, ast.Compare | ast.BoolOp | ast.UnaryOp | ast.BinOp):
         return any(tests_rank(script, part) for part in ast.iter_child_nodes(test) if isinstance(part, ast.expr))
-    if isinstance(test, ast.Call) and script.called(test) not in _AGREED:
+    if isinstance(test, ast.Call) and script.called(test) not in _SAME_ON_ALL_RANKS:
         return any(is_rank(script, n) for n in ast.walk(test))
     return is_rank(script, test) or (isinstance(test, ast.Subscript) and is_rank(script, test.slice))
 
 
 def depends_on_size(script: Script, node: ast.AST) -> bool:
-    """Whether a value is made from the number of ranks."""
+    """Whether a value is computed from the number of ranks."""
     return any(script.name(n) in ("hvd.size", "hvd.scaled") or _is_size(n) for n in script.derivation(node).nodes)
 
 
 def _is_size(node: ast.AST) -> bool:
-    # `world.size`, or a parameter that is called so; arrays have a `.size`, too, which costs a finding at most.
-    spoken = {"world_size", "num_workers", "num_ranks", "num_replicas"}
+    # `world.size`, or a usual name for it. Arrays also have a `.size`: at worst the rule misses a finding.
+    names = {"world_size", "num_workers", "num_ranks", "num_replicas"}
     if isinstance(node, ast.Name):
-        return node.id in spoken
-    return isinstance(node, ast.Attribute) and node.attr in {*spoken, "size"}
+        return node.id in names
+    return isinstance(node, ast.Attribute) and node.attr in {*names, "size"}
 
 
 def guards(script: Script, node: ast.AST) -> Iterator[Guard]:
-    """Yields the tests that decide within its function whether a node is reached, the innermost first."""
+    """Yields the tests in a node's function that decide whether the node is reached, innermost first."""
     for parent, field, child in script.ancestors(node):
         if isinstance(parent, ast.If | ast.While | ast.IfExp) and field in ("body", "orelse"):
             yield Guard(parent.test, field == "body", parent)
@@ -85,19 +90,19 @@ def _early_exits(before: list[ast.stmt]) -> Iterator[Guard]:
     for statement in before:
         if isinstance(statement, ast.If):
             for block, truth in ((statement.body, False), (statement.orelse, True)):
-                if block and _leaves(block[-1]):
+                if block and _exits(block[-1]):
                     yield Guard(statement.test, truth, statement, block[-1])
 
 
-def _leaves(statement: ast.stmt) -> bool:
+def _exits(statement: ast.stmt) -> bool:
     if isinstance(statement, ast.Return | ast.Continue | ast.Break | ast.Raise):
         return True
     call = statement.value if isinstance(statement, ast.Expr) else None
     return isinstance(call, ast.Call) and ast.unparse(call.func) in ("sys.exit", "exit", "quit", "os._exit")
 
 
-def leaves_in_peace(statement: ast.AST) -> bool:
-    """Whether an early exit is no failure: a rank that raises or exits with an error ends the whole job."""
+def exits_without_error(statement: ast.AST) -> bool:
+    """Whether an early exit is not an error. A rank that raises or exits with an error ends the whole job."""
     if isinstance(statement, ast.Raise):
         return False
     if isinstance(statement, ast.Expr) and isinstance(statement.value, ast.Call):
@@ -106,7 +111,7 @@ def leaves_in_peace(statement: ast.AST) -> bool:
 
 
 def on_root_only(script: Script, node: ast.AST, _seen: frozenset = frozenset()) -> bool:
-    """Whether a node is reached on one rank (or one a host) only; also where all callers of its function are."""
+    """Whether a node is reached on one rank only (or one rank per host), directly or through all callers."""
     if any(_implies_root(script, guard.test, guard.truth) for guard in guards(script, node)):
         return True
     for parent, _, _ in script.ancestors(node):
@@ -120,14 +125,14 @@ def on_root_only(script: Script, node: ast.AST, _seen: frozenset = frozenset()) 
 
 
 def _decorated(script: Script, function: ast.AST) -> bool:
-    """Whether a decorator that nothing is known of, such as `@only_on_root`, may choose the rank."""
+    """Whether an unknown decorator, such as `@only_on_root`, may select the rank."""
     decorators = [d.func if isinstance(d, ast.Call) else d for d in getattr(function, "decorator_list", [])]
     known = ("tf.", "keras.", "hvd.", "dataclasses.", "property", "staticmethod", "classmethod")
     return any(not (script.name(d) or "").startswith(known) for d in decorators)
 
 
 def _implies_root(script: Script, test: ast.AST, truth: bool) -> bool:
-    """Whether the test's coming out as `truth` means that this is rank 0."""
+    """Whether the test equals `truth` on rank 0 only."""
     if isinstance(test, ast.UnaryOp) and isinstance(test.op, ast.Not):
         return _implies_root(script, test.operand, not truth)
     if isinstance(test, ast.BoolOp):
@@ -139,7 +144,7 @@ def _implies_root(script: Script, test: ast.AST, truth: bool) -> bool:
     if values and values != [test]:
         return all(value is not None and _implies_root(script, value, truth) for value in values)
     if isinstance(test, ast.Name | ast.Attribute) and (last := ast.unparse(test).rpartition(".")[2]).startswith("is_"):
-        return truth and last in _SPOKEN
+        return truth and last in _RANK_NAMES
     return not truth and _is_rank_value(script, test)
 
 

@@ -1,8 +1,8 @@
-"""What one Python file says: its imports and their aliases, names and what they may hold, calls and blocks.
+"""Data-flow analysis of one Python file: imports and aliases, possible values of names, calls and blocks.
 
-The analysis is small and errs on the side of silence: it follows a name to the assignments that may reach its use, a
-parameter to the calls of its function in this file, and a call to what the function returns. What comes from another
-file is unknown, and a rule that meets something unknown says nothing.
+The analysis prefers missing a problem to a false report. It follows a name to the assignments that may reach its use, a
+parameter to the calls of its function in this file, and a call to what the function returns. Values from other files
+are unknown. A rule that meets an unknown value reports nothing.
 """
 
 import ast
@@ -13,10 +13,10 @@ from typing import Any, NamedTuple
 
 Function = ast.FunctionDef | ast.AsyncFunctionDef | ast.Lambda
 _SCOPES = (ast.FunctionDef, ast.AsyncFunctionDef, ast.Lambda, ast.ClassDef, ast.Module)
-_DEPTH = 20  # how many steps a name is followed
+_DEPTH = 20  # the most steps that a name is followed
 _BRANCHES = (ast.If, ast.For, ast.AsyncFor, ast.While, ast.ExceptHandler, ast.Match)
 
-# One name for each library, whichever way it was imported; the longer prefix first.
+# The canonical name of each library, whichever way it is imported. Longer prefixes come first.
 _LIBRARIES = {
     "horovod.tensorflow.keras": "hvd",
     "horovod.tensorflow": "hvd",
@@ -34,20 +34,19 @@ _LIBRARIES = {
     "pandas": "pd",
     "tensorflow_datasets": "tfds",
 }
-# Modules that people name; of the others only the content counts: hvdkit.world.rank is hvd.rank.
+# Only these modules stay in a canonical name: hvdkit.callbacks.x is hvd.callbacks.x, hvdkit.world.rank is hvd.rank.
 _PUBLIC_MODULES = {"callbacks", "data", "elastic", "strategies"}
-# Libraries that know nothing of ranks: what they return depends on their arguments alone.
-_KNOWN = {"tf", "keras", "np", "pd", "tfds", "sklearn", "scipy", "PIL", "cv2", "h5py", "yaml", "absl",
-          "hvd", "horovod"}  # fmt: skip
+# The results of these libraries' functions depend on their arguments only, not on other files of the project.
+_KNOWN = {"tf", "keras", "np", "pd", "tfds", "sklearn", "scipy", "PIL", "cv2", "h5py", "yaml", "absl", "hvd", "horovod"}
 
 
 class Binding(NamedTuple):
-    """One way in which a name gets a value.
+    """An assignment of a value to a name.
 
     Attributes:
-        at: the end of the statement, as (line, column): uses from there on see the value.
-        value: the expression, or None where nothing is known of it.
-        exact: whether the name holds the value itself, and not a part of it (`for x in value`, `x, y = value`).
+        at: the end of the statement, as (line, column). Later uses see the value.
+        value: the expression; None if it is unknown.
+        exact: whether the name holds the value itself, not a part of it (`for x in value`, `x, y = value`).
         node: the statement.
     """
 
@@ -58,7 +57,7 @@ class Binding(NamedTuple):
 
 
 class Derivation(NamedTuple):
-    """All that a value is made from: syntax nodes, and whether something unknown takes part."""
+    """All syntax nodes that a value is computed from, and whether an unknown value is among its inputs."""
 
     nodes: list[ast.AST]
     unknown: bool
@@ -73,7 +72,7 @@ class Script:
 
     Args:
         source: the text.
-        path: as it is to be shown.
+        path: the path to show in findings.
 
     Raises:
         SyntaxError, ValueError, RecursionError: the text is not Python.
@@ -95,26 +94,26 @@ class Script:
         self.calls.sort(key=start)
         self.libraries = {self._canonical(name).partition(".")[0] for name in self.imports.values()}
         self._used = {node.id for node in self.nodes if isinstance(node, ast.Name)}
-        # What is asked again and again.
+        # Caches.
         self._names: dict[ast.AST, str | None] = {}
-        self._seen_by: dict[ast.AST, list[Binding]] = {}
+        self._reaching_bindings: dict[ast.AST, list[Binding]] = {}
         self._values: dict[ast.AST, list[ast.AST | None]] = {}
         self._callers: dict[ast.AST, list[ast.Call]] = {}
         for call in self.calls:
             function = self.function_of(call)
             if function:
                 self._callers.setdefault(function, []).append(call)
-        self._seen_by.clear()  # made without the callers
+        self._reaching_bindings.clear()  # computed before the callers were known
 
     # Places -----------------------------------------------------------------------------------------------------------
 
     def column(self, node: ast.AST) -> int:
-        """The node's column as editors count it: characters, from 1 (`ast` counts bytes, from 0)."""
+        """The node's column in characters from 1, as editors count it. (`ast` counts bytes from 0.)"""
         line, offset = start(node)
         return len(self._lines[line - 1].encode()[:offset].decode(errors="replace")) + 1
 
     def ancestors(self, node: ast.AST) -> Iterator[tuple[ast.AST, str, ast.AST]]:
-        """Yields (parent, the parent's field, child) from the node outwards, to the module."""
+        """Yields (parent, field of the parent, child) from the node outwards to the module."""
         while node in self._parents:
             parent, field = self._parents[node]
             yield parent, field, node
@@ -134,7 +133,7 @@ class Script:
     # Names ------------------------------------------------------------------------------------------------------------
 
     def raw_name(self, node: ast.AST) -> str | None:
-        """The dotted name of what an expression refers to, as the imports have it: `tensorflow.keras.Model`."""
+        """The dotted name that an expression refers to, as imported: `tensorflow.keras.Model`."""
         if isinstance(node, ast.Attribute):
             inner = self.raw_name(node.value)
             return inner and f"{inner}.{node.attr}"
@@ -148,18 +147,18 @@ class Script:
         return self.raw_name(only) if isinstance(only, ast.Attribute) else None
 
     def name(self, node: ast.AST) -> str | None:
-        """The same with one short name a library: `hvd.rank`, `keras.Model`, `tf.constant`, `np.load`."""
+        """The same with the library's canonical name: `hvd.rank`, `keras.Model`, `tf.constant`, `np.load`."""
         if node not in self._names:
             raw = self.raw_name(node)
             self._names[node] = raw and self._canonical(raw)
         return self._names[node]
 
     def called(self, node: ast.AST) -> str:
-        """The name of the function that a call calls; empty for what is no call, or of something unknown."""
+        """The name of the called function; empty if the node is not a call or the function is unknown."""
         return (isinstance(node, ast.Call) and self.name(node.func)) or ""
 
     def calls_of(self, *names: str) -> list[ast.Call]:
-        """The calls of these functions, in the order of the lines."""
+        """The calls of these functions, by line."""
         return [call for call in self.calls if self.called(call) in names]
 
     @staticmethod
@@ -174,7 +173,7 @@ class Script:
     # Values -----------------------------------------------------------------------------------------------------------
 
     def values(self, node: ast.AST) -> list[ast.AST | None]:
-        """The expressions whose value this one may have, the latest assignment first; None is one that is unknown."""
+        """The expressions that this one may evaluate to, latest assignment first. None is an unknown one."""
         if node not in self._values:
             self._values[node] = self._followed(node, frozenset())
         return self._values[node]
@@ -200,11 +199,11 @@ class Script:
         return list(dict.fromkeys(found))
 
     def derivation(self, node: ast.AST, cut: Callable[[ast.AST], bool] = lambda _: False) -> Derivation:
-        """All that a value is made from, through names, parameters, functions of this file and the tests around.
+        """All nodes that a value is computed from: through names, parameters, local functions and enclosing tests.
 
         Args:
             node: the expression.
-            cut: true for nodes that are not to be followed, nor to be among the result.
+            cut: returns true for nodes to leave out and not to follow.
         """
         nodes: list[ast.AST] = []
         seen: set[ast.AST] = set()
@@ -243,10 +242,10 @@ class Script:
         if name:
             library = name.partition(".")[0]
             return library in _KNOWN or library in sys.stdlib_module_names or hasattr(builtins, library)
-        return isinstance(function, ast.Attribute)  # a method: it depends on its object, which is followed
+        return isinstance(function, ast.Attribute)  # a method depends on its object, which is followed
 
     def _is_mapped(self, node: ast.AST) -> bool:
-        """Whether a function of another file is applied to each element: it cannot choose which elements there are."""
+        """Whether `map` applies the function to each element. Such a function cannot select elements."""
         parent, field = self._parents.get(node, (None, ""))
         function = parent.func if isinstance(parent, ast.Call) and field == "args" else None
         return isinstance(function, ast.Attribute) and function.attr == "map"
@@ -262,7 +261,7 @@ class Script:
     # Functions --------------------------------------------------------------------------------------------------------
 
     def function_of(self, call: ast.Call) -> Function | ast.ClassDef | None:
-        """The function or class of this file that a call calls, if there is exactly one."""
+        """The called function or class, if it is one of this file and there is only one candidate."""
         if not is_variable(call.func):
             return None
         bindings = self._reaching(call.func)
@@ -270,11 +269,11 @@ class Script:
         return value if isinstance(value, Function | ast.ClassDef) else None
 
     def callers(self, function: ast.AST) -> list[ast.Call]:
-        """The calls of a function or class of this file, in this file."""
+        """The calls in this file of a function or class of this file."""
         return self._callers.get(function, [])
 
     def returned(self, function: Function | ast.ClassDef | None) -> list[ast.AST]:
-        """The expressions that a function returns or yields; a class stands for itself."""
+        """The expressions that a function returns or yields; for a class, the class itself."""
         if isinstance(function, ast.Lambda):
             return [function.body]
         if isinstance(function, ast.ClassDef) or function is None:
@@ -284,7 +283,7 @@ class Script:
         return [n.value for n in inside if n.value]
 
     def argument(self, call: ast.Call, name: str, position: int | None = None) -> ast.expr | None:
-        """The argument of that name or position, or None where the call does not show one."""
+        """The argument with this name or position; None if the call does not show it."""
         for keyword in call.keywords:
             if keyword.arg == name:
                 return keyword.value
@@ -303,7 +302,7 @@ class Script:
             for field, value in ast.iter_fields(node):
                 for child in value if isinstance(value, list) else [value]:
                     if isinstance(child, ast.AST):
-                        # Contexts such as ast.Load() are one object for all nodes: they have no parent.
+                        # All nodes share one object for a context such as ast.Load(), so it has no parent.
                         if not isinstance(child, ast.expr_context | ast.operator | ast.cmpop | ast.boolop):
                             self._parents[child] = (node, field)
                         todo.append(child)
@@ -323,7 +322,7 @@ class Script:
             else:
                 root = alias.name.partition(".")[0]
                 self.imports.setdefault(root, root)
-                self.imports.setdefault(alias.name, alias.name)  # not a name, but tells which library is used
+                self.imports.setdefault(alias.name, alias.name)  # records which library is used
 
     def _bind_assignment(self, node: Any) -> None:
         for target in node.targets if isinstance(node, ast.Assign) else [node.target]:
@@ -386,10 +385,10 @@ class Script:
     # Reaching assignments ---------------------------------------------------------------------------------------------
 
     def _reaching(self, use: ast.AST) -> list[Binding]:
-        """The assignments that a use of a name may see, the latest first; parameters stand for their arguments."""
-        if use not in self._seen_by:
-            self._seen_by[use] = self._find_reaching(use)
-        return self._seen_by[use]
+        """The assignments that may reach a use of a name, latest first. Parameters resolve to their arguments."""
+        if use not in self._reaching_bindings:
+            self._reaching_bindings[use] = self._find_reaching(use)
+        return self._reaching_bindings[use]
 
     def _find_reaching(self, use: ast.AST) -> list[Binding]:
         if isinstance(use, ast.Attribute):
@@ -413,7 +412,7 @@ class Script:
                 continue
             reaching.append(binding)
             if set(self._place(binding.node)) <= set(place):
-                break  # it always comes last: no earlier one is seen
+                break  # it always runs before the use, so it hides all earlier ones
         return reaching
 
     def _place(self, node: ast.AST) -> list[tuple[ast.AST, str]]:
@@ -431,7 +430,7 @@ class Script:
         if not isinstance(parameter, _Parameter):
             return [binding]
         callers = self.callers(parameter.function)
-        if not callers and self._is_passed_on(parameter.function):  # its caller is a library, which knows no ranks
+        if not callers and self._is_passed_on(parameter.function):  # a library calls it, independently of the rank
             return [binding._replace(exact=False)]
         values = [self._passed(call, parameter) for call in callers] or [None]
         return [binding._replace(value=value) for value in values]
@@ -452,7 +451,7 @@ class Script:
 
 
 class _Parameter(ast.AST):
-    """Stands for the value of a function's parameter."""
+    """The value of a function's parameter."""
 
     def __init__(self, function: Function, parameter: ast.arg, default: ast.AST | None) -> None:
         super().__init__()
@@ -480,7 +479,7 @@ _BINDERS: dict[type, Callable[[Script, Any], None]] = {
 
 
 def start(node: ast.AST) -> tuple[int, int]:
-    """Where a node begins: (line from 1, byte from 0)."""
+    """Where a node starts: (line from 1, byte from 0)."""
     return node.lineno, node.col_offset  # type: ignore[attr-defined]
 
 
@@ -490,14 +489,14 @@ def end(node: ast.AST) -> tuple[int, int]:
 
 
 def is_variable(node: ast.AST) -> bool:
-    """Whether it is a name, or an attribute of `self`: what this module follows to its assignments."""
+    """Whether it is a name or an attribute of `self`, which this module follows to the assignments."""
     if isinstance(node, ast.Attribute):
         return isinstance(node.value, ast.Name) and node.value.id == "self"
     return isinstance(node, ast.Name)
 
 
 def is_constant(node: ast.AST | None, *values: Any) -> bool:
-    """Whether it is one of these literals."""
+    """Whether a node is one of these literals."""
     return isinstance(node, ast.Constant) and any(node.value is v or node.value == v for v in values)
 
 

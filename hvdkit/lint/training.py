@@ -1,4 +1,4 @@
-"""Where a script trains Keras models: its calls of `compile` and `fit`, and the callbacks that each `fit` is given."""
+"""Where a script trains Keras models: its calls of `compile` and `fit`, and the callbacks of each `fit`."""
 
 import ast
 import functools
@@ -13,24 +13,24 @@ WRAPPERS = ("hvd.DistributedOptimizer", "hvd.PartialDistributedOptimizer")
 
 
 class Callbacks(NamedTuple):
-    """The callbacks of a `fit`, in order, as expressions; `complete` unless some come from where nothing is known."""
+    """The callbacks of a `fit`, in order, as expressions; `complete` is false if some may be unknown."""
 
     items: list[ast.AST]
     complete: bool
 
     def named(self, script: Script, *names: str) -> list[int]:
-        """The positions of callbacks whose class (or function) has one of these names, without its module."""
+        """The positions of the callbacks whose class or function has one of these names, ignoring its module."""
         return [i for i, item in enumerate(self.items) if last_part(script.called(item)) in names]
 
 
 def last_part(name: str) -> str:
-    """The name without its modules."""
+    """The name without its module."""
     return name.rpartition(".")[2]
 
 
 @functools.lru_cache(maxsize=4)
 def fits(script: Script) -> list[ast.Call]:
-    """The calls of `fit` on Keras models: other libraries have a `fit`, too, but no epochs and no callbacks."""
+    """The calls of `fit` on Keras models. Other libraries also have a `fit`, but without epochs and callbacks."""
     compiled = {ast.unparse(call.func.value) for call in compiles(script)}  # type: ignore[attr-defined]
     return [
         call
@@ -48,14 +48,14 @@ def compiles(script: Script) -> list[ast.Call]:
 
 
 def is_model(script: Script, node: ast.AST) -> bool:
-    """Whether an expression is a Keras model: made as one, or compiled or fitted in this file."""
+    """Whether an expression is a Keras model: constructed as one, or compiled or fitted in this file."""
     trained = {ast.unparse(call.func.value) for call in [*compiles(script), *fits(script)]}  # type: ignore[attr-defined]
     made = any(script.called(value).startswith(_MODELS) for value in script.values(node) if value)
     return made or ast.unparse(node) in trained
 
 
 def _methods(script: Script, *names: str) -> list[ast.Call]:
-    """Calls of methods: not of a module's functions, such as `re.compile`."""
+    """Calls of methods, without a module's functions such as `re.compile`."""
     return [
         call
         for call in script.calls
@@ -66,12 +66,12 @@ def _methods(script: Script, *names: str) -> list[ast.Call]:
 
 
 def hides_arguments(call: ast.Call) -> bool:
-    """Whether arguments come out of `*args` or `**kwargs`, so that one which is not shown may be there."""
+    """Whether `*args` or `**kwargs` may pass arguments that the call does not show."""
     return any(isinstance(a, ast.Starred) for a in call.args) or any(k.arg is None for k in call.keywords)
 
 
 def is_wrapped(script: Script, optimizer: ast.AST | None) -> bool | None:
-    """Whether an optimizer exchanges gradients; None where this file does not show it."""
+    """Whether an optimizer averages gradients over the ranks; None if this file does not show it."""
     answers: set[bool | None] = set()
     for value in script.values(optimizer) if optimizer else [ast.Constant("rmsprop")]:
         called = script.called(value) if value else ""
@@ -88,7 +88,7 @@ def is_wrapped(script: Script, optimizer: ast.AST | None) -> bool | None:
 
 
 def is_optimizer(script: Script, node: ast.AST | None) -> bool:
-    """Whether an expression makes one of Keras' own optimizers."""
+    """Whether an expression creates one of Keras' own optimizers."""
     called = script.called(node) if node else ""
     return called == "keras.optimizers.get" or (
         called.startswith("keras.optimizers.") and not called.startswith("keras.optimizers.schedules.")
@@ -96,7 +96,7 @@ def is_optimizer(script: Script, node: ast.AST | None) -> bool:
 
 
 def callbacks(script: Script, fit: ast.Call) -> Callbacks:
-    """The callbacks that a call of `fit` or `evaluate` is given."""
+    """The callbacks that are passed to a call of `fit` or `evaluate`."""
     given = script.argument(fit, "callbacks")
     if given is None:
         return Callbacks([], not hides_arguments(fit))
@@ -104,7 +104,7 @@ def callbacks(script: Script, fit: ast.Call) -> Callbacks:
 
 
 def _sequence(script: Script, node: ast.AST, seen: frozenset) -> Callbacks:
-    """What a list of callbacks holds where it is used."""
+    """The content of a list of callbacks at the place where it is used."""
     if node in seen:
         return Callbacks([], False)
     seen = seen | {node}
@@ -118,7 +118,7 @@ def _sequence(script: Script, node: ast.AST, seen: frozenset) -> Callbacks:
         return _made_by(script, node, seen)
     if is_constant(node, None):
         return Callbacks([], True)
-    # The latest assignment; an earlier one that may also be seen is part of it only in `callbacks += ...`.
+    # Take the latest assignment. It contains an earlier one only in `callbacks += ...`.
     values = script.values(node)
     value = values[0] if values else None
     if value is None or value is node:
@@ -147,7 +147,7 @@ def _element(script: Script, node: ast.AST, seen: frozenset) -> Callbacks:
 
 
 def _later(script: Script, use: ast.AST, value: ast.AST, seen: frozenset) -> Callbacks:
-    """What is added to the list between its assignment and its use: `callbacks.append(...)`."""
+    """The callbacks that are added between the list's assignment and its use: `callbacks.append(...)`."""
     if not is_variable(use):
         return Callbacks([], True)
     parts = []

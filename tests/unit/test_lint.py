@@ -1,4 +1,4 @@
-"""Each rule on a wrong script, whose line it must name, and on the mended one; then the command."""
+"""Each rule on a wrong script, whose line it must name, and on the fixed one; then the command."""
 
 import json
 import re
@@ -27,17 +27,17 @@ def lines(source, code):
     return [line for _, line in found(source, code)]
 
 
-# Wrong scripts, with the rule's code behind the line that it must name, and mended ones. The head comes before both.
+# Wrong scripts, with the rule's code behind the line that it must name, and fixed ones. The head comes before both.
 CASES = """
 m.compile('adam', loss='mse')  # HVD201
 m.fit(d, epochs=1)
---- mended ---
+--- fixed ---
 m.compile(hvd.DistributedOptimizer(keras.optimizers.Adam()), loss='mse')
 m.fit(d, epochs=1)
 ==========
 m.compile(loss='mse')  # HVD201
 m.fit(d, epochs=1)
---- mended ---
+--- fixed ---
 m.compile(loss='mse', **options)
 m.fit(d, epochs=1)
 ==========
@@ -45,20 +45,20 @@ opt = keras.optimizers.SGD(0.1)
 hvd.DistributedOptimizer(opt)
 m.compile(opt)  # HVD201
 m.fit(d, epochs=1)
---- mended ---
+--- fixed ---
 opt = keras.optimizers.SGD(0.1)
 opt = hvd.DistributedOptimizer(opt)
 m.compile(opt)
 m.fit(d, epochs=1)
 ==========
 hvd.DistributedOptimizer(keras.optimizers.SGD(0.1))  # HVD202
---- mended ---
+--- fixed ---
 hvd.DistributedOptimizer(keras.optimizers.SGD(hvd.scaled(0.1)))
 ==========
 rate = 1e-3
 opt = tf.keras.optimizers.Adam(learning_rate=rate)  # HVD202
 opt = hvd.DistributedOptimizer(opt)
---- mended ---
+--- fixed ---
 rate = 1e-3 * hvd.size()
 opt = keras.optimizers.Adam(rate)
 opt = hvd.DistributedOptimizer(opt)
@@ -66,20 +66,20 @@ opt = hvd.DistributedOptimizer(opt)
 K = keras.optimizers
 rate = K.schedules.CosineDecay(0.1, 100)
 hvd.DistributedOptimizer(K.SGD(rate))  # HVD202
---- mended ---
+--- fixed ---
 K = keras.optimizers
 rate = K.schedules.CosineDecay(hvd.scaled(0.1), 9)
 hvd.DistributedOptimizer(K.SGD(rate))
 ==========
 d = tf.data.Dataset.range(9).batch(3)
 m.fit(d, epochs=1)  # HVD301
---- mended ---
+--- fixed ---
 d = hvd.data.shard(tf.data.Dataset.range(9)).batch(3)
 m.fit(d, epochs=1)
 ==========
 (x, y), _ = keras.datasets.mnist.load_data()
 m.fit(x / 255, y, epochs=1)  # HVD301
---- mended ---
+--- fixed ---
 (x, y), _ = keras.datasets.mnist.load_data()
 x, y = x[hvd.rank()::4], y[hvd.rank()::4]
 m.fit(x, y, epochs=1)
@@ -89,7 +89,7 @@ def data():
     return d.map(lambda x: x + 1)
 
 m.fit(data(), epochs=1)  # HVD301
---- mended ---
+--- fixed ---
 def data():
     d = tf.data.Dataset.range(9)
     return d.shard(hvd.size(), hvd.rank())
@@ -98,86 +98,86 @@ m.fit(data(), epochs=1)
 ==========
 d = tf.data.Dataset.range(9).batch(3)
 m.fit(d, steps_per_epoch=9 // hvd.size())  # HVD301
---- mended ---
+--- fixed ---
 d = tf.data.Dataset.range(9).repeat().shuffle(9)
 m.fit(d, steps_per_epoch=9 // hvd.size())
 ==========
 d = hvd.data.shard(tf.data.Dataset.range(9).shuffle(9))  # HVD302
---- mended ---
+--- fixed ---
 d = hvd.data.shard(tf.data.Dataset.range(9).shuffle(9, seed=0))
 ==========
 d = tf.data.Dataset.range(9).shuffle(9, seed=hvd.rank())  # HVD302
 d = d.shard(hvd.size(), hvd.rank())
---- mended ---
+--- fixed ---
 d = tf.data.Dataset.range(9)
 d = d.shard(hvd.size(), hvd.rank()).shuffle(9, seed=hvd.rank())
 ==========
 from sklearn.model_selection import train_test_split
 x, t = train_test_split(a)  # HVD302
 x = x[hvd.rank()::2]
---- mended ---
+--- fixed ---
 from sklearn.model_selection import train_test_split
 x, t = train_test_split(a, random_state=1)
 x = x[hvd.rank()::2]
 ==========
 d = tf.data.Dataset.list_files('*.png')  # HVD302
 d = d.shard(hvd.size(), hvd.rank())
---- mended ---
+--- fixed ---
 d = tf.data.Dataset.list_files('*.png', shuffle=False)
 d = d.shard(hvd.size(), hvd.rank())
 ==========
 d = hvd.data.shard(keras.utils.image_dataset_from_directory('x'))  # HVD302
---- mended ---
+--- fixed ---
 d = hvd.data.shard(keras.utils.image_dataset_from_directory('x', seed=1))
 ==========
 m.fit(d, epochs=1)  # HVD401
---- mended ---
+--- fixed ---
 m.fit(d, callbacks=hvd.callbacks.standard())
 ==========
 log = keras.callbacks.CSVLogger('x')
 m.fit(d, callbacks=[log])  # HVD401
---- mended ---
+--- fixed ---
 c = []
 c.append(hvd.callbacks.BroadcastGlobalVariablesCallback(0))
 m.fit(d, callbacks=c)
 ==========
 m.fit(d, callbacks=[keras.callbacks.EarlyStopping(), hvd.callbacks.MetricAverageCallback()])  # HVD402
---- mended ---
+--- fixed ---
 m.fit(d, callbacks=[hvd.callbacks.MetricAverageCallback(), keras.callbacks.EarlyStopping()])
 ==========
 c = [hvd.callbacks.BroadcastGlobalVariablesCallback(0)]
 c.append(keras.callbacks.ReduceLROnPlateau())  # HVD402
 m.fit(d, callbacks=c)
---- mended ---
+--- fixed ---
 c = hvd.callbacks.standard()
 c += [keras.callbacks.ReduceLROnPlateau()]
 m.fit(d, callbacks=c)
 ==========
 best = keras.callbacks.ModelCheckpoint('x', save_best_only=True)  # HVD402
 m.fit(d, callbacks=[best])
---- mended ---
+--- fixed ---
 best = keras.callbacks.ModelCheckpoint('x')
 m.fit(d, callbacks=[best])
 ==========
 keras.callbacks.ModelCheckpoint('best.keras')  # HVD403
---- mended ---
+--- fixed ---
 if hvd.rank() == 0:
     keras.callbacks.ModelCheckpoint('best.keras')
 ==========
 c = [keras.callbacks.CSVLogger('log.csv')]  # HVD403
 m.fit(d, callbacks=c)
---- mended ---
+--- fixed ---
 c = [keras.callbacks.CSVLogger('log.csv')]
 m.fit(d, callbacks=c if hvd.rank() == 0 else [])
 ==========
 if hvd.rank() != 0:
     tf.keras.callbacks.TensorBoard('logs')  # HVD403
---- mended ---
+--- fixed ---
 keras.callbacks.TensorBoard(f'logs/{hvd.rank()}')
 ==========
 m = keras.Sequential([])
 m.save('m.keras')  # HVD403
---- mended ---
+--- fixed ---
 m = keras.Sequential([])
 def keep():
     if hvd.rank():
@@ -189,7 +189,7 @@ m.fit(d, epochs=1)
 def keep():
     m.save('m.keras')  # HVD403
 keep()
---- mended ---
+--- fixed ---
 m.fit(d, epochs=1)
 def keep():
     m.save('m.keras')
@@ -197,24 +197,24 @@ if not hvd.rank():
     keep()
 ==========
 m.fit(d, epochs=1)  # HVD404
---- mended ---
+--- fixed ---
 m.fit(d, epochs=1, callbacks=hvd.callbacks.standard())
 ==========
 m.fit(d, epochs=1,
       verbose=2)  # HVD404
---- mended ---
+--- fixed ---
 m.fit(d, epochs=1,
       verbose=2 if hvd.rank() == 0 else 0)
 ==========
 loud = 1
 m.fit(d, epochs=1, verbose=loud)  # HVD404
---- mended ---
+--- fixed ---
 loud = 1 if hvd.rank() == 0 else 0
 m.fit(d, epochs=1, verbose=loud)
 ==========
 if hvd.rank() == 0:
     hvd.barrier()  # HVD501
---- mended ---
+--- fixed ---
 if hvd.size() > 1:
     hvd.barrier()
 ==========
@@ -222,14 +222,14 @@ if hvd.rank() == 0:
     print()
 else:
     hvd.allreduce(1)  # HVD501
---- mended ---
+--- fixed ---
 if hvd.rank() == 0:
     print()
 hvd.allreduce(1)
 ==========
 if hvd.rank() == 0:
     x = hvd.broadcast_object(1)  # HVD501
---- mended ---
+--- fixed ---
 if hvd.rank() == 0:
     x = hvd.broadcast_object(1)
 else:
@@ -240,7 +240,7 @@ def main():
         return
     hvd.allgather([1])  # HVD501
 main()
---- mended ---
+--- fixed ---
 def main():
     hvd.allgather([1])
     if hvd.rank() != 0:
@@ -251,7 +251,7 @@ import sys
 if hvd.rank() > 0:
     sys.exit()
 hvd.barrier()  # HVD501
---- mended ---
+--- fixed ---
 import sys
 if hvd.rank() > 0:
     sys.exit('no data')
@@ -261,7 +261,7 @@ m.compile(hvd.DistributedOptimizer(keras.optimizers.SGD()))
 root = hvd.rank() == 0
 if root:
     m.fit(d, epochs=1)  # HVD501
---- mended ---
+--- fixed ---
 m.compile(hvd.DistributedOptimizer(keras.optimizers.SGD()))
 root = hvd.rank() == 0
 m.fit(d, epochs=1)
@@ -272,7 +272,7 @@ def total(x):
     return hvd.allreduce(x)
 if hvd.local_rank() == 0:
     total(1)  # HVD501
---- mended ---
+--- fixed ---
 def total(x):
     return hvd.allreduce(x)
 if hvd.local_rank() == 0:
@@ -280,60 +280,60 @@ if hvd.local_rank() == 0:
 total(1)
 ==========
 import horovod.tensorflow.keras as hvd  # HVD601
---- mended ---
+--- fixed ---
 import horovod.tensorflow as hvd
 ==========
 from horovod import keras as hvd  # HVD601
---- mended ---
+--- fixed ---
 import os, horovod.keras as hvd
 os.environ['TF_USE_LEGACY_KERAS'] = '1'
 ==========
 keras.optimizers.Adam(lr=1)  # HVD602
---- mended ---
+--- fixed ---
 keras.optimizers.Adam(learning_rate=1)
 ==========
 from tensorflow.keras.optimizers import SGD
 SGD(1.0, decay=0.1)  # HVD602
---- mended ---
+--- fixed ---
 from optimizers import SGD
 SGD(1.0, decay=0.1)
 ==========
 m.compile('sgd', loss='mse', experimental_run_tf_function=False)  # HVD602
---- mended ---
+--- fixed ---
 m.compile('sgd', loss='mse')
 ==========
 m.fit_generator(d)  # HVD603
---- mended ---
+--- fixed ---
 m.fit(d)
 ==========
 keras.optimizers.legacy.Adam()  # HVD603
---- mended ---
+--- fixed ---
 keras.optimizers.Adam()
 ==========
 opt = keras.optimizers.Adam()
 print(opt.lr)  # HVD603
---- mended ---
+--- fixed ---
 opt = keras.optimizers.Adam()
 print(opt.learning_rate, args.lr)
 ==========
 tf.Session()  # HVD603
---- mended ---
+--- fixed ---
 if tf.__version__ < '2':
     tf.Session()
 ==========
 import tf_keras  # HVD604
---- mended ---
+--- fixed ---
 import keras
 """.strip().split("\n==========\n")
 
 
 @pytest.mark.parametrize("case", CASES)
-def test_a_rule_names_the_line_and_is_silent_on_the_mended_script(case):
-    wrong, mended = case.split("\n--- mended ---\n")
+def test_a_rule_names_the_line_and_is_silent_on_the_fixed_script(case):
+    wrong, fixed = case.split("\n--- fixed ---\n")
     code = re.search(r"# (HVD\d+)", wrong)[1]
     (line,) = [number for number, text in enumerate((HEAD + wrong).split("\n"), 1) if f"# {code}" in text]
     assert lines(HEAD + wrong, code) == [line]
-    assert lines(HEAD + mended, code) == []
+    assert lines(HEAD + fixed, code) == []
 
 
 def test_every_rule_has_a_case():
@@ -405,14 +405,14 @@ def test_the_tests_of_the_rank_are_told_from_others():
     assert lines(HEAD + share + "for b in d:\n    if b == 0:\n        hvd.barrier()", "HVD501") == []
 
 
-def test_a_finding_says_what_is_wrong_and_how_to_mend_it(tmp_path, monkeypatch, capsys):
+def test_a_finding_says_what_is_wrong_and_how_to_fix_it(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     Path("train.py").write_text(HEAD + 'é = "é", hvd.DistributedOptimizer(keras.optimizers.SGD(0.1))\n')
     assert main(["lint", "train.py"]) == 1
     assert capsys.readouterr().out == (
-        "train.py:3:56: HVD202 The learning rate (0.1) is that of a single process, though the global batch grows with "
-        "the number of ranks. Mend: hvd.scaled(0.1) as the learning rate, or `# noqa: HVD202` if it was chosen for the "
-        "global batch.\n1 finding(s) in 1 file(s)\n"
+        "train.py:3:56: HVD202 The learning rate (0.1) is for one process, but the global batch grows with the number "
+        "of ranks. Fix: hvd.scaled(0.1) as the learning rate, or `# noqa: HVD202` if you chose it for the global "
+        "batch.\n1 finding(s) in 1 file(s)\n"
     )
 
 
@@ -456,7 +456,7 @@ def test_the_command(tmp_path, capsys):
 @pytest.mark.parametrize(
     ("content", "message"),
     [
-        (b"if x\n", r"x\.py:1 is not Python .*: expected ':'\. Mend it first"),
+        (b"if x\n", r"x\.py:1 is not Python .*: expected ':'\. Fix it first"),
         (b"x = '\xe9'\n", r"is not (UTF-8 text|Python)"),
         (b"x = 1\0\n", r"x\.py.* (cannot be parsed as|is not) Python"),
         (None, r"x\.py cannot be read: No such file or directory\. Give the path of a Python file"),

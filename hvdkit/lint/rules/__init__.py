@@ -1,4 +1,4 @@
-"""The rules by code: HVD1 start, 2 optimizer, 3 data, 4 callbacks and output, 5 exchanges, 6 leftovers of Keras 2."""
+"""The rules by code: HVD1 start, 2 optimizer, 3 data, 4 callbacks and output, 5 collectives, 6 remains of Keras 2."""
 
 from hvdkit.lint.finding import Rule
 from hvdkit.lint.rules import callbacks, collectives, data, keras2, optimizer, output, starting
@@ -9,9 +9,9 @@ RULES = (
     Rule("HVD201", optimizer.not_distributed),
     Rule("HVD202", optimizer.learning_rate_not_scaled),
     Rule("HVD301", data.not_sharded),
-    Rule("HVD302", data.shuffled_apart),
+    Rule("HVD302", data.shuffled_differently),
     Rule("HVD401", callbacks.nothing_broadcast),
-    Rule("HVD402", callbacks.decides_alone),
+    Rule("HVD402", callbacks.metrics_not_averaged),
     Rule("HVD403", output.written_by_all),
     Rule("HVD404", output.shown_by_all),
     Rule("HVD501", collectives.on_some_ranks),

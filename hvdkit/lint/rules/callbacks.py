@@ -1,4 +1,4 @@
-"""HVD40: callbacks that a distributed `fit` needs, and their order."""
+"""HVD401 and HVD402: the callbacks that a distributed `fit` needs, and their order."""
 
 import ast
 from collections.abc import Iterator
@@ -8,21 +8,30 @@ from hvdkit.lint.ranks import depends_on_rank, on_root_only
 from hvdkit.lint.script import Script, is_constant
 from hvdkit.lint.training import callbacks, fits, last_part
 
-# Any of these gives all ranks the same weights.
+# Each of these gives all ranks the same weights.
 _BROADCASTS = {
-    "BroadcastGlobalVariablesCallback", "BroadcastGlobalVariablesHook", "standard", "broadcast_variables",
-    "broadcast_global_variables", "broadcast_object", "load_model", "load_weights", "KerasState",
-    "TensorFlowKerasState", "restore", "create",
-}  # fmt: skip
+    "BroadcastGlobalVariablesCallback",
+    "BroadcastGlobalVariablesHook",
+    "KerasState",
+    "TensorFlowKerasState",
+    "broadcast_global_variables",
+    "broadcast_object",
+    "broadcast_variables",
+    "create",
+    "load_model",
+    "load_weights",
+    "restore",
+    "standard",
+}
 _SEEDS = ("keras.utils.set_random_seed", "tf.random.set_seed")
 _DECIDERS = ("EarlyStopping", "ReduceLROnPlateau", "ModelCheckpoint")
 _AVERAGES = ("MetricAverageCallback", "standard")
 
 
 def nothing_broadcast(script: Script) -> Iterator[Problem]:
-    """Ranks start from weights of their own.
+    """Each rank starts from different weights.
 
-    Keras initialises the weights at random, differently on each rank; averaged gradients do not make them equal.
+    Keras initialises the weights at random, differently on each rank. Averaging gradients does not make them equal.
     Wrong:
 
         model.fit(dataset, epochs=5)
@@ -32,7 +41,7 @@ def nothing_broadcast(script: Script) -> Iterator[Problem]:
         model.fit(dataset, epochs=5, callbacks=hvd.callbacks.standard())
         model.fit(dataset, epochs=5, callbacks=[hvd.callbacks.BroadcastGlobalVariablesCallback(0)])
 
-    Silent where the script broadcasts or loads weights anywhere, where all ranks set the same seed, and where callbacks
+    Not reported if the script broadcasts or loads weights anywhere, if all ranks set the same seed, or if callbacks
     come from another file.
     """
     if "hvd" not in script.libraries or _broadcasts(script):
@@ -41,26 +50,26 @@ def nothing_broadcast(script: Script) -> Iterator[Problem]:
         if not on_root_only(script, fit) and callbacks(script, fit).complete:
             yield Problem(
                 fit,
-                "fit() starts from weights of this rank's own, since nothing broadcasts those of rank 0.",
+                "fit() starts from different weights on each rank, since nothing broadcasts those of rank 0.",
                 "callbacks=hvd.callbacks.standard(), or hvd.callbacks.BroadcastGlobalVariablesCallback(0) in the list.",
             )
             return
 
 
-def decides_alone(script: Script) -> Iterator[Problem]:
-    """A callback decides by the metrics of its own rank.
+def metrics_not_averaged(script: Script) -> Iterator[Problem]:
+    """A callback decides by the metrics of one rank.
 
-    Each rank has metrics of its own, over its share of the data. hvdkit sees to it that all ranks stop together once
-    one asks to, but which one does, and when, then depends on one share; and ReduceLROnPlateau gives each rank another
-    learning rate, so that their weights part. Wrong:
+    Each rank computes its metrics on its own shard of the data. hvdkit stops all ranks together once one asks to, but
+    when that happens then depends on one shard. ReduceLROnPlateau gives each rank a different learning rate, and the
+    weights diverge. Wrong:
 
         callbacks=[keras.callbacks.EarlyStopping(), hvd.callbacks.MetricAverageCallback()]
 
-    Right, since callbacks act in their order:
+    Right, since callbacks run in list order:
 
         callbacks=[*hvd.callbacks.standard(), keras.callbacks.EarlyStopping()]
 
-    Silent where what comes before it in the list is not known from this file.
+    Not reported if this file does not show which callbacks come before it in the list.
     """
     if "hvd" not in script.libraries:
         return
@@ -76,8 +85,8 @@ def decides_alone(script: Script) -> Iterator[Problem]:
             where = "before" if averages else "without"
             yield Problem(
                 item,
-                f"{last_part(script.called(item))} stands {where} MetricAverageCallback in the list, so on each rank "
-                f"it decides by the metrics of that rank's share of the data.",
+                f"{last_part(script.called(item))} is {where} MetricAverageCallback in the list, so each rank decides "
+                f"by the metrics of its own shard.",
                 "put hvd.callbacks.MetricAverageCallback(), or *hvd.callbacks.standard(), before it in the list.",
             )
 

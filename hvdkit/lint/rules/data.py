@@ -1,4 +1,4 @@
-"""HVD3: the data, of which each rank is to read a share of its own."""
+"""HVD3: the data, of which each rank must read its own shard."""
 
 import ast
 from collections.abc import Iterator
@@ -9,22 +9,38 @@ from hvdkit.lint.script import Derivation, Script, is_constant
 from hvdkit.lint.training import fits, last_part
 
 _SHARDERS = {"shard", "even_splits", "even_share", "InputContext", "shard_datasets", "distribute", "AutoShardPolicy"}
-# What these return is the same on all ranks.
-_SAME = (
-    "tfds.load", "np.load", "np.loadtxt", "np.genfromtxt", "np.arange", "np.zeros", "np.ones", "pd.read_",
-    "sklearn.datasets.", "tf.data.TFRecordDataset", "tf.data.TextLineDataset", "tf.data.FixedLengthRecordDataset",
-    "tf.data.Dataset.range", "tf.data.Dataset.list_files", "tf.data.experimental.make_csv_dataset", "tf.range",
-)  # fmt: skip
+# These return the same data on all ranks.
+_ARRAYS = (
+    "np.load",
+    "np.loadtxt",
+    "np.genfromtxt",
+    "np.arange",
+    "np.zeros",
+    "np.ones",
+    "pd.read_",
+    "sklearn.datasets.",
+)
+_DATASETS = (
+    "tfds.load",
+    "tf.data.TFRecordDataset",
+    "tf.data.TextLineDataset",
+    "tf.data.FixedLengthRecordDataset",
+    "tf.data.Dataset.range",
+    "tf.data.Dataset.list_files",
+    "tf.data.experimental.make_csv_dataset",
+    "tf.range",
+)
+_SAME = (*_ARRAYS, *_DATASETS)
 _DIRECTORIES = ("image_dataset_from_directory", "text_dataset_from_directory", "audio_dataset_from_directory")
 _SEEDS = ("keras.utils.set_random_seed", "tf.random.set_seed", "np.random.seed", "random.seed")
 _SKLEARN = ("sklearn.model_selection.train_test_split", "sklearn.utils.shuffle", "sklearn.utils.resample")
 
 
 def not_sharded(script: Script) -> Iterator[Problem]:
-    """Every rank is given all of the data.
+    """Every rank trains on all of the data.
 
-    N ranks that all read the whole data set do the work N times: an epoch takes as long as on one process, and ranks
-    that read in the same order take the same batches, so that their average is what one rank has already. Wrong:
+    N ranks that all read the whole data set do the work N times: an epoch takes as long as on one process. Ranks that
+    read in the same order even compute the same gradients, and averaging them changes nothing. Wrong:
 
         model.fit(dataset, epochs=5)
 
@@ -32,9 +48,9 @@ def not_sharded(script: Script) -> Iterator[Problem]:
 
         model.fit(hvd.data.shard(dataset).batch(32), epochs=5)
 
-    Silent where the rank takes part in making the data in any way (`dataset.shard`, `files[hvd.rank()::hvd.size()]`,
-    tfds.even_splits), where a function of another file does, and where each rank draws at random and hvd.size()
-    divides the steps or epochs.
+    Not reported if the data depend on the rank in any way (`dataset.shard`, `files[hvd.rank()::hvd.size()]`,
+    tfds.even_splits), if a function of another file is involved, or if each rank draws at random and hvd.size() divides
+    the steps or epochs.
     """
     if "hvd" not in script.libraries:
         return
@@ -49,17 +65,17 @@ def not_sharded(script: Script) -> Iterator[Problem]:
             continue
         what = ast.unparse(data) if isinstance(data, ast.Name | ast.Attribute) else "the data"
         labels = script.argument(fit, "y", 1)
-        mend = f"hvd.data.shard({what if what != 'the data' else '...'}), before batch() where there is one."
+        fix = f"hvd.data.shard({what if what != 'the data' else '...'}), before any batch()."
         if labels:
             arrays = ast.unparse(ast.Tuple([data, labels]))
-            mend = f"hvd.data.shard(tf.data.Dataset.from_tensor_slices({arrays})).batch(...), without y."
-        yield Problem(data, f"fit() is given all of {what} on every rank, not a share of it.", mend)
+            fix = f"hvd.data.shard(tf.data.Dataset.from_tensor_slices({arrays})).batch(...), without y."
+        yield Problem(data, f"fit() reads all of {what} on every rank, not a shard of it.", fix)
 
 
-def shuffled_apart(script: Script) -> Iterator[Problem]:
-    """Data are shuffled in another order on each rank before they are divided over the ranks.
+def shuffled_differently(script: Script) -> Iterator[Problem]:
+    """Each rank shuffles the data in a different order before they are sharded.
 
-    Each rank then takes its share of another order: some examples fall to several ranks, others to none. Wrong:
+    Each rank then takes its shard of a different order: some examples go to several ranks, others to none. Wrong:
 
         hvd.data.shard(dataset.shuffle(10_000))
 
@@ -68,27 +84,27 @@ def shuffled_apart(script: Script) -> Iterator[Problem]:
         hvd.data.shard(dataset.shuffle(10_000, seed=0))
         hvd.data.shard(dataset).shuffle(10_000)
 
-    The same holds of numpy's, scikit-learn's and tfds' shuffling before a slice such as `x[hvd.rank() :: hvd.size()]`.
-    Silent where one seed is set for the whole script, the same on all ranks.
+    The same applies to the shuffling of numpy, scikit-learn and tfds before a slice such as
+    `x[hvd.rank() :: hvd.size()]`. Not reported if the script sets one global seed, the same on all ranks.
     """
     if "hvd" not in script.libraries or _is_seeded(script):
         return
     reported = set()
-    for divided in _divided(script):
-        made_from = script.derivation(divided)
+    for sharded in _sharded(script):
+        made_from = script.derivation(sharded)
         for node in made_from.nodes:
-            if isinstance(node, ast.Call) and node not in reported and _shuffles_apart(script, node):
+            if isinstance(node, ast.Call) and node not in reported and _shuffles_differently(script, node):
                 reported.add(node)
                 yield Problem(
                     node,
-                    f"{_function(node)}() without a seed that all ranks have in common comes before the data are "
-                    f"divided, so the ranks' shares overlap and some examples are never read.",
+                    f"{_function(node)}() runs before the data are sharded, without the same seed on all ranks, so "
+                    f"shards overlap and some examples are never read.",
                     _seed(script, node),
                 )
 
 
-def _divided(script: Script) -> Iterator[ast.expr]:
-    """What is divided over the ranks."""
+def _sharded(script: Script) -> Iterator[ast.expr]:
+    """The expressions that are sharded over the ranks."""
     for call in script.calls:
         if script.called(call) == "hvd.data.shard":
             data = script.argument(call, "dataset", 0)
@@ -103,14 +119,14 @@ def _divided(script: Script) -> Iterator[ast.expr]:
             yield node.value
 
 
-def _shuffles_apart(script: Script, call: ast.Call) -> bool:
+def _shuffles_differently(script: Script, call: ast.Call) -> bool:
     name, method = script.called(call), call.func.attr if isinstance(call.func, ast.Attribute) else ""
     if name in _SKLEARN:
         shuffles = not is_constant(script.argument(call, "shuffle"), False)
-        return shuffles and _is_apart(script, script.argument(call, "random_state"))
-    if last_part(name) in _DIRECTORIES or name == "tf.data.Dataset.list_files":  # which shuffle by default
+        return shuffles and _differs_by_rank(script, script.argument(call, "random_state"))
+    if last_part(name) in _DIRECTORIES or name == "tf.data.Dataset.list_files":  # they shuffle by default
         shuffles = not is_constant(script.argument(call, "shuffle"), False)
-        return shuffles and _is_apart(script, script.argument(call, "seed"))
+        return shuffles and _differs_by_rank(script, script.argument(call, "seed"))
     if name == "tfds.load":
         shuffles = is_constant(script.argument(call, "shuffle_files"), True)
         return shuffles and script.argument(call, "read_config") is None
@@ -119,11 +135,11 @@ def _shuffles_apart(script: Script, call: ast.Call) -> bool:
     if method == "permutation":  # of a generator: numpy.random.default_rng()
         return any(script.called(c) == "np.random.default_rng" and not c.args for c in script.derivation(call).calls())
     if method == "shuffle" and not name:
-        return _is_apart(script, script.argument(call, "seed", 1))
+        return _differs_by_rank(script, script.argument(call, "seed", 1))
     return False
 
 
-def _is_apart(script: Script, seed: ast.expr | None) -> bool:
+def _differs_by_rank(script: Script, seed: ast.expr | None) -> bool:
     return seed is None or is_constant(seed, None) or depends_on_rank(script, seed)
 
 
@@ -132,10 +148,10 @@ def _seed(script: Script, call: ast.Call) -> str:
     if name in _SKLEARN:
         return "give it random_state=0."
     if name == "tfds.load":
-        return "give it read_config=tfds.ReadConfig(shuffle_seed=0), or shuffle after the data are divided."
+        return "give it read_config=tfds.ReadConfig(shuffle_seed=0), or shuffle after sharding."
     if name == "np.random.permutation" or _function(call).endswith("permutation"):
         return "np.random.default_rng(0).permutation(...), with the same seed on all ranks."
-    return "give it seed=0, the same on all ranks, or shuffle after the data are divided."
+    return "give it seed=0, the same on all ranks, or shuffle after sharding."
 
 
 def _function(call: ast.Call) -> str:
@@ -148,7 +164,7 @@ def _is_sharded(script: Script, made_from: Derivation) -> bool:
 
 
 def _is_the_same(script: Script, made_from: Derivation) -> bool:
-    """Whether there is a source among what the data are made from that is known to give all ranks the same."""
+    """Whether a known source among the inputs of the data returns the same on all ranks."""
     for call in made_from.calls():
         name = script.called(call)
         if name.startswith(_SAME) or last_part(name) in (*_DIRECTORIES, "timeseries_dataset_from_array"):
@@ -171,9 +187,9 @@ def _takes_fewer(script: Script, fit: ast.Call) -> bool:
 
 
 def _draws_at_random(script: Script, fit: ast.Call, made_from: Derivation) -> bool:
-    """Whether each rank reads the data in a random order of its own: `fit` shuffles arrays itself."""
+    """Whether each rank reads the data in its own random order. `fit` itself shuffles arrays."""
     if _is_seeded(script):
         return False
     datasets = any(script.called(call).startswith(("tf.data.", "tfds.")) for call in made_from.calls())
-    shuffled = any(_shuffles_apart(script, call) for call in made_from.calls())
+    shuffled = any(_shuffles_differently(script, call) for call in made_from.calls())
     return shuffled or not (datasets or is_constant(script.argument(fit, "shuffle"), False))

@@ -1,4 +1,4 @@
-"""HVD6: leftovers of Keras 2 that Keras 3 refuses, or that make it train wrongly."""
+"""HVD6: remains of Keras 2 that Keras 3 refuses, or that make it train wrongly."""
 
 import ast
 from collections.abc import Iterator
@@ -33,33 +33,33 @@ _NAMES = {
     "tf.InteractiveSession": _DEVICES,
     "keras.backend.set_session": _DEVICES,
     "keras.backend.get_session": "leave it out: there are no sessions in TensorFlow 2.",
-    "tf.global_variables_initializer": "leave it out: variables are initialised when they are made.",
+    "tf.global_variables_initializer": "leave it out: variables are initialised when they are created.",
     "tf.set_random_seed": "keras.utils.set_random_seed(...).",
     "keras.mixed_precision.experimental": 'keras.mixed_precision.set_global_policy("mixed_float16").',
-    "keras.utils.multi_gpu_model": "start one rank a GPU.",
+    "keras.utils.multi_gpu_model": "start one rank per GPU.",
 }
-# Gone from `keras`, but there in `tf.keras`.
+# Missing in `keras`, but present in `tf.keras`.
 _NAMES_OF_KERAS = {
-    "keras.preprocessing.image.ImageDataGenerator": "keras.utils.image_dataset_from_directory, or that of tf.keras.",
+    "keras.preprocessing.image.ImageDataGenerator": "keras.utils.image_dataset_from_directory, or use tf.keras.",
     "keras.backend.get_value": "keras.ops.convert_to_numpy(...).",
     "keras.backend.set_value": "variable.assign(...).",
 }
 
 
 def horovods_keras_layer(script: Script) -> Iterator[Problem]:
-    """Horovod's own Keras layer is used, which averages nothing on Keras 3.
+    """The script uses Horovod's own Keras layer, which averages nothing on Keras 3.
 
     Keras 3 (tf.keras since TensorFlow 2.16) updates weights through a method that Horovod's DistributedOptimizer does
-    not override: gradients are not averaged, each rank trains a model of its own, and no error says so
+    not override. Gradients are not averaged, and each rank trains its own model without an error
     (https://github.com/horovod/horovod/issues/4290). Its broadcast callback raises an AttributeError. Wrong:
 
         import horovod.tensorflow.keras as hvd
 
-    Right, with the rest of the script as it is:
+    Right, with the rest of the script unchanged:
 
         import hvdkit as hvd
 
-    Silent in scripts that run Keras 2 on purpose (TF_USE_LEGACY_KERAS, tf_keras).
+    Not reported in scripts that run Keras 2 on purpose (TF_USE_LEGACY_KERAS, tf_keras).
     """
     if _is_legacy(script):
         return
@@ -72,21 +72,21 @@ def horovods_keras_layer(script: Script) -> Iterator[Problem]:
             continue
         module = next((m for m in modules if m.startswith(("horovod.keras", "horovod.tensorflow.keras"))), None)
         if module:
-            yield Problem(node, f"{module} averages no gradients on Keras 3, and does not say so.", _MEND_IMPORT)
+            yield Problem(node, f"{module} averages no gradients on Keras 3 and raises no error.", _FIX_IMPORT)
     for call in script.calls_of(*WRAPPERS):
         raw = script.raw_name(call.func) or ""
         if raw.startswith("horovod.tensorflow.") and ".keras." not in raw:
             what = f"horovod.tensorflow.{last_part(raw)} averages no gradients of a Keras 3 optimizer."
-            yield Problem(call, what, _MEND_IMPORT)
+            yield Problem(call, what, _FIX_IMPORT)
 
 
-_MEND_IMPORT = "import hvdkit as hvd."
+_FIX_IMPORT = "import hvdkit as hvd."
 
 
 def removed_arguments(script: Script) -> Iterator[Problem]:
-    """An argument is given that Keras 3 does not have.
+    """The script passes an argument that Keras 3 does not have.
 
-    Keras 3 raises `Argument(s) not recognized` or a TypeError; `decay` it ignores with a warning. Wrong:
+    Keras 3 raises `Argument(s) not recognized` or a TypeError. It ignores `decay` with a warning. Wrong:
 
         keras.optimizers.Adam(lr=0.001)
         model.compile(optimizer, loss=loss, experimental_run_tf_function=False)
@@ -96,14 +96,14 @@ def removed_arguments(script: Script) -> Iterator[Problem]:
         keras.optimizers.Adam(learning_rate=0.001)
         model.compile(optimizer, loss=loss)
 
-    Silent in scripts that run Keras 2 on purpose (TF_USE_LEGACY_KERAS, tf_keras), and under a test of a version.
+    Not reported in scripts that run Keras 2 on purpose (TF_USE_LEGACY_KERAS, tf_keras), or under a version test.
     """
     if _is_legacy(script):
         return
-    for call, keyword, what, mend in _removed(script):
+    for call, keyword, what, fix in _removed(script):
         if not _tests_version(script, call):
             value = ast.unparse(keyword.value)
-            yield Problem(keyword, f"{what}.", mend.format(value=value))
+            yield Problem(keyword, f"{what}.", fix.format(value=value))
 
 
 def _removed(script: Script) -> Iterator[tuple[ast.Call, ast.keyword, str, str]]:
@@ -124,10 +124,10 @@ def _removed(script: Script) -> Iterator[tuple[ast.Call, ast.keyword, str, str]]
 
 
 def removed_names(script: Script) -> Iterator[Problem]:
-    """A name is used that Keras 3 or TensorFlow 2 does not have.
+    """The script uses a name that Keras 3 or TensorFlow 2 does not have.
 
-    keras.optimizers.legacy raises when it is used, `optimizer.lr` and `fit_generator` are gone, and so are the sessions
-    of TensorFlow 1 by which Horovod scripts used to choose a GPU. Wrong:
+    keras.optimizers.legacy raises when it is used. `optimizer.lr` and `fit_generator` are removed, and so are the
+    sessions of TensorFlow 1, with which Horovod scripts selected a GPU. Wrong:
 
         model.fit_generator(batches)
         model.optimizer.lr
@@ -137,7 +137,7 @@ def removed_names(script: Script) -> Iterator[Problem]:
         model.fit(batches)
         model.optimizer.learning_rate
 
-    Silent in scripts that run Keras 2 on purpose (TF_USE_LEGACY_KERAS, tf_keras), and under a test of a version.
+    Not reported in scripts that run Keras 2 on purpose (TF_USE_LEGACY_KERAS, tf_keras), or under a version test.
     """
     if _is_legacy(script):
         return
@@ -179,9 +179,9 @@ def _holds_optimizer(script: Script, node: ast.AST) -> bool:
 
 
 def legacy_keras(script: Script) -> Iterator[Problem]:
-    """hvdkit is used together with Keras 2.
+    """The script uses hvdkit together with Keras 2.
 
-    hvdkit.DistributedOptimizer takes Keras 3's optimizers, and refuses those of tf_keras. Wrong:
+    hvdkit.DistributedOptimizer takes the optimizers of Keras 3 and refuses those of tf_keras. Wrong:
 
         import tf_keras as keras
         import hvdkit as hvd
@@ -196,7 +196,7 @@ def legacy_keras(script: Script) -> Iterator[Problem]:
     if uses_hvdkit and place is not None:
         yield Problem(
             place,
-            "This chooses Keras 2 (tf_keras), but hvdkit trains Keras 3 models.",
+            "This selects Keras 2 (tf_keras), but hvdkit trains Keras 3 models.",
             "import keras, without TF_USE_LEGACY_KERAS.",
         )
 
@@ -217,7 +217,7 @@ def _legacy_place(script: Script) -> ast.AST | None:
 
 
 def _is_set(script: Script, variable: ast.AST) -> bool:
-    """Whether it is an environment variable that is set here: `os.environ[variable] = ...`, `setdefault(variable)`."""
+    """Whether the environment variable is set here: `os.environ[variable] = ...`, `setdefault(variable)`."""
     parent = next(script.ancestors(variable))[0]
     if isinstance(parent, ast.Subscript):
         return isinstance(parent.ctx, ast.Store)
@@ -225,7 +225,7 @@ def _is_set(script: Script, variable: ast.AST) -> bool:
 
 
 def _tests_version(script: Script, node: ast.AST) -> bool:
-    """Whether the script asks for a version, or tries and catches, before it uses something old."""
+    """Whether a version test or a `try` guards the use of an old name."""
     for parent, field, _ in script.ancestors(node):
         if isinstance(parent, ast.If | ast.IfExp) and field in ("body", "orelse"):
             test = ast.unparse(parent.test).lower()

@@ -1,4 +1,4 @@
-"""HVD2: the optimizer, which must exchange gradients, and whose learning rate belongs to the global batch."""
+"""HVD2: the optimizer, which must average gradients, and whose learning rate must fit the global batch."""
 
 import ast
 from collections.abc import Iterator
@@ -10,9 +10,9 @@ from hvdkit.lint.training import WRAPPERS, compiles, fits, hides_arguments, is_o
 
 
 def not_distributed(script: Script) -> Iterator[Problem]:
-    """An optimizer that exchanges nothing is given to compile().
+    """The optimizer of compile() does not average gradients.
 
-    Without hvd.DistributedOptimizer each rank trains a model of its own, and no error says so. Wrong:
+    Without hvd.DistributedOptimizer each rank trains its own model, without an error. Wrong:
 
         model.compile("adam", loss=loss)
 
@@ -20,10 +20,10 @@ def not_distributed(script: Script) -> Iterator[Problem]:
 
         model.compile(hvd.DistributedOptimizer(keras.optimizers.Adam(hvd.scaled(1e-3))), loss=loss)
 
-    Silent where the optimizer comes from another file, where a DistributedGradientTape exchanges the gradients, and for
-    a model that is compiled on one rank, or to be evaluated only.
+    Not reported if the optimizer comes from another file, if a DistributedGradientTape averages the gradients, or if
+    the model is compiled on one rank only or is only evaluated.
     """
-    if "hvd" not in script.libraries or not fits(script) or _exchanges_otherwise(script):
+    if "hvd" not in script.libraries or not fits(script) or _averages_otherwise(script):
         return
     for call in compiles(script):
         optimizer = script.argument(call, "optimizer", 0)
@@ -37,17 +37,17 @@ def not_distributed(script: Script) -> Iterator[Problem]:
             inner = f"keras.optimizers.get({optimizer.value if optimizer else 'rmsprop'!r})"
         yield Problem(
             optimizer or call,
-            f"compile() is given the optimizer {_short(shown)} as it is, so gradients are not averaged and each rank "
-            f"trains a model of its own.",
+            f"compile() gets the optimizer {_short(shown)} unwrapped, so gradients are not averaged and each rank "
+            f"trains its own model.",
             f"hvd.DistributedOptimizer({_short(inner)}).",
         )
 
 
 def learning_rate_not_scaled(script: Script) -> Iterator[Problem]:
-    """The learning rate of the distributed optimizer is one for a single process.
+    """The learning rate of the distributed optimizer is that of one process.
 
-    N ranks with the same local batch take steps on a global batch that is N times as large, and an epoch has N times
-    fewer steps: with the learning rate of one process the model learns less in each epoch. Wrong:
+    With the same local batch, N ranks have a global batch that is N times as large, and an epoch has N times fewer
+    steps. With the learning rate of one process, the model learns less in each epoch. Wrong:
 
         hvd.DistributedOptimizer(keras.optimizers.SGD(0.1))
 
@@ -55,9 +55,9 @@ def learning_rate_not_scaled(script: Script) -> Iterator[Problem]:
 
         hvd.DistributedOptimizer(keras.optimizers.SGD(hvd.scaled(0.1)))
 
-    Silent where the rate is no literal, where `hvd.size()` divides the batch size (the global batch is then the old
-    one), with op=hvd.Sum or hvd.Adasum, and where the rate is set later. The linear scaling rule is one of thumb
-    (https://arxiv.org/abs/1706.02677): `# noqa: HVD202` says that you chose the rate for the global batch.
+    Not reported if the rate is not a literal, if `hvd.size()` divides the batch size (the global batch then stays the
+    same), with op=hvd.Sum or hvd.Adasum, or if the rate is set later. Linear scaling is a rule of thumb
+    (https://arxiv.org/abs/1706.02677). If you chose the rate for the global batch, write `# noqa: HVD202`.
     """
     if _batch_is_divided(script) or _rate_is_set_later(script):
         return
@@ -75,14 +75,13 @@ def _unscaled(script: Script, optimizer: ast.Call) -> Problem:
     rate = _rate(script, optimizer)
     shown = ast.unparse(rate) if rate else "Keras' default"
     schedule = any(isinstance(value, ast.Call) for value in (script.values(rate) if rate else []))
-    mend = f"hvd.scaled({shown}) as the learning rate"
+    fix = f"hvd.scaled({shown}) as the learning rate"
     if rate is None or schedule:
-        mend = f"hvd.scaled(...) of the rate{' inside the schedule' if schedule else ' of one process'}"
+        fix = f"hvd.scaled(...) of the rate{' inside the schedule' if schedule else ' of one process'}"
     return Problem(
         rate or optimizer,
-        f"The learning rate ({_short(shown)}) is that of a single process, though the global batch grows with the "
-        f"number of ranks.",
-        f"{mend}, or `# noqa: HVD202` if it was chosen for the global batch.",
+        f"The learning rate ({_short(shown)}) is for one process, but the global batch grows with the number of ranks.",
+        f"{fix}, or `# noqa: HVD202` if you chose it for the global batch.",
     )
 
 
@@ -91,7 +90,7 @@ def _rate(script: Script, optimizer: ast.Call) -> ast.expr | None:
 
 
 def _is_scaled(script: Script, optimizer: ast.Call) -> bool:
-    """Whether the rate depends on the number of ranks, or is not known from this file."""
+    """Whether the rate depends on the number of ranks, or this file does not show it."""
     rate = _rate(script, optimizer)
     if rate is None:
         return hides_arguments(optimizer) or script.called(optimizer) == "keras.optimizers.get"
@@ -103,13 +102,13 @@ def _is_scaled(script: Script, optimizer: ast.Call) -> bool:
     return made_from.unknown or bool(foreign or objects)
 
 
-def _exchanges_otherwise(script: Script) -> bool:
+def _averages_otherwise(script: Script) -> bool:
     tapes = ("hvd.DistributedGradientTape", "hvd.PartialDistributedGradientTape")
     return bool(script.calls_of(*tapes, "hvd.strategies.create"))
 
 
 def _evaluated_only(script: Script, call: ast.Call) -> bool:
-    """Whether the model is evaluated or asked, but not fitted, in the function that compiles it."""
+    """Whether the function that compiles the model only evaluates it or predicts with it."""
     scope, model = script.scope(call), ast.unparse(call.func.value)  # type: ignore[attr-defined]
     used = {
         other.func.attr
@@ -141,7 +140,7 @@ def _rate_is_set_later(script: Script) -> bool:
 
 
 def _is_assigned_to(script: Script, node: ast.AST) -> bool:
-    """`optimizer.learning_rate.assign(...)`, or `set_value(optimizer.lr, ...)`."""
+    """Whether it is `optimizer.learning_rate.assign(...)` or `set_value(optimizer.lr, ...)`."""
     parent = next(script.ancestors(node))[0]
     if isinstance(parent, ast.Attribute):
         return parent.attr == "assign"

@@ -1,4 +1,4 @@
-"""HVD40: what is written and shown, which is one rank's task."""
+"""HVD403 and HVD404: files and progress bars, which one rank should write."""
 
 import ast
 from collections.abc import Iterator
@@ -16,7 +16,7 @@ _QUIET = ("standard", "RootOutputCallback")
 def written_by_all(script: Script) -> Iterator[Problem]:
     """All ranks write the same file.
 
-    Ranks that write one file at the same time leave a broken one, and a log with all ranks' lines mixed. Wrong:
+    Ranks that write one file at the same time corrupt it, or mix the lines of their logs. Wrong:
 
         callbacks.append(keras.callbacks.ModelCheckpoint("best.keras"))
         model.save("model.keras")
@@ -28,7 +28,7 @@ def written_by_all(script: Script) -> Iterator[Problem]:
         if hvd.rank() == 0:
             model.save("model.keras")
 
-    Silent where the path is made from the rank, and where only rank 0 uses what is made on all ranks.
+    Not reported if the path depends on the rank, or if only rank 0 uses the callback that all ranks create.
     """
     if "hvd" not in script.libraries:
         return
@@ -37,15 +37,15 @@ def written_by_all(script: Script) -> Iterator[Problem]:
         if script.called(call) == f"keras.callbacks.{writer}" and writer in _WRITERS:
             path = script.argument(call, _WRITERS[writer], 0)
             shown = f"keras.callbacks.{writer}"
-            mend = f"[{writer}(...)] if hvd.rank() == 0 else [], or append it under `if hvd.rank() == 0:`."
+            fix = f"[{writer}(...)] if hvd.rank() == 0 else [], or append it under `if hvd.rank() == 0:`."
         elif isinstance(call.func, ast.Attribute) and call.func.attr in _SAVES and _saves(script, call.func):
             path = script.argument(call, "filepath", 0)
             shown = f"{ast.unparse(call.func)}()"
-            mend = f"if hvd.rank() == 0: {ast.unparse(call.func)}(...)"
+            fix = f"if hvd.rank() == 0: {ast.unparse(call.func)}(...)"
         else:
             continue
         if not _by_one(script, call) and not (path and depends_on_rank(script, path)):
-            yield Problem(call, f"{shown} writes the same file on every rank.", mend)
+            yield Problem(call, f"{shown} writes the same file on every rank.", fix)
 
 
 def shown_by_all(script: Script) -> Iterator[Problem]:
@@ -60,7 +60,7 @@ def shown_by_all(script: Script) -> Iterator[Problem]:
         model.fit(dataset, epochs=5, verbose=1 if hvd.rank() == 0 else 0)
         model.fit(dataset, epochs=5, callbacks=hvd.callbacks.standard())
 
-    Silent where `verbose` is no literal, and where callbacks come from another file.
+    Not reported if `verbose` is not a literal, or if callbacks come from another file.
     """
     if "hvd" not in script.libraries:
         return
@@ -76,16 +76,16 @@ def shown_by_all(script: Script) -> Iterator[Problem]:
         given = callbacks(script, fit)
         if not given.complete or given.named(script, *_QUIET) or on_root_only(script, fit):
             continue
-        shown = f"verbose={ast.unparse(verbose)}" if verbose else "no verbose, which is 1 by default,"
+        shown = f"verbose={ast.unparse(verbose)}" if verbose else "no verbose, which defaults to 1,"
         yield Problem(
             verbose or fit,
-            f"fit() is given {shown} on every rank, so the progress bars of all ranks mix.",
+            f"fit() gets {shown} on every rank, so the progress bars of all ranks mix.",
             "verbose=1 if hvd.rank() == 0 else 0, or hvd.callbacks.standard() in the callbacks.",
         )
 
 
 def _saves(script: Script, method: ast.Attribute) -> bool:
-    if ast.unparse(method.value).startswith("self.model"):  # of a callback or class that rank 0 alone may use
+    if ast.unparse(method.value).startswith("self.model"):  # in a callback or class that perhaps only rank 0 uses
         return False
     checkpoints = ("tf.train.Checkpoint", "tf.train.CheckpointManager")
     made = any(script.called(value) in checkpoints for value in script.values(method.value) if value)
@@ -93,7 +93,7 @@ def _saves(script: Script, method: ast.Attribute) -> bool:
 
 
 def _by_one(script: Script, call: ast.Call) -> bool:
-    """Whether one rank alone reaches the call, or uses the name that its value is given."""
+    """Whether only one rank reaches the call, or only one rank uses its result."""
     if on_root_only(script, call):
         return True
     statement = script.statement(call)

@@ -1,4 +1,4 @@
-"""HVD1: `hvd.init()`, which must be there, and come first."""
+"""HVD1: `hvd.init()`, which every script must call first."""
 
 import ast
 from collections.abc import Iterator
@@ -7,19 +7,25 @@ from hvdkit.lint.finding import Problem
 from hvdkit.lint.script import Script, start
 from hvdkit.lint.training import WRAPPERS, fits
 
-# These start TensorFlow's devices and threads: they hold a variable, or make a tensor.
-_STARTERS = (
-    "keras.Sequential", "keras.Model", "keras.models.load_model", "keras.applications.", "keras.metrics.",
-    "keras.optimizers.", "tf.Variable", "tf.constant", "tf.convert_to_tensor", "tf.cast", "tf.zeros", "tf.ones",
-    "tf.range", "tf.random.uniform", "tf.random.normal", "tf.data.Dataset.", "tf.io.", "tfds.load",
-)  # fmt: skip
+# These create a variable or tensor, and so initialise TensorFlow's devices and threads.
+_KERAS_STARTERS = (
+    "keras.Sequential",
+    "keras.Model",
+    "keras.models.load_model",
+    "keras.applications.",
+    "keras.metrics.",
+    "keras.optimizers.",
+)
+_TENSORS = ("tf.Variable", "tf.constant", "tf.convert_to_tensor", "tf.cast", "tf.zeros", "tf.ones", "tf.range")
+_SOURCES = ("tf.random.uniform", "tf.random.normal", "tf.data.Dataset.", "tf.io.", "tfds.load")
+_STARTERS = (*_KERAS_STARTERS, *_TENSORS, *_SOURCES)
 _NEED_INIT = ("hvd.rank", "hvd.size", "hvd.local_rank", "hvd.local_size", "hvd.scaled", "hvd.data.shard", *WRAPPERS)
 
 
 def not_initialised(script: Script) -> Iterator[Problem]:
     """The script uses hvdkit or Horovod, but never calls hvd.init().
 
-    Until hvd.init() is called a process does not know its rank, and has no GPU of its own. Wrong:
+    Before hvd.init(), a process does not know its rank and has no GPU of its own. Wrong:
 
         import hvdkit as hvd
         dataset = hvd.data.shard(dataset)
@@ -30,8 +36,8 @@ def not_initialised(script: Script) -> Iterator[Problem]:
         hvd.init()
         dataset = hvd.data.shard(dataset)
 
-    Silent in a module that only defines functions, which may be called after hvd.init(), and where a function of
-    another file that may call it (by its name: `setup...`, `init...`) is called.
+    Not reported in a module that only defines functions, which may run after hvd.init(). Not reported either if the
+    script calls a function of another file that may call hvd.init() according to its name (`setup...`, `init...`).
     """
     if "hvd" not in script.libraries or script.calls_of("hvd.init", "hvd.strategies.create") or _may_start(script):
         return
@@ -49,7 +55,7 @@ def not_initialised(script: Script) -> Iterator[Problem]:
 def initialised_late(script: Script) -> Iterator[Problem]:
     """hvd.init() comes after the first tensor, optimizer or model.
 
-    TensorFlow fixes its devices and threads when it makes the first tensor or variable. Later hvd.init() can no longer
+    TensorFlow fixes its devices and threads when it creates the first tensor or variable. After that, hvd.init() cannot
     give this process its GPU: all ranks of a host allocate memory on all of its GPUs. Wrong:
 
         model = keras.Sequential([...])
@@ -65,14 +71,14 @@ def initialised_late(script: Script) -> Iterator[Problem]:
         if earlier:
             yield Problem(
                 init,
-                f"hvd.init() comes after line {earlier.lineno} has called {ast.unparse(earlier.func)}(), when "
-                f"TensorFlow's devices and threads are fixed already, so this rank cannot be given its own.",
+                f"hvd.init() comes after {ast.unparse(earlier.func)}() in line {earlier.lineno}, which fixes "
+                f"TensorFlow's devices and threads, so this rank cannot get its own.",
                 "call hvd.init() right after the imports.",
             )
 
 
 def _before(script: Script, call: ast.Call) -> Iterator[ast.Call]:
-    """The calls that run before this one: earlier in its scope, and before the call of its function."""
+    """The calls that run before this one: earlier in its scope, or before the call of its function."""
     scope = script.scope(call)
     for other in script.calls:
         if script.scope(other) is scope and start(other) < start(call) and other not in _ancestors(script, call):
@@ -101,12 +107,12 @@ def _starts(script: Script, call: ast.Call, seen: frozenset) -> bool:
 
 
 def _may_start(script: Script) -> bool:
-    """Whether a function of another file is called that, by its name, may call `hvd.init`."""
+    """Whether the script calls a function of another file whose name suggests that it calls `hvd.init`."""
     names = [ast.unparse(call.func).lower() for call in script.calls if not script.function_of(call)]
     return any(name.startswith(("init", "setup", "set_up")) or name.endswith((".setup", ".set_up")) for name in names)
 
 
 def _is_program(script: Script) -> bool:
-    """Whether the file does something when it is run, and does not only define."""
+    """Whether the file does more than define functions and classes when it runs."""
     statements = [script.statement(call) for call in script.calls if script.scope(call) is script.tree]
     return any(isinstance(statement, ast.Expr) for statement in statements)
