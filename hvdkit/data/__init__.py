@@ -1,4 +1,4 @@
-"""Data: where examples come from (`sources`), how they become batches (`pipeline`), and whether they are sound.
+"""Data: read examples (`sources`), turn them into batches (`pipeline`), and validate them (`checks`).
 
 For a `tf.data.Dataset` of your own, `shard` is all you need.
 """

@@ -1,4 +1,4 @@
-"""Imbalanced classes: how many examples each has, weights against it, and sampling against it."""
+"""Imbalanced classes: count the examples of each class, weight the loss, or resample."""
 
 import dataclasses
 from typing import Any
@@ -11,12 +11,12 @@ MODES = ("none", "over", "under")
 
 @dataclasses.dataclass(frozen=True)
 class Sampling:
-    """How often an example of each class is drawn in an epoch.
+    """How often an epoch draws an example of each class.
 
     Attributes:
-        mode: `none`, each example once; `over`, examples of small classes are drawn again until all classes are as
-            large as the largest; `under`, large classes are cut to the size of the smallest, by another draw an epoch.
-        counts: examples of each class in the whole split, int64 [classes].
+        mode: `none`: each example once. `over`: examples of small classes repeat until every class is as large as the
+            largest. `under`: large classes are cut to the size of the smallest, with a new draw in each epoch.
+        counts: number of examples per class in the full split, int64 [classes].
     """
 
     mode: str
@@ -27,16 +27,16 @@ class Sampling:
             raise ValueError(f"sampling must be one of {', '.join(MODES)}, but is {self.mode!r}.")
 
     def target(self, counts: np.ndarray) -> int:
-        """Examples that every class has after sampling, given how many it had before."""
+        """Returns the number of examples per class after sampling, given the counts before."""
         there = counts[counts > 0]
         return int(there.max() if self.mode == "over" else there.min())
 
     def size(self, counts: np.ndarray) -> int:
-        """Examples an epoch, for a share with these class counts."""
+        """Returns the number of examples per epoch for a shard with these class counts."""
         return int(counts.sum()) if self.mode == "none" else self.target(counts) * int((counts > 0).sum())
 
     def order(self, labels: np.ndarray, generator: np.random.Generator) -> np.ndarray:
-        """The places of a share's examples in the order in which an epoch sees them, int64."""
+        """Returns the indices of a shard's examples in the order of one epoch, int64."""
         if self.mode == "none":
             return generator.permutation(len(labels))
         target = self.target(np.bincount(labels))
@@ -44,7 +44,7 @@ class Sampling:
         return generator.permutation(np.concatenate(drawn))
 
     def resample(self, examples: tf.data.Dataset, seed: Any) -> tf.data.Dataset:
-        """The same for a stream: each example is repeated `target / count` times, on average."""
+        """Resamples a stream: repeats each example `target / count` times on average."""
         if self.mode == "none":
             return examples
         ratio = tf.constant(self.target(self.counts) / np.maximum(self.counts, 1), tf.float32)
@@ -58,7 +58,7 @@ class Sampling:
 
 
 def class_weights(counts: np.ndarray) -> np.ndarray:
-    """Weights that make every class count alike: `examples / (classes * count)`, float64 [classes].
+    """Returns weights that give every class equal total weight: `examples / (classes * count)`, float64 [classes].
 
     The heuristic of G. King and L. Zeng, "Logistic regression in rare events data", 2001, as in scikit-learn's
     `class_weight="balanced"`. A class without examples gets 0.
@@ -68,7 +68,7 @@ def class_weights(counts: np.ndarray) -> np.ndarray:
 
 
 def describe(counts: np.ndarray, names: list[str], most: int = 12) -> str:
-    """The class counts in a line, the rarest and the most frequent where there are many."""
+    """Returns the class counts in one line; with more than `most` classes, only the rarest and the most frequent."""
     order = np.argsort(counts, kind="stable")
     shown = order if len(order) <= most else np.concatenate([order[: most // 2], order[-most // 2 :]])
     parts = [f"{names[c]} {counts[c]:,}" for c in sorted(shown)]
@@ -78,6 +78,6 @@ def describe(counts: np.ndarray, names: list[str], most: int = 12) -> str:
 
 
 def _draw(places: np.ndarray, target: int, generator: np.random.Generator) -> np.ndarray:
-    """`target` places: all of them as often as possible, and a random choice, without repetition, of the rest."""
+    """Returns `target` indices: each one equally often, and the remainder at random without repetition."""
     whole, rest = divmod(target, len(places))
     return np.concatenate([np.tile(places, whole), generator.permutation(places)[:rest]])

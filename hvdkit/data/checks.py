@@ -1,4 +1,4 @@
-"""Are the examples what they should be? Looked at before training, reported with what was found and where."""
+"""Validates examples before training and reports what is wrong and where."""
 
 import numpy as np
 import tensorflow as tf
@@ -7,25 +7,27 @@ from hvdkit.data import pipeline
 from hvdkit.data.pipeline import Share
 from hvdkit.errors import UsageError
 
-_LOOKED_AT = 1000  # examples of a share that does not lie in memory
+_LOOKED_AT = 1000  # number of inputs to check in a shard that is not in memory
 
 
 def check_share(share: Share, split: str, num_classes: int) -> np.ndarray:
-    """Checks a share's inputs and labels, and counts its classes.
+    """Checks a shard's inputs and labels, and counts the examples of each class.
 
-    All examples of a share in memory are looked at. Of one that is read again each epoch, the labels of all and the
-    inputs of the first 1,000.
+    For a shard in memory, this checks all examples. For a streamed shard, it checks all labels and the first 1,000
+    inputs.
 
     Args:
-        share: what to check.
-        split: its split's name, for the message.
-        num_classes: labels must lie below; 0 for windows of tokens, which are bytes and so can be nothing wrong.
+        share: the shard to check.
+        split: the name of its split, for the message.
+        num_classes: every label must be smaller. Pass 0 for token windows: any byte is a valid token, so there is
+            nothing to check.
 
     Returns:
-        The examples of each class, int64 [num_classes]; without classes their number, int64 [1].
+        The number of examples per class, int64 [num_classes]; without classes the number of examples, int64 [1].
 
     Raises:
-        UsageError: a label out of range, a NaN or Inf, an input that cannot be read or has another shape; and where.
+        UsageError: a label is out of range, an input has a NaN or Inf, cannot be read or has a different shape. The
+            message says where.
     """
     if not num_classes:
         return np.array([share.size])
@@ -47,7 +49,7 @@ def _check_labels(labels: np.ndarray, split: str, start: int, num_classes: int) 
     wrong = np.flatnonzero((labels < 0) | (labels >= num_classes))
     if len(wrong):
         raise UsageError(
-            f"Labels out of range: {len(wrong)} of {len(labels)} in this share of split {split!r}, the first is "
+            f"Labels out of range: {len(wrong)} of {len(labels)} in this shard of split {split!r}, the first is "
             f"{labels[wrong[0]]} at example {start + wrong[0]}; {num_classes} classes need labels 0 to "
             f"{num_classes - 1}. Correct the labels, or the number of classes in the data set's description."
         )
@@ -55,7 +57,7 @@ def _check_labels(labels: np.ndarray, split: str, start: int, num_classes: int) 
 
 def _check_inputs(inputs: np.ndarray, split: str, start: int) -> None:
     if inputs.dtype.kind not in "uif":
-        raise UsageError(f"Inputs of split {split!r} have dtype {inputs.dtype}; numbers are needed.")
+        raise UsageError(f"Inputs of split {split!r} have dtype {inputs.dtype}, but must be numbers.")
     if inputs.dtype.kind == "f":
         wrong = np.flatnonzero(~np.isfinite(inputs.reshape(len(inputs), -1)).all(axis=1))
         if len(wrong):
@@ -66,10 +68,10 @@ def _check_inputs(inputs: np.ndarray, split: str, start: int) -> None:
 
 
 def empty_classes(counts: np.ndarray, names: list[str]) -> list[str]:
-    """Names of the classes without a single example."""
+    """Returns the names of the classes that have no example."""
     return [names[c] for c in np.flatnonzero(counts == 0)]
 
 
 def input_spec(share: Share) -> tf.TensorSpec:
-    """Shape and dtype of one prepared example."""
+    """Returns the shape and dtype of one prepared input."""
     return share.stream.map(lambda x, y: share.prepare(x)).element_spec

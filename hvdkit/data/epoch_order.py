@@ -1,12 +1,13 @@
-"""The order in which an epoch sees a share's examples, and what is left of an epoch that other ranks began.
+"""The order of a shard's examples in an epoch, and the rest of an epoch after the number of ranks has changed.
 
-An order is a function of numbers alone: (seed, epoch, share, shares), and for a share that does not fit in memory the
-size of its shuffle buffer. So the position in an epoch needs no more than the number of steps taken, and each rank can
-tell which examples all of them have seen.
+An order is a function of (seed, epoch, share, shares) alone; for a shard that does not fit in memory, also of the size
+of its shuffle buffer. So the number of steps taken is enough to know the position in an epoch. Each rank can compute
+which examples all ranks have seen.
 
-When another number of ranks takes over in the middle of an epoch, the examples not yet seen are divided over them:
-neighbours in the split stay together, so that a rank still reads about its part of the files. The epoch is finished
-on these rests, with the same global batch, and so in as many steps as it would have had; later epochs are as ever.
+When a different number of ranks resumes in the middle of an epoch, they divide the examples that nobody has seen.
+Neighbours in the split stay together: each rank still reads roughly one contiguous part of the files. The ranks finish
+the epoch on this rest with the same global batch. So the epoch keeps its number of steps. Later epochs are not
+affected.
 """
 
 import dataclasses
@@ -18,17 +19,17 @@ import tensorflow as tf
 
 from hvdkit.data.shard import even_share
 
-_REST = 7_777_777_777  # tells the seed of an epoch's rest from those of whole epochs
+_REST = 7_777_777_777  # keeps the seeds of an epoch's rest different from the seeds of full epochs
 
 
 @dataclasses.dataclass(frozen=True)
 class Stretch:
-    """Steps of one epoch that the same number of shares has taken.
+    """Consecutive steps of one epoch with a constant number of shards.
 
     Attributes:
-        shares: how many took part.
-        steps: how many steps they took.
-        buffers: examples in each share's shuffle buffer; None for shares in memory, which are permuted as a whole.
+        shares: number of shards.
+        steps: number of steps.
+        buffers: size of each shard's shuffle buffer in examples; None for shards in memory, which are fully permuted.
     """
 
     shares: int
@@ -36,57 +37,57 @@ class Stretch:
     buffers: tuple[int, ...] | None
 
     def to_json(self) -> dict[str, Any]:
-        """For a checkpoint."""
+        """Returns a dictionary to store in a checkpoint."""
         return dataclasses.asdict(self)
 
     @classmethod
     def from_json(cls, content: dict[str, Any]) -> "Stretch":
-        """Undoes `to_json`."""
+        """Restores what `to_json` returned."""
         buffers = content["buffers"]
         return cls(content["shares"], content["steps"], None if buffers is None else tuple(buffers))
 
     def goes_on(self, shares: int, buffers: Sequence[int] | None) -> bool:
-        """Whether such shares see the rest of it in the order in which it began."""
+        """Returns whether these shards would continue in the same order."""
         return self.shares == shares and self.buffers == (None if buffers is None else tuple(buffers))
 
 
 def generator(seed: int, epoch: int, share: int, shares: int) -> np.random.Generator:
-    """What permutes a share in memory."""
+    """Returns the random generator that permutes a shard in memory."""
     return np.random.default_rng([seed, epoch, share, shares])
 
 
 def stream_seed(seed: int, epoch: Any, share: int, shares: int, rest: int = 0) -> Any:
-    """What shuffles a share that is streamed; as many as (epoch, share) pairs, for any realistic number of shares.
+    """Returns the seed that shuffles a streamed shard, a different one for each (epoch, share) pair.
 
     Args:
-        seed: the run's.
-        epoch: a number, or a scalar int64 tensor.
-        share: number of the share.
-        shares: how many there are.
-        rest: how often the epoch has changed hands before.
+        seed: the run's seed.
+        epoch: the epoch, as a number or a scalar int64 tensor.
+        share: index of the shard.
+        shares: number of shards.
+        rest: how often the number of ranks has changed in this epoch.
     """
     return seed * 1_000_003 + epoch * shares + share + rest * _REST
 
 
 def shuffled(examples: tf.data.Dataset, buffer: int, seed: Any) -> tf.data.Dataset:
-    """Shuffles a stream; call it in a function that is being traced (`flat_map`).
+    """Shuffles a stream. Call it only in a function that TensorFlow traces (`flat_map`).
 
-    tf.data mixes the program's seed into a shuffle's, and fails where that is 0 and the shuffle's a tensor. This sets
-    the seed of the function that is being traced, and of nothing else.
+    tf.data combines the global seed with the seed of a shuffle. It fails if the global seed is 0 and the other one is a
+    tensor. Here `set_seed` affects the traced function only.
     """
     tf.random.set_seed(1)
     return examples.shuffle(buffer, seed=seed)
 
 
 def untouched(examples: int, seed: int, epoch: int, global_batch: int, stretches: Sequence[Stretch]) -> np.ndarray:
-    """The places of the examples that an epoch's stretches have not seen, int64, ascending.
+    """Returns the indices of the examples that an epoch has not seen yet, int64, ascending.
 
     Args:
-        examples: in the split.
-        seed: the run's.
-        epoch: its number.
-        global_batch: examples a step.
-        stretches: one after another.
+        examples: number of examples in the split.
+        seed: the run's seed.
+        epoch: number of the epoch.
+        global_batch: examples per step.
+        stretches: the steps taken so far, in order.
     """
     places = np.arange(examples)
     for rest, stretch in enumerate(stretches):

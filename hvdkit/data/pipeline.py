@@ -1,12 +1,12 @@
-"""From examples to batches: each share read once, shuffled per epoch, batched, and prefetched.
+"""From examples to batches: read each shard, shuffle it in every epoch, batch it, and prefetch.
 
-A *share* is one of N even parts of a split. A rank feeds its own share; a process that trains N replicas by itself
-(`mirrored`, or `single` told to imitate N ranks) feeds all of them side by side, so that step t of every strategy sees
-the same examples: the global batch is always the concatenation of the shares' local batches.
+A shard (class `Share`) is one of N even parts of a split. A rank feeds its own shard. A process that trains N replicas
+by itself (`mirrored`, or `single` when it emulates N ranks) feeds all shards side by side. So step t sees the same
+examples under every strategy: the global batch is always the concatenation of the shards' local batches.
 
-The order of a share is a function of (seed, epoch, share, number of shares), for a share in memory and, by another
-function, for one that is read again each epoch (see `hvdkit.data.epoch_order`); which of the two it is depends on its
-size and `cache_bytes` alone. Batches can begin at any step of any epoch.
+A shard stays in memory if it fits into `cache_bytes`; otherwise it is streamed, that is, read again in each epoch. Its
+order is a function of (seed, epoch, share, number of shares) in both cases, but not the same function (see
+`hvdkit.data.epoch_order`). Batches can begin at any step of any epoch.
 """
 
 import dataclasses
@@ -30,20 +30,20 @@ _log = logging.getLogger(__name__)
 Encode = Callable[[Any], tf.Tensor]
 
 _READ_AT_ONCE = 1024  # examples
-_SHUFFLE_BYTES = 256 << 20  # of encoded examples in the shuffle buffer of a share that does not fit
+_SHUFFLE_BYTES = 256 << 20  # size of a streamed shard's shuffle buffer, in bytes of encoded examples
 
 
 @dataclasses.dataclass(frozen=True)
 class Share:
-    """One of `shares` even parts of a split.
+    """A shard: one of `shares` even parts of a split.
 
     Attributes:
-        share: its number.
-        shares: how many there are.
-        start: place of its first example in the split.
+        share: its index.
+        shares: number of shards.
+        start: index of its first example in the split.
         size: number of its examples.
-        inputs: all inputs, decoded, [size, ...]; None if they do not fit in memory and are read again each epoch.
-        labels: all labels, int64 [size], or of windows of tokens int32 [size, sequence_length]; None likewise.
+        inputs: all decoded inputs, [size, ...]; None for a streamed shard.
+        labels: all labels, int64 [size], or int32 [size, sequence_length] for token windows; None for a streamed shard.
         stream: the examples as (encoded input, label), in a fixed order.
         prepare: graph function from an encoded input to the model's input.
     """
@@ -58,7 +58,7 @@ class Share:
     prepare: Encode
 
     def buffer(self) -> int | None:
-        """Examples in the shuffle buffer of a share that is streamed; None for one in memory."""
+        """Returns the size of a streamed shard's shuffle buffer in examples; None for a shard in memory."""
         if self.inputs is not None:
             return None
         first = next(iter(self.stream.take(1)))[0]
@@ -69,18 +69,19 @@ class Share:
 def read_share(
     source: Source, split: str, share: int, shares: int, *, encode: Encode | None = None, cache_bytes: float
 ) -> Share:
-    """Reads a share of a split, decoded, into memory if it fits.
+    """Reads a shard of a split and keeps it in memory, decoded, if it fits.
 
     Args:
         source: where the examples come from.
         split: `train` or `test`.
-        share: number of the share.
-        shares: number of shares.
-        encode: graph function applied after decoding (texts to token numbers).
-        cache_bytes: what a decoded share may take; the same for all, since it also decides how they are shuffled.
+        share: index of the shard.
+        shares: number of shards.
+        encode: graph function to apply after decoding (texts to token numbers).
+        cache_bytes: memory limit of a decoded shard. Pass the same value on all ranks: it also decides how shards are
+            shuffled.
 
     Raises:
-        UsageError: an example cannot be decoded, or has another shape.
+        UsageError: an example cannot be decoded, or has a different shape.
     """
     start, stop = even_share(source.size(split), share, shares)
     stream = source.read(split, start, stop)
@@ -100,13 +101,13 @@ def read_share(
 def read_rest(
     source: Source, split: str, places: np.ndarray, share: int, shares: int, *, encode: Encode | None = None
 ) -> Share:
-    """One of `shares` even parts of some examples of a split, to be streamed once.
+    """Returns one of `shares` even parts of the given examples of a split, to be streamed once.
 
     Args:
         source: where the examples come from.
         split: `train` or `test`.
-        places: which examples, ascending.
-        share: number of the part.
+        places: indices of the examples, ascending.
+        share: index of the part.
         shares: number of parts.
         encode: as in `read_share`.
     """
@@ -144,7 +145,7 @@ def _read_all(
 
 
 def unreadable(split: str, start: int, stop: int, error: Exception) -> UsageError:
-    """What to say of examples that TensorFlow cannot decode, or that have another shape than the others."""
+    """Returns the error for examples that TensorFlow cannot decode, or whose shape differs from the others."""
     reason = next((line for line in str(error).splitlines() if line.strip()), type(error).__name__).split("[Op:")[0]
     return UsageError(
         f"An example of split {split!r}, between number {start} and {stop}, cannot be read ({reason.strip()[:200]}). "
@@ -158,10 +159,11 @@ class Start:
 
     Attributes:
         epoch: number of the first epoch.
-        step: the first step that is taken of its shares' order.
-        rest: if other shares began that epoch, parts of what they left, which are used up in it; `step` is of these.
-        rest_steps: steps, from the rest's first, to the epoch's end.
-        handovers: how often the epoch has changed hands.
+        step: the first step to take, counted in the order of the shards, or of `rest` if there is one.
+        rest: shards of the examples that an epoch has not seen yet, if it began with other shards; used in this epoch
+            only.
+        rest_steps: steps from the first one of the rest to the end of the epoch.
+        handovers: how often the number of ranks has changed in this epoch.
     """
 
     epoch: int = 0
@@ -183,26 +185,26 @@ def start_of(
     steps_per_epoch: int,
     encode: Encode | None = None,
 ) -> tuple[Start, list[Stretch]]:
-    """Where batches go on in an epoch that was interrupted, perhaps with another number of shares.
+    """Returns where batches resume in an interrupted epoch, perhaps with a different number of shards.
 
     Args:
-        epoch: the epoch's number.
-        stretches: what was taken of it, in order.
-        source: of the training examples.
-        shares: those that this process feeds now.
-        buffers: shuffle buffers of all shares that there are now, in order; None if they are in memory.
-        seed: the run's.
-        global_batch: examples a step, before and now.
-        steps_per_epoch: likewise.
+        epoch: number of the epoch.
+        stretches: the steps taken in it so far, in order.
+        source: source of the training examples.
+        shares: the shards that this process feeds now.
+        buffers: shuffle buffer sizes of all current shards, in order; None if the shards are in memory.
+        seed: the run's seed.
+        global_batch: examples per step, before and now.
+        steps_per_epoch: steps per epoch, before and now.
         encode: as in `read_share`.
 
     Returns:
-        The start, and the stretches that came before its order began: those of other shares.
+        The start, and the stretches that other shards took before the current order began.
     """
     number = shares[0].shares
     before, step = list(stretches), 0
     if before and before[-1].shares == number and (len(before) > 1 or before[-1].goes_on(number, buffers)):
-        step = before.pop().steps  # the order that was left is gone on with
+        step = before.pop().steps  # continue in the same order
     if not before:
         return Start(epoch, step), []
     places = untouched(source.size("train"), seed, epoch, global_batch, before)
@@ -221,12 +223,12 @@ def training_batches(
     class_weights: np.ndarray | None = None,
     start: Start | None = None,
 ) -> tf.data.Dataset:
-    """Endless training batches, epoch after epoch; each of `len(shares) * local_batch` examples.
+    """Returns an infinite data set of training batches, each of `len(shares) * local_batch` examples.
 
     Args:
-        shares: the shares that this process feeds, side by side.
-        local_batch: examples of each share in a batch.
-        steps_per_epoch: batches an epoch; what is left over of an epoch's order is not seen in that epoch.
+        shares: the shards that this process feeds, side by side.
+        local_batch: examples of each shard in a batch.
+        steps_per_epoch: batches per epoch. An epoch does not see the examples after these.
         seed: changes the order.
         sampling: how often an example of each class is drawn.
         class_weights: weight of each class, float [classes]; becomes the batch's sample weights.
@@ -250,7 +252,7 @@ def training_batches(
 
 
 def _side_by_side(streams: Iterable[tf.data.Dataset]) -> tf.data.Dataset:
-    """Each share's batch, one behind the other."""
+    """Concatenates the batches of all shards."""
     streams = list(streams)
     if len(streams) == 1:
         return streams[0]
@@ -260,7 +262,7 @@ def _side_by_side(streams: Iterable[tf.data.Dataset]) -> tf.data.Dataset:
 
 
 def evaluation_batches(share: Share, batch: int) -> tf.data.Dataset:
-    """All examples of a share, once, in order; the last batch may be smaller."""
+    """Returns all examples of a shard once, in order; the last batch may be smaller."""
     if share.inputs is not None:
         batches = tf.data.Dataset.from_tensor_slices((share.inputs, share.labels)).batch(batch)
     else:
@@ -272,7 +274,7 @@ def evaluation_batches(share: Share, batch: int) -> tf.data.Dataset:
 def _resident_batches(
     share: Share, local_batch: int, steps: int, seed: int, sampling: balance.Sampling, start: Start
 ) -> tf.data.Dataset:
-    """Batches gathered by index from a share in memory: no work an example, only one a batch."""
+    """Gathers batches by index from a shard in memory: one operation per batch, none per example."""
 
     def orders() -> Iterator[np.ndarray]:
         for epoch in itertools.count(start.epoch):
@@ -280,7 +282,7 @@ def _resident_batches(
             batches = order[: steps * local_batch].reshape(steps, local_batch)
             yield batches[start.step :] if epoch == start.epoch else batches
 
-    with tf.device("CPU:0"):  # the input pipeline's place: a GPU's memory is for the model
+    with tf.device("CPU:0"):  # the input pipeline runs here, and GPU memory is for the model
         inputs, labels = tf.constant(share.inputs), tf.constant(share.labels)
     indices = tf.data.Dataset.from_generator(
         orders, output_signature=tf.TensorSpec([None, local_batch], tf.int64)
@@ -291,9 +293,9 @@ def _resident_batches(
 def _streamed_batches(
     share: Share, local_batch: int, steps: int, seed: int, sampling: balance.Sampling, start: Start
 ) -> tf.data.Dataset:
-    """Batches of a share that is read again each epoch: shuffled while encoded, decoded after."""
+    """Returns batches of a shard that is read again in each epoch. Shuffles encoded examples, then decodes them."""
     buffer = share.buffer() or 1
-    counted = sampling.mode == "none"  # otherwise an epoch has as many batches as were drawn, not `steps`
+    counted = sampling.mode == "none"  # otherwise the draw decides how many batches an epoch has, not `steps`
 
     def epoch_batches(epoch: tf.Tensor) -> tf.data.Dataset:
         epoch_seed = stream_seed(seed, epoch, share.share, share.shares)
@@ -309,7 +311,7 @@ def _streamed_batches(
 
 
 def _rest_batches(share: Share, local_batch: int, seed: int, start: Start) -> tf.data.Dataset:
-    """Batches of what others have left of an epoch."""
+    """Returns batches of the examples that an epoch has not seen before the number of ranks changed."""
     buffer = share.buffer() or 1
 
     def batches(rest_seed: tf.Tensor) -> tf.data.Dataset:
@@ -334,7 +336,7 @@ def _finish(batches: tf.data.Dataset, class_weights: np.ndarray | None) -> tf.da
         weights = tf.constant(class_weights, tf.float32)
         batches = batches.map(lambda x, y: (x, y, tf.gather(weights, y)))
     options = tf.data.Options()
-    # Every rank has its own share already; MirroredStrategy must not divide it again.
+    # Every rank has its own shard already: MirroredStrategy must not shard it again.
     options.experimental_distribute.auto_shard_policy = tf.data.experimental.AutoShardPolicy.OFF
     options.deterministic = True
     return batches.with_options(options).prefetch(tf.data.AUTOTUNE)

@@ -1,6 +1,6 @@
-"""Dividing examples over ranks: an even share each, and as many steps as everyone.
+"""Shards examples over ranks: every rank gets an even shard and takes the same number of steps.
 
-What does not divide evenly is left out, repeated, or joined with examples of weight 0; the caller chooses.
+Elements that do not divide evenly are dropped, repeated, or joined with examples of weight 0; the caller chooses.
 """
 
 import logging
@@ -26,45 +26,45 @@ def shard(
     uneven: str = "drop",
     batch_size: int | None = None,
 ) -> Any:
-    """Returns this rank's share of the data: every `size`-th element, and as many as every other rank gets.
+    """Returns this rank's shard of the data: every `size`-th element. All ranks get the same number of elements.
 
-    A batched data set is divided by batches, so its batch size is the local batch. A rank with a batch more would wait
-    for ever for the others; `uneven` says what becomes of elements that do not divide evenly:
+    A batched data set is sharded by batches, so its batch size is the local batch. A rank with one batch more than the
+    others would wait for them forever. `uneven` says what to do with elements that do not divide evenly:
 
-    - `"drop"` (the default) leaves them out at the end: at most `size - 1` elements, with a warning that says how many.
-    - `"pad"` completes the last round with elements from the beginning: at most `size - 1`, which count twice in this
-      epoch's gradients and metrics (as in PyTorch's `DistributedSampler`), with a warning. In a data set of batches
-      these are whole batches, and the last one may be smaller: its examples then weigh more, for the ranks' gradients
-      are averaged as equals.
-    - `"join"` takes every example once, and none twice. The share comes back in batches of `batch_size` examples, as
-      `(x, y, weights)`: ranks whose last batch is short fill it with examples of weight 0, and the weights of the
-      others in that batch make up for them. Under a loss that divides by the batch (Keras' default reduction,
-      `"sum_over_batch_size"`), each step's gradient is that of one process with batch `size * batch_size`, also the
-      last and smaller one. Limits: BatchNormalization sees the filling (at most `size - 1` examples an epoch), and so
-      do `metrics=`; `weighted_metrics=` and the loss do not, but weigh the last step's examples by up to `size`.
-      Losses with the reduction `"sum"` or `"mean_with_sample_weight"` are not made right.
+    - `"drop"` (the default) drops them at the end, at most `size - 1` elements, and logs a warning with their number.
+    - `"pad"` fills the last round with elements from the beginning, at most `size - 1`, and logs a warning. These count
+      twice in this epoch's gradients and metrics (as in PyTorch's `DistributedSampler`). In a batched data set, the
+      elements are batches, and the last batch may be smaller. Its examples then weigh more, because the average over
+      ranks gives every batch the same weight.
+    - `"join"` takes every example exactly once. It returns batches of `batch_size` examples as `(x, y, weights)`. Ranks
+      whose last batch is short fill it with examples of weight 0; larger weights of the other examples in that batch
+      compensate. With a loss that divides by the batch (Keras' default reduction, `"sum_over_batch_size"`), the
+      gradient of each step, also of the smaller last one, is that of one process with batch `size * batch_size`.
+      Limits: BatchNormalization and `metrics=` see the fill examples (at most `size - 1` per epoch). The loss and
+      `weighted_metrics=` do not, but they weigh the last step's examples by up to `size`. Losses with the reduction
+      `"sum"` or `"mean_with_sample_weight"` are not corrected.
 
     Horovod's own `hvd.join()` does not keep replicas equal under `fit`: a rank that has joined contributes zeros, but
     no longer updates its weights.
 
-    Shuffle with a fixed seed before you shard, or without one after.
+    Shuffle with a fixed seed before you shard, or without a seed afterwards.
 
     Args:
-        dataset: a finite or infinite `tf.data.Dataset`; one whose length TensorFlow does not know is read once. Or
-            arrays or tensors [examples, ...], in tuples, lists or dicts as `Model.fit` takes them; for `"join"` a pair
+        dataset: a finite or infinite `tf.data.Dataset`. If TensorFlow does not know its length, it is read once. Or
+            arrays or tensors [examples, ...] in tuples, lists or dicts, as `Model.fit` takes them; for `"join"` a pair
             `(x, y)`, or a triple with sample weights [examples, ...].
-        rank: which share; by default this rank's.
-        size: number of shares; by default the number of ranks.
+        rank: index of the shard; by default this rank.
+        size: number of shards; by default the number of ranks.
         uneven: `"drop"`, `"pad"` or `"join"`.
-        batch_size: the local batch, for `"join"` alone.
+        batch_size: the local batch, for `"join"` only.
 
     Returns:
         A `tf.data.Dataset`; for arrays, with `"drop"` and `"pad"`, arrays in the same structure.
 
     Raises:
         ValueError: there are fewer elements than ranks (`"drop"`), or none.
-        UsageError: an argument is wrong, or the arrays are not equally long.
-        TypeError: the data cannot be divided, such as a `keras.utils.PyDataset`.
+        UsageError: an argument is wrong, or the arrays differ in length.
+        TypeError: the data cannot be sharded, such as a `keras.utils.PyDataset`.
     """
     size = world.size() if size is None else size
     rank = world.rank() if rank is None else rank
@@ -81,12 +81,12 @@ def shard(
 
 
 def even_share(examples: int, share: int, shares: int) -> tuple[int, int]:
-    """Returns the range `[start, stop)` of one of `shares` contiguous parts whose sizes differ by one at most."""
+    """Returns the range `[start, stop)` of one of `shares` contiguous parts whose sizes differ by at most one."""
     return examples * share // shares, examples * (share + 1) // shares
 
 
 def length_of(dataset: tf.data.Dataset) -> int | None:
-    """The number of elements; None is infinite. A data set whose length TensorFlow does not know is read once."""
+    """Returns the number of elements, None if infinite. Reads the data set once if TensorFlow does not know it."""
     length = int(dataset.cardinality())
     if length == tf.data.INFINITE_CARDINALITY:
         return None
@@ -94,11 +94,11 @@ def length_of(dataset: tf.data.Dataset) -> int | None:
 
 
 def array_length(arrays: Any) -> int:
-    """The common number of examples of arrays in tuples, lists or dicts.
+    """Returns the common number of examples of arrays in tuples, lists or dicts.
 
     Raises:
-        TypeError: something else is among them.
-        UsageError: they are not equally long.
+        TypeError: one of them is not an array.
+        UsageError: they differ in length.
     """
     leaves = [leaf for leaf in keras.tree.flatten(arrays) if leaf is not None]
     for leaf in leaves:
@@ -106,8 +106,8 @@ def array_length(arrays: Any) -> int:
             raise TypeError(
                 f"Only a tf.data.Dataset, or NumPy arrays and tensors of examples (in tuples, lists or dicts), can be "
                 f"divided over ranks, but {type(leaf).__module__}.{type(leaf).__name__} was given. Convert it with "
-                f"numpy.asarray(...); let a keras.utils.PyDataset or a generator pick its own share: the examples "
-                f"numbered hvd.rank(), hvd.rank() + hvd.size(), ..., equally many on all ranks."
+                f"numpy.asarray(...). A keras.utils.PyDataset or a generator must pick its own shard: examples "
+                f"hvd.rank(), hvd.rank() + hvd.size(), ..., the same number on all ranks."
             )
     lengths = sorted({len(leaf) for leaf in leaves})
     if len(lengths) != 1:
@@ -119,7 +119,7 @@ def array_length(arrays: Any) -> int:
 
 
 def take_rows(arrays: Any, rows: np.ndarray) -> Any:
-    """Picks rows, by their numbers, from arrays in tuples, lists or dicts; None stays None."""
+    """Picks rows by index from arrays in tuples, lists or dicts; None stays None."""
 
     def pick(leaf: Any) -> Any:
         if leaf is None:
@@ -134,9 +134,9 @@ def _check_policy(uneven: str, batch_size: int | None) -> None:
         raise UsageError(f"uneven must be one of {', '.join(_POLICIES)}, but is {uneven!r}.")
     if uneven == "join" and (batch_size is None or batch_size < 1):
         raise UsageError(
-            f"uneven='join' puts examples into batches itself, so that it can weigh the last one, but batch_size is "
-            f"{batch_size}. Give the local batch: shard(dataset, uneven='join', batch_size=16); a batched data set "
-            f"goes in as dataset.unbatch()."
+            f"uneven='join' puts examples into batches itself, to weigh the last one, but batch_size is {batch_size}. "
+            f"Give the local batch: shard(dataset, uneven='join', batch_size=16). If the data set is batched, pass "
+            f"dataset.unbatch()."
         )
     if uneven != "join" and batch_size is not None:
         raise UsageError(f"batch_size is for uneven='join'; with {uneven!r}, write shard(dataset).batch({batch_size}).")
@@ -155,12 +155,12 @@ def _divide(dataset: tf.data.Dataset, rank: int, size: int, uneven: str) -> tf.d
 
 
 def _filled(dataset: tf.data.Dataset, length: int, rank: int, size: int) -> tf.data.Dataset:
-    """This rank's elements, and where the last round lacks its own, one from the beginning of the data set.
+    """Returns this rank's elements, plus one from the beginning of the data set if the last round has none for it.
 
-    That one is read here, once and by all ranks alike: a rank alone that began to read anew at the end of an epoch
-    would draw another order than the others from a data set that shuffles.
+    All ranks read that element here, once. If only one rank read the beginning again at the end of an epoch, a data set
+    that shuffles would give it a different order than the others.
     """
-    missing = -length % size  # the last ranks'
+    missing = -length % size  # the last ranks lack one element each
     mine = dataset.shard(size, rank)
     head = list(dataset.take(missing)) if missing else []
     place = rank - (size - missing)
@@ -170,7 +170,7 @@ def _filled(dataset: tf.data.Dataset, length: int, rank: int, size: int) -> tf.d
 
 
 def _round(length: int, size: int, uneven: str) -> int:
-    """How many elements each rank gets; says what was done to make them equally many."""
+    """Returns how many elements each rank gets, and logs how many are dropped or repeated."""
     if length < (1 if uneven == "pad" else size):
         raise ValueError(
             f"A data set of {length} element(s) cannot be divided over {size} ranks: each needs one. A batched "
@@ -178,20 +178,16 @@ def _round(length: int, size: int, uneven: str) -> int:
         )
     steps = -(-length // size) if uneven == "pad" else length // size
     if steps * size < length:
-        _log.warning(
-            "%d of %d elements are left out, so that all %d ranks take %d steps.",
-            length - steps * size, length, size, steps,
-        )  # fmt: skip
+        message = "%d of %d elements are left out, so that all %d ranks take %d steps."
+        _log.warning(message, length - steps * size, length, size, steps)
     elif steps * size > length:
-        _log.warning(
-            "%d of %d elements are taken twice, and count twice, so that all %d ranks take %d steps.",
-            steps * size - length, length, size, steps,
-        )  # fmt: skip
+        message = "%d of %d elements are taken twice, and count twice, so that all %d ranks take %d steps."
+        _log.warning(message, steps * size - length, length, size, steps)
     return steps
 
 
 def _join(dataset: tf.data.Dataset, rank: int, size: int, batch: int) -> tf.data.Dataset:
-    """Batches of (x, y, weights): example i belongs to rank `i % size` and to step `i // (size * batch)`."""
+    """Returns batches of (x, y, weights). Example i belongs to rank `i % size` and to step `i // (size * batch)`."""
     spec = dataset.element_spec
     if not (isinstance(spec, tuple) and len(spec) in (2, 3)):
         raise UsageError(
@@ -207,9 +203,9 @@ def _join(dataset: tf.data.Dataset, rank: int, size: int, batch: int) -> tf.data
         if length is None:
             weights = tf.ones_like(places, tf.float32)
         else:
-            numbers = rank + size * places  # in the whole data set
+            numbers = rank + size * places  # indices in the full data set
             all_places = size * tf.size(places, tf.int64)
-            examples = tf.minimum(all_places, length - size * places[0])  # of this step, over all ranks
+            examples = tf.minimum(all_places, length - size * places[0])  # in this step, over all ranks
             share = tf.cast(all_places, tf.float32) / tf.cast(examples, tf.float32)
             weights = tf.where(numbers < length, share, 0.0)
         if len(element) == 3:
@@ -221,11 +217,9 @@ def _join(dataset: tf.data.Dataset, rank: int, size: int, batch: int) -> tf.data
 
 
 def _count(dataset: tf.data.Dataset) -> int:
-    _log.info("TensorFlow does not know the data set's length; counting it once ...")
+    _log.info("TensorFlow does not know the length of the data set; counting its elements once ...")
     start = time.monotonic()
     length = int(dataset.reduce(tf.constant(0, tf.int64), lambda count, *_: count + 1))
-    _log.info(
-        "... %d elements in %.1f s; tf.data.experimental.assert_cardinality(%d) saves this.",
-        length, time.monotonic() - start, length,
-    )  # fmt: skip
+    message = "... %d elements in %.1f s; use tf.data.experimental.assert_cardinality(%d) to avoid this."
+    _log.info(message, length, time.monotonic() - start, length)
     return length

@@ -1,4 +1,4 @@
-"""Texts to token numbers, by one vocabulary that is the same on all ranks."""
+"""From texts to token numbers, with one vocabulary that is the same on all ranks."""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -14,8 +14,8 @@ class Vocabulary:
     """Turns texts into token numbers of a fixed length: 0 for padding, 1 for unknown words, 2 the most frequent word.
 
     Args:
-        tokens: the words, by falling frequency, without the entries for padding and unknown.
-        sequence_length: tokens a text; longer ones are cut, shorter ones padded at the end.
+        tokens: the words in order of decreasing frequency, without the entries for padding and unknown words.
+        sequence_length: tokens per text; longer texts are cut, shorter ones padded at the end.
     """
 
     def __init__(self, tokens: Sequence[str], sequence_length: int) -> None:
@@ -30,22 +30,22 @@ class Vocabulary:
         return len(self.tokens) + 2
 
     def encode(self, text: Any) -> tf.Tensor:
-        """Graph function from a text (string) to token numbers, int32 [sequence_length]."""
+        """Turns a text (string) into token numbers, int32 [sequence_length]; a graph function."""
         return tf.ensure_shape(tf.cast(self._layer(text), tf.int32), [self.sequence_length])
 
     def save(self, path: Path) -> None:
-        """Writes the words, one a line, by falling frequency."""
+        """Writes the words, one per line, in order of decreasing frequency."""
         path.write_text("".join(f"{token}\n" for token in self.tokens), encoding="utf-8")
 
 
 def learn_tokens(source: Source, max_tokens: int) -> list[str]:
-    """The most frequent words of the train split, by falling frequency.
+    """Returns the most frequent words of the train split, in order of decreasing frequency.
 
-    Words are lower-cased; of the punctuation, only ! and ? are kept, each as a word.
+    Words are lower-cased. Of the punctuation, only ! and ? are kept, each as a word.
 
     Args:
         source: a source of texts.
-        max_tokens: size of the vocabulary, padding and unknown included.
+        max_tokens: size of the vocabulary, including padding and unknown words.
     """
     texts = source.read("train", 0, source.size("train")).map(lambda text, _: source.decode(text))
     layer = _vectorizer(max_tokens, None)
@@ -55,7 +55,7 @@ def learn_tokens(source: Source, max_tokens: int) -> list[str]:
 
 @keras.saving.register_keras_serializable("hvdkit")
 def standardize(text: Any) -> tf.Tensor:
-    """Lower-cases a text and keeps words, numbers, apostrophes inside of words, and the marks ! and ?."""
+    """Lower-cases a text and keeps words, numbers, apostrophes inside words, and the marks ! and ?."""
     text = tf.strings.lower(text)
     text = tf.strings.regex_replace(text, r"[^\p{L}\p{N}'!?]+", " ")
     text = tf.strings.regex_replace(text, r"(^|[^\p{L}\p{N}])'+", r"\1 ")  # quotes before a word ...
@@ -64,5 +64,5 @@ def standardize(text: Any) -> tf.Tensor:
 
 
 def _vectorizer(max_tokens: int, length: int | None) -> keras.layers.TextVectorization:
-    # The layer runs in the input pipeline, on the host's CPU, not in the model: the model takes token numbers.
+    # The layer runs in the input pipeline on the CPU. The model itself takes token numbers.
     return keras.layers.TextVectorization(max_tokens=max_tokens, standardize=standardize, output_sequence_length=length)

@@ -121,7 +121,7 @@ BAD_INPUT = {
     "an unknown model": (["--model=lenet"], "There is no model 'lenet'"),
     "an unwritable workdir": (["--workdir=/proc/run"], "The workdir /proc/run cannot be written to"),
     "a batch that cannot be divided": (["--global_batch=33"], "cannot be divided evenly over 2 replicas"),
-    "a dataset that is not there": (["--dataset=mnist", "--data_dir=."], "The data set 'mnist' is not under"),
+    "a dataset that is not there": (["--dataset=mnist", "--data_dir=."], "The data set 'mnist' is not in"),
     "more ranks than samples": (["--dataset=synthetic:8x8x1:2:1"], "fewer than 2 replicas"),
     "a batch larger than the data": (["--global_batch=4096"], "A local batch of 2048 is larger than a share of 718"),
     "an unknown flag": (["--batchsize=3"], "Unknown command line flag 'batchsize'"),

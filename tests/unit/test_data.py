@@ -144,7 +144,7 @@ def test_labels_out_of_range_are_found(limit):
     labels = [0, 1, 1, 7, 0, -1]
     share = pipeline.read_share(source(6, labels), "train", 0, 1, cache_bytes=limit)
     with pytest.raises(
-        UsageError, match=r"2 of 6 in this share of split 'train', the first is 7 at example 3; 2 classes"
+        UsageError, match=r"2 of 6 in this shard of split 'train', the first is 7 at example 3; 2 classes"
     ):
         checks.check_share(share, "train", 2)
 
@@ -267,5 +267,5 @@ def test_a_pydataset_is_told_to_divide_itself():
     class Squares(keras.utils.PyDataset):
         pass
 
-    with pytest.raises(TypeError, match=r"Squares was given.*pick its own share: the examples numbered hvd.rank\(\)"):
+    with pytest.raises(TypeError, match=r"Squares was given.*pick its own shard: examples hvd.rank\(\)"):
         hvd.data.shard(Squares(), 0, 2)

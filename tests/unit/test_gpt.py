@@ -79,11 +79,11 @@ def test_texts_of_a_file_and_a_folder(tmp_path):
     assert bytes(windows(both)[0][0].tolist()) == TEXT[50:54], "files in the order of their names"
     assert bytes(windows(both, "test")[0][0].tolist()) == TEXT[41:45], "the end is held out"
     for name, message in {
-        "text:/no/such": "text:/no/such names no file or folder that is there",
+        "text:/no/such": "text:/no/such names no file or folder that exists",
         "text:missing.txt": "text:missing.txt names no file",
         "text:": "names no file or folder",
-        f"text:{tmp_path}/a/picture.png": r"There is no text in .*: of 1 file\(s\), 1 are no text",
-        "text:nothing_by_that_name": "'nothing_by_that_name' is not under",
+        f"text:{tmp_path}/a/picture.png": r"There is no text in .*: of 1 file\(s\), 1 are not text",
+        "text:nothing_by_that_name": "'nothing_by_that_name' is not in",
     }.items():
         with pytest.raises(UsageError, match=message):
             open_source(name, str(tmp_path))

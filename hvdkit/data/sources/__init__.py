@@ -1,4 +1,4 @@
-"""Where examples come from: one file a kind of source, one small interface, and `open_source` that chooses."""
+"""Sources of examples: one file per kind of source, one small interface, and `open_source` to choose among them."""
 
 from pathlib import Path
 
@@ -17,7 +17,7 @@ __all__ = ["ArraySource", "FoldSource", "FolderSource", "Source", "TfdsSource", 
 def open_source(
     dataset: str, data_dir: str | None = None, *, download: bool = False, image_size: int | None = None
 ) -> Source:
-    """Opens a data set by what the user wrote.
+    """Opens a data set by the name or path that the user gave.
 
     Args:
         dataset: one of
@@ -25,18 +25,18 @@ def open_source(
             - `digits`: 1,797 real handwritten digits, 8×8 pixels, that come with scikit-learn;
             - `synthetic:HxWxC:CLASSES:EXAMPLES`: random images of any shape;
             - `pydoc`: the reference texts that come with Python, as bytes to predict;
-            - `text:PATH`: a file, or a folder of files, as bytes to predict; or `text:NAME`, the texts of a TFDS data
-              set (by its name, or its prepared directory);
+            - `text:PATH`: a file, or a folder of files, as bytes to predict;
+            - `text:NAME`: the texts of a TFDS data set (its name, or its prepared directory), as bytes to predict;
             - a path to a prepared TFDS directory (with `dataset_info.json`);
             - a path to a folder of images, `train/CLASS/*.png` and `test/CLASS/*.png`;
             - a path to a `.csv` or `.tsv` file with a text and a label column;
-            - the name of a TFDS data set, prepared under `data_dir` or, if allowed, downloaded.
-        data_dir: where TFDS data sets lie; by default TFDS' own `~/tensorflow_datasets`.
-        download: whether a data set that is not there may be downloaded and prepared.
-        image_size: height and width to which images of differing sizes are resized.
+            - the name of a TFDS data set, prepared under `data_dir` or, with `download`, downloaded.
+        data_dir: folder of the TFDS data sets; by default TFDS' own `~/tensorflow_datasets`.
+        download: whether to download and prepare a data set that is not in `data_dir`.
+        image_size: height and width to resize images to, if their sizes differ.
 
     Raises:
-        UsageError: there is no such data set, or it is not what it should be.
+        UsageError: there is no such data set, or its content is invalid.
     """
     if dataset == "digits":
         return load_digits()
@@ -55,8 +55,8 @@ def open_source(
         return FolderSource(path, image_size)
     if dataset.startswith(("/", "./", "../", "~")) or (
         "/" in dataset and path.is_dir()
-    ):  # TFDS names have slashes, too
-        what = "is neither a prepared TFDS directory nor a folder of images" if path.is_dir() else "is not there"
+    ):  # TFDS names contain slashes, too
+        what = "is neither a prepared TFDS directory nor a folder of images" if path.is_dir() else "does not exist"
         raise UsageError(
             f"The data set {dataset} {what}. Give the path of a directory with dataset_info.json, of one with "
             f"train/CLASS/*.png, or of a .csv or .tsv file."
@@ -70,7 +70,7 @@ def _open_text(name: str, data_dir: str | None, *, download: bool) -> TokenSourc
         return load_text(path)
     if not name or (not path.exists() and (name.startswith(("/", "./", "../", "~")) or path.suffix[1:].isalpha())):
         raise UsageError(
-            f"--dataset=text:{name} names no file or folder that is there. Give the path of a text, or of a folder of "
+            f"--dataset=text:{name} names no file or folder that exists. Give the path of a text file, of a folder of "
             f"texts, or the name of a TFDS data set with texts."
         )
     return open_texts(name, data_dir, download=download)

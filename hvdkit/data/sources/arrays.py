@@ -1,4 +1,4 @@
-"""Sources that lie in memory: scikit-learn's digits, synthetic images, and texts from a table."""
+"""Sources in memory: scikit-learn's digits, synthetic images, and texts from a table."""
 
 import re
 from typing import Any
@@ -8,17 +8,17 @@ import tensorflow as tf
 
 from hvdkit.errors import UsageError
 
-_HELD_OUT = 0.2  # the part of the examples that is the test split, where a source has none of its own
+_HELD_OUT = 0.2  # fraction of the examples to use as the test split if a source has none
 
 
 class ArraySource:
     """Examples in NumPy arrays; see `Source` for the attributes.
 
     Args:
-        name: what the user calls it.
+        name: the name that the user gave.
         kind: `image` or `text`.
         label_names: a name for each class.
-        splits: for `train` and `test` the inputs (uint8 images, or strings) and the labels.
+        splits: inputs (uint8 images, or strings) and labels of `train` and of `test`.
     """
 
     def __init__(
@@ -40,12 +40,12 @@ class ArraySource:
         return tf.data.Dataset.from_tensor_slices((inputs[start:stop], labels[start:stop].astype(np.int64)))
 
     def decode(self, encoded: Any) -> tf.Tensor:
-        """Nothing is encoded."""
+        """Returns its input: nothing is encoded."""
         return encoded
 
 
 def load_digits() -> ArraySource:
-    """The 1,797 handwritten digits (8×8, 10 classes) that come with scikit-learn, 20 % of them held out for the test.
+    """Loads the 1,797 handwritten digits (8×8, 10 classes) that come with scikit-learn; 20 % are the test split.
 
     Source: E. Alpaydin and C. Kaynak, "Optical recognition of handwritten digits", UCI repository, 1998; pixel values
     0 to 16 are scaled to 0 to 255.
@@ -58,10 +58,10 @@ def load_digits() -> ArraySource:
 
 
 def synthetic(spec: str) -> ArraySource:
-    """Random images, each class with a mean of its own so that a model can learn; the test split is a fifth as large.
+    """Makes random images. Each class has its own mean, which a model can learn. The test split is a fifth as large.
 
     Args:
-        spec: `synthetic`, or `synthetic:HxWxC`, `:CLASSES` and `:EXAMPLES` behind it (28x28x1, 10 and 4096).
+        spec: `synthetic:HxWxC:CLASSES:EXAMPLES`. You may omit parts from the end; they default to 28x28x1, 10 and 4096.
     """
     match = re.fullmatch(r"synthetic(?::(\d+)x(\d+)x(\d+))?(?::(\d+))?(?::(\d+))?", spec)
     if not match or "0" in match.groups():
@@ -83,7 +83,7 @@ def synthetic(spec: str) -> ArraySource:
 
 
 def hold_out(inputs: np.ndarray, labels: np.ndarray) -> dict[str, tuple[np.ndarray, np.ndarray]]:
-    """Splits examples into `train` and `test`, the same way at every call, each class in proportion if it can be.
+    """Splits examples into `train` and `test`, always in the same way, stratified by class if possible.
 
     Raises:
         UsageError: there are fewer than two examples.
@@ -94,7 +94,7 @@ def hold_out(inputs: np.ndarray, labels: np.ndarray) -> dict[str, tuple[np.ndarr
 
     places = np.arange(len(labels))
     counts = np.bincount(labels)
-    # In proportion only where each class can be on both sides.
+    # Stratify only if each class can be in both splits.
     each = counts[counts > 0].min() >= 2 and len(labels) * _HELD_OUT >= (counts > 0).sum()
     train, test = train_test_split(
         places, test_size=_HELD_OUT, random_state=0, shuffle=True, stratify=labels if each else None

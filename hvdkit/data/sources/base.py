@@ -1,4 +1,4 @@
-"""What every source of examples offers."""
+"""The interface of every source of examples."""
 
 from typing import Any, Protocol
 
@@ -6,12 +6,12 @@ import tensorflow as tf
 
 
 class Source(Protocol):
-    """Examples with labels in a train and a test split, still encoded.
+    """Encoded examples with labels, in a train and a test split.
 
     Attributes:
-        name: what the user calls it.
+        name: the name that the user gave.
         kind: `image`, `text`, or `tokens`: windows of text in which each token's label is the next token.
-        label_names: a name for each class; labels are integers below their number. Empty for `tokens`.
+        label_names: a name for each class, in the order of the integer labels. Empty for `tokens`.
         shape: shape of a decoded image, (height, width, channels); None for text and tokens.
     """
 
@@ -26,7 +26,7 @@ class Source(Protocol):
     def read(self, split: str, start: int, stop: int) -> tf.data.Dataset:
         """Examples `start` to `stop` of a split, in a fixed order, as (encoded input, label).
 
-        A label is an int64 scalar; that of a window of tokens is int32 [sequence_length].
+        A label is an int64 scalar; the label of a token window is int32 [sequence_length].
         """
 
     def decode(self, encoded: Any) -> tf.Tensor:

@@ -1,4 +1,4 @@
-"""Cross-validation: one fold of a source's training examples becomes its test split, the others stay to train on."""
+"""Cross-validation: one fold of a source's training examples becomes the test split, the others the train split."""
 
 from typing import Any
 
@@ -10,17 +10,17 @@ from hvdkit.errors import UsageError
 
 
 class FoldSource:
-    """A source that trains on all but one fold of another's training examples, and tests on that fold.
+    """A source whose test split is one fold of another source's training examples, and whose train split is the rest.
 
-    The folds are disjoint, hold all training examples together, and are the same at every run: of each `folds`
-    neighbours in the source's order every fold gets one, by lot. So their sizes differ by one at most, classes that lie
-    together are spread evenly, and an order that repeats itself does no harm. The source's own test split is not read:
-    it stays unseen by what is chosen with these folds. See `Source` for the attributes.
+    The folds are disjoint, cover all training examples, and are the same in every run. Of each `folds` neighbours in
+    the source's order, every fold gets one at random. So the sizes of the folds differ by at most one, and examples of
+    a class that stand together are spread evenly, even if the order is periodic. The source's own test split is never
+    read: a choice that you make with these folds cannot depend on it. See `Source` for the attributes.
 
     Args:
-        source: whose training examples are divided.
-        fold: the fold to test on, from 0.
-        folds: how many there are, at least 2.
+        source: the source whose training examples are divided.
+        fold: index of the fold to test on, from 0.
+        folds: number of folds, at least 2.
 
     Raises:
         UsageError: there are fewer examples than folds.
@@ -46,7 +46,7 @@ class FoldSource:
         return len(self._places[split])
 
     def read(self, split: str, start: int, stop: int) -> tf.data.Dataset:
-        """Examples `start` to `stop` of a split, in the source's order; what lies between is passed over undecoded."""
+        """Examples `start` to `stop` of a split, in the source's order; skips the others without decoding them."""
         mine = self._places[split][start:stop]
         first, last = (int(mine[0]), int(mine[-1]) + 1) if len(mine) else (0, 0)
         wanted = np.zeros(last - first, bool)
@@ -55,11 +55,11 @@ class FoldSource:
         return stream.filter(lambda place, _: tf.gather(wanted, place)).map(lambda _, example: example)
 
     def decode(self, encoded: Any) -> tf.Tensor:
-        """As the source does."""
+        """Decodes an input as the source does."""
         return self._source.decode(encoded)
 
 
 def assign(size: int, folds: int) -> np.ndarray:
-    """The fold of each of `size` examples, int64 [size]: each `folds` neighbours are dealt out to all folds."""
+    """Returns the fold of each of `size` examples, int64 [size]; of each `folds` neighbours, every fold gets one."""
     blocks = np.tile(np.arange(folds), (-(-size // folds), 1))
     return np.random.default_rng(0).permuted(blocks, axis=1).reshape(-1)[:size]

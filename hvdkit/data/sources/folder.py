@@ -10,21 +10,21 @@ from hvdkit.data.sources.arrays import ArraySource, hold_out
 from hvdkit.errors import UsageError
 
 _SUFFIXES = {".jpg", ".jpeg", ".png", ".bmp", ".gif"}
-_LOOKED_AT = 100  # images whose sizes are compared when the folder is opened
+_LOOKED_AT = 100  # number of images per split whose sizes are compared when the folder is opened
 
 
 class FolderSource(ArraySource):
-    """Image files by path, in the layout of TFDS' `ImageFolder`; see `Source` for the attributes.
+    """Image files in the layout of TFDS' `ImageFolder`; see `Source` for the attributes.
 
-    Files are read when a rank needs them. Their order is drawn once with a fixed seed: in the order of the folders, the
-    ranks' shares would have a class each.
+    A rank reads a file when it needs it. The files are shuffled once with a fixed seed: in the order of the folders,
+    each rank's shard would hold only one class or a few.
 
     Args:
-        path: the folder that holds `train`.
-        image_size: height and width to resize to; needed where the images differ in size.
+        path: the folder that contains `train`.
+        image_size: height and width to resize to; required if the images differ in size.
 
     Raises:
-        UsageError: it has no images, an empty class, a test class that `train` has not, or images of differing size.
+        UsageError: it has no images, an empty class, a test class that `train` lacks, or images that differ in size.
     """
 
     def __init__(self, path: Path, image_size: int | None) -> None:
@@ -60,7 +60,7 @@ def resize(image: tf.Tensor, size: int) -> tf.Tensor:
 def _files(folder: Path, names: list[str]) -> tuple[np.ndarray, np.ndarray]:
     strange = sorted({d.name for d in folder.iterdir() if d.is_dir()} - set(names))
     if strange:
-        raise UsageError(f"{folder} has classes that train has not: {', '.join(strange)}.")
+        raise UsageError(f"{folder} has classes that train lacks: {', '.join(strange)}.")
     found = {n: sorted(p for p in folder.glob(f"{n}/*") if p.suffix.lower() in _SUFFIXES) for n in names}
     empty = [n for n in names if not found[n]]
     if empty or not names:
@@ -75,13 +75,13 @@ def _files(folder: Path, names: list[str]) -> tuple[np.ndarray, np.ndarray]:
 
 
 def _common_shape(path: Path, splits: dict[str, tuple[np.ndarray, np.ndarray]]) -> tuple[int, int, int]:
-    from PIL import Image  # reads a file's header alone
+    from PIL import Image  # reads only a file's header
 
     files = [file for paths, _ in splits.values() for file in paths[:_LOOKED_AT]]
     sizes = {Image.open(file).size for file in files}
     if len(sizes) > 1:
         raise UsageError(
-            f"The images of {path} differ in size, and a batch needs one: choose it with --image_size=224, say."
+            f"The images of {path} differ in size, but a batch needs one size: set it, for example --image_size=224."
         )
     width, height = sizes.pop()
     return height, width, 3

@@ -16,11 +16,12 @@ _LABEL_NAMES = ("label", "class", "category", "target", "sentiment")
 def load_table(path: Path) -> ArraySource:
     """Reads a file whose header names a text and a label column (`text,label`); labels may be names or numbers.
 
-    Classes are numbered in sorted order of their names. A file `test.csv` beside a `train.csv` is the test split;
-    otherwise a fifth of the rows, the same at every run, is held out.
+    Classes are numbered in the sorted order of their names. If `train.csv` has a `test.csv` beside it, that file is the
+    test split. Otherwise a fifth of the rows is held out, the same rows in every run.
 
     Raises:
-        UsageError: the file is not there, lacks a column, or has a row without text or label (the line is named).
+        UsageError: the file does not exist, lacks a column, or has a row without text or label (the message gives the
+            line).
     """
     texts, labels = _read(path)
     companion = path.with_stem("test")
@@ -34,16 +35,16 @@ def load_table(path: Path) -> ArraySource:
     test_texts, test_labels = _read(companion)
     unknown = sorted(set(test_labels) - set(names))
     if unknown:
-        raise UsageError(f"{companion} has classes that {path.name} has not: {', '.join(unknown)}.")
+        raise UsageError(f"{companion} has classes that {path.name} lacks: {', '.join(unknown)}.")
     test = (np.asarray(test_texts, object), np.asarray([number[label] for label in test_labels]))
     return ArraySource(path.name, "text", names, {"train": train, "test": test})
 
 
 def _read(path: Path) -> tuple[list[str], list[str]]:
     if not path.is_file():
-        raise UsageError(f"The data set {path} is not there. Give the path of a .csv or .tsv file.")
+        raise UsageError(f"The data set {path} does not exist. Give the path of a .csv or .tsv file.")
     try:
-        content = path.read_text(encoding="utf-8-sig")  # spreadsheets put a byte order mark in front
+        content = path.read_text(encoding="utf-8-sig")  # spreadsheets write a byte order mark first
     except UnicodeDecodeError as error:
         raise UsageError(f"{path} is not UTF-8 text (at byte {error.start}). Save it as UTF-8.") from None
     with io.StringIO(content, newline="") as file:
@@ -59,7 +60,7 @@ def _read(path: Path) -> tuple[list[str], list[str]]:
         for row in rows:
             if not (row[text] or "").strip() or not (row[label] or "").strip():
                 raise UsageError(
-                    f"{path}, line {rows.line_num}: the text or the label is empty. Fill it, or remove the row."
+                    f"{path}, line {rows.line_num}: the text or the label is empty. Fill it in, or remove the row."
                 )
             texts.append(row[text])
             labels.append(row[label].strip())

@@ -1,4 +1,4 @@
-"""Sources read by TensorFlow Datasets: catalogue names and prepared directories."""
+"""Sources that TensorFlow Datasets reads: catalogue names and prepared directories."""
 
 from pathlib import Path
 from typing import Any
@@ -9,18 +9,18 @@ from hvdkit.data.sources.folder import resize
 from hvdkit.data.sources.tokens import TokenSource, join
 from hvdkit.errors import UsageError
 
-_HELD_OUT = 0.2  # the part of `train` that is the test split, where a data set has none
+_HELD_OUT = 0.2  # fraction of `train` to use as the test split if a data set has none
 
 
 class TfdsSource:
     """A prepared TFDS data set; see `Source` for the attributes.
 
-    Images are read undecoded, so that a shuffle buffer or a cache holds compressed bytes.
+    Images stay encoded when they are read: a shuffle buffer or a cache holds compressed bytes.
 
     Args:
-        name: what the user calls it.
+        name: the name that the user gave.
         builder: a `tfds.core.DatasetBuilder` whose data are on disk.
-        image_size: height and width to resize to; needed where the images differ in size.
+        image_size: height and width to resize to; required if the images differ in size.
 
     Raises:
         UsageError: it has no train split, no label, or neither an image nor a text.
@@ -52,7 +52,7 @@ class TfdsSource:
         dataset = self._builder.as_dataset(
             split=f"{of}[{offset + start}:{offset + stop}]",
             decoders=decoders,
-            shuffle_files=False,  # the order is hvdkit's business: a function of the seed, the epoch and the share
+            shuffle_files=False,  # hvdkit determines the order, from the seed, the epoch and the shard
         )
         return dataset.map(lambda example: (example[self._input], example[self._label]))
 
@@ -71,29 +71,29 @@ class TfdsSource:
             height = width = self._resize
         if height is None or width is None:
             raise UsageError(
-                f"The images of {self.name} differ in size, and a batch needs one: choose it with --image_size=224, "
-                f"say."
+                f"The images of {self.name} differ in size, but a batch needs one size: set it, for example "
+                f"--image_size=224."
             )
         return height, width, channels or 3
 
 
 def open_prepared(path: Path, image_size: int | None) -> TfdsSource:
-    """Opens a prepared TFDS directory: the one that holds `dataset_info.json`."""
+    """Opens a prepared TFDS directory: the one that contains `dataset_info.json`."""
     import tensorflow_datasets as tfds
 
     return TfdsSource(path.parent.name, tfds.builder_from_directory(str(path)), image_size)
 
 
 def open_named(name: str, data_dir: str | None, *, download: bool, image_size: int | None) -> TfdsSource:
-    """Opens a data set by its TFDS name, with config and version if wanted (`name/config:1.0.0`).
+    """Opens a data set by its TFDS name, optionally with config and version (`name/config:1.0.0`).
 
-    It is taken from `data_dir`, the newest version if there are several, or downloaded if that is allowed.
+    Reads the newest version in `data_dir`. If there is none and `download` is true, downloads it.
     """
     return TfdsSource(name.partition(":")[0], _find(name, data_dir, download=download), image_size)
 
 
 def open_texts(name: str, data_dir: str | None, *, download: bool) -> TokenSource:
-    """The texts of a data set, one after another, as bytes to predict; its labels, if it has any, are left out.
+    """Opens the concatenated texts of a data set as bytes to predict; ignores labels.
 
     Args:
         name: a TFDS name as for `open_named`, or the path of a prepared directory.
@@ -115,7 +115,7 @@ def open_texts(name: str, data_dir: str | None, *, download: bool) -> TokenSourc
     if key is None:
         raise UsageError(
             f"The data set {short!r} has no text to predict; its features are: {', '.join(sorted(features))}. Give "
-            f"another, or leave `text:` out to train a classifier on it."
+            f"another, or omit `text:` to train a classifier on it."
         )
     return TokenSource(short, {split: _texts(builder, key, where) for split, where in _ranges(short, builder).items()})
 
@@ -127,7 +127,7 @@ def _texts(builder: Any, key: str, where: tuple[str, int, int]) -> bytes:
 
 
 def _find(name: str, data_dir: str | None, *, download: bool) -> Any:
-    """The builder of a data set that lies under `data_dir`, or is downloaded."""
+    """Returns the builder of a data set in `data_dir`, downloading it if allowed."""
     import tensorflow_datasets as tfds
 
     root = Path(data_dir or tfds.core.constants.DATA_DIR).expanduser()
@@ -135,8 +135,8 @@ def _find(name: str, data_dir: str | None, *, download: bool) -> Any:
     if directory is None and not download:
         there = sorted({p.relative_to(root).parts[0] for p in root.glob("*/**/dataset_info.json")}) or ["none"]
         raise UsageError(
-            f"The data set {name!r} is not under {root} (there: {', '.join(there)}). Say where it is with "
-            f"--data_dir=DIR, let TFDS fetch it with --download, or use --dataset=digits, which needs nothing."
+            f"The data set {name!r} is not in {root} (found: {', '.join(there)}). Give its folder with "
+            f"--data_dir=DIR, download it with --download, or use --dataset=digits, which needs no download."
         )
     return tfds.builder_from_directory(str(directory)) if directory else _download(name, root)
 
@@ -163,14 +163,14 @@ def _download(name: str, root: Path) -> Any:
     except Exception as error:  # whatever a builder's own code, the network or the disk raises
         reason = (str(error).splitlines() or ["no message"])[0][:200]
         raise UsageError(
-            f"TFDS could not download and prepare {name!r} into {root} ({type(error).__name__}: {reason}). Check the "
-            f"network and the space on the disk, or prepare it elsewhere and give its directory with --data_dir."
+            f"TFDS could not download and prepare {name!r} in {root} ({type(error).__name__}: {reason}). Check the "
+            f"network and the disk space, or prepare it elsewhere and give its directory with --data_dir."
         ) from error
     return builder
 
 
 def _ranges(name: str, builder: Any) -> dict[str, tuple[str, int, int]]:
-    """For train and test the split they come from and their range in it."""
+    """Returns for `train` and `test` the TFDS split and the range in it."""
     sizes = {split: info.num_examples for split, info in builder.info.splits.items()}
     if "train" not in sizes:
         raise UsageError(f"The data set {name!r} has no split named train, only: {', '.join(sizes) or 'none'}.")
@@ -182,7 +182,7 @@ def _ranges(name: str, builder: Any) -> dict[str, tuple[str, int, int]]:
 
 
 def _keys(name: str, builder: Any) -> tuple[str, str]:
-    """The names of the input and the label feature: the supervised pair, or the only candidates."""
+    """Returns the names of the input and the label feature: the supervised pair, or the only candidates."""
     features = builder.info.features
     if builder.info.supervised_keys and len(builder.info.supervised_keys) == 2:
         keys = builder.info.supervised_keys
@@ -193,7 +193,7 @@ def _keys(name: str, builder: Any) -> tuple[str, str]:
     wrong = not all(k in features for k in keys) or type(features[keys[1]]).__name__ != "ClassLabel"
     if wrong or not any(kind in type(features[keys[0]]).__name__ for kind in ("Image", "Text")):
         raise UsageError(
-            f"The data set {name!r} has no pair of image or text and class label, which hvdkit trains on; its features "
-            f"are: {', '.join(features)}."
+            f"The data set {name!r} needs an image or text feature and a class label, but its features are: "
+            f"{', '.join(features)}."
         )
     return keys[0], keys[1]

@@ -1,4 +1,4 @@
-"""Running text as bytes, in windows: for models that predict the next token. There are no classes."""
+"""Text as windows of bytes, for models that predict the next token. There are no classes."""
 
 import logging
 from collections.abc import Iterable
@@ -11,7 +11,7 @@ import tensorflow as tf
 from hvdkit.errors import UsageError
 
 VOCABULARY_SIZE = 256  # a token is a byte
-_HELD_OUT = 0.1  # the end of a text that is the test split, where there is none
+_HELD_OUT = 0.1  # fraction at the end of a text to use as the test split if there is none
 _NOT_TEXT = b"\0"
 _log = logging.getLogger(__name__)
 
@@ -19,17 +19,17 @@ _log = logging.getLogger(__name__)
 class TokenSource:
     """Windows of a text; see `Source` for the attributes.
 
-    Window i is the bytes `i * L` to `(i + 1) * L`, where L is the sequence length; its labels are the bytes that follow
-    each of them. So in an epoch each byte but the first is predicted once; those at the end that fill no window are
-    not. The text lies in memory on every rank.
+    Window i holds the bytes `i * L` to `(i + 1) * L`, where L is the sequence length. The label of a byte is the byte
+    after it. So an epoch predicts each byte once, except the first one and those at the end that do not fill a window.
+    Every rank keeps the full text in memory.
 
     Args:
-        name: what the user calls it.
-        texts: for `train` and `test` the text.
-        sequence_length: L, tokens of a window; by default 64, or as many as the shorter split has.
+        name: the name that the user gave.
+        texts: the text of `train` and of `test`.
+        sequence_length: L, tokens per window; by default 64, or less if a split is shorter.
 
     Raises:
-        UsageError: a split is shorter than a window and the byte after it.
+        UsageError: a split is shorter than a window plus one byte.
     """
 
     kind = "tokens"
@@ -50,11 +50,11 @@ class TokenSource:
                 )
 
     def cut(self, sequence_length: int) -> "TokenSource":
-        """The same text in windows of another length."""
+        """Returns the same text in windows of a different length."""
         return TokenSource(self.name, self._texts, sequence_length)
 
     def length(self, split: str) -> int:
-        """Bytes of a split."""
+        """Number of bytes in a split."""
         return len(self._texts[split])
 
     def size(self, split: str) -> int:
@@ -62,7 +62,7 @@ class TokenSource:
         return (len(self._texts[split]) - 1) // self.sequence_length
 
     def read(self, split: str, start: int, stop: int) -> tf.data.Dataset:
-        """Windows `start` to `stop` of a split, uint8 [sequence_length], and their labels, int32 alike."""
+        """Windows `start` to `stop` of a split, uint8 [sequence_length], with labels, int32 [sequence_length]."""
         text = np.frombuffer(self._texts[split], np.uint8)
         inputs, labels = (self._windows(text[shift:], start, stop) for shift in (0, 1))
         windows = tf.data.Dataset.from_tensor_slices((inputs, labels))
@@ -84,20 +84,20 @@ def hold_out_end(text: bytes) -> dict[str, bytes]:
 
 
 def load_pydoc() -> TokenSource:
-    """The reference texts of the Python that runs, those that `help()` shows for keywords and topics (PSF licence).
+    """Loads the texts that this Python's `help()` shows for keywords and topics (PSF licence).
 
-    Topics share paragraphs; each is taken once, since otherwise the test split would be known from training. The text
-    is that of the Python version: 3.11 has 0.4 MB of it.
+    Topics share paragraphs. Each paragraph is used once: otherwise the test split would contain training text. The text
+    depends on the Python version; 3.11 has 0.4 MB.
 
     Raises:
-        UsageError: this Python was installed without them.
+        UsageError: this Python was installed without the texts.
     """
     try:
         from pydoc_data.topics import topics
     except ImportError:
         raise UsageError(
-            "This Python has no module pydoc_data, which holds the texts of the data set pydoc. Install the whole "
-            "standard library, or give a text of your own with --dataset=text:PATH."
+            "This Python has no module pydoc_data, which contains the texts of the data set pydoc. Install the full "
+            "standard library, or give your own text with --dataset=text:PATH."
         ) from None
     paragraphs = (part for topic in topics.values() for part in topic.strip("\n").split("\n\n"))
     text = "\n\n".join(dict.fromkeys(paragraphs))
@@ -105,12 +105,12 @@ def load_pydoc() -> TokenSource:
 
 
 def load_text(path: Path) -> TokenSource:
-    """Reads a file, or all files of a folder and its folders in the order of their names, as they are.
+    """Reads a file, or all files of a folder and its subfolders in the order of their names, byte for byte.
 
-    Hidden files, and files that are no text (they have a byte 0), are passed over.
+    Skips hidden files and files that are not text (they contain a zero byte).
 
     Raises:
-        UsageError: there is no text, or it cannot be read.
+        UsageError: there is no text, or a file cannot be read.
     """
     try:
         found = [path] if path.is_file() else sorted(p for p in path.rglob("*") if p.is_file() and _shown(p, path))
@@ -121,16 +121,16 @@ def load_text(path: Path) -> TokenSource:
     text = join(text for text in texts.values() if _NOT_TEXT not in text)
     if not text:
         raise UsageError(
-            f"There is no text in {path}: of {len(texts)} file(s), {len(others)} are no text (they have a byte 0), the "
-            f"others are empty. Give a text file, or a folder of text files."
+            f"There is no text in {path}: of {len(texts)} file(s), {len(others)} are not text (they contain a zero "
+            f"byte), the others are empty. Give a text file, or a folder of text files."
         )
     if others:
-        _log.warning("%s: %d of %d files are no text, such as %s", path, len(others), len(texts), others[0].name)
+        _log.warning("%s: %d of %d files are not text, such as %s", path, len(others), len(texts), others[0].name)
     return TokenSource(path.name or str(path), hold_out_end(text))
 
 
 def join(texts: Iterable[bytes]) -> bytes:
-    """One text of many, each ended by a line's end."""
+    """Concatenates texts and ends each one with a newline."""
     return b"".join(text if text.endswith(b"\n") else text + b"\n" for text in texts if text)
 
 
