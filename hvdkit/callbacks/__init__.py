@@ -1,4 +1,4 @@
-"""Keras callbacks that make `Model.fit` right on many ranks: one class a file; `standard()` for all a run needs."""
+"""Keras callbacks that make `Model.fit` correct on several ranks. `standard()` returns all that a run needs."""
 
 import keras
 
@@ -39,17 +39,17 @@ __all__ = [
 
 
 def standard(warmup_epochs: float = 0, root_rank: int = 0, guard_every: int = 500) -> list[keras.callbacks.Callback]:
-    """What every distributed `fit` needs, in the right order; put your own callbacks after these.
+    """Returns the callbacks that every distributed `fit` needs, in the right order. Put your own callbacks after these.
 
     Args:
         warmup_epochs: length of the learning rate's warm-up from `lr / size` to the optimizer's `lr`; 0 for none.
-        root_rank: the rank whose initial weights everyone takes.
+        root_rank: the rank whose initial weights all ranks take.
         guard_every: steps between two comparisons of the replicas; 0 for none.
 
     Returns:
         Callbacks that broadcast the initial state, average BatchNormalization's statistics and all metrics before
-        later callbacks see them, warm up the learning rate, keep all ranks but 0 silent, and stop all ranks if they
-        no longer train one model.
+        later callbacks see them, warm up the learning rate, silence all ranks but 0, and stop all ranks if the
+        replicas diverge.
     """
     callbacks = [
         BroadcastGlobalVariablesCallback(root_rank),

@@ -1,4 +1,4 @@
-"""`AverageStateCallback`: what ranks gather outside of the optimizer becomes common again."""
+"""`AverageStateCallback`: synchronizes BatchNormalization's statistics, which no optimizer updates."""
 
 from typing import Any
 
@@ -12,9 +12,10 @@ from hvdkit.optimizers.local_sgd import local_optimizers
 class AverageStateCallback(keras.callbacks.Callback):
     """Averages float non-trainable weights over all ranks before they are used or saved.
 
-    These are BatchNormalization's moving mean and variance, which each rank gathers on its own examples. The mean over
-    ranks is taken before each evaluation, at the end of each epoch (before a checkpoint is written by a later
-    callback) and at the end of training. Weights that are equal on all ranks, such as frozen layers, are left alone.
+    These are BatchNormalization's moving mean and variance, which each rank computes from its own examples. The
+    callback averages them before each evaluation, at the end of each epoch (before a later callback writes a
+    checkpoint) and at the end of training. It does not change weights that are equal on all ranks, such as frozen
+    layers.
     """
 
     def on_test_begin(self, logs: dict | None = None) -> None:
@@ -26,12 +27,12 @@ class AverageStateCallback(keras.callbacks.Callback):
         average_state(self.model)
 
     def on_train_end(self, logs: dict | None = None) -> None:
-        """Averages what came after the last epoch's end."""
+        """Averages once more, because steps may follow the end of the last epoch."""
         average_state(self.model)
 
 
 def average_state(model: keras.Model) -> None:
-    """Sets the model's float non-trainable weights to their mean over all ranks; under `LocalSGD` they agree first."""
+    """Sets the model's float non-trainable weights to their mean over all ranks. Synchronizes `LocalSGD` first."""
     for optimizer in local_optimizers(model):
         optimizer.synchronise()
     state: list[Any] = [v for v in model.non_trainable_weights if "float" in keras.backend.standardize_dtype(v.dtype)]

@@ -1,4 +1,4 @@
-"""`BestModelCheckpoint`: the best model so far, in one file, written by rank 0 alone."""
+"""`BestModelCheckpoint`: rank 0 saves the best model so far in one file."""
 
 import os
 from typing import Any
@@ -9,18 +9,18 @@ from hvdkit import world
 
 
 class BestModelCheckpoint(keras.callbacks.ModelCheckpoint):
-    """Saves the model whenever `monitor` is better than before; later ones replace the file.
+    """Saves the model whenever `monitor` improves, and overwrites the file.
 
-    Put it behind `MetricAverageCallback` (or `standard()`), so that what it judges is the metric of all ranks.
+    Put it after `MetricAverageCallback` (or `standard()`): then it monitors the metric of all ranks together.
 
     Args:
-        monitor: the metric that is judged.
+        monitor: the metric to compare.
         verbose: 1 prints a line whenever a model is saved.
-        save_weights_only: save the weights only (`filepath` then ends in `.weights.h5`).
-        mode: "min", "max" or "auto", which tells from the metric's name.
+        save_weights_only: save only the weights (`filepath` must then end in `.weights.h5`).
+        mode: "min", "max" or "auto", which depends on the metric's name.
         save_freq: "epoch", or a number of batches.
-        filepath: the file; it can also be set later, as the attribute `filepath`, which is what Horovod's callback of
-            this name needs: it takes no such argument.
+        filepath: the file. You can also set the attribute `filepath` later, as scripts for Horovod's callback of this
+            name do: that one has no such argument.
 
     Raises:
         ValueError: no `filepath` is set when training begins.
@@ -35,7 +35,7 @@ class BestModelCheckpoint(keras.callbacks.ModelCheckpoint):
         save_freq: Any = "epoch",
         filepath: str | os.PathLike[str] | None = None,
     ) -> None:
-        # Keras looks at the ending here already, so a file that is named later begins with a stand-in.
+        # Keras checks the extension here, so a file that is named later needs a valid placeholder.
         stand_in = "best.weights.h5" if save_weights_only else "best.keras"
         super().__init__(
             filepath or stand_in,

@@ -14,14 +14,14 @@ from hvdkit.optimizers.state import tell_seeds_apart
 class BroadcastGlobalVariablesCallback(keras.callbacks.Callback):
     """Gives all ranks the root rank's weights, optimizer slots and non-trainable state before the first step.
 
-    Horovod's callback of this name does so after the first batch, which is then taken on unequal weights. Random
-    seeds are broadcast too and then made different again from rank to rank, in a reproducible way: ranks with equal
-    seeds would drop the same units of different examples.
+    Horovod's callback of this name broadcasts after the first batch, so the first step uses unequal weights. This one
+    also broadcasts random seeds, and then derives a different seed for each rank, reproducibly: with equal seeds,
+    dropout would drop the same units on all ranks.
 
     Args:
-        root_rank: the rank whose values are taken.
-        device: accepted for Horovod's sake; the values travel from where they are.
-        local_variables: variables that each rank keeps for itself.
+        root_rank: the rank whose values all ranks take.
+        device: ignored; accepted because Horovod's callback has it.
+        local_variables: variables to keep out of the broadcast; each rank keeps its own values.
 
     Example: `model.fit(dataset, callbacks=[hvd.callbacks.BroadcastGlobalVariablesCallback(0)])`
     """
@@ -36,11 +36,11 @@ class BroadcastGlobalVariablesCallback(keras.callbacks.Callback):
         self._local = {id(v) for v in (local if isinstance(local, (list, tuple)) else [local])}
 
     def register_local_var(self, var: Any) -> None:
-        """Keeps `var` out of the broadcast: each rank has its own."""
+        """Keeps `var` out of the broadcast: each rank keeps its own value."""
         self._local.add(id(var))
 
     def on_train_begin(self, logs: dict | None = None) -> None:
-        """Broadcasts. The optimizer, which Keras would only build at the first step, is built for it."""
+        """Broadcasts. First builds the optimizer, which Keras would build only at the first step."""
         model, optimizer = self.model, getattr(self.model, "optimizer", None)
         if not model.weights and world.size() > 1:
             raise RuntimeError(

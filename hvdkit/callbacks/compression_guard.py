@@ -1,4 +1,4 @@
-"""`CompressionGuard`: compression that hurts the training is switched off while it trains."""
+"""`CompressionGuard`: switches gradient compression off during training if it hurts the loss."""
 
 import logging
 import math
@@ -15,23 +15,24 @@ _log = logging.getLogger(__name__)
 
 
 class CompressionGuard(keras.callbacks.Callback):
-    """Falls back to dense gradients when the loss leaves the corridor that it had with dense ones.
+    """Falls back to uncompressed (dense) gradients if the loss rises too far above its lowest value.
 
-    The first `dense_steps` are taken dense, and the lowest smoothed loss of that time is kept. Then gradients are
-    compressed. If the smoothed loss, the mean over all ranks, rises above the lowest one so far by more than
-    `tolerance` of it, or is no number, all ranks go back to dense gradients, for good, with a warning.
+    The first `dense_steps` steps use dense gradients and give a first lowest smoothed loss. Then compression begins. If
+    the smoothed mean loss of all ranks rises above the lowest one so far by more than the fraction `tolerance`, or is
+    NaN, all ranks use dense gradients for the rest of the training and log a warning.
 
     Args:
-        dense_steps: to learn the loss, and to let training find its direction (as PowerSGD's authors do).
-        every: steps from one look to the next; a look is an exchange of two numbers.
-        tolerance: how far the loss may rise, as a share of the lowest.
-        smoothing: of the mean of `every` steps into the running one, above 0 and up to 1.
+        dense_steps: uncompressed steps at the start, to measure the loss and to stabilize training (as PowerSGD's
+            authors do).
+        every: steps from one check to the next; a check is an allreduce of two numbers.
+        tolerance: how far the loss may rise, as a fraction of the lowest.
+        smoothing: weight of the newest mean of `every` steps in the exponential moving average, above 0 and up to 1.
 
     Attributes:
         fell_back_at: the step at which compression ended; None if it did not.
 
     Raises:
-        UsageError: an argument is wrong, or the model's optimizer compresses nothing that could be switched off.
+        UsageError: an argument is invalid, or the optimizer uses no compression that can be switched off.
     """
 
     def __init__(self, dense_steps: int = 100, every: int = 20, tolerance: float = 0.2, smoothing: float = 0.2) -> None:
@@ -49,26 +50,26 @@ class CompressionGuard(keras.callbacks.Callback):
         self._lowest = math.inf
 
     def on_train_begin(self, logs: dict | None = None) -> None:
-        """Begins dense."""
+        """Begins with dense gradients."""
         optimizer = self.model.optimizer
         compressor = optimizer.compression if isinstance(optimizer, DistributedOptimizer) else None
         if compressor is None:
             raise UsageError(
                 "CompressionGuard needs hvdkit.DistributedOptimizer(..., compression=...) with int8, onebit, topk or "
-                "powersgd: casts (fp16, bf16) are not switched off."
+                "powersgd. It cannot switch off casts (fp16, bf16)."
             )
         self._compressor = compressor
         if not self._is_alone() and self._step < self._dense_steps:
             compressor.set_dense(True)
 
     def on_epoch_begin(self, epoch: int, logs: dict | None = None) -> None:
-        """Keras averages the loss over an epoch: what is new is taken apart."""
+        """Starts new sums: Keras logs the mean loss since the epoch began, from which `_look` takes the newest part."""
         self._in_epoch = 0
         self._sum = 0.0
         self._at_last_look = (0, 0.0)
 
     def on_train_batch_end(self, batch: int, logs: dict | None = None) -> None:
-        """Looks, if enough steps were taken."""
+        """Checks the loss if `every` steps have passed since the last check."""
         self._step += batch + 1 - self._in_epoch
         self._in_epoch = batch + 1
         if self._is_alone() or self.fell_back_at is not None:
@@ -79,11 +80,11 @@ class CompressionGuard(keras.callbacks.Callback):
             self._look()
 
     def checkpoint_state(self) -> dict[str, Any]:
-        """What was learned so far."""
+        """Returns the state to store in a checkpoint."""
         return {name: getattr(self, name) for name in _STATE}
 
     def restore_state(self, state: dict[str, Any]) -> None:
-        """Undoes `checkpoint_state`."""
+        """Restores what `checkpoint_state` returned."""
         for name in _STATE:
             setattr(self, name, state[name])
 
@@ -99,16 +100,19 @@ class CompressionGuard(keras.callbacks.Callback):
             if self._step >= self._dense_steps:
                 self._compressor.set_dense(False)
         elif not self._smoothed <= self._lowest + self._tolerance * abs(self._lowest):  # NaN, too
-            self._compressor.set_dense(True)
-            self.fell_back_at = self._step
-            if world.rank() == 0:
-                _log.warning(
-                    "At step %d the loss, %.4g, has left its corridor (the lowest was %.4g, and %.0f %% above it are "
-                    "allowed): from here on gradients are exchanged dense.",
-                    self._step, self._smoothed, self._lowest, 100 * self._tolerance,
-                )  # fmt: skip
+            self._fall_back()
         else:
             self._lowest = min(self._lowest, self._smoothed)
+
+    def _fall_back(self) -> None:
+        self._compressor.set_dense(True)
+        self.fell_back_at = self._step
+        if world.rank() == 0:
+            message = (
+                "At step %d the smoothed loss is %.4g, more than %.0f %% above its lowest value, %.4g: gradients are "
+                "no longer compressed."
+            )
+            _log.warning(message, self._step, self._smoothed, 100 * self._tolerance, self._lowest)
 
     def _is_alone(self) -> bool:
         return world.size() == 1

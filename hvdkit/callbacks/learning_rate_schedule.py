@@ -10,21 +10,21 @@ class LearningRateScheduleCallback(keras.callbacks.Callback):
     """Sets the learning rate to `initial_lr * multiplier(epoch)` from `start_epoch` to `end_epoch`.
 
     Args:
-        initial_lr: the rate that is multiplied; None takes the optimizer's when training begins.
-        multiplier: a function of the epoch, or a number `m` that stands for `m ** (epoch - start_epoch)`.
-        start_epoch: the first epoch (from 0) to which it applies.
-        end_epoch: the first to which it no longer applies; None for no end.
-        staircase: adjust at the beginning of each epoch, with the epoch as an integer; otherwise before each batch (or
-            each execution of several), with the fraction of the epoch that is done.
+        initial_lr: the rate to multiply; None takes the optimizer's rate when training begins.
+        multiplier: a function of the epoch, or a number `m`, which means `m ** (epoch - start_epoch)`.
+        start_epoch: the first epoch (from 0) of the schedule.
+        end_epoch: the first epoch after the schedule; None for no end.
+        staircase: if true, adjust at the beginning of each epoch, with the epoch as an integer. Otherwise adjust before
+            each batch (or each execution of several), with the epoch as a fraction.
         momentum_correction: scale the accumulated velocity of SGD and RMSprop by the change of rate.
-        steps_per_epoch: needed if `staircase` is off and `fit` does not know it.
+        steps_per_epoch: required if `staircase` is false and `fit` does not know it.
 
     Momentum correction is equation (10) of P. Goyal et al., "Accurate, Large Minibatch SGD", 2017,
-    https://arxiv.org/abs/1706.02677: Horovod multiplies the momentum coefficient for one step, which Keras 3 has baked
-    into its graph as a constant; scaling the velocity itself is the same update.
+    https://arxiv.org/abs/1706.02677. Horovod multiplies the momentum coefficient for one step, but Keras 3 compiles it
+    into the graph as a constant. Scaling the velocity gives the same update.
 
     Raises:
-        ValueError: the optimizer's rate is itself a schedule, or the number of steps an epoch is not known.
+        ValueError: the optimizer's rate is itself a schedule, or the number of steps per epoch is not known.
     """
 
     def __init__(
@@ -50,7 +50,7 @@ class LearningRateScheduleCallback(keras.callbacks.Callback):
         self._epoch = 0
 
     def on_train_begin(self, logs: dict | None = None) -> None:
-        """Checks that the rate can be set, and learns the number of steps."""
+        """Checks that the rate can be set, and determines the number of steps per epoch."""
         _refuse_schedule(self.model.optimizer)
         if self.initial_lr is None:
             self.initial_lr = learning_rate_of(self.model.optimizer)
@@ -58,22 +58,22 @@ class LearningRateScheduleCallback(keras.callbacks.Callback):
         if not self.staircase and not self.steps_per_epoch:
             raise ValueError(
                 f"{type(self).__name__} does not know how many steps an epoch has, because the data set has no known "
-                f"length: pass steps_per_epoch=..., here or to fit."
+                f"length. Pass steps_per_epoch=... to the callback or to fit."
             )
 
     def on_epoch_begin(self, epoch: int, logs: dict | None = None) -> None:
-        """Adjusts the rate of a staircase."""
+        """Adjusts the rate if `staircase` is true."""
         self._epoch = epoch
         if self.staircase:
             self._adjust(epoch)
 
     def on_train_batch_begin(self, batch: int, logs: dict | None = None) -> None:
-        """Adjusts the rate of a smooth schedule."""
+        """Adjusts the rate if `staircase` is false."""
         if not self.staircase:
             self._adjust(self._epoch + batch / (self.steps_per_epoch or 1))
 
     def on_epoch_end(self, epoch: int, logs: dict | None = None) -> None:
-        """Logs the rate, as `lr`."""
+        """Logs the rate as `lr`."""
         if logs is not None:
             logs["lr"] = learning_rate_of(self.model.optimizer)
 
@@ -92,12 +92,12 @@ class LearningRateScheduleCallback(keras.callbacks.Callback):
 
 
 def learning_rate_of(optimizer: Any) -> float:
-    """The optimizer's learning rate as a number, whatever kind of variable holds it."""
+    """Returns the optimizer's learning rate as a number."""
     return float(keras.ops.convert_to_numpy(optimizer.learning_rate))
 
 
 def _velocities(optimizer: Any) -> list[Any]:
-    """The slots in which SGD and RMSprop sum up `learning_rate * gradient`, if they have momentum at all."""
+    """Returns the slots in which SGD and RMSprop sum up `learning_rate * gradient`; none without momentum."""
     optimizer = getattr(optimizer, "inner_optimizer", optimizer)
     if not optimizer.built or not getattr(optimizer, "momentum", 0):
         return []
@@ -110,5 +110,5 @@ def _refuse_schedule(optimizer: Any) -> None:
     if isinstance(rate, keras.optimizers.schedules.LearningRateSchedule):
         raise ValueError(
             f"The optimizer's learning rate is a {type(rate).__name__}, which sets itself at every step, so a callback "
-            f"cannot set it too. Give the optimizer a number, or leave the callback out."
+            f"cannot set it too. Give the optimizer a number, or remove the callback."
         )

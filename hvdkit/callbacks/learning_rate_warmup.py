@@ -1,4 +1,4 @@
-"""`LearningRateWarmupCallback`: the scaled learning rate is reached gradually."""
+"""`LearningRateWarmupCallback`: raises the learning rate gradually to its scaled value."""
 
 import logging
 
@@ -11,19 +11,19 @@ _log = logging.getLogger(__name__)
 class LearningRateWarmupCallback(LearningRateScheduleCallback):
     """Raises the learning rate from `initial_lr / size` to `initial_lr` over the first epochs.
 
-    With the rate scaled by the number of ranks (`hvdkit.scaled`), training starts at the rate of one process and ends
-    at that of all: the gradual warm-up of P. Goyal et al., "Accurate, Large Minibatch SGD", 2017, section 2.2,
+    If you scale the rate by the number of ranks (`hvdkit.scaled`), training starts at the rate of one process. This is
+    the gradual warm-up of P. Goyal et al., "Accurate, Large Minibatch SGD", 2017, section 2.2,
     https://arxiv.org/abs/1706.02677::
 
         lr(epoch) = initial_lr / size * (1 + epoch * (size - 1) / warmup_epochs)
 
     Args:
-        initial_lr: the rate to reach; None takes the optimizer's.
-        warmup_epochs: the length of the warm-up in epochs; a fraction is allowed.
+        initial_lr: the rate to reach; None takes the optimizer's rate.
+        warmup_epochs: length of the warm-up in epochs; may be a fraction.
         momentum_correction: see `LearningRateScheduleCallback`.
-        steps_per_epoch: likewise.
-        verbose: 1 says when the warm-up is done.
-        size: number of replicas to count with; by default the job's number of ranks.
+        steps_per_epoch: see `LearningRateScheduleCallback`.
+        verbose: 1 logs a line when the warm-up is done.
+        size: number of replicas; by default the number of ranks.
     """
 
     def __init__(
@@ -54,7 +54,7 @@ class LearningRateWarmupCallback(LearningRateScheduleCallback):
 
     def _multiplier(self, epoch: float) -> float:
         replicas = self.size or world.size()
-        # One step ahead, as Horovod does: the last step of an epoch then has the round number.
+        # One step ahead, as Horovod does: the last step of an epoch then counts as the full epoch.
         done = min(1.0, self._ahead(epoch) / self.warmup_epochs)
         return (1 + done * (replicas - 1)) / replicas
 
@@ -62,8 +62,8 @@ class LearningRateWarmupCallback(LearningRateScheduleCallback):
         return epoch + 1 / (self.steps_per_epoch or 1)
 
     def _adjust(self, epoch: float) -> None:
-        # The step that reaches the end is taken once, even where several steps an execution jump over it; then the
-        # rate is left to others.
+        # Set the final rate exactly once, even if an execution of several steps jumps over the end of the warm-up.
+        # After that, other callbacks may change the rate.
         if not self._reached:
             self._reached = self._ahead(epoch) >= self.warmup_epochs
             self._set(self.multiplier(epoch))

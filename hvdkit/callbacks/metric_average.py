@@ -1,4 +1,4 @@
-"""`MetricAverageCallback`: the metrics that callbacks see are those of all ranks together, exactly."""
+"""`MetricAverageCallback`: gives callbacks the exact metrics over all ranks."""
 
 from typing import Any
 
@@ -12,15 +12,16 @@ from hvdkit.collectives.mesh import copies_of
 class MetricAverageCallback(keras.callbacks.Callback):
     """Replaces the epoch's metrics by their exact values over all ranks.
 
-    Averaging results is wrong where ranks saw different numbers of examples, and for metrics such as AUC that are not
-    means. So the *states* of the metrics are added up (totals, counts, confusion matrices), and the result is
-    computed from the sum. Values behind which the model has no metric (logs of a custom `train_step`) are averaged.
+    An average of the ranks' results is wrong if ranks saw different numbers of examples, or for metrics that are not
+    means, such as AUC. So this callback sums the *states* of the metrics (totals, counts, confusion matrices) and
+    computes the result from the sum. It averages logged values that have no metric in the model (logs of a custom
+    `train_step`).
 
-    Put it before callbacks that decide by metrics, such as `EarlyStopping` and `ReduceLROnPlateau`: then all ranks
-    decide alike.
+    Put it before callbacks that act on metrics, such as `EarlyStopping` and `ReduceLROnPlateau`: then all ranks make
+    the same decision.
 
     Args:
-        device: accepted for Horovod's sake.
+        device: ignored; accepted because Horovod's callback has it.
     """
 
     def __init__(self, device: str = "") -> None:
@@ -31,17 +32,17 @@ class MetricAverageCallback(keras.callbacks.Callback):
         self._validation: dict[str, float] = {}
 
     def on_epoch_begin(self, epoch: int, logs: dict | None = None) -> None:
-        """Forgets the last epoch."""
+        """Discards the values of the last epoch."""
         self._in_epoch = True
         self._train, self._validation = None, {}
 
     def on_test_begin(self, logs: dict | None = None) -> None:
-        """Takes the training metrics: a validation pass inside of `fit` is about to reset them."""
+        """Stores the training metrics, because a validation pass inside `fit` is about to reset them."""
         if self._in_epoch:
             self._train = exact_metrics(self.model)
 
     def on_test_end(self, logs: dict | None = None) -> None:
-        """Takes the validation metrics, and puts them into the logs that later callbacks get."""
+        """Stores the validation metrics and writes them into the logs for later callbacks."""
         results = exact_metrics(self.model)
         if self._in_epoch:
             self._validation = {f"val_{name}": value for name, value in results.items()}
@@ -49,7 +50,7 @@ class MetricAverageCallback(keras.callbacks.Callback):
             logs.update(_complete(logs, results))
 
     def on_epoch_end(self, epoch: int, logs: dict | None = None) -> None:
-        """Puts the exact values into the epoch's logs."""
+        """Writes the exact values into the epoch's logs."""
         train = exact_metrics(self.model) if self._train is None else self._train
         if logs is not None:
             logs.update(_complete(logs, {**train, **self._validation}))
@@ -57,21 +58,21 @@ class MetricAverageCallback(keras.callbacks.Callback):
 
 
 def exact_metrics(model: keras.Model) -> dict[str, Any]:
-    """Adds up the states of the model's metrics over all ranks and returns the results.
+    """Sums the states of the model's metrics over all ranks and returns the results.
 
-    Every metric that Keras has is a function of sums over the examples. A state of a metric of your own is treated as
-    its variable's `aggregation` says: summed (Keras' default for metrics), "mean" averaged, "only_first_replica" taken
-    from rank 0. A maximum, for example, cannot be had in this way.
+    Every Keras metric is a function of sums over the examples. In a metric of your own, a variable's `aggregation`
+    decides: "sum" (Keras' default for metrics) sums over ranks, "mean" averages, "only_first_replica" takes the value
+    of rank 0. Other states, for example a maximum, are not supported.
 
-    Afterwards the metrics hold the common state on every rank, until `reset_metrics`.
+    Afterwards the metrics have the global state on every rank, until `reset_metrics`.
 
     Returns:
-        By name a float, or an array where the metric has several values (`F1Score(average=None)`).
+        For each name a float, or an array if the metric has several values (`F1Score(average=None)`).
     """
     variables = [v for metric in model.metrics for v in metric.variables]
     copies = copies_of(model) if world.size() > 1 else None
     if copies is not None and copies.size() > 1 and variables:
-        # In float64: a rank's float32 counts are exact, and stay so until the sum is rounded once.
+        # In float64: float32 values of the ranks are represented exactly, and only the sum is rounded.
         values = [_contribution(v, copies) for v in variables]
         flat = collectives.allreduce_sum(np.concatenate([v.ravel() for v in values]), "metrics", copies)
         parts = np.split(flat, np.cumsum([v.size for v in values])[:-1])

@@ -1,4 +1,4 @@
-"""`PulseCallback`: a file whose time tells from outside that a training moves."""
+"""`PulseCallback`: a file whose modification time shows that training makes progress."""
 
 import time
 from pathlib import Path
@@ -7,11 +7,11 @@ import keras
 
 
 class PulseCallback(keras.callbacks.Callback):
-    """Touches a file while steps of training or evaluation are taken: whoever watches need not know the process.
+    """Touches a file during training and evaluation steps. Another process can watch it without knowing this process.
 
     Args:
-        path: the file; its content is empty, its time of change counts.
-        every: seconds between two touches, at least.
+        path: the file. It is empty; its modification time is the information.
+        every: minimum number of seconds between two touches.
     """
 
     checkpointed = False
@@ -23,18 +23,18 @@ class PulseCallback(keras.callbacks.Callback):
         self._last = -every
 
     def on_train_begin(self, logs: dict | None = None) -> None:
-        """Beats."""
-        self._beat()
+        """Touches the file."""
+        self._touch()
 
     def on_train_batch_end(self, batch: int, logs: dict | None = None) -> None:
-        """Beats."""
-        self._beat()
+        """Touches the file."""
+        self._touch()
 
     def on_test_batch_end(self, batch: int, logs: dict | None = None) -> None:
-        """Beats."""
-        self._beat()
+        """Touches the file."""
+        self._touch()
 
-    def _beat(self) -> None:
+    def _touch(self) -> None:
         now = time.monotonic()
         if now - self._last >= self._every:
             self._last = now

@@ -1,4 +1,4 @@
-"""`ReplicaGuardCallback`: replicas that silently became several models are found while they train."""
+"""`ReplicaGuardCallback`: detects during training that replicas have diverged."""
 
 import functools
 import logging
@@ -19,39 +19,42 @@ from hvdkit.optimizers.whole_slots import WholeSlot
 _log = logging.getLogger(__name__)
 
 _WIDTH = 1024
-_ROWS = 2048  # that are summed up at once: 16 MiB, and as much for their products
-_INTEGERS = {1: tf.int8, 2: tf.int16, 4: tf.int32, 8: tf.int32}  # by the bytes of what is read as integers
+_ROWS = 2048  # rows to sum up at once: 16 MiB, and another 16 MiB for their products
+_INTEGERS = {1: tf.int8, 2: tf.int16, 4: tf.int32, 8: tf.int32}  # from an element's size in bytes to the integer type
 
 
 class ReplicaGuardCallback(keras.callbacks.Callback):
-    """Compares weights, optimizer slots and random seeds over all ranks every so many steps.
+    """Compares weights, optimizer slots and random seeds over all ranks every `every` steps.
 
-    A bit that flips in a memory, a rank that loads other weights, a layer or callback that one rank alone runs: each
-    makes several models of one, and nothing else notices. Each rank reduces every variable to a number of 64 bits in
-    which no single flipped bit can hide; the ranks exchange these.
+    Replicas diverge without any other symptom if a bit flips in memory, a rank loads different weights, or only one
+    rank runs a layer or callback. Each rank reduces every variable to a 64-bit fingerprint, which any single flipped
+    bit changes. The ranks then compare fingerprints.
 
-    Compared are the bits (so that NaNs are compared, too) of all variables of the model and of its optimizer, except
-    those that differ by design: BatchNormalization's moving statistics and other float non-trainable weights of layers
-    that train (`AverageStateCallback` averages these), sums of gradients not yet applied, `local_variables`, and those
-    that a `DistributedOptimizer` leaves to each rank. Of random seeds, which differ
-    from rank to rank, it is compared how far they have moved since training began. Of a divided model's shards, it is
-    compared whether the ranks that hold the same ones hold them alike.
+    The check compares the bits (NaNs included) of all variables of the model and of its optimizer, except those that
+    differ by design:
 
-    A check takes about as long as a step or less (`tests/parallel/guard_cost.py` on two CPU cores, models of 0.1 to 19
-    million weights: 0.01 to 0.19 % of the training with the default `every`). Put it behind the broadcast.
+    - BatchNormalization's moving statistics and other float non-trainable weights of trainable layers, which
+      `AverageStateCallback` averages;
+    - sums of gradients that are not applied yet;
+    - `local_variables`, and variables that a `DistributedOptimizer` keeps local;
+    - random seeds, which differ between ranks: the check compares how far they have moved since training began;
+    - shards of a divided model: the check compares the ranks that hold the same shards.
+
+    A check takes at most about as long as a step (`tests/parallel/guard_cost.py` on two CPU cores, models of 0.1 to 19
+    million weights: 0.01 to 0.19 % of the training time with the default `every`). Put this callback after the
+    broadcast.
 
     Args:
-        every: steps from one check to the next; training's end is checked, too. With several steps an execution, the
-            check comes at the end of an execution.
-        action: `"stop"` raises `ReplicasDiverged` on all ranks together; `"broadcast"` gives all ranks the state of
-            `root_rank`, with a warning, and goes on. Where most ranks agree and `root_rank` is the one that differs, it
-            raises, too.
-        root_rank: the rank whose state is taken.
-        local_variables: variables that each rank keeps for itself.
+        every: steps from one check to the next; the last step is checked, too. With several steps per execution, the
+            check runs at the end of an execution.
+        action: `"stop"` raises `ReplicasDiverged` on all ranks. `"broadcast"` gives all ranks the state of `root_rank`,
+            logs a warning, and continues; it raises, too, if a majority agrees and `root_rank` differs from it.
+        root_rank: the rank whose state all ranks take.
+        local_variables: variables to exclude from the check.
 
     Raises:
         ReplicasDiverged: the message names the step, the ranks and the first variable.
-        UsageError: an argument is wrong.
+        UsageError: an argument is invalid.
 
     Example: `model.fit(dataset, callbacks=[*hvd.callbacks.standard(), hvd.callbacks.ReplicaGuardCallback()])`
     """
@@ -71,28 +74,28 @@ class ReplicaGuardCallback(keras.callbacks.Callback):
         self._guarded: _Guarded | None = None
 
     def on_train_begin(self, logs: dict | None = None) -> None:
-        """Starts to count steps."""
+        """Resets the number of steps."""
         self._step = self._in_epoch = self._checked = 0
         self._guarded = None
 
     def on_epoch_begin(self, epoch: int, logs: dict | None = None) -> None:
-        """Starts to count the epoch's steps."""
+        """Resets the number of steps in the epoch."""
         self._in_epoch = 0
 
     def on_train_batch_begin(self, batch: int, logs: dict | None = None) -> None:
-        """Notes the seeds, before the first step moves them."""
+        """Records the seeds before the first step changes them."""
         if self._guarded is None and world.size() > 1:
             self._guarded = _Guarded(self.model, self._local)
 
     def on_train_batch_end(self, batch: int, logs: dict | None = None) -> None:
-        """Checks, if enough steps were taken since the last check."""
+        """Checks if `every` steps have passed since the last check."""
         self._step += batch + 1 - self._in_epoch
         self._in_epoch = batch + 1
         if self._step // self.every > self._checked // self.every:
             self._check()
 
     def on_train_end(self, logs: dict | None = None) -> None:
-        """Checks what came after the last check."""
+        """Checks once more if steps followed the last check."""
         if self._step > self._checked:
             self._check()
 
@@ -103,23 +106,23 @@ class ReplicaGuardCallback(keras.callbacks.Callback):
         found = self._guarded.compare()
         if found is None:
             return
-        strangers, name, majority = found
+        differing, name, majority = found
         report = (
-            f"The replicas differ at step {self._step}: {name} on rank(s) {', '.join(map(str, strangers))} is not that "
+            f"The replicas differ at step {self._step}: {name} on rank(s) {', '.join(map(str, differing))} is not that "
             f"of {'the others' if majority else 'rank 0'} (of {world.size()} ranks)."
         )
-        if self.action == "stop" or (majority and self.root_rank in strangers):
+        if self.action == "stop" or (majority and self.root_rank in differing):
             raise ReplicasDiverged(
-                f"{report} {f'They were equal at step {before}' if before else 'This was the first check'}. Code that "
-                f"one rank alone runs does this, and so does faulty memory: look at what changes {name}, and go on "
-                f"from an earlier checkpoint."
+                f"{report} {f'They were equal at step {before}' if before else 'This was the first check'}. The cause "
+                f"is code that only some ranks run, or faulty memory. Find what changes {name}, and resume from an "
+                f"earlier checkpoint."
             )
-        _log.warning("%s All ranks take the state of rank %d and go on.", report, self.root_rank)
+        _log.warning("%s All ranks take the state of rank %d and continue.", report, self.root_rank)
         self._guarded.restore(self.root_rank)
 
 
 class _Guarded:
-    """The variables that must be equal on all ranks, and the seeds, whose movement must be."""
+    """The variables that must be equal on all ranks, and the seeds, which must move equally far."""
 
     def __init__(self, model: keras.Model, local: set[int]) -> None:
         kept = [k for k in kept_of(model) if id(k.variable) not in local and not isinstance(k.variable, WholeSlot)]
@@ -132,7 +135,12 @@ class _Guarded:
         self._prints = tf.function(self._all_prints).get_concrete_function()
 
     def compare(self) -> tuple[list[int], str, bool] | None:
-        """The ranks that differ, the first variable in which they do, and whether a majority tells who is right."""
+        """Compares all ranks.
+
+        Returns:
+            None if they are equal; otherwise the ranks that differ, the first variable that does, and whether they
+            differ from a majority (true) or from rank 0 (false).
+        """
         moved = [_integers(v) - start for v, start in zip(self._seeds, self._start, strict=True)]
         prints = self._prints().numpy()
         common, shards = prints[: len(self._equal)], prints[len(self._equal) :]
@@ -157,7 +165,7 @@ class _Guarded:
         )
 
     def restore(self, root_rank: int) -> None:
-        """Gives all ranks the root's state; the seeds stay apart."""
+        """Gives all ranks the root's state; the seeds remain different."""
         collectives.broadcast_variables(self._equal, root_rank)
         share(self._shards)
         moved = [_integers(v) - start for v, start in zip(self._seeds, self._start, strict=True)]
@@ -171,10 +179,10 @@ def _integers(seed: Any) -> np.ndarray:
 
 
 def fingerprint(values: tf.Tensor) -> tf.Tensor:
-    """An int64 of a tensor's bits: modulo 2^64, a sum of its elements' bits, each times an odd weight of its place.
+    """Returns an int64 fingerprint: the sum modulo 2^64 of the elements' bits, each times an odd weight by its index.
 
-    One element that differs always shows: multiplication by an odd number loses nothing modulo 2^64.
-    Elements that change places show, too, since their weights differ.
+    A single different element always changes the sum: multiplication by an odd number is invertible modulo 2^64.
+    Swapped elements change it, too, because their weights differ.
     """
     if values.dtype == tf.bool:
         values = tf.cast(values, tf.int8)
@@ -182,7 +190,7 @@ def fingerprint(values: tf.Tensor) -> tf.Tensor:
     if bits.shape[0] == 0:
         return tf.zeros([], tf.int64)
     generator = np.random.default_rng(0)  # the same on all ranks
-    while True:  # a level at a time: no tensor of weights as large as the values is needed
+    while True:  # reduce in levels, to avoid a tensor of weights as large as the values
         width = min(_WIDTH, bits.shape[0])
         weights = generator.integers(1, 2**62, width) | 1
         bits = _row_sums(bits, weights)
@@ -191,7 +199,7 @@ def fingerprint(values: tf.Tensor) -> tf.Tensor:
 
 
 def _row_sums(bits: tf.Tensor, weights: np.ndarray) -> tf.Tensor:
-    """Weighted sums of so many elements each, the last filled up with zeros; a block at a time, to save memory."""
+    """Returns weighted sums of `len(weights)` elements each, padded with zeros; sums in blocks to save memory."""
     width, block = len(weights), len(weights) * _ROWS
     sums = []
     for start in range(0, bits.shape[0], block):
@@ -203,10 +211,10 @@ def _row_sums(bits: tf.Tensor, weights: np.ndarray) -> tf.Tensor:
 
 @functools.cache
 def _compiled(shape: tf.TensorShape, dtype: tf.DType) -> Any:
-    """A graph for all variables of one shape, traced once: large models have hundreds of variables."""
+    """Returns a graph for all variables of one shape. Large models have hundreds of variables: trace it only once."""
     return tf.function(fingerprint).get_concrete_function(tf.TensorSpec(shape, dtype))
 
 
 def _of_first_copy(prints: np.ndarray, mesh: Mesh | None) -> np.ndarray:
-    """What each rank's shards should be: those of the first rank that holds the same ones."""
+    """Returns for each rank the fingerprint of the first rank that holds the same shards."""
     return prints if mesh is None else np.tile(prints[: mesh.model], mesh.data)

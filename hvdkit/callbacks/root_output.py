@@ -1,4 +1,4 @@
-"""`RootOutputCallback`: one progress bar for the job, not one a rank."""
+"""`RootOutputCallback`: one progress bar for the job, not one per rank."""
 
 import keras
 
@@ -9,7 +9,7 @@ class RootOutputCallback(keras.callbacks.Callback):
     """Silences Keras' own progress output on all ranks but 0."""
 
     def set_params(self, params: dict) -> None:
-        """Changes the parameters that `fit` shares with all callbacks; the progress bar, last in line, reads them."""
+        """Changes the parameters that `fit` passes to all callbacks. The progress bar is the last one to read them."""
         if world.rank() != 0:
             params["verbose"] = 0
         super().set_params(params)

@@ -1,4 +1,4 @@
-"""`StepLossCallback`: the loss by steps, for curves finer than an epoch."""
+"""`StepLossCallback`: the loss per step, for loss curves within an epoch."""
 
 import csv
 from pathlib import Path
@@ -9,16 +9,16 @@ import numpy as np
 
 
 class StepLossCallback(keras.callbacks.Callback):
-    """Writes a CSV file of `step,loss`: a line an execution, with the mean loss since the line before.
+    """Writes a CSV file of `step,loss` with one line per execution: the mean loss since the previous line.
 
-    Keras' own logs hold the mean since the epoch began. The loss is that of this rank's examples.
+    Keras' own logs contain the mean since the epoch began. The loss is that of this rank's examples.
 
     Args:
         path: the file to write.
-        steps_per_epoch: steps an epoch.
+        steps_per_epoch: steps per epoch.
 
     Attributes:
-        losses: pairs of the number of steps taken and the mean loss since the pair before.
+        losses: pairs of the number of steps taken and the mean loss since the previous pair.
     """
 
     def __init__(self, path: Path, steps_per_epoch: int) -> None:
@@ -31,26 +31,26 @@ class StepLossCallback(keras.callbacks.Callback):
         self._count = 0
 
     def on_epoch_begin(self, epoch: int, logs: dict | None = None) -> None:
-        """Keras begins a new mean."""
+        """Resets the sums, as Keras resets its mean."""
         self._epoch, self._sum, self._count = epoch, 0.0, 0
 
     def on_train_batch_end(self, batch: int, logs: dict | None = None) -> None:
-        """Takes the mean's change."""
+        """Computes the loss of the newest steps from the change of Keras' mean."""
         count = batch + 1
         total = (logs or {})["loss"] * count
         self.losses.append((self._epoch * self._steps_per_epoch + count, (total - self._sum) / (count - self._count)))
         self._sum, self._count = total, count
 
     def checkpoint_state(self) -> dict[str, Any]:
-        """All lines so far, and the mean within the epoch."""
+        """Returns all lines so far, and the sums of the epoch."""
         return {"losses": np.array(self.losses, np.float64), "mean": (self._epoch, self._sum, self._count)}
 
     def restore_state(self, state: dict[str, Any]) -> None:
-        """Undoes `checkpoint_state`."""
+        """Restores what `checkpoint_state` returned."""
         self.losses = [(int(step), float(loss)) for step, loss in state["losses"]]
         self._epoch, self._sum, self._count = state["mean"]
 
     def on_epoch_end(self, epoch: int, logs: dict | None = None) -> None:
-        """Writes what there is."""
+        """Writes the file."""
         with self._path.open("w", newline="", encoding="utf-8") as file:
             csv.writer(file).writerows([("step", "loss"), *self.losses])

@@ -1,4 +1,4 @@
-"""`StopAtStepCallback`: training ends after a number of steps that is no whole number of epochs."""
+"""`StopAtStepCallback`: ends training after a number of steps, also in the middle of an epoch."""
 
 import keras
 
@@ -9,8 +9,8 @@ class StopAtStepCallback(keras.callbacks.Callback):
     """Stops `fit` after step `steps`, counted over all epochs; every rank stops at the same step.
 
     Args:
-        steps: steps to train in all.
-        steps_per_epoch: steps of a whole epoch.
+        steps: total number of steps to train.
+        steps_per_epoch: steps per full epoch.
     """
 
     def __init__(self, steps: int, steps_per_epoch: int) -> None:
@@ -24,7 +24,7 @@ class StopAtStepCallback(keras.callbacks.Callback):
         self._epoch = epoch
 
     def on_train_batch_end(self, batch: int, logs: dict | None = None) -> None:
-        """Stops."""
+        """Stops at the last step."""
         if self._epoch * self._steps_per_epoch + batch + 1 >= self._steps:
             self.model.stop_training = True
             heartbeat.current().all_stop = True

@@ -1,4 +1,4 @@
-"""How gradients meet: one small protocol, one file a strategy, and `create` that chooses by name."""
+"""Parallelism strategies: one small protocol, one file per strategy, and `create` to choose one by name."""
 
 from collections.abc import Callable
 
@@ -30,14 +30,14 @@ _BY_NAME: dict[str, Callable[[int | None], Strategy]] = {
 
 
 def create(name: str, replicas: int | None = None, division: Division | None = None) -> Strategy:
-    """Makes a strategy and takes its devices; call it before TensorFlow makes its first tensor.
+    """Creates a strategy and configures its devices. Call it before TensorFlow makes its first tensor.
 
     Args:
-        name: `single`, `horovod`, `mirrored` or `multiworker`; or of those that divide the model `tensor`, `branches`
-            or `pipeline`.
-        replicas: for `mirrored`, how many devices (default: all GPUs, or 2 logical CPUs); for `single`, how many ranks
-            to imitate in the order of the data; the others take it from the launcher.
-        division: how the model is divided, for those that do.
+        name: `single`, `horovod`, `mirrored` or `multiworker` for data parallelism; `tensor`, `branches` or `pipeline`
+            for model parallelism.
+        replicas: for `mirrored`, the number of devices (default: all GPUs, or 2 logical CPUs). For `single`, the number
+            of ranks whose data order to emulate. The others take it from the launcher.
+        division: how to divide the model, for model parallelism.
 
     Raises:
         UsageError: the name is unknown, or does not fit how the process was launched.

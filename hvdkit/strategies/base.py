@@ -1,4 +1,4 @@
-"""The protocol of a strategy: all that the training code needs to know of how many replicas there are."""
+"""The protocol of a strategy: all that the training code needs to know about the replicas."""
 
 from collections.abc import Sequence
 from contextlib import AbstractContextManager
@@ -15,10 +15,10 @@ class Strategy(Protocol):
     """How the gradients of several replicas become one update.
 
     Attributes:
-        name: as the flag `--strategy` has it.
+        name: value of the flag `--strategy`.
         world: this process among the processes of the job.
-        size: number of replicas; a global batch is divided by it.
-        shares: which of the `size` even shares of the training data this process feeds.
+        size: number of replicas; divides the global batch.
+        shares: indices of the training data shards that this process feeds, out of `size` even shards.
     """
 
     name: str
@@ -27,43 +27,43 @@ class Strategy(Protocol):
     shares: Sequence[int]
 
     def scope(self) -> AbstractContextManager[Any]:
-        """The context in which the model is built and compiled."""
+        """Returns the context in which to build and compile the model."""
 
     def distribute(self, optimizer: keras.optimizers.Optimizer, **options: Any) -> keras.optimizers.Optimizer:
-        """The optimizer that exchanges gradients as this strategy does; options as for `DistributedOptimizer`."""
+        """Returns an optimizer that reduces gradients over the replicas; options as for `DistributedOptimizer`."""
 
     def evaluation_share(self) -> tuple[int, int]:
-        """Which part of the test split this process evaluates, and how many there are."""
+        """Returns the index of this process's shard of the test split, and the number of shards."""
         return self.world.rank, self.world.size
 
     def divide(self, model: keras.Model) -> keras.Model:
-        """This process's part of a model; the model itself, if every process has all of it."""
+        """Returns this process's part of a model; the model itself if every process has the full model."""
         return model
 
     def whole(self, model: keras.Model) -> keras.Model | None:
-        """On rank 0 the model that can be saved: put together again, if it is divided. A collective call."""
+        """Returns on rank 0 the full model, gathered from its parts if it is divided. A collective call."""
         return model
 
     def callbacks(self) -> list[keras.callbacks.Callback]:
-        """Callbacks that make `fit` right; they come before all others."""
+        """Returns the callbacks that `fit` needs under this strategy; put them before all others."""
 
     def evaluate(self, model: keras.Model, batches: tf.data.Dataset) -> dict[str, float]:
-        """Exact loss and metrics over the processes' test batches together."""
+        """Returns exact loss and metrics over the test batches of all processes."""
 
     def evaluation_batch(self, examples: int, global_batch: int) -> int:
-        """Batch size in which a process with `examples` test examples evaluates."""
+        """Returns the batch size for the evaluation of `examples` test examples in this process."""
 
 
 def refuse_options(strategy: str, options: dict[str, Any]) -> None:
-    """Raises a `UsageError` if options of Horovod's exchange are given to a strategy that has none."""
+    """Raises a `UsageError` if options for Horovod's allreduce are given: the strategy trains in one process."""
     if options:
         raise UsageError(
-            f"--strategy={strategy} has no {', '.join(options)}: nothing leaves the process. Leave it out."
+            f"--strategy={strategy} has no {', '.join(options)}: it trains in one process. Remove the option."
         )
 
 
 def refuse_many_processes(strategy: str) -> None:
-    """Raises a `UsageError` if a launcher started several processes, where the strategy trains with one."""
+    """Raises a `UsageError` if a launcher started several processes, but the strategy trains in one."""
     processes = launched_size()
     if processes > 1:
         raise UsageError(

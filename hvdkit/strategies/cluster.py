@@ -1,7 +1,7 @@
-"""A TensorFlow cluster made of the job's ranks: who listens where, with no `TF_CONFIG` to write.
+"""Makes a TensorFlow cluster of the job's ranks, without `TF_CONFIG`.
 
-The ranks tell each other where their servers will listen. They must do so before TensorFlow starts: its runtime takes a
-cluster only when it is made, and it is made with the first tensor.
+The ranks exchange the addresses of their servers. This must happen before TensorFlow starts: its runtime accepts a
+cluster only when it is created, with the first tensor.
 """
 
 import contextlib
@@ -20,7 +20,7 @@ from hvdkit.world.introduction import introduce
 
 @dataclasses.dataclass(frozen=True)
 class Member:
-    """A rank of the cluster: its host's name, the address to which that resolves there, and its server's port."""
+    """A rank of the cluster: the name of its host, the address to which it resolves there, and its server's port."""
 
     host: str
     address: str
@@ -28,15 +28,15 @@ class Member:
 
 
 def join(mistake: UsageError | None) -> tf.distribute.cluster_resolver.ClusterResolver:
-    """Meets the other ranks; returns the description of the cluster in which this rank is one worker.
+    """Exchanges addresses with the other ranks; returns the cluster, with this rank as one worker.
 
-    Every rank must call it. The port was free a moment ago, and is held until all ranks have told theirs.
+    Call it on every rank. It reserves a free port until all ranks have sent theirs.
 
     Args:
-        mistake: what is wrong on this rank already; the others learn of it here, instead of waiting for this one.
+        mistake: an earlier error on this rank. It is sent to the others, which would otherwise wait for this rank.
 
     Raises:
-        UsageError: on all ranks, if one had a mistake, or if a rank cannot be reached by those on other hosts.
+        UsageError: on all ranks, if one of them has an earlier error, or ranks on other hosts cannot reach a rank.
     """
     with _free_port() as port:
         mine = {"mistake": str(mistake)} if mistake else dataclasses.asdict(_myself(port))
@@ -50,14 +50,14 @@ def join(mistake: UsageError | None) -> tf.distribute.cluster_resolver.ClusterRe
         tf.train.ClusterSpec({"worker": [f"{m.address}:{m.port}" for m in members]}),
         task_type="worker",
         task_id=world.rank(),
-        # Named, because TensorFlow would count the GPUs of all workers as this one's.
+        # Given explicitly, because TensorFlow would count the GPUs of all workers for this one.
         num_accelerators={"GPU": len(tf.config.get_visible_devices("GPU"))},
         rpc_layer="grpc",
     )
 
 
 def refuse_tf_config() -> None:
-    """Raises a `UsageError` if `TF_CONFIG` describes another cluster."""
+    """Raises a `UsageError` if `TF_CONFIG` describes a different cluster."""
     if os.environ.get("TF_CONFIG"):
         raise UsageError(
             "TF_CONFIG is set, but --strategy=multiworker makes its cluster of the ranks that the launcher started. "
@@ -66,10 +66,10 @@ def refuse_tf_config() -> None:
 
 
 def check_reachable(members: Sequence[Member]) -> None:
-    """Checks that ranks on several hosts do not listen where only their own host can reach them.
+    """Checks that ranks on several hosts do not listen on loopback addresses.
 
     Raises:
-        UsageError: a host's name resolves to a loopback address there; the message says what to write where.
+        UsageError: a host's name resolves to a loopback address there; the message says how to fix it.
     """
     if len({m.host for m in members}) == 1:
         return
@@ -77,8 +77,8 @@ def check_reachable(members: Sequence[Member]) -> None:
         if ipaddress.ip_address(member.address).is_loopback:
             raise UsageError(
                 f"On host {member.host} its own name resolves to {member.address}, where other hosts cannot reach it. "
-                f"In /etc/hosts of {member.host}, put the address by which they reach it in place of {member.address}:"
-                f" a line such as '192.168.0.7 {member.host}'."
+                f"In /etc/hosts of {member.host}, replace {member.address} by the address that other hosts use for it, "
+                f"in a line such as '192.168.0.7 {member.host}'."
             )
 
 
@@ -89,7 +89,7 @@ def _myself(port: int) -> Member:
 
 @contextlib.contextmanager
 def _free_port() -> Iterator[int]:
-    """A port that nobody else gets as long as the context lasts. TensorFlow's server cannot share it."""
+    """Reserves a free port while the context lasts. TensorFlow's server cannot listen on it during that time."""
     with socket.socket() as listener:
         listener.bind(("", 0))
         yield listener.getsockname()[1]

@@ -1,4 +1,4 @@
-"""`tensor`, `branches` and `pipeline`: ranks hold a model between them, and copies of it read different data."""
+"""`tensor`, `branches` and `pipeline`: model parallelism, optionally with several copies that read different data."""
 
 import dataclasses
 from typing import Any
@@ -19,10 +19,10 @@ class Division:
     """How a model is divided.
 
     Attributes:
-        ranks: over how many; None for all that were started.
-        micro_batches: of a pipeline.
-        schedule: of a pipeline, "1f1b" or "gpipe".
-        branches: patterns of the branches' layers; None to look for branches.
+        ranks: number of ranks per copy of the model; None for all ranks.
+        micro_batches: number of micro-batches of a pipeline.
+        schedule: schedule of a pipeline, "1f1b" or "gpipe".
+        branches: one pattern of layer names per branch; None to find the branches automatically.
     """
 
     ranks: int | None = None
@@ -37,7 +37,7 @@ class DividedStrategy(HorovodStrategy):
     Args:
         name: one of `NAMES`.
         division: how the model is divided.
-        replicas: if given, the number of copies of the model that the ranks must make.
+        replicas: if given, the required number of copies of the model.
     """
 
     def __init__(self, name: str, division: Division, replicas: int | None = None) -> None:
@@ -51,17 +51,17 @@ class DividedStrategy(HorovodStrategy):
         self.shares = [self._mesh.data_index]
 
     def distribute(self, optimizer: keras.optimizers.Optimizer, **options: Any) -> keras.optimizers.Optimizer:
-        """A `DistributedOptimizer`, which knows which weights are shards."""
+        """Returns a `DistributedOptimizer`, which knows which weights are shards."""
         flags = {"local_steps": "--local_steps", "shard": "--shard_optimizer"}
         unfit = [flag for name, flag in flags.items() if options.get(name)]
         if isinstance(options.get("compression"), ErrorFeedback):
             unfit.append("--compression (fp16 and bf16 work)")
         if unfit:
-            raise UsageError(f"--strategy={self.name} divides the model itself: leave out {', '.join(unfit)}.")
+            raise UsageError(f"--strategy={self.name} already divides the model: remove {', '.join(unfit)}.")
         return super().distribute(optimizer, **options)
 
     def divide(self, model: keras.Model) -> keras.Model:
-        """This rank's part of the model."""
+        """Returns this rank's part of the model."""
         division = self._division
         if self.name == "tensor":
             return parallel.split_tensors(model, self._mesh)
@@ -70,13 +70,13 @@ class DividedStrategy(HorovodStrategy):
         return parallel.pipeline(model, self._mesh, micro_batches=division.micro_batches, schedule=division.schedule)
 
     def whole(self, model: keras.Model) -> keras.Model | None:
-        """The whole model on rank 0."""
+        """Returns the full model on rank 0."""
         return parallel.gather(model)
 
     def evaluation_share(self) -> tuple[int, int]:
-        """A part for each copy of the model."""
+        """Returns one shard for each copy of the model."""
         return self._mesh.data_index, self._mesh.data
 
     def evaluation_batch(self, examples: int, global_batch: int) -> int:
-        """The batch of a copy of the model."""
+        """Returns the batch size of one copy of the model."""
         return max(1, global_batch // self.size)

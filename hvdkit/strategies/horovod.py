@@ -1,4 +1,4 @@
-"""`horovod`: one process a replica, on any number of GPUs and hosts, started by `horovodrun` or `mpirun`."""
+"""`horovod`: one process per replica, on any number of GPUs and hosts, started by `horovodrun` or `mpirun`."""
 
 import contextlib
 from collections.abc import Sequence
@@ -17,10 +17,10 @@ from hvdkit.strategies.base import Strategy
 
 
 class HorovodStrategy(Strategy):
-    """Data parallelism by Horovod; see `Strategy` for the attributes.
+    """Data parallelism with Horovod; see `Strategy` for the attributes.
 
     Args:
-        replicas: if given, the number of ranks that must have been started.
+        replicas: if given, the required number of ranks.
     """
 
     name = "horovod"
@@ -32,16 +32,18 @@ class HorovodStrategy(Strategy):
         if replicas not in (None, self.size):
             raise UsageError(
                 f"--replicas={replicas}, but {self.size} rank(s) were started. With --strategy={self.name} the "
-                f"launcher decides: leave --replicas out, or start {replicas} ranks (-np {replicas})."
+                f"launcher decides: remove --replicas, or start {replicas} ranks (-np {replicas})."
             )
 
     def scope(self) -> contextlib.AbstractContextManager[Any]:
-        """No context is needed: each process has its own model."""
+        """Returns a null context: each process has its own model."""
         return contextlib.nullcontext()
 
     def distribute(self, optimizer: keras.optimizers.Optimizer, **options: Any) -> keras.optimizers.Optimizer:
-        """A `DistributedOptimizer`; with the option `shard` a `ShardedOptimizer`, which takes no other option; with
-        the option `local_steps` a `LocalSGD`, which takes the other options, too.
+        """Returns a `DistributedOptimizer`, or another optimizer if an option asks for it.
+
+        With the option `shard`, a `ShardedOptimizer`, which takes no other option; with `local_steps`, a `LocalSGD`,
+        which takes the other options, too.
         """
         if options.pop("shard", False):
             return ShardedOptimizer(optimizer, **options)
@@ -49,13 +51,13 @@ class HorovodStrategy(Strategy):
         return LocalSGD(optimizer, steps, **options) if steps else DistributedOptimizer(optimizer, **options)
 
     def callbacks(self) -> list[keras.callbacks.Callback]:
-        """Broadcast, exact metrics, common state, and silence on all ranks but 0."""
+        """Returns callbacks for broadcast, exact metrics and synchronized state, with output on rank 0 only."""
         return callbacks.standard()
 
     def evaluate(self, model: keras.Model, batches: tf.data.Dataset) -> dict[str, float]:
-        """Each rank evaluates its own batches, however many; then the states of the metrics are added up."""
+        """Evaluates the batches of each rank, which may differ in number, then sums the states of the metrics."""
         return evaluate_part(model, batches)
 
     def evaluation_batch(self, examples: int, global_batch: int) -> int:
-        """The local batch."""
+        """Returns the local batch size."""
         return max(1, global_batch // self.size)

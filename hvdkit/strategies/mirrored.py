@@ -1,4 +1,4 @@
-"""`mirrored`: one process, one replica a device of this host, by `tf.distribute.MirroredStrategy`."""
+"""`mirrored`: one process, one replica per device of this host, with `tf.distribute.MirroredStrategy`."""
 
 from collections.abc import Sequence
 from contextlib import AbstractContextManager
@@ -15,14 +15,14 @@ from hvdkit.optimizers.parts import parts_of
 from hvdkit.strategies.base import Strategy, refuse_many_processes, refuse_options
 from hvdkit.strategies.replicas import sum_over_replicas
 
-_LOGICAL_CPUS = 2  # replicas where there is no GPU and the user named no number
+_LOGICAL_CPUS = 2  # number of replicas if there is no GPU and the user gave no number
 
 
 class MirroredStrategy(Strategy):
     """Data parallelism inside one process; see `Strategy` for the attributes.
 
     Args:
-        replicas: how many of this host's GPUs; without a GPU, how many logical CPUs to divide the CPU into.
+        replicas: number of this host's GPUs to use; without a GPU, number of logical CPUs to divide the CPU into.
     """
 
     name = "mirrored"
@@ -33,59 +33,59 @@ class MirroredStrategy(Strategy):
         devices = _devices(replicas)
         self.size = len(devices)
         self.shares: Sequence[int] = range(self.size)
-        # One way to reduce for any device: what the others copy to it is added up there, in a fixed order.
+        # On CPUs, reduce on one device: it adds up the copies from all devices in a fixed order.
         self._strategy = tf.distribute.MirroredStrategy(
             devices, cross_device_ops=None if "GPU" in devices[0] else tf.distribute.ReductionToOneDevice()
         )
 
     def scope(self) -> AbstractContextManager[Any]:
-        """The strategy's scope: variables made in it are mirrored."""
+        """Returns the strategy's scope, which mirrors the variables made in it."""
         return self._strategy.scope()
 
     def distribute(self, optimizer: keras.optimizers.Optimizer, **options: Any) -> keras.optimizers.Optimizer:
-        """The optimizer, with the sum over the replicas taken before anything else.
+        """Returns the optimizer, wrapped to sum gradients over the replicas before anything else.
 
-        Keras takes it after clipping, so that each replica clips its own part of the gradient, and after the decision
-        of `LossScaleOptimizer`: another model than one process trains, and another than Horovod's.
+        Keras sums after clipping, so each replica would clip its own part of the gradient. It also sums after the
+        decision of `LossScaleOptimizer`. The result would differ from one process and from Horovod.
 
         Raises:
-            UsageError: options were given that only Horovod's exchange has, or the optimizer does something that
-                `tf.distribute` cannot: Keras exchanges inside a condition, and `merge_call` is not allowed there.
+            UsageError: options were given that only Horovod's allreduce has. Or the optimizer uses a feature that does
+                not work: Keras reduces inside a condition, where `tf.distribute` does not allow `merge_call`.
         """
         refuse_options(self.name, options)
         for name in ("gradient_accumulation_steps", "ema_overwrite_frequency"):
             if getattr(optimizer, name, None):
                 raise UsageError(
-                    f"The optimizer's {name} does not work under tf.distribute.MirroredStrategy (Keras exchanges "
-                    f"inside a condition). Leave it out, or use --strategy=horovod."
+                    f"The optimizer's {name} does not work under tf.distribute.MirroredStrategy (Keras sums gradients "
+                    f"inside a condition). Remove it, or use --strategy=horovod."
                 )
         optimizer = with_loss_scale(optimizer)
         for part in parts_of(optimizer):
-            part._all_reduce_sum_gradients = list  # it has been done, when Keras comes to it
-        # Keras has divided the loss by the number of replicas already: their sum is the average.
+            part._all_reduce_sum_gradients = list  # the sum is done before Keras calls this
+        # Keras has already divided the loss by the number of replicas, so the sum of the gradients is their average.
         return ExchangingOptimizer(optimizer, sum_over_replicas)
 
     def callbacks(self) -> list[keras.callbacks.Callback]:
-        """None are needed: variables are mirrored and metrics are summed by `tf.distribute`."""
+        """Returns no callbacks: `tf.distribute` mirrors variables and sums metrics."""
         return []
 
     def evaluate(self, model: keras.Model, batches: tf.data.Dataset) -> dict[str, float]:
-        """`Model.evaluate`, which divides each batch over the devices."""
+        """Calls `Model.evaluate`, which divides each batch over the devices."""
         return model.evaluate(batches, verbose=0, return_dict=True)
 
     def evaluation_batch(self, examples: int, global_batch: int) -> int:
-        """The largest batch up to the global one of which every piece gives each device an example.
+        """Returns the largest batch size up to the global one with which every device gets an example of every batch.
 
-        `tf.distribute` divides a last, smaller batch by rounding up; a device that gets none of it would compute the
-        mean of nothing, and NaN would be the result of all.
+        `tf.distribute` divides a smaller last batch by rounding up, so a device may get no example. It would compute
+        the mean of an empty batch, and the overall result would be NaN.
         """
         for batch in range(global_batch, self.size - 1, -1):
             rest = examples % batch
             if batch % self.size == 0 and (rest == 0 or -(-rest // self.size) * (self.size - 1) < rest):
                 return batch
         raise UsageError(
-            f"{examples} test examples cannot be divided over {self.size} devices so that each gets one of every "
-            f"batch. Use fewer replicas."
+            f"{examples} test examples cannot be divided into batches that give each of {self.size} devices an "
+            f"example. Use fewer replicas."
         )
 
 

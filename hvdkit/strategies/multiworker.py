@@ -1,15 +1,17 @@
-"""`multiworker`: one process a replica, whose gradients meet by `tf.distribute.MultiWorkerMirroredStrategy`.
+"""`multiworker`: one process per replica; `tf.distribute.MultiWorkerMirroredStrategy` reduces the gradients.
 
 Keras 3's own `fit` fails under it (keras-team/keras#20585): it passes the first batch, a tuple, to `Strategy.reduce`,
 which takes single values under this strategy ("Attempt to convert a value (PerReplica: ...) ... to a Tensor").
-Mending that would not be enough. Keras also divides each worker's batch by the number of workers; the training step
-cannot exchange inside the condition that Keras puts around it for `steps_per_execution` (see below); and the states of
-metrics are either not made for the strategy (before Keras 3.10) or read by a collective, in which a callback of one
-rank alone would wait for ever.
+A fix for that would not be enough:
 
-So `fit` never learns of the strategy here. Each worker has variables of its own, the sum of the gradients alone runs
-under `Strategy.run`, and whatever else must be common to the ranks is made so as with `horovod`: initial weights,
-metrics, BatchNormalization's statistics.
+- Keras also divides each worker's batch by the number of workers.
+- The training step cannot run a collective inside the condition that Keras puts around it for `steps_per_execution`
+  (see below).
+- The states of metrics are either not made for the strategy (before Keras 3.10), or read by a collective. A callback
+  on only one rank would then wait forever.
+
+So `fit` does not see the strategy here. Each worker has its own variables, and only the sum of the gradients runs
+under `Strategy.run`. Initial weights, metrics and BatchNormalization's statistics are synchronized as with `horovod`.
 """
 
 from typing import Any
@@ -28,12 +30,12 @@ from hvdkit.strategies.replicas import sum_over_replicas
 
 
 class MultiWorkerStrategy(HorovodStrategy):
-    """Data parallelism by TensorFlow's own collectives, between processes; see `Strategy` for the attributes.
+    """Data parallelism between processes with TensorFlow's own collectives; see `Strategy` for the attributes.
 
-    Make it before TensorFlow makes its first tensor.
+    Create it before TensorFlow makes its first tensor.
 
     Args:
-        replicas: if given, the number of ranks that must have been started.
+        replicas: if given, the required number of ranks.
 
     Raises:
         UsageError: on all ranks, if `TF_CONFIG` is set, TensorFlow has started, or a host is not reachable.
@@ -56,25 +58,25 @@ class MultiWorkerStrategy(HorovodStrategy):
         self._strategy = tf.distribute.MultiWorkerMirroredStrategy(resolver)
 
     def distribute(self, optimizer: keras.optimizers.Optimizer, **options: Any) -> keras.optimizers.Optimizer:
-        """The optimizer, with the average over the workers taken before anything else.
+        """Returns the optimizer, wrapped to average gradients over the workers before anything else.
 
         Raises:
-            UsageError: options were given that only Horovod's exchange has.
+            UsageError: options were given that only Horovod's allreduce has.
         """
         if options:
             raise UsageError(
-                f"--strategy=multiworker has no {', '.join(options)}: tf.distribute exchanges gradients as they are. "
-                f"Leave it out, or use --strategy=horovod."
+                f"--strategy=multiworker has no {', '.join(options)}: tf.distribute sends gradients unchanged. "
+                f"Remove it, or use --strategy=horovod."
             )
         return ExchangingOptimizer(with_loss_scale(optimizer), _Exchange(self._strategy))
 
 
 class _Exchange:
-    """Averages gradients over the workers, in a graph of its own.
+    """Averages gradients over the workers, in a separate graph.
 
-    The workers' collectives find each other by numbers that are dealt out when a graph is traced (see
-    `_number_collectives_when_traced`). A training step may be traced once more on one worker alone, for a batch of
-    another size; this graph depends on the variables only, and so is traced equally often on all.
+    Workers match their collectives by numbers that are assigned when a graph is traced (see
+    `_number_collectives_when_traced`). A single worker may trace a training step again, for a batch of a different
+    size. This graph depends only on the variables, so all workers trace it equally often.
     """
 
     def __init__(self, strategy: tf.distribute.Strategy) -> None:
@@ -82,7 +84,7 @@ class _Exchange:
         self._graphs: dict[tuple[Any, ...], Any] = {}
 
     def __call__(self, grads: list[Gradient]) -> list[Gradient]:
-        """Returns the gradients' average over all workers, in the order given."""
+        """Returns the average of each gradient over all workers, in the order given."""
         places = [i for i, g in enumerate(grads) if g is not None]
         if self._strategy.num_replicas_in_sync == 1 or not places:
             return grads
@@ -100,7 +102,7 @@ class _Exchange:
 
     @tf.autograph.experimental.do_not_convert
     def _average_in_replica(self, grads: list[Gradient]) -> list[Gradient]:
-        # tf.distribute looks at each tensor's device, which a function's arguments do not have.
+        # tf.distribute needs each tensor's device, which a function's arguments do not have.
         here = tf.nest.map_structure(tf.identity, grads, expand_composites=True)
         replicas = self._strategy.num_replicas_in_sync
         return tf.nest.map_structure(
@@ -114,10 +116,10 @@ class _Exchange:
 
 
 def _take_cpu() -> None:
-    """One logical CPU, which TensorFlow grants only as long as it can still join a cluster."""
+    """Configures one logical CPU, which TensorFlow allows only while it can still join a cluster."""
     cpu = tf.config.list_physical_devices("CPU")[0]
     try:
-        for number in (2, 1):  # what is so already would be granted at any time
+        for number in (2, 1):  # TensorFlow raises an error only for a change, so change it first
             tf.config.set_logical_device_configuration(cpu, [tf.config.LogicalDeviceConfiguration()] * number)
     except RuntimeError as error:
         raise UsageError(
@@ -127,10 +129,10 @@ def _take_cpu() -> None:
 
 
 def _number_collectives_when_traced() -> None:
-    """Turns off TensorFlow's other way: numbers that are fed into a graph from outside, at each of its calls.
+    """Makes TensorFlow number collectives when it traces a graph, not feed the numbers into the graph at each call.
 
-    Those do not reach a function that is called inside a condition, and this is how Keras calls the training step when
-    `steps_per_execution` is above 1 ("You must feed a value for placeholder tensor ...").
+    Numbers that are fed do not reach a function inside a condition. Keras calls the training step in such a condition
+    if `steps_per_execution` is above 1 ("You must feed a value for placeholder tensor ...").
 
     Raises:
         RuntimeError: TensorFlow has no such switch.
@@ -141,8 +143,8 @@ def _number_collectives_when_traced() -> None:
         Launcher = None  # noqa: N806
     if not hasattr(Launcher, "_prefer_unique_instance_key"):
         raise RuntimeError(
-            f"--strategy=multiworker was written for TensorFlow 2.16 to 2.21, whose CollectiveReplicaLauncher can be "
-            f"told how to number collectives; TensorFlow {tf.__version__} cannot. Use --strategy=horovod."
+            f"--strategy=multiworker supports TensorFlow 2.16 to 2.21, whose CollectiveReplicaLauncher has the "
+            f"attribute _prefer_unique_instance_key; TensorFlow {tf.__version__} lacks it. Use --strategy=horovod."
         )
     Launcher._prefer_unique_instance_key = False
 

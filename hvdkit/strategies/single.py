@@ -1,4 +1,4 @@
-"""`single`: one process, one replica. The yardstick for the others."""
+"""`single`: one process, one replica; the baseline for the other strategies."""
 
 import contextlib
 from collections.abc import Sequence
@@ -16,8 +16,8 @@ class SingleStrategy(Strategy):
     """Plain Keras; see `Strategy` for the attributes.
 
     Args:
-        replicas: ranks to imitate in the order of the data, so that the numbers can be compared with theirs: a global
-            batch is then put together from as many shares. Default 1.
+        replicas: number of ranks whose data order to emulate: a global batch then takes its examples from this many
+            shards, and the result is comparable with that of the ranks. Default 1.
     """
 
     name = "single"
@@ -29,23 +29,23 @@ class SingleStrategy(Strategy):
         self.shares: Sequence[int] = range(self.size)
 
     def scope(self) -> contextlib.AbstractContextManager[Any]:
-        """No context is needed."""
+        """Returns a null context."""
         return contextlib.nullcontext()
 
     def distribute(self, optimizer: keras.optimizers.Optimizer, **options: Any) -> keras.optimizers.Optimizer:
-        """The optimizer itself: there is nobody to exchange gradients with, and nothing to compress."""
+        """Returns the optimizer itself: a single replica has nothing to reduce or compress."""
         refuse_options(self.name, options)
         fuse_updates(optimizer)
         return optimizer
 
     def callbacks(self) -> list[keras.callbacks.Callback]:
-        """None are needed."""
+        """Returns no callbacks."""
         return []
 
     def evaluate(self, model: keras.Model, batches: tf.data.Dataset) -> dict[str, float]:
-        """`Model.evaluate`."""
+        """Calls `Model.evaluate`."""
         return model.evaluate(batches, verbose=0, return_dict=True)
 
     def evaluation_batch(self, examples: int, global_batch: int) -> int:
-        """The global batch."""
+        """Returns the global batch size."""
         return global_batch

@@ -1,7 +1,7 @@
-"""Who am I: this process among all processes of the job, and the GPU or the CPU cores that are its own.
+"""This process's rank among all processes of the job, and its GPU or CPU cores.
 
-`ranks` starts and ends Horovod and holds the `World`, `devices` takes this rank's GPU or cores, `limits` reads the
-limits on stalls. `introduction` is not handed on here: it loads TensorFlow.
+`ranks` starts and stops Horovod and holds the `World`, `devices` assigns this rank's GPU or cores, `limits` reads the
+stall limits. `introduction` is not imported here, because it loads TensorFlow.
 """
 
 from hvdkit.world.devices import share_cores, usable_cores

@@ -1,8 +1,8 @@
-"""What ranks tell each other before TensorFlow starts.
+"""Exchanges data between ranks before TensorFlow's eager runtime starts.
 
-TensorFlow's devices and cluster are fixed with the first tensor, and a user's script may still want to set them after
-`hvdkit.init`. So Horovod's operations run in a session here, which has a runtime of its own. The pool of threads alone
-is shared by all runtimes of a process, and made by the first: it gets the size that was set until then.
+The first tensor fixes TensorFlow's devices and cluster, and a user's script may set them after `hvdkit.init`. So
+Horovod's operations run here in a session, which has its own runtime. All runtimes of a process share one thread pool.
+The first runtime creates it, with the size that is configured at that time.
 """
 
 import json
@@ -15,18 +15,18 @@ from hvdkit import world
 
 
 def introduce(mine: dict[str, Any], name: str) -> list[dict[str, Any]]:
-    """Returns the dictionaries of all ranks, in their order; TensorFlow's eager runtime is not started.
+    """Returns the dictionaries of all ranks, in the order of the ranks. Does not start TensorFlow's eager runtime.
 
     Args:
-        mine: what this rank tells, of a kind that JSON has.
-        name: what it is about; the same on all ranks.
+        mine: this rank's dictionary; its values must be valid in JSON.
+        name: the name of the collective, the same on all ranks.
     """
     if world.size() == 1:
         return [mine]
     hvd = world.horovod()
     text = np.frombuffer(json.dumps(mine).encode(), np.uint8)
     on_cpu = tf.compat.v1.ConfigProto(
-        device_count={"GPU": 0},  # a GPU's memory is for the model
+        device_count={"GPU": 0},  # keep GPU memory for the model
         intra_op_parallelism_threads=tf.config.threading.get_intra_op_parallelism_threads(),
         inter_op_parallelism_threads=tf.config.threading.get_inter_op_parallelism_threads(),
     )

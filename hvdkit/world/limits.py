@@ -1,4 +1,4 @@
-"""The limits on stalls that the environment sets, and what Horovod's own check is told of them."""
+"""Reads the stall limits from the environment, and configures Horovod's own stall check."""
 
 import math
 import os
@@ -7,10 +7,10 @@ from hvdkit.errors import UsageError
 
 
 def stall_limit() -> float:
-    """Seconds that a rank may wait for the others before the job ends; 0 for no limit.
+    """Returns how many seconds a rank may wait for the others before the job ends; 0 for no limit.
 
     Raises:
-        UsageError: `HVDKIT_STALL_SECONDS` is not a number from 0 up.
+        UsageError: `HVDKIT_STALL_SECONDS` is not a number of at least 0.
     """
     given = os.environ.get("HVDKIT_STALL_SECONDS") or os.environ.get("HOROVOD_STALL_SHUTDOWN_TIME_SECONDS") or "600"
     try:
@@ -20,16 +20,16 @@ def stall_limit() -> float:
     if not 0 <= limit < math.inf:
         raise UsageError(
             f"HVDKIT_STALL_SECONDS={given} is not a number of seconds. Give how long a rank may wait for the others "
-            f"before the job ends, as in HVDKIT_STALL_SECONDS=600, or 0 for ever."
+            f"before the job ends, for example HVDKIT_STALL_SECONDS=600, or 0 for no limit."
         )
     return limit
 
 
 def stall_aborts() -> bool:
-    """Whether a stall ends the job, or is only reported (`HVDKIT_STALL_ACTION=warn`).
+    """Returns whether a stall ends the job; with `HVDKIT_STALL_ACTION=warn` it is only reported.
 
     Raises:
-        UsageError: `HVDKIT_STALL_ACTION` is neither.
+        UsageError: `HVDKIT_STALL_ACTION` is neither `abort` nor `warn`.
     """
     action = os.environ.get("HVDKIT_STALL_ACTION") or "abort"
     if action not in ("abort", "warn"):
@@ -38,10 +38,10 @@ def stall_aborts() -> bool:
 
 
 def leave_stalls_to_hvdkit() -> None:
-    """Lets Horovod's own stall check, which knows less, speak only where the watchdog could not."""
+    """Delays Horovod's own stall check, which reports less, until the watchdog must have reported the stall."""
     limit, aborts = stall_limit(), stall_aborts()
-    os.environ["HVDKIT_STALL_SECONDS"] = f"{limit:g}"  # for a second `init`, which finds Horovod's changed
+    os.environ["HVDKIT_STALL_SECONDS"] = f"{limit:g}"  # a second `init` must not read Horovod's changed variable
     if limit:
-        latest = math.ceil(3 * limit)  # the watchdog gives a rank that may be busy three times the limit
+        latest = math.ceil(3 * limit)  # the watchdog allows three times the limit for a rank that may be busy
         os.environ.setdefault("HOROVOD_STALL_CHECK_TIME_SECONDS", str(latest + 30))
         os.environ["HOROVOD_STALL_SHUTDOWN_TIME_SECONDS"] = str(latest + 60 if aborts else 0)

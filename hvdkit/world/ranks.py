@@ -1,7 +1,7 @@
-"""Who am I: this process among all processes of the job, and the GPU or the CPU cores that are its own.
+"""This process's rank among all processes of the job.
 
-This module owns the start and the end of Horovod, the `World` that describes the result, and the pinning of devices.
-It does not move tensors: see `hvdkit.collectives`.
+This module starts and stops Horovod, holds the `World`, and has the rank's devices assigned. It does not send tensors:
+see `hvdkit.collectives`.
 """
 
 import dataclasses
@@ -20,19 +20,19 @@ _log = logging.getLogger(__name__)
 
 @dataclasses.dataclass(frozen=True)
 class World:
-    """This process's place in the job, in Horovod's words.
+    """This process's position in the job, in Horovod's terms.
 
     Attributes:
-        rank: number of this process, from 0 to `size - 1`.
+        rank: index of this process, from 0 to `size - 1`.
         size: number of processes in the job.
-        local_rank: number of this process on its host.
+        local_rank: index of this process on its host.
         local_size: number of processes on this host.
-        cross_rank: number of this host among the hosts that run a process with this `local_rank`.
+        cross_rank: index of this host among the hosts that run a process with this `local_rank`.
         cross_size: number of such hosts.
         host: this host's name.
 
     Raises:
-        ValueError: a rank does not lie below its size.
+        ValueError: a rank is not smaller than its size.
     """
 
     rank: int
@@ -55,37 +55,36 @@ class World:
 
     @classmethod
     def single(cls) -> "World":
-        """The world of a process that runs alone: the null implementation, so that no caller asks "if distributed"."""
+        """Returns the world of a single process: callers then need no special case without a launcher."""
         return cls(0, 1, 0, 1, 0, 1, socket.gethostname())
 
     @property
     def is_root(self) -> bool:
-        """Whether this process is rank 0: the one that shows progress and writes artefacts."""
+        """Whether this process is rank 0, which shows progress and writes artifacts."""
         return self.rank == 0
 
 
 _world: World | None = None
-_has_devices = False  # TensorFlow takes them once a process, also where `init` is called again
+_has_devices = False  # configure devices once per process, even if `init` is called again
 
 
 def init(*args: Any, **kwargs: Any) -> World:
-    """Starts Horovod and takes this rank's share of the host: its GPU, or its part of the CPU cores.
+    """Starts Horovod and assigns this rank its GPU, or its share of the CPU cores.
 
-    Call it before TensorFlow makes its first tensor: devices and threads are fixed from then on. With GPUs, the one
-    whose number is the local rank is made the only visible one, with memory growth. Without, TensorFlow's
-    intra-op threads are set to this rank's share of the cores that the process may use. If a rank waits for others in
-    an exchange for ten minutes, the job ends (`HVDKIT_STALL_SECONDS` sets another limit, 0 none; see
-    `hvdkit.watchdog`).
+    Call it before TensorFlow makes its first tensor, which fixes devices and threads. With GPUs, only the one whose
+    index is the local rank stays visible, with memory growth. Without GPUs, TensorFlow gets as many intra-op threads as
+    this rank's share of the cores that the process may use. If a rank waits in a collective for ten minutes, the job
+    ends (set `HVDKIT_STALL_SECONDS` for a different limit, 0 for none; see `hvdkit.watchdog`).
 
     Args:
         *args: passed to `horovod.tensorflow.init` (process sets, for example).
-        **kwargs: likewise.
+        **kwargs: passed to `horovod.tensorflow.init`.
 
     Returns:
         The `World` of this process. Calling `init` again returns the same world.
 
     Raises:
-        ImportError: Horovod is not installed, or was built for another TensorFlow.
+        ImportError: Horovod is not installed, or was built for a different TensorFlow.
         UsageError: this host has GPUs, but fewer than ranks; or its own name does not resolve; or a limit in the
             environment is not a number.
     """
@@ -112,14 +111,14 @@ def init(*args: Any, **kwargs: Any) -> World:
 
 
 def enter(world: World) -> World:
-    """Makes `world` the current one without Horovod: for a process that trains alone, or in tests of one process."""
+    """Makes `world` the current one without Horovod, for training or tests in a single process."""
     global _world
     _world = world
     return world
 
 
 def shutdown() -> None:
-    """Leaves the job: no collective may follow. A second `init` starts anew."""
+    """Stops Horovod. Do not run collectives afterwards; you may call `init` again."""
     global _world
     if _world is not None:
         if _world.size > 1 or "horovod" in sys.modules:
@@ -128,12 +127,12 @@ def shutdown() -> None:
 
 
 def is_initialized() -> bool:
-    """Whether `init` was called, and `shutdown` was not."""
+    """Returns whether `init` was called, and `shutdown` was not called after it."""
     return _world is not None
 
 
 def current() -> World:
-    """The world that `init` returned.
+    """Returns the world that `init` returned.
 
     Raises:
         RuntimeError: `init` was not called.
@@ -144,42 +143,42 @@ def current() -> World:
 
 
 def rank() -> int:
-    """Number of this process, from 0 to `size() - 1`."""
+    """Returns the index of this process, from 0 to `size() - 1`."""
     return current().rank
 
 
 def size() -> int:
-    """Number of processes in the job."""
+    """Returns the number of processes in the job."""
     return current().size
 
 
 def local_rank() -> int:
-    """Number of this process on its host."""
+    """Returns the index of this process on its host."""
     return current().local_rank
 
 
 def local_size() -> int:
-    """Number of processes on this host."""
+    """Returns the number of processes on this host."""
     return current().local_size
 
 
 def cross_rank() -> int:
-    """Number of this host among the hosts that run a process with this local rank."""
+    """Returns the index of this host among the hosts that run a process with this local rank."""
     return current().cross_rank
 
 
 def cross_size() -> int:
-    """Number of hosts that run a process with this local rank."""
+    """Returns the number of hosts that run a process with this local rank."""
     return current().cross_size
 
 
 def launched_size() -> int:
-    """How many processes the launcher started, before any library is loaded: 1 where there was no launcher."""
+    """Returns the number of processes that the launcher started, 1 without a launcher. Needs no library."""
     return _launched("SIZE", 1)
 
 
 def launched_rank() -> int:
-    """The rank that the launcher gave this process, before any library is loaded: 0 where there was no launcher."""
+    """Returns the rank that the launcher gave this process, 0 without a launcher. Needs no library."""
     return _launched("RANK", 0)
 
 
@@ -189,7 +188,7 @@ def _launched(what: str, alone: int) -> int:
 
 
 def horovod() -> Any:
-    """The module `horovod.tensorflow`, or an `ImportError` that says how to get it."""
+    """Returns the module `horovod.tensorflow`, or raises an `ImportError` that says how to install it."""
     try:
         import horovod.tensorflow as hvd
     except (ImportError, OSError) as error:
@@ -202,14 +201,14 @@ def horovod() -> Any:
 
 
 def _check_own_name() -> None:
-    """Gloo looks up this host's own name, and ends the process with a segmentation fault if there is no such host."""
+    """Checks that this host's own name resolves: otherwise Gloo ends the process with a segmentation fault."""
     name = socket.gethostname()
     try:
         socket.getaddrinfo(name, None)
     except OSError:
         if launched_size() > 1:
             raise UsageError(
-                f"This host's own name, {name}, does not resolve, and Horovod's Gloo crashes on that. Add its address "
-                f"to /etc/hosts: echo '127.0.0.1 {name}' >> /etc/hosts for a job on this host alone, the address by "
-                f"which other hosts reach it otherwise."
+                f"This host's own name, {name}, does not resolve, which makes Horovod's Gloo crash. Add it to "
+                f"/etc/hosts: echo '127.0.0.1 {name}' >> /etc/hosts for a job on this host only; otherwise with the "
+                f"address that other hosts use for it."
             ) from None

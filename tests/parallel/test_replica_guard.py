@@ -101,7 +101,7 @@ def test_a_rank_that_differs_is_found_named_and_mended(ranks):
         for warning, (step, rank, variable) in zip(warnings, expected, strict=True):
             assert f"differ at step {step}:" in warning
             assert f"{variable} on rank(s) {rank} is not that of the others (of 3 ranks)" in warning
-            assert "All ranks take the state of rank 0 and go on" in warning
+            assert "All ranks take the state of rank 0 and continue" in warning
     assert set(errors) == {None}
     assert len(set(states)) == 1
     assert [len(set(part)) for part in zip(*seeds, strict=True)] == [3, 1], "seeds stay apart, their counters are one"

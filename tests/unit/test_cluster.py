@@ -18,7 +18,5 @@ def test_on_one_host_a_loopback_address_will_do():
 
 def test_on_several_hosts_a_loopback_address_is_refused():
     members = [Member("h1", "10.0.0.1", 4000), Member("h2", "127.0.1.1", 4000)]
-    with pytest.raises(
-        UsageError, match=re.escape("In /etc/hosts of h2, put the address by which they reach it in pl")
-    ):
+    with pytest.raises(UsageError, match=re.escape("In /etc/hosts of h2, replace 127.0.1.1 by the address")):
         check_reachable(members)

@@ -233,7 +233,7 @@ def test_steps_per_execution_divides_every_epoch(steps, steps_per_epoch, expecte
 def test_too_few_test_examples_for_the_devices_are_refused():
     strategy = object.__new__(MirroredStrategy)
     strategy.size = 4
-    with pytest.raises(UsageError, match="5 test examples cannot be divided over 4 devices"):
+    with pytest.raises(UsageError, match="5 test examples cannot be divided into batches that give each of 4 devices"):
         strategy.evaluation_batch(5, 8)
 
 
@@ -266,7 +266,7 @@ def test_the_cosine_begins_where_the_warmup_ends():
 
 @pytest.mark.parametrize("strategy", ["single"])
 def test_compression_without_an_exchange_is_refused(strategy):
-    with pytest.raises(UsageError, match="--strategy=single has no compression: nothing leaves the process"):
+    with pytest.raises(UsageError, match="--strategy=single has no compression: it trains in one process"):
         create(strategy).distribute(keras.optimizers.Adam(), compression=None)
 
 

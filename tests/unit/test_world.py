@@ -63,7 +63,7 @@ def test_a_rank_takes_the_gpu_of_its_local_rank(monkeypatch, gpus, hidden, expec
 
 
 def test_more_ranks_than_gpus_are_refused():
-    with pytest.raises(hvd.UsageError, match=r"3 ranks were started on host h1, which shows 2 GPU\(s\)"):
+    with pytest.raises(hvd.UsageError, match=r"3 ranks were started on host h1, which has 2 visible GPU\(s\)"):
         devices._pin_gpu(FakeTensorFlow(), ["g0", "g1"], local_rank=2, local_size=3, host="h1")
 
 
