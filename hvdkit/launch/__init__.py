@@ -1,10 +1,12 @@
-"""Starting jobs: `python -m hvdkit.launch [-np N] [-H h1:2,h2:2] -- command` runs a command on many ranks and hosts.
+"""The launcher: `python -m hvdkit.launch [-np N] [-H h1:2,h2:2] -- command` runs a command on many ranks and hosts.
 
 options.py     the command line
-hosts.py       which hosts, how many ranks each, and each rank's place
-job.py         one job from start to end; mpi.py the same where mpirun starts the ranks
-link.py        the connection to a host; agent.py is what runs at its other end
-rendezvous.py  where the ranks find each other, and nobody else gets in
-plan.py        what each rank is given: environment, cores, GPU
-console.py     what is shown and kept; failures.py who failed first
+hosts.py       the hosts, the number of ranks on each, and each rank's slot
+job.py         one job from start to end; mpi.py does the same with mpirun
+restarts.py    jobs that restart after failures or a change of hosts
+link.py        the connection to a host; agent.py runs at its other end
+shells.py      remote shells: ssh and srun
+rendezvous.py  the server through which the ranks find each other
+binding.py     each rank's environment, cores and GPU
+console.py     output and logs; failures.py finds the rank that failed first
 """

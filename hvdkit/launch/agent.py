@@ -1,14 +1,14 @@
-"""The launcher's hand on one host: starts the ranks there, sends back what they print, and leaves nothing behind.
+"""The launcher's agent on one host: starts the ranks, sends back their output, and cleans up all their processes.
 
-The launcher sends this file itself through the connection (see `link.py`) and runs it with the host's Python, without
-site-packages: it needs neither hvdkit nor Horovod there, and must stay a single file of the standard library.
+The launcher sends this file through the connection (see `link.py`) and runs it with the host's Python, without
+site-packages. It needs neither hvdkit nor Horovod there. Keep it a single file that imports only the standard library.
 
-Two processes stand for one host. The worker does all the work in one thread; the keeper only waits for it. Either ends
-the ranks when the other is killed, and the worker ends them when its input closes, when the launcher is silent for too
-long (a cut network closes nothing), or on SIGTERM. Both are subreapers: a process that a rank started and left is
-still found among their descendants.
+Each host runs two processes. The worker does all the work in one thread, and the keeper waits for it. If either is
+killed, the other ends the ranks. The worker also ends them on SIGTERM, when its input closes, and when the launcher has
+been silent for too long (a cut network closes no connection). Both are subreapers, so a process whose parent rank has
+ended stays among their descendants.
 
-In come lines of JSON, out go frames: a kind, a rank, a length, and as many bytes.
+The input is lines of JSON. The output is frames: a kind, a rank, a length, and that many bytes.
 """
 
 import ctypes
@@ -26,39 +26,39 @@ import time
 from pathlib import Path
 from typing import Any
 
-GREETING = b"hvdkit-agent 1 "  # and a nonce: what a shell's start-up files print comes before it
+GREETING = b"hvdkit-agent 1 "  # a nonce follows; output of the shell's start-up files may come before it
 FRAME = struct.Struct("!cII")
 HELLO, OUT, ERR, EXIT, CLOSED, REFUSED, BEAT = b"h", b"o", b"e", b"x", b"c", b"r", b"b"
 BEAT_SECONDS = 2.0
-_DRAIN_SECONDS = 1.0  # for what is in the pipes of a rank that has ended, where a child of it still holds them open
-_MOST_WAITING = 4 << 20  # bytes that the launcher has not taken yet; then the ranks' pipes wait, too
+_DRAIN_SECONDS = 1.0  # to read the pipes of a rank that has ended, if a child of it still holds them open
+_MOST_WAITING = 4 << 20  # bytes not yet sent to the launcher; above this, reading the ranks' pipes pauses
 _SIOCGIFADDR = 0x8915
 _PR_SET_PDEATHSIG, _PR_SET_CHILD_SUBREAPER = 1, 36
 _libc = ctypes.CDLL(None, use_errno=True)
 
 
 class Rank:
-    """A rank that was started here: its process and its pipes."""
+    """A rank on this host: its process and its pipes."""
 
     def __init__(self, number: int, process: "subprocess.Popen[bytes]") -> None:
         self.number = number
         self.process = process
         streams = ((process.stdout, OUT), (process.stderr, ERR))
         self.pipes = {stream.fileno(): kind for stream, kind in streams if stream}
-        self.ended: float | None = None  # when, by the monotonic clock
+        self.ended: float | None = None  # time.monotonic() of its end
 
     @property
     def is_done(self) -> bool:
-        """Whether it has ended and all that it printed has been read."""
+        """Whether the rank has ended and all its output has been read."""
         return self.ended is not None and not self.pipes
 
 
 class Agent:
-    """The worker: one loop over the launcher's lines, the ranks' pipes and the signals."""
+    """The worker: one loop over the launcher's lines, the ranks' pipes and signals."""
 
     def __init__(self) -> None:
         self.ranks: dict[int, Rank] = {}  # by process id
-        self.ending: float | None = None  # when SIGTERM is followed by SIGKILL
+        self.ending: float | None = None  # time.monotonic() at which SIGKILL follows SIGTERM
         self.launcher_is_there = True
         self.silence = 0.0
         self.incoming = bytearray()
@@ -68,14 +68,14 @@ class Agent:
         self.paused = False
 
     def run(self) -> None:
-        """Works until the launcher has said that it is over, or is gone."""
+        """Runs until the launcher ends the job or disappears."""
         awake, alarm = os.pipe()
         for end in (0, 1, awake, alarm):
             os.set_blocking(end, False)
         signal.set_wakeup_fd(alarm, warn_on_full_buffer=False)
         signal.signal(signal.SIGCHLD, lambda *_: None)
         for number in (signal.SIGTERM, signal.SIGHUP, signal.SIGINT):
-            # As Slurm ends a step, 30 s before it kills: ranks may save first.
+            # Slurm ends a step with SIGTERM 30 s before SIGKILL: let ranks save first.
             signal.signal(number, lambda *_: self._end(25.0))
         self.selector.register(awake, selectors.EVENT_READ, lambda: os.read(awake, 4096))
         self.selector.register(0, selectors.EVENT_READ, self._listen)
@@ -173,7 +173,7 @@ class Agent:
         me = os.getpid()
         for rank in ranks:
 
-            def prepare(cores: Any = rank["cores"]) -> None:  # there is one thread, so all of Python may run here
+            def prepare(cores: Any = rank["cores"]) -> None:  # safe after the fork: this process has one thread
                 _libc.prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
                 if os.getppid() != me:
                     os._exit(1)
@@ -204,7 +204,7 @@ class Agent:
         self.selector.register(pipe, selectors.EVENT_READ, lambda: self._copy(rank, pipe))
 
     def _copy(self, rank: Rank, pipe: int) -> bool:
-        """Passes on what a pipe holds; returns whether there was something."""
+        """Forwards the content of a pipe; returns whether there was any."""
         try:
             data = os.read(pipe, 1 << 16)
         except BlockingIOError:
@@ -224,7 +224,7 @@ class Agent:
             self._send(CLOSED, rank.number, b"")
 
     def _reap(self) -> None:
-        """Takes note of ranks that have ended, and buries what they left behind."""
+        """Records ranks that have ended, and reaps orphaned processes."""
         while True:
             try:
                 pid, status = os.waitpid(-1, os.WNOHANG)
@@ -236,7 +236,7 @@ class Agent:
             if rank is not None:
                 rank.process.returncode = os.waitstatus_to_exitcode(status)
                 for pipe in list(rank.pipes):
-                    for _ in range(_MOST_WAITING >> 16):  # what it printed goes before the news of its end
+                    for _ in range(_MOST_WAITING >> 16):  # send its output before its exit
                         if pipe not in rank.pipes or not self._copy(rank, pipe):
                             break
                 rank.ended = time.monotonic()
@@ -250,7 +250,7 @@ class Agent:
                 os.killpg(rank.process.pid, number)
 
     def _end(self, grace: float) -> None:
-        """Ends the ranks: politely now, by force after `grace` seconds; a later call can only shorten that."""
+        """Ends the ranks with SIGTERM now and SIGKILL after `grace` seconds. A later call can only shorten the time."""
         until = time.monotonic() + grace
         if self.ending is None:
             self._signal_ranks(signal.SIGTERM)
@@ -275,7 +275,7 @@ class Agent:
 
 
 def about_this_host(peer: str, interface: str | None, directory: str) -> dict[str, Any]:
-    """What the launcher must know of this host before it starts ranks here; `peer` is how the launcher is reached."""
+    """What the launcher must know about this host before it starts ranks; `peer` is the launcher's address."""
     source = source_address(peer)
     return {
         "hostname": socket.gethostname(),
@@ -290,7 +290,7 @@ def about_this_host(peer: str, interface: str | None, directory: str) -> dict[st
 
 
 def source_address(peer: str) -> str | None:
-    """The address from which this host talks to another: connecting a UDP socket looks it up, and sends nothing."""
+    """The address that this host uses to reach another. Connecting a UDP socket looks it up and sends nothing."""
     with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:
         try:
             probe.connect((peer, 9))
@@ -308,20 +308,20 @@ def address_of(name: str) -> str | None:
 
 
 def interfaces() -> dict[str, str]:
-    """The names of this host's interfaces, by their IPv4 addresses."""
+    """The names of this host's interfaces by IPv4 address."""
     names = {}
     with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:
         for _, name in socket.if_nameindex():
             try:
                 reply = fcntl.ioctl(probe.fileno(), _SIOCGIFADDR, struct.pack("256s", name.encode()[:15]))
-            except OSError:  # it has no address
+            except OSError:  # the interface has no address
                 continue
             names[socket.inet_ntoa(reply[20:24])] = name
     return names
 
 
 def cores_by_place() -> list[int]:
-    """The usable cores, those of one socket and one physical core beside each other."""
+    """The usable cores, sorted by socket and physical core."""
 
     def place(core: int) -> list[int]:
         topology = Path(f"/sys/devices/system/cpu/cpu{core}/topology")
@@ -334,7 +334,7 @@ def cores_by_place() -> list[int]:
 
 
 def gpus() -> list[str]:
-    """The names by which CUDA knows this host's GPUs, as far as they may be seen."""
+    """The CUDA names of this host's visible GPUs."""
     visible = os.environ.get("CUDA_VISIBLE_DEVICES")
     if visible is not None:
         return [name.strip() for name in visible.split(",") if name.strip()]
@@ -342,7 +342,7 @@ def gpus() -> list[str]:
     return [str(number) for number in range(len(list(devices.iterdir())))] if devices.is_dir() else []
 
 
-# -------------------------------------------------------------------------------------------- What must not be left
+# ----------------------------------------------------------------------------------------- Cleaning up processes
 
 
 def descendants() -> list[int]:
@@ -361,7 +361,7 @@ def descendants() -> list[int]:
 
 
 def kill_descendants() -> None:
-    """Kills them again and again until there are none: one may start another meanwhile."""
+    """Kills all descendants, repeatedly, since one may start another meanwhile."""
     for _ in range(200):
         left = descendants()
         if not left:
@@ -380,7 +380,7 @@ def kill_descendants() -> None:
 
 
 def keep() -> None:
-    """Splits off the worker, in which it returns; this process waits for it, and then ends what it has left."""
+    """Forks the worker and returns in it. This process waits for the worker, then kills its remaining processes."""
     _libc.prctl(_PR_SET_CHILD_SUBREAPER, 1)
     me = os.getpid()
     worker = os.fork()
@@ -393,7 +393,7 @@ def keep() -> None:
     for number in (signal.SIGTERM, signal.SIGHUP, signal.SIGINT):
         signal.signal(number, lambda *_: os.kill(worker, signal.SIGTERM))
     nothing = os.open(os.devnull, os.O_RDWR)
-    for end in (0, 1, 2):  # the launcher must see these close when the worker goes
+    for end in (0, 1, 2):  # so that they close for the launcher when the worker ends
         os.dup2(nothing, end)
     os.waitpid(worker, 0)
     kill_descendants()
@@ -401,9 +401,9 @@ def keep() -> None:
 
 
 def main(nonce: str) -> None:
-    """Greets, and works until the launcher says that it is over."""
+    """Sends the greeting and runs until the launcher ends the job."""
     if not re.fullmatch("[0-9a-f]+", nonce):
-        sys.exit("hvdkit's agent is started by its launcher")
+        sys.exit("hvdkit's agent is started by python -m hvdkit.launch, not by hand")
     keep()
     os.write(1, GREETING + nonce.encode() + b"\n")
     Agent().run()

@@ -1,4 +1,4 @@
-"""What each rank of a job is given: its place, its environment, its cores and its GPU."""
+"""The environment, cores and GPU of each rank of a job."""
 
 import dataclasses
 import itertools
@@ -9,12 +9,12 @@ from typing import Any
 
 from hvdkit.errors import UsageError
 
-SECRET = "HOROVOD_GLOO_RENDEZVOUS_ADDR"  # it carries the job's token
+SECRET = "HOROVOD_GLOO_RENDEZVOUS_ADDR"  # contains the job's token
 
 
 @dataclasses.dataclass(frozen=True)
 class Binding:
-    """What of a host is a rank's own; None where all ranks of the host share it."""
+    """A rank's own cores and GPU; None if all ranks of the host share them."""
 
     cores: list[int] | None
     gpu: str | None
@@ -27,23 +27,22 @@ def bindings(
     cores: Sequence[int] | None = None,
     gpus: Sequence[str] | None = None,
 ) -> list[Binding]:
-    """Shares a host's cores and GPUs out among its ranks.
+    """Divides a host's cores and GPUs among its ranks.
 
-    Cores are shared evenly, neighbours together, the first ranks having one more where they do not divide; with fewer
-    cores than ranks nobody has a core of his own.
+    Each rank gets the same number of neighbouring cores. If the number does not divide, the first ranks get one more.
+    With fewer cores than ranks, all ranks share all cores.
 
     Args:
-        about: what the agent said of its host.
+        about: the agent's description of its host.
         ranks: number of ranks on the host.
-        bind: `none`, `cores`, `gpus`, `both`; or `auto` for cores on a host without GPUs that has several ranks: each
-            then has its caches, and its threads, to itself (1.3 times the speed of a small model on two cores); and
-            for whatever was named.
-        cores: those of the host's that the job may use; None for all. Where they are fewer than ranks, all share them.
+        bind: `none`, `cores`, `gpus`, `both` or `auto`. `auto` binds whatever `cores` and `gpus` name, and cores on a
+            host without GPUs that has several ranks: each rank then has its own caches and threads (1.3 times the
+            speed of a small model on two cores).
+        cores: the host's cores that the job may use; None for all. If they are fewer than ranks, all share them.
         gpus: likewise, by CUDA's names.
 
     Raises:
-        UsageError: GPUs are to be shared out, and there are fewer than ranks; or the host lacks a core or a GPU that
-            was named.
+        UsageError: GPUs are to be bound and there are fewer than ranks, or the host lacks a named core or GPU.
     """
     if bind == "auto":
         parts = {(False, False): "none", (True, False): "cores", (False, True): "gpus", (True, True): "both"}
@@ -65,7 +64,7 @@ def bindings(
 
 
 def _those_named(what: str, about: Mapping[str, Any], named: Sequence[Any] | None) -> list[Any]:
-    """What a host has of the cores or GPUs that were named, in the host's own order: all of it without names."""
+    """The named cores or GPUs in the host's order; all of them if none are named."""
     missing = [each for each in named or () if each not in about[what]]
     if missing:
         raise UsageError(
@@ -76,37 +75,37 @@ def _those_named(what: str, about: Mapping[str, Any], named: Sequence[Any] | Non
 
 
 def rank_environment(slot: Any, binding: Binding) -> dict[str, str]:
-    """The variables of one rank, apart from those that all have."""
+    """The variables of one rank, without those that all ranks have."""
     names = ("rank", "size", "local_rank", "local_size", "cross_rank", "cross_size")
     variables = {f"HOROVOD_{name.upper()}": str(getattr(slot, name)) for name in names}
     variables["HOROVOD_HOSTNAME"] = slot.hostname
     if binding.cores is not None:
-        variables["HVDKIT_OWN_CORES"] = "1"  # hvdkit.world takes all that it sees, instead of a share
+        variables["HVDKIT_OWN_CORES"] = "1"  # tells hvdkit.world to use all visible cores, not a part
     if binding.gpu is not None:
         variables["CUDA_VISIBLE_DEVICES"] = binding.gpu
     return variables
 
 
 def job_environment(given: Mapping[str, str], *, start_limit: int, stall_limit: float | None) -> dict[str, str]:
-    """The variables that all ranks have, on every host: what the user set goes before the defaults here.
+    """The variables that all ranks have, on every host. The user's settings override the defaults here.
 
     Args:
         given: the launcher's own environment.
         start_limit: seconds for the ranks to find each other.
-        stall_limit: seconds for the ranks to wait for each other; None for what is set, or ten minutes.
+        stall_limit: seconds for the ranks to wait for each other; None for the environment's value, or ten minutes.
     """
     variables = {
         "HOROVOD_CONTROLLER": "gloo",
         "HOROVOD_CPU_OPERATIONS": "gloo",
-        "PYTHONUNBUFFERED": "1",  # a rank writes into a pipe, and what it said last must not die with it
-        # TensorFlow itself uses oneDNN only on CPUs with AVX512-VNNI or AMX; on others it is 2 to 6 times faster, too.
+        "PYTHONUNBUFFERED": "1",  # a rank writes to a pipe, and its last output must not be lost when it dies
+        # By default TensorFlow uses oneDNN only on CPUs with AVX512-VNNI or AMX. It is 2 to 6 times faster on others.
         "TF_ENABLE_ONEDNN_OPTS": given.get("TF_ENABLE_ONEDNN_OPTS") or "1",
     }
-    # Gloo's own 30 s are less than a rank may need to load TensorFlow on a host that does much else.
+    # On a busy host, a rank may need more than Gloo's default of 30 s to load TensorFlow.
     variables["HOROVOD_GLOO_TIMEOUT_SECONDS"] = given.get("HOROVOD_GLOO_TIMEOUT_SECONDS") or str(max(start_limit, 30))
     if stall_limit is not None:
         variables["HVDKIT_STALL_SECONDS"] = f"{stall_limit:g}"
-    # Horovod alone would only warn of a stall; hvdkit.watchdog, which knows more, speaks before it.
+    # By default Horovod only warns of a stall. hvdkit.watchdog knows more and reports earlier.
     stall = given.get("HVDKIT_STALL_SECONDS") if stall_limit is None else f"{stall_limit:g}"
     shutdown = given.get("HOROVOD_STALL_SHUTDOWN_TIME_SECONDS") or stall or "600"
     if shutdown.isdigit():
@@ -123,10 +122,10 @@ def describe(
     """What `--dry-run` prints.
 
     Args:
-        command: what each rank runs.
+        command: the command that each rank runs.
         common: the variables that all ranks have.
-        ranks: each rank's place, what is its own, and its host as it is reached.
-        started_by: the command that starts them all, if it is not the launcher that does.
+        ranks: each rank's slot, binding, and the way its host is reached.
+        started_by: the command that starts all ranks, if the launcher does not start them itself.
     """
     lines = ["command of every rank:", f"    {shlex.join(command)}", "", "environment of every rank:"]
     if started_by:
@@ -159,5 +158,5 @@ def _ranges(cores: Sequence[int]) -> str:
 
 
 def watched(is_terminal: bool) -> dict[str, str]:
-    """Ranks write to a pipe, so only the launcher knows whether a person is watching."""
+    """The variable that enables progress bars. Ranks write to a pipe, so only the launcher sees the terminal."""
     return {"HVDKIT_PROGRESS": os.environ.get("HVDKIT_PROGRESS", "bar")} if is_terminal else {}

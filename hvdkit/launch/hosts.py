@@ -1,7 +1,7 @@
-"""Which hosts a job runs on and how many ranks each takes: from -H, a host file, Slurm or a Kubernetes MPIJob.
+"""The hosts of a job and their numbers of ranks: from -H, a host file, Slurm or a Kubernetes MPIJob.
 
-Everything here is parsing, without a connection to any host. `assign` gives each rank its place, by Horovod's own
-arithmetic, so that ranks and local ranks are those that `horovodrun` would give.
+This module only parses and connects to no host. `assign` gives each rank its slot with Horovod's own function, so ranks
+and local ranks are those of `horovodrun`.
 """
 
 import dataclasses
@@ -13,35 +13,35 @@ from typing import Any
 
 from hvdkit.errors import UsageError
 
-MPIJOB_HOSTFILE = "/etc/mpi/hostfile"  # where Kubeflow's operator mounts it (MPIJob v2beta1)
-_NAME = re.compile(r"[A-Za-z0-9_]([A-Za-z0-9_.-]*[A-Za-z0-9_])?")  # never a leading dash, which ssh takes for an option
+MPIJOB_HOSTFILE = "/etc/mpi/hostfile"  # Kubeflow's operator mounts it there (MPIJob v2beta1)
+_NAME = re.compile(r"[A-Za-z0-9_]([A-Za-z0-9_.-]*[A-Za-z0-9_])?")  # no leading dash, which ssh takes for an option
 _GROUP = re.compile(r"([^,\[\]]*)(?:\[([^\]]+)\])?([^,\[\]]*)(?:,|$)")  # one part of Slurm's node list
 
 
 @dataclasses.dataclass(frozen=True)
 class Host:
-    """A host's name and the number of ranks that it takes."""
+    """A host's name and its number of slots: the most ranks that it runs."""
 
     name: str
     slots: int
 
 
 def from_list(text: str) -> list[Host]:
-    """The hosts of `h1:2,h2:2`; a name without a number takes one rank.
+    """The hosts of `h1:2,h2:2`. A name without a number has one slot.
 
     Raises:
-        UsageError: the text is not of that form.
+        UsageError: the text has another form.
     """
     return _merged(_host(part.strip(), f"-H {text}") for part in text.split(","))
 
 
 def from_file(path: str | Path) -> list[Host]:
-    """The hosts of a file with a line each: `h1 slots=2`, `h1:2` or `h1`; `#` begins a comment.
+    """The hosts of a file with one host per line: `h1 slots=2`, `h1:2` or `h1`; `#` starts a comment.
 
-    A name on several lines takes the sum, as in the machine files of MPI.
+    A host on several lines gets the sum of the slots, as in MPI's machine files.
 
     Raises:
-        UsageError: the file cannot be read, or a line is of another form.
+        UsageError: the file cannot be read, or a line has another form.
     """
     try:
         lines = Path(path).read_text().splitlines()
@@ -61,16 +61,16 @@ def from_file(path: str | Path) -> list[Host]:
 
 
 def from_slurm(environment: Mapping[str, str] = os.environ) -> list[Host]:
-    """The nodes of this Slurm job, each with as many ranks as Slurm gave it tasks.
+    """The nodes of this Slurm job, with one slot per Slurm task.
 
     Raises:
-        UsageError: this is not a Slurm job, or its variables are not understood.
+        UsageError: this is not a Slurm job, or its variables cannot be parsed.
     """
     nodes = environment.get("SLURM_JOB_NODELIST") or environment.get("SLURM_NODELIST")
     tasks = environment.get("SLURM_TASKS_PER_NODE") or environment.get("SLURM_STEP_TASKS_PER_NODE")
     if not nodes:
         raise UsageError(
-            "--hosts-from slurm was given, but SLURM_JOB_NODELIST is not set. Start the launcher inside of a job, with "
+            "--hosts-from slurm was given, but SLURM_JOB_NODELIST is not set. Start the launcher inside a job, with "
             "sbatch or salloc."
         )
     names = expand_nodes(nodes)
@@ -79,10 +79,10 @@ def from_slurm(environment: Mapping[str, str] = os.environ) -> list[Host]:
 
 
 def from_kubernetes(environment: Mapping[str, str] = os.environ) -> list[Host]:
-    """The workers of this MPIJob, from the host file that its operator mounts in the launcher's pod.
+    """The workers of this MPIJob, from the host file that the operator mounts in the launcher's pod.
 
     Raises:
-        UsageError: there is no such file.
+        UsageError: the file does not exist.
     """
     path = (
         environment.get("OMPI_MCA_orte_default_hostfile") or environment.get("I_MPI_HYDRA_HOST_FILE") or MPIJOB_HOSTFILE
@@ -96,29 +96,27 @@ def from_kubernetes(environment: Mapping[str, str] = os.environ) -> list[Host]:
 
 
 def expand_nodes(text: str) -> list[str]:
-    """The names behind Slurm's short form: `gpu[01-03,7],login` is gpu01, gpu02, gpu03, gpu7, login.
+    """Expands Slurm's node lists: `gpu[01-03,7],login` is gpu01, gpu02, gpu03, gpu7, login.
 
     Raises:
-        UsageError: the text is not of that form.
+        UsageError: the text has another form.
     """
     names: list[str] = []
     position = 0
     while position < len(text):
         part = _GROUP.match(text, position)
         if part is None or part.end() == position or not (part[1] or part[2]):
-            raise UsageError(
-                f"SLURM_JOB_NODELIST={text} is not understood; expected is a form like gpu[01-03,7],login."
-            )
+            raise UsageError(f"SLURM_JOB_NODELIST={text} is not understood; expected a form like gpu[01-03,7],login.")
         names += [f"{part[1]}{number}{part[3]}" for number in _numbers(part[2], text)] if part[2] else [part[1]]
         position = part.end()
     return [_host(name, f"SLURM_JOB_NODELIST={text}").name for name in names]
 
 
 def numbers(text: str, option: str) -> list[int]:
-    """The numbers of `0-3,8`, as Linux writes cores: 0, 1, 2, 3, 8.
+    """Expands lists of cores as Linux writes them: `0-3,8` is 0, 1, 2, 3, 8.
 
     Raises:
-        UsageError: the text is not of that form.
+        UsageError: the text has another form.
     """
     found: list[int] = []
     for part in text.split(","):
@@ -130,19 +128,19 @@ def numbers(text: str, option: str) -> list[int]:
 
 
 def assign(hosts: Sequence[Host], ranks: int) -> list[Any]:
-    """Each rank's place: Horovod's `SlotInfo`, in the order of the ranks.
+    """Horovod's `SlotInfo` of each rank, in rank order.
 
     Raises:
-        UsageError: there are fewer places than ranks.
+        UsageError: there are fewer slots than ranks.
     """
     from horovod.runner.common.util.hosts import HostInfo, get_host_assignments
 
-    places = sum(host.slots for host in hosts)
-    if places < ranks:
+    total = sum(host.slots for host in hosts)
+    if total < ranks:
         listed = ",".join(f"{host.name}:{host.slots}" for host in hosts)
         raise UsageError(
-            f"-np {ranks} asks for more ranks than the hosts {listed} have places ({places}). Give fewer ranks, or "
-            f"more hosts or places (-H {listed},another:{ranks - places})."
+            f"-np {ranks} asks for more ranks than the hosts {listed} have slots ({total}). Give fewer ranks, or more "
+            f"hosts or slots (-H {listed},another:{ranks - total})."
         )
     slots: list[Any] = get_host_assignments([HostInfo(host.name, host.slots) for host in hosts], ranks, ranks)
     return slots
@@ -152,8 +150,7 @@ def _host(text: str, where: str) -> Host:
     name, _, slots = text.partition(":")
     if not _NAME.fullmatch(name) or not re.fullmatch(r"[1-9]\d{0,5}", slots or "1"):
         raise UsageError(
-            f"{where} has the host {text!r}, and expected is a name or IPv4 address and the number of its ranks, as in "
-            f"h1:2."
+            f"{where} has the host {text!r}; expected a name or IPv4 address and its number of ranks, as in h1:2."
         )
     return Host(name, int(slots or 1))
 
@@ -166,7 +163,7 @@ def _merged(hosts: Iterable[Host]) -> list[Host]:
 
 
 def _numbers(text: str, whole: str) -> list[str]:
-    """`01-03,7` is 01, 02, 03, 7: Slurm keeps the zeros in front."""
+    """`01-03,7` is 01, 02, 03, 7: Slurm keeps leading zeros."""
     numbers = []
     for part in text.split(","):
         match = re.fullmatch(r"(\d+)(?:-(\d+))?", part)
@@ -185,7 +182,7 @@ def _tasks(text: str, nodes: int) -> list[int]:
             tasks += [int(match[1])] * int(match[2] or 1)
     if len(tasks) != nodes:
         raise UsageError(
-            f"SLURM_TASKS_PER_NODE={text} does not tell the tasks of each of the {nodes} node(s); expected is a form "
-            f"like 2(x3),1."
+            f"SLURM_TASKS_PER_NODE={text} does not give the tasks of each of the {nodes} node(s); expected a form like "
+            f"2(x3),1."
         )
     return tasks

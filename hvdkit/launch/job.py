@@ -1,6 +1,6 @@
-"""One job from its start to its end: agents on its hosts, ranks under them, and one verdict when it is over.
+"""One job from start to end: agents on its hosts, ranks under the agents, and one verdict at the end.
 
-One loop takes events off a queue: what agents send, and signals. Nothing else changes a job's state.
+One loop takes events off a queue: messages of agents, and signals. Nothing else changes a job's state.
 """
 
 import dataclasses
@@ -30,17 +30,17 @@ from hvdkit.launch.link import (
 )
 from hvdkit.launch.shells import Shell
 
-_ANSWER_SECONDS = 30  # for a host that does much else, at least: ssh itself is told sooner that nobody is there
-_SPEAK_SECONDS = 4.0  # for the other ranks to say why one has failed, before they are ended
-_END_SECONDS = 4.0  # from SIGTERM to SIGKILL, where a rank has failed or the user gives up
-_STOP_SECONDS = 30.0  # the same where the job was told to stop (SIGTERM): its ranks may save first
-_LATE_SECONDS = 2.0  # for an agent to say that it is done
+_ANSWER_SECONDS = 30  # at least, for the agent of a busy host to answer; ssh notices sooner that a host is down
+_SPEAK_SECONDS = 4.0  # for the other ranks to report why one failed, before they are ended
+_END_SECONDS = 4.0  # from SIGTERM to SIGKILL after a failure or Ctrl-C
+_STOP_SECONDS = 30.0  # from SIGTERM to SIGKILL after a stop request (SIGTERM): ranks may save first
+_LATE_SECONDS = 2.0  # for an agent to finish
 _TICK = 0.25
 
 
 @dataclasses.dataclass(frozen=True)
 class Settings:
-    """What the command line decided; see `options.py` for each."""
+    """The settings of a job; see `options.py` for each."""
 
     command: list[str]
     hosts: list[Host]
@@ -60,7 +60,7 @@ class Settings:
 
 
 class UnfitHostError(UsageError):
-    """A host cannot be reached or is not fit for the job; `host` is its name."""
+    """A host cannot be reached or cannot run the job; `host` is its name."""
 
     def __init__(self, host: str, message: str) -> None:
         super().__init__(message)
@@ -68,9 +68,9 @@ class UnfitHostError(UsageError):
 
 
 class Lost(Exception):  # noqa: N818 - says what happened
-    """The job cannot go on for a reason that is no rank's: the message says which, and the mend.
+    """The job cannot continue, though no rank failed. The message says why and how to fix it.
 
-    `hosts` are the names of those that it is better to do without, if it is that.
+    `hosts` are the names of the hosts to leave out, if hosts are the cause.
     """
 
     def __init__(self, message: str, hosts: Sequence[str] = ()) -> None:
@@ -80,22 +80,22 @@ class Lost(Exception):  # noqa: N818 - says what happened
 
 @dataclasses.dataclass(frozen=True)
 class Regroup:
-    """An event: the job's hosts are to change, so its ranks are to save and leave."""
+    """An event: the job's hosts change, so its ranks must save and exit."""
 
     why: str
 
 
 class Job:
-    """A job whose ranks meet over Gloo.
+    """A job whose ranks communicate over Gloo.
 
     Args:
         settings: what to run, and where.
         console: takes the ranks' output.
 
     Attributes:
-        events: what agents send, and signals' numbers, for the loop.
-        lost_hosts: after `run`, the names of hosts that could no longer be seen, or whose ranks did not begin.
-        regrouped: the ranks were told to leave because the hosts are to change.
+        events: messages of agents and signal numbers, for the loop.
+        lost_hosts: after `run`, the names of hosts that became unreachable, or whose ranks did not start.
+        regrouped: whether the ranks were asked to exit because the hosts change.
     """
 
     def __init__(self, settings: Settings, console: Console) -> None:
@@ -110,9 +110,9 @@ class Job:
         self._ended: dict[int, int] = {}
         self._closed: set[int] = set()
         self._failures: list[Failure] = []
-        self._known_before: int | None = None  # failures, when the watchdog named the cause
-        self._ends_at: float | None = None  # when the ranks that are left are told to end
-        self._over_at: float | None = None  # when agents that have not answered are given up
+        self._known_before: int | None = None  # number of failures when the watchdog named the cause
+        self._ends_at: float | None = None  # when the remaining ranks are told to end
+        self._over_at: float | None = None  # when to stop waiting for agents
         self._looked = time.monotonic()
         self._stopped_by = 0
         self._lost = ""
@@ -123,10 +123,10 @@ class Job:
     # ---- Start -------------------------------------------------------------------------------------------------------
 
     def connect(self) -> None:
-        """Starts an agent on each host and hears what it says of it.
+        """Starts an agent on each host and waits for its description of the host.
 
         Raises:
-            UsageError: a host cannot be reached, or is not fit for the job.
+            UsageError: a host cannot be reached, or cannot run the job.
         """
         used = [host.name for host in self.settings.hosts if any(slot.hostname == host.name for slot in self.slots)]
         for name in used:
@@ -151,7 +151,7 @@ class Job:
         threading.Thread(target=self._beat, daemon=True).start()
 
     def _own_address(self, link: Link) -> str:
-        """The address by which a host reaches the launcher; loopback where no other host takes part."""
+        """The address by which a host reaches the launcher; loopback if the job has no other host."""
         if link.is_remote:
             return own_address_towards(self._addresses[link.host])
         others = [a for name, a in self._addresses.items() if not is_this_host(name, a)]
@@ -175,7 +175,7 @@ class Job:
 
     def _on_event_of_start(self, event: Any) -> None:
         if isinstance(event, int):
-            if event != signal.SIGUSR1:  # there is no rank yet that it could mean something to
+            if event != signal.SIGUSR1:  # no rank runs yet that could handle it
                 raise KeyboardInterrupt
         elif event.kind == GONE:
             raise UnfitHostError(event.link.host, event.link.complaint())
@@ -188,7 +188,7 @@ class Job:
         if not about["has_directory"]:
             raise UnfitHostError(
                 link.host,
-                f"Host {link.host} has no directory {self.settings.directory}, where the command is to run. Start the "
+                f"Host {link.host} has no directory {self.settings.directory}, in which the command runs. Start the "
                 f"launcher in a directory that all hosts have, or name one: --directory=DIR.",
             )
         if self.settings.interface and about["interface"] != self.settings.interface:
@@ -206,7 +206,7 @@ class Job:
             )
 
     def _beat(self) -> None:
-        """Signs of life, from a thread: an agent must not miss them because a terminal holds up the loop."""
+        """Sends heartbeats from a thread, so that a terminal that blocks the loop does not delay them."""
         while not self._is_closed.wait(agent.BEAT_SECONDS):
             for link in self.links:
                 if link.is_remote and not link.is_gone:
@@ -240,7 +240,7 @@ class Job:
             )
 
     def placed_on(self, link: Link) -> list[tuple[Any, binding.Binding]]:
-        """The ranks of a host, and what of it is each one's own."""
+        """The ranks of a host with their bindings."""
         mine = [slot for slot in self.slots if slot.hostname == self._names[link]]
         s = self.settings
         return list(zip(mine, binding.bindings(link.about or {}, len(mine), s.bind, s.cores, s.gpus), strict=True))
@@ -261,7 +261,7 @@ class Job:
         return {"HOROVOD_GLOO_IFACE": interface, "NCCL_SOCKET_IFNAME": interface} if interface else {}
 
     def description(self) -> str:
-        """What `--dry-run` prints; the hosts must have been connected."""
+        """What `--dry-run` prints; call `connect` first."""
         ranks = [
             (
                 slot,
@@ -285,7 +285,7 @@ class Job:
     # ---- The loop ----------------------------------------------------------------------------------------------------
 
     def run(self) -> int:
-        """Waits for the job's end, and returns the launcher's exit code."""
+        """Waits for the end of the job and returns the launcher's exit code."""
         while not self._is_over():
             try:
                 event = self.events.get(timeout=_TICK)
@@ -306,7 +306,7 @@ class Job:
         return self._conclude()
 
     def close(self) -> None:
-        """Ends what there still is, on all hosts at once."""
+        """Ends all remaining agents and ranks, on all hosts at once."""
         self._is_closed.set()
         for link in self.links:
             link.send(end=0)
@@ -340,24 +340,24 @@ class Job:
             left = [s.rank for s in self.slots if s.hostname == event.link.host and s.rank not in self._ended]
             if left and self._ends_at is None:
                 raise Lost(
-                    f"{_ranks(left)} on host {event.link.host} can no longer be seen. {event.link.complaint()}",
+                    f"{_ranks(left)} on host {event.link.host} can no longer be reached. {event.link.complaint()}",
                     [event.link.host],
                 )
 
     def take_output(self, rank: int, data: bytes, *, is_error: bool) -> None:
-        """Passes a rank's output on."""
+        """Passes a rank's output to the console."""
         self.console.feed(rank, data, is_error=is_error)
         if self.console.cause and self._known_before is None:
             self._known_before = len(self._failures)
 
     def _on_exit(self, rank: int, code: int) -> None:
         self._ended[rank] = code
-        # Once ranks are being ended, how one ends says nothing about why the job did.
+        # Once the launcher ends the ranks, their exit codes say nothing about the cause.
         is_ours = self._over_at is not None
         if code != 0 and not is_ours:
             self._failures.append(Failure(rank, code))
             if self._ends_at is None:
-                # Ranks that were asked to stop leave one by one, and the last may still be saving.
+                # After a stop request ranks exit one by one, and the last may still be saving.
                 patience = _STOP_SECONDS if code == failures.PREEMPTED else _SPEAK_SECONDS
                 self._ends_at = time.monotonic() + patience
 
@@ -372,12 +372,12 @@ class Job:
         self._end(0 if again else _STOP_SECONDS if number == signal.SIGTERM else _END_SECONDS)
 
     def regroup(self, why: str) -> None:
-        """Tells the ranks to save and leave, from another thread: the job's hosts are to change."""
+        """Asks the ranks to save and exit because the job's hosts change. Call it from any thread."""
         self.events.put(Regroup(why))
 
     def _on_regroup(self, event: Regroup) -> None:
-        if self._ends_at is None and not self._ended:  # not over anyhow
-            say(f"the hosts are to change ({event.why}): the ranks save and leave.")
+        if self._ends_at is None and not self._ended:  # the job is not ending anyway
+            say(f"the hosts change ({event.why}): the ranks save and exit.")
             self.regrouped = self.console.cancelled = True
             self._end(_STOP_SECONDS)
 
@@ -393,14 +393,14 @@ class Job:
         limit = self.settings.silence
         now, before = time.monotonic(), self._looked
         self._looked = now
-        if now - before > limit / 2:  # it is the launcher itself that stood still (Ctrl-Z): hear everybody first
+        if now - before > limit / 2:  # the launcher itself was suspended (Ctrl-Z): read the heartbeats first
             for link in self.links:
                 link.heard = now
         for link in self.links:
             if link.is_remote and limit and link.silent_for() > limit:
                 raise Lost(
-                    f"Host {link.host} has not been heard of for {limit:g} s: it is down, frozen or cut off. Its "
-                    f"ranks end by themselves then. Start the job without it, or when it is back.",
+                    f"Host {link.host} has sent no heartbeat for {limit:g} s: it is down, unresponsive or cut off. Its "
+                    f"ranks stop by themselves. Start the job without it, or when it is back.",
                     [link.host],
                 )
 
@@ -410,9 +410,9 @@ class Job:
         if arrived and missing and now - min(arrived.values()) > self.settings.start_limit:
             hosts = sorted({slot.hostname for slot in missing})
             raise Lost(
-                f"{_ranks([slot.rank for slot in missing])} on {', '.join(hosts)} did not come to hvd.init() within "
-                f"{self.settings.start_limit} s after the first rank. See what they do there; --start-timeout=SECONDS "
-                f"gives more time.",
+                f"{_ranks([slot.rank for slot in missing])} on {', '.join(hosts)} did not reach hvd.init() within "
+                f"{self.settings.start_limit} s after the first rank. Check what they do there; "
+                f"--start-timeout=SECONDS gives more time.",
                 hosts,
             )
 
@@ -459,13 +459,13 @@ class Job:
         return self._rendezvous is not None and "cannot start" not in self._lost
 
     def verdict(self) -> Failure | None:
-        """The failure that ended the job; None where no rank failed."""
+        """The failure that ended the job; None if no rank failed."""
         if not self._failures:
             return None
         return failures.first(self._failures, self.console.cause, self._known_before or 0, self._ended)
 
     def host_of(self, rank: int) -> str:
-        """The name of a rank's host: as the user gave it, or its own where he gave none."""
+        """The name of a rank's host, as the user gave it; for localhost, the host's own name."""
         given = next(str(slot.hostname) for slot in self.slots if slot.rank == rank)
         link = next(link for link in self.links if link.host == given)
         return str((link.about or {}).get("hostname", given)) if given == "localhost" else given
@@ -484,6 +484,6 @@ def _ranks(numbers: Sequence[int]) -> str:
 
 
 def say(text: str) -> None:
-    """Says something to the user, as the launcher."""
+    """Prints a message of the launcher to stderr."""
     sys.stdout.flush()
     print(f"hvdkit.launch: {text}", file=sys.stderr, flush=True)

@@ -1,7 +1,7 @@
-"""The launcher's connection to one host: starts an agent there, by a remote shell if it is another, and talks to it.
+"""The launcher's connection to one host: starts an agent there, through a remote shell if needed, and talks to it.
 
-Everything that the agent is told, its own source first, goes through its input: the ranks' environment with whatever
-secrets it holds is on no command line. What comes back becomes events on one queue.
+The agent's source, and then all orders, go through its standard input. The ranks' environment may hold secrets, and so
+never appears on a command line. The agent's answers become events on one queue.
 """
 
 import contextlib
@@ -24,8 +24,8 @@ from hvdkit.errors import UsageError
 from hvdkit.launch import agent
 from hvdkit.launch.shells import Shell
 
-_MOST_BYTES = 1 << 24  # of a frame: an agent sends 64 KiB at most
-_MOST_COMPLAINTS = 1 << 16  # bytes of what ssh said, the last ones
+_MOST_BYTES = 1 << 24  # of a frame; an agent sends at most 64 KiB
+_MOST_COMPLAINTS = 1 << 16  # the last bytes of ssh's error output that are kept
 _PROGRAM = (
     "i=open(0,'rb',0,closefd=False);s=b''.join(i.readline() for _ in range(int(i.readline())));"
     "exec(compile(s,'hvdkit-agent','exec'));main('{nonce}')"
@@ -34,7 +34,7 @@ _PROGRAM = (
 
 @dataclasses.dataclass(frozen=True)
 class Event:
-    """Something that an agent sent; `kind` is one of its frames', or `GONE` when the connection has ended."""
+    """A frame from an agent, or `GONE` as `kind` if the connection has ended."""
 
     link: "Link"
     kind: bytes
@@ -42,7 +42,7 @@ class Event:
     body: bytes = b""
 
     def content(self) -> Any:
-        """The body of a frame that holds JSON."""
+        """The body of a JSON frame, parsed."""
         return json.loads(self.body)
 
 
@@ -55,15 +55,15 @@ class Link:
     Args:
         host: the host's name, as the user gave it.
         shell: how to reach it; None for this host.
-        python: the interpreter to run the agent with, there.
-        events: where what the agent sends is put.
+        python: the interpreter on that host that runs the agent.
+        events: the queue for the agent's frames.
     """
 
     def __init__(self, host: str, shell: Shell | None, python: str, events: "queue.SimpleQueue[Any]") -> None:
         self.host = host
         self.shell = shell
         self.heard = time.monotonic()
-        self.about: dict[str, Any] | None = None  # what the agent said of its host
+        self.about: dict[str, Any] | None = None  # the agent's description of its host
         self.is_gone = False
         self._events = events
         self._lock = threading.Lock()
@@ -72,7 +72,7 @@ class Link:
         self._python = python
         program = [python, "-I", "-S", "-c", _PROGRAM.format(nonce=self._nonce)]
         try:
-            # In a session of its own, or Ctrl-C would reach the connection before it could end the ranks.
+            # A separate session: otherwise Ctrl-C would end the connection before it could end the ranks.
             self._process = subprocess.Popen(
                 program if shell is None else shell.command(host, "exec " + shlex.join(program)),
                 stdin=subprocess.PIPE,
@@ -81,8 +81,8 @@ class Link:
                 start_new_session=True,
             )
         except FileNotFoundError as error:
-            mend = shell.install if shell else "reinstall Python"
-            raise UsageError(f"{error.filename} is missing; {mend}.") from None
+            fix = shell.install if shell else "reinstall Python"
+            raise UsageError(f"{error.filename} is missing; {fix}.") from None
         self._threads = [threading.Thread(target=work, daemon=True) for work in (self._read, self._read_complaints)]
         for thread in self._threads:
             thread.start()
@@ -95,41 +95,41 @@ class Link:
         return self.shell is not None
 
     def send(self, **order: Any) -> None:
-        """Sends an order; that the agent has gone is told by an event."""
+        """Sends an order. If the agent has ended, an event reports it."""
         self._write(json.dumps(order).encode() + b"\n")
 
     def silent_for(self) -> float:
-        """Seconds since the agent was last heard of."""
+        """Seconds since the agent's last frame."""
         return time.monotonic() - self.heard
 
     def hang_up(self) -> None:
-        """Tells the agent that it is over, by closing its input; what it still does, `close` waits for."""
+        """Tells the agent to end, by closing its input. `close` waits for it."""
         with contextlib.suppress(OSError), self._lock:
             if self._process.stdin:
                 self._process.stdin.close()
 
     def close(self, until: float) -> None:
-        """Ends the connection, and with it the agent: by force after `until`, of the monotonic clock."""
+        """Ends the connection and the agent, by force after the time `until` of `time.monotonic()`."""
         try:
             self._process.wait(max(until - time.monotonic(), 0.1))
         except subprocess.TimeoutExpired:
-            # A remote shell, to a host that does not answer: what runs there ends itself when it hears nothing more.
+            # A remote host does not answer. The agent there ends itself when it receives no more heartbeats.
             self._process.send_signal(signal.SIGKILL if self.is_remote else signal.SIGTERM)
         try:
             self._process.wait(8)
         except subprocess.TimeoutExpired:
-            self._process.kill()  # it is frozen; the ranks go with it
+            self._process.kill()  # the agent is unresponsive; the ranks end with it
             self._process.wait()
         for thread in self._threads:
             thread.join(2)
 
     def complaint(self) -> str:
-        """Why there is no agent, in a sentence with the mend; known once the connection has ended."""
+        """Why there is no agent and how to fix it, in a sentence. Call it after the connection has ended."""
         self._threads[1].join(2)
         try:
             code = self._process.wait(5)
         except subprocess.TimeoutExpired:
-            code = 255  # as ssh has it for a connection that failed
+            code = 255  # ssh's exit code for a failed connection
         said = self._complaints.decode(errors="replace").strip()
         if self.shell is None:
             return f"The agent on this host ended: {said or code}"
@@ -151,7 +151,7 @@ class Link:
         self._events.put(Event(self, GONE))
 
     def _find_greeting(self, source: IO[bytes]) -> bool:
-        """Passes over what a shell's start-up files print."""
+        """Skips the output of the shell's start-up files."""
         greeting = agent.GREETING + self._nonce.encode() + b"\n"
         return any(line.endswith(greeting) for line in iter(lambda: source.readline(1 << 16), b""))
 
@@ -174,7 +174,7 @@ def _frame(source: IO[bytes]) -> tuple[bytes, int, bytes] | None:
 
 
 def address_of(host: str, shell: Shell) -> str:
-    """A host's IPv4 address; a name that only the remote shell knows is looked up there.
+    """A host's IPv4 address. Names that only the remote shell knows are looked up in its configuration.
 
     Raises:
         UsageError: the name has no address.
@@ -186,7 +186,7 @@ def address_of(host: str, shell: Shell) -> str:
 
 
 def is_this_host(host: str, address: str) -> bool:
-    """Whether a name and its address are this host's own: binding a socket to an address tells."""
+    """Whether a name and its address are this host's own. A socket can only be bound to an own address."""
     if host == socket.gethostname() or address.startswith("127."):
         return True
     with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:
@@ -198,7 +198,7 @@ def is_this_host(host: str, address: str) -> bool:
 
 
 def is_reachable(host: str, shell: Shell) -> bool:
-    """Whether a command can be run on a host; asked within ten seconds."""
+    """Whether a command can be run on a host within ten seconds."""
     try:
         if is_this_host(host, address_of(host, shell)):
             return True
@@ -211,12 +211,12 @@ def is_reachable(host: str, shell: Shell) -> bool:
 
 
 def own_address_towards(address: str) -> str:
-    """This host's address on the way to another: connecting a UDP socket looks it up, and sends nothing."""
+    """The address that this host uses to reach another."""
     return str(agent.source_address(address) or "127.0.0.1")
 
 
 def exported(environment: dict[str, str]) -> dict[str, str]:
-    """The variables that also mean something on another host: not those of this session, screen or user."""
+    """The variables that are valid on another host: not those of this session, display or user."""
     private = re.compile(
         r"BASH_FUNC_.*|SSH_.*|XDG_.*|DBUS_.*|DISPLAY|HOSTNAME|HOME|USER|LOGNAME|MAIL|SHELL|SHLVL|PWD|OLDPWD|TERM|_"
         r"|TMPDIR|.*CUDA_VISIBLE_DEVICES"
@@ -225,5 +225,5 @@ def exported(environment: dict[str, str]) -> dict[str, str]:
 
 
 def environment() -> dict[str, str]:
-    """This process's environment, without what a surrounding job left in it."""
+    """This process's environment without the variables of a surrounding MPI job."""
     return {name: value for name, value in os.environ.items() if not name.startswith(("OMPI_COMM_WORLD_", "PMIX_"))}

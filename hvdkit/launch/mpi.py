@@ -1,8 +1,8 @@
-"""Jobs whose ranks meet over MPI: one `mpirun` starts them, under this host's agent, and its words are made the job's.
+"""Jobs whose ranks communicate over MPI: one `mpirun`, under this host's agent, starts all ranks.
 
-`mpirun` reaches the other hosts by ssh with the same options as the launcher, tags each line with its rank, ends all
-ranks when one fails, and ends them when it is told to. The agent sees to it that it is told, also where the launcher is
-killed. It ends the other ranks at once, so they may not get to say why.
+`mpirun` reaches the other hosts by ssh with the launcher's options and tags each output line with its rank. It ends all
+ranks when one fails, or when the agent ends it, which happens even if the launcher is killed. It ends the other ranks
+at once, so they may not have time to report the cause.
 """
 
 import os
@@ -20,7 +20,7 @@ from hvdkit.launch.job import Job, Lost
 from hvdkit.launch.link import Link, address_of, environment, exported, is_this_host
 from hvdkit.launch.shells import Ssh
 
-_LEAVE_SECONDS = 15.0  # for mpirun to end when all ranks leave: it waits for the daemon of a host that is cut off
+_LEAVE_SECONDS = 15.0  # for mpirun to end after all ranks exit: it waits for the daemon of a host that is cut off
 _OF_A_RANK = re.compile(rb"\[\d+,(\d+)\]<std(?:out|err)>:(.*)", re.DOTALL)
 _EXITED = re.compile(r"Process name: \[\[\d+,\d+\],\s*(\d+)\]\s+Exit code:\s+(\d+)")
 _CUT_OFF = re.compile(r"lost communication with a remote daemon.*?Remote daemon:.*? on node (\S+)", re.DOTALL)
@@ -31,12 +31,12 @@ class MpiJob(Job):
     """A job that `mpirun` (Open MPI) starts; see `Job`."""
 
     def connect(self) -> None:
-        """Finds mpirun, and starts the agent under which it will run.
+        """Finds mpirun and starts the agent that will run it.
 
         Raises:
-            UsageError: there is no mpirun, or something was asked that it does otherwise.
+            UsageError: there is no mpirun, or an option conflicts with it.
         """
-        self._said = b""  # by mpirun itself
+        self._said = b""  # mpirun's own output
         self._leaving_since: float | None = None
         self._begun: dict[bool, bytes] = {False: b"", True: b""}
         self._mpirun = shutil.which("mpirun") or ""
@@ -57,19 +57,15 @@ class MpiJob(Job):
         link = Link("localhost", None, sys.executable, self.events)
         self.links.append(link)
         self._names[link] = link.host
-        peer = self._own_address(link)
-        link.send(
-            ask={
-                "peer": peer, "interface": self.settings.interface, "directory": self.settings.directory, "silence": 0,
-            }
-        )  # fmt: skip
+        question = {"interface": self.settings.interface, "directory": self.settings.directory, "silence": 0}
+        link.send(ask={"peer": self._own_address(link), **question})
         self._hear_hosts()
         self._check_host(link)
 
     def command(self) -> list[str]:
         """The exact command that starts the ranks."""
         hosts = ",".join(f"{host.name}:{host.slots}" for host in self.settings.hosts)
-        shell = self.settings.shell  # inside of a Slurm job, mpirun takes srun by itself
+        shell = self.settings.shell  # inside a Slurm job, mpirun uses srun by itself
         reach = ["-mca", "plm_rsh_args", shlex.join(shell.options())] if isinstance(shell, Ssh) else []
         everything = {**exported(environment()), **self.common_environment()}
         names = sorted(name for name in everything if re.fullmatch(r"\w+", name, re.ASCII))
@@ -82,7 +78,7 @@ class MpiJob(Job):
             *("-bind-to", "none", "-map-by", "slot"),  # TensorFlow's threads need more than one core
             *("-mca", "pml", "ob1", "-mca", "btl", "^openib"),
             *reach,
-            *_signs_of_life(self.settings.silence),
+            *_keepalive_options(self.settings.silence),
             *(["-mca", "oob_tcp_if_include", interface, "-mca", "btl_tcp_if_include", interface] if interface else []),
             *(part for name in names for part in ("-x", name)),
             *self.settings.command,
@@ -97,7 +93,7 @@ class MpiJob(Job):
         }
 
     def start(self) -> None:
-        """Starts mpirun, as the one process of the one agent."""
+        """Starts mpirun as the agent's only process."""
         self.links[0].send(
             start={
                 "command": self.command(),
@@ -119,7 +115,7 @@ class MpiJob(Job):
         return binding.describe(self.settings.command, self.common_environment(), ranks, started_by=self.command())
 
     def take_output(self, rank: int, data: bytes, *, is_error: bool) -> None:
-        """Gives each line to the rank that is named in its tag; what has none is mpirun's own."""
+        """Assigns each line to the rank in its tag. Lines without a tag are mpirun's own."""
         *lines, self._begun[is_error] = re.split(rb"(?<=[\n\r])", self._begun[is_error] + data)
         for line in lines:
             if match := _OF_A_RANK.fullmatch(line):
@@ -128,13 +124,17 @@ class MpiJob(Job):
                 self._said += line
 
     def verdict(self) -> Failure | None:
-        """The failure that mpirun names first, or the watchdog's; `Lost` where mpirun itself failed."""
+        """The failure that mpirun names first, or the watchdog's.
+
+        Raises:
+            Lost: mpirun itself failed.
+        """
         code = self._ended.get(0, 0)
         if code == 0:
             return None
         said = self._said.decode(errors="replace")
         killed = [Failure(int(rank), -int(number)) for rank, number in _KILLED.findall(said)]
-        # Those that mpirun itself has ended in the wake of another.
+        # mpirun itself ends the other ranks with SIGTERM after a failure.
         killed = [failure for failure in killed if failure.code != -signal.SIGTERM]
         exited = [Failure(int(rank), int(number)) for rank, number in _EXITED.findall(said)]
         if lost := _CUT_OFF.search(said):
@@ -169,8 +169,8 @@ class MpiJob(Job):
     def _without_answer(self, node: str) -> Lost:
         hosts = [name for name, address in self._addresses.items() if node in (name, address)]
         return Lost(
-            f"Host {node} is down, frozen or cut off: mpirun hears nothing of it. Its ranks end by themselves then. "
-            f"Start the job without it, or when it is back.",
+            f"Host {node} is down, unresponsive or cut off: mpirun has lost the connection to it. Its ranks stop by "
+            f"themselves. Start the job without it, or when it is back.",
             hosts or [node],
         )
 
@@ -182,11 +182,11 @@ class MpiJob(Job):
                 self._end(0)
 
     def _check_start(self, now: float) -> None:
-        """mpirun has a limit of its own."""
+        """Does nothing: mpirun has its own limit."""
 
 
-def _signs_of_life(silence: float) -> list[str]:
-    """What lets mpirun and its daemons notice in `silence` seconds that a host is cut off; 0 for their own limit."""
+def _keepalive_options(silence: float) -> list[str]:
+    """The options with which mpirun's daemons detect a lost host within `silence` seconds; 0 for their default."""
     if not silence:
         return []
     parts = {"time": silence / 2, "intvl": silence / 8, "probes": 4}

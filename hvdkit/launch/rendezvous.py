@@ -1,13 +1,14 @@
-"""Where a job's ranks find each other: Horovod's rendezvous server, open to the job's hosts alone.
+"""The rendezvous server through which a job's ranks find each other, restricted to the job's hosts.
 
-Horovod's own listens on every interface, takes values of any size from anybody, and where it is elastic unpickles them
-(CVE-2024-10190, CVE-2026-31234). This one listens on the job's interface (loopback for a job on one host), closes a
-connection from any other address than those of the job's hosts before it reads from it, and answers only to who
-knows the job's token. Values are bytes that Gloo left for Gloo: bounded, kept, given back, and never looked into.
+Horovod's own server listens on every interface, accepts values of any size from any client, and in elastic mode
+unpickles them (CVE-2024-10190, CVE-2026-31234). This server listens on the job's interface (loopback for a job on one
+host). It closes connections from other addresses than those of the job's hosts before reading from them, and answers
+only requests with the job's token. Values are opaque bytes for Gloo: limited in size and number, stored and returned,
+never parsed.
 
-The token is the first part of every path. Horovod's client in C++ makes its addresses of HOROVOD_GLOO_RENDEZVOUS_ADDR
-by joining strings, so a token in that variable goes with each request; other users of the host cannot read a rank's
-environment. It is not encrypted on its way: who can listen on the job's own network can read it.
+The token is the first part of every path. Horovod's C++ client builds its URLs from HOROVOD_GLOO_RENDEZVOUS_ADDR by
+joining strings, so a token in that variable is part of each request. Other users of the host cannot read a rank's
+environment. The token is not encrypted in transit: anyone who can capture the job's network traffic can read it.
 """
 
 import hmac
@@ -21,31 +22,31 @@ from typing import Any
 
 from horovod.runner.http.http_server import RendezvousHandler, RendezvousHTTPServer
 
-MOST_BYTES = 1 << 20  # of a value: Gloo's list of addresses of 1,000 ranks has a tenth of it
+MOST_BYTES = 1 << 20  # of a value; Gloo's address list of 1,000 ranks takes a tenth of it
 MOST_VALUES = 1 << 16
-MOST_VISITORS = 512  # connections at once
+MOST_VISITORS = 512  # concurrent connections
 _PATH = re.compile(r"/([0-9a-f]{64}):\d{1,5}/([\w.,-]{1,300})/([\w.,:-]{1,300})", re.ASCII)
-_SCOPE_OF_ALL = "global"  # where each rank first says that it is there, under its number
+_SCOPE_OF_ALL = "global"  # each rank first registers here, under its number
 
 
 class Rendezvous:
     """The rendezvous of one job.
 
     Args:
-        slots: the ranks' places (`hosts.assign`).
-        hosts: the addresses from which the job's hosts may come; its own addresses must be among them, too.
+        slots: the ranks' slots (`hosts.assign`).
+        hosts: the addresses of the job's hosts, including this host's own.
     """
 
     def __init__(self, slots: Collection[Any], hosts: Collection[str]) -> None:
         self.token = secrets.token_hex(32)
-        self.arrived: dict[int, float] = {}  # when each rank reached `hvd.init()`, by the monotonic clock
-        self.refused = 0  # visitors that were sent away
+        self.arrived: dict[int, float] = {}  # time.monotonic() at which each rank reached `hvd.init()`
+        self.refused = 0  # number of refused connections and requests
         self._slots = slots
         self._hosts = frozenset(hosts)
         self._servers: dict[str, _Server] = {}
 
     def open(self, address: str) -> int:
-        """Listens on one of this host's addresses, and returns the port."""
+        """Listens on one of this host's addresses and returns the port."""
         server = self._servers.get(address)
         if server is None:
             server = self._servers[address] = _Server((address, 0), self, next(iter(self._servers.values()), None))
@@ -55,16 +56,16 @@ class Rendezvous:
         return int(server.server_address[1])
 
     def environment(self, address: str) -> dict[str, str]:
-        """What a rank needs in its environment to come to `address`."""
+        """The environment with which a rank connects to `address`."""
         port = self.open(address)
-        # Horovod joins "http://" + ADDR + ":" + PORT + "/": what follows ADDR's own port and slash is path.
+        # Horovod joins "http://" + ADDR + ":" + PORT + "/", so all after the port and slash in ADDR becomes the path.
         return {
             "HOROVOD_GLOO_RENDEZVOUS_ADDR": f"{address}:{port}/{self.token}",
             "HOROVOD_GLOO_RENDEZVOUS_PORT": str(port),
         }
 
     def admits(self, address: str) -> bool:
-        """Whether a visitor from this address is one of the job's hosts."""
+        """Whether this address is one of the job's hosts."""
         return address in self._hosts
 
     def close(self) -> None:
@@ -74,37 +75,37 @@ class Rendezvous:
             server.server_close()
 
     def note(self, scope: str, key: str) -> None:
-        """Takes note of a rank's first value."""
+        """Records the time of a rank's first value."""
         if scope == _SCOPE_OF_ALL and key.isdigit():
             self.arrived.setdefault(int(key), time.monotonic())
 
 
 class _Handler(RendezvousHandler):
-    """One request: its token is checked and its path cut to what Horovod's handler expects."""
+    """Handles one request: checks its token, and reduces its path to the form that Horovod's handler expects."""
 
     server: "_Server"
     path: str
     server_version, sys_version = "hvdkit", ""
 
-    def do_GET(self) -> None:  # noqa: N802 - http.server calls it so
+    def do_GET(self) -> None:  # noqa: N802 - the name that http.server calls
         if self._is_admitted():
             super().do_GET()
 
-    def do_PUT(self) -> None:  # noqa: N802 - http.server calls it so
+    def do_PUT(self) -> None:  # noqa: N802 - the name that http.server calls
         length = self.headers.get("Content-Length", "")
         if self._is_admitted():
             if not length.isdigit() or int(length) > MOST_BYTES or self.server.is_full():
                 self._refuse(413)
                 return
             _, scope, key = self.path.split("/")
-            self.server.rendezvous.note(scope, key)  # before it is answered
+            self.server.rendezvous.note(scope, key)  # before the answer
             super().do_PUT()
 
-    def do_DELETE(self) -> None:  # noqa: N802 - http.server calls it so
+    def do_DELETE(self) -> None:  # noqa: N802 - the name that http.server calls
         if self._is_admitted():
             super().do_DELETE()
 
-    def do_HEAD(self) -> None:  # noqa: N802 - the base class would answer it with files of the working directory
+    def do_HEAD(self) -> None:  # noqa: N802 - the base class would serve files of the working directory
         self._refuse(405)
 
     def _is_admitted(self) -> bool:
@@ -122,7 +123,7 @@ class _Handler(RendezvousHandler):
 
 
 class _Server(RendezvousHTTPServer):
-    """Listens on one address; several of one job share what they hold."""
+    """Listens on one address. The servers of one job share their values."""
 
     daemon_threads = True
     request_queue_size = 1024
@@ -135,7 +136,7 @@ class _Server(RendezvousHTTPServer):
             for name in ("cache_lock", "cache", "finished_list_lock", "finished_list", "scope_size"):
                 setattr(self, name, getattr(sibling, name))
 
-    def server_bind(self) -> None:  # the base class would ask the DNS for the address's name
+    def server_bind(self) -> None:  # the base class would look up the address in the DNS
         socketserver.TCPServer.server_bind(self)
         self.server_name, self.server_port = self.server_address[:2]
 
@@ -160,4 +161,4 @@ class _Server(RendezvousHTTPServer):
             self._places.release()
 
     def handle_error(self, request: Any, client_address: Any) -> None:
-        """A visitor who breaks off is no news."""
+        """Ignores clients that disconnect."""

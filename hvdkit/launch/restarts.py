@@ -1,10 +1,10 @@
-"""Jobs that outlive their ranks and hosts: they are started again, on the hosts that there are, until they succeed.
+"""Elastic jobs: they restart on the available hosts after failures and changes of hosts, until they succeed.
 
-A rank or host that is lost ends the job on all hosts; the next one goes on from the last checkpoint with those that are
-left. Hosts that come or leave are announced by a script or a host file: then the ranks are told to save first
-(SIGTERM), and nothing is done twice. Each start is one of new processes, so nothing that the old ones held, Horovod's
-background thread least of all, can be in the way of the new ones (as in TorchElastic, whose restarts are of this kind,
-and unlike Horovod's own elastic mode, which mends the state of processes that go on).
+If a rank or host is lost, the job ends on all hosts, and the next start resumes from the last checkpoint on the
+remaining hosts. A script or a host file announces hosts that are added or removed. The ranks are then asked to save
+first (SIGTERM), so no step is repeated. Each start uses new processes, so no state of the old ones, such as Horovod's
+background thread, can disturb the new ones. TorchElastic restarts in the same way. Horovod's own elastic mode differs:
+it repairs the state of running processes.
 """
 
 import collections
@@ -24,20 +24,20 @@ from hvdkit.launch.link import is_reachable
 from hvdkit.launch.shells import Shell
 
 POLL_SECONDS = 2.0
-_REST_SECONDS = 30.0  # before a host that was lost is used again; twice as long each time
+_REST_SECONDS = 30.0  # before a lost host is used again; doubles each time
 _SCRIPT_SECONDS = 60  # for a discovery script to answer
 
 
 @dataclasses.dataclass(frozen=True)
 class Policy:
-    """How a job may change.
+    """How a job may restart.
 
     Attributes:
-        least: ranks below which it waits for hosts.
-        most: ranks that it uses at most; None for all places that there are.
-        restarts: starts after a failure; those for a change of hosts do not count.
+        least: the least number of ranks; below it, the job waits for hosts.
+        most: the largest number of ranks; None for all slots.
+        restarts: how often to restart after a failure. Restarts for a change of hosts do not count.
         patience: seconds to wait for enough hosts.
-        may_change: start with other hosts than were given, or fewer ranks.
+        may_change: whether the job may start with other hosts than given, or with fewer ranks.
     """
 
     least: int
@@ -52,36 +52,36 @@ class TooFewHostsError(UsageError):
 
 
 class Roster:
-    """The hosts that are listed now, without those that cannot be used.
+    """The currently listed hosts, without those that cannot be used.
 
     Args:
-        discover: lists hosts; one that was listed before keeps its place, so that rank 0 stays where it is.
-        shell: how to see whether a host is back.
+        discover: lists hosts. A host that was listed before keeps its position, so rank 0 stays on its host.
+        shell: how to check whether a host is back.
     """
 
     def __init__(self, discover: Callable[[], Sequence[Host]], shell: Shell) -> None:
         self._discover = discover
         self._shell = shell
         self._listed: list[Host] = []
-        self._left_out: dict[str, float] = {}  # since when, by the monotonic clock
+        self._left_out: dict[str, float] = {}  # time.monotonic() since which a host is left out
         self._times: collections.Counter[str] = collections.Counter()
         self._complained = ""
         self._lock = threading.Lock()
 
     def available(self) -> list[Host]:
-        """The hosts that can be used, as far as is known."""
+        """The hosts that can be used, as far as known."""
         with self._lock:
             self._refresh()
             return [host for host in self._listed if host.name not in self._left_out]
 
     def leave_out(self, name: str) -> None:
-        """Uses a host no longer, until it can be reached again and has rested."""
+        """Leaves out a host until it can be reached again and its rest time is over."""
         with self._lock:
             self._left_out[name] = time.monotonic()
             self._times[name] += 1
 
     def look_after(self, *, in_need: bool = False) -> None:
-        """Takes back those that can be reached again; also those that have not rested, where there are too few."""
+        """Takes back hosts that can be reached again; with `in_need`, before their rest time is over, too."""
         for name, since in list(self._left_out.items()):
             has_rested = time.monotonic() - since > _REST_SECONDS * 2 ** (self._times[name] - 1)
             if (has_rested or in_need) and is_reachable(name, self._shell):
@@ -95,7 +95,7 @@ class Roster:
             if not self._listed:
                 raise
             if str(error) != self._complained:
-                say(f"{error} The hosts of before are kept.")
+                say(f"{error} Keeping the previous hosts.")
             self._complained = str(error)
             return
         known = [found.pop(host.name) for host in self._listed if host.name in found]
@@ -103,13 +103,13 @@ class Roster:
 
 
 class ElasticJob:
-    """One command over all its starts.
+    """A job with all its restarts.
 
     Args:
-        settings: as for a `Job`; its hosts and ranks are those of the first start.
-        policy: how it may change.
+        settings: as for a `Job`, with the hosts and ranks of the first start.
+        policy: how it may restart.
         roster: the hosts.
-        make: makes the job of one start.
+        make: creates the job of one start.
     """
 
     def __init__(self, settings: Settings, policy: Policy, roster: Roster, make: Callable[[Settings], Job]) -> None:
@@ -122,27 +122,27 @@ class ElasticJob:
         self._signal = 0
         self._failed = 0
         self._has_run = False
-        self._before: set[str] = set()  # the hosts of the start before
+        self._before: set[str] = set()  # the hosts of the previous start
         self._newcomers: list[str] = []
         self._waits_since: float | None = None
         self._last_words = ""
 
     def receive(self, number: int) -> None:
-        """Takes a signal to the launcher; safe in a signal handler."""
+        """Handles a signal to the launcher; safe in a signal handler."""
         self._signal = number
         if self._job is not None:
             self._job.events.put(number)
 
     @property
     def exit_code(self) -> int:
-        """The launcher's, where a signal came while no rank was running."""
+        """The launcher's exit code if a signal came while no rank was running."""
         return 128 + (self._signal or signal.SIGINT)
 
     def run(self) -> int:
-        """Starts the job until it has succeeded, and returns the launcher's exit code.
+        """Restarts the job until it succeeds, and returns the launcher's exit code.
 
         Raises:
-            UsageError: the first start shows a mistake, or there were not even enough hosts for it.
+            UsageError: the first start failed because of a mistake, or there were not enough hosts for it.
         """
         while True:
             try:
@@ -177,7 +177,7 @@ class ElasticJob:
             job.close()
 
     def _is_final(self, job: Job, code: int, ranks: int) -> bool:
-        """Whether the job is over, or given up; otherwise prepares the next start."""
+        """Whether the job is over or abandoned. Otherwise prepares the next start."""
         if code == 0 or self._signal or (code == failures.MISTAKE and not self._newcomers):
             return True
         for name in job.lost_hosts:
@@ -187,18 +187,18 @@ class ElasticJob:
         if code == failures.UNFIT:
             self._use_fewer_than(ranks)
             return False
-        if code == failures.PREEMPTED:  # a rank was told to leave its host, and all have saved
-            say("the ranks have saved and left; starting again with the hosts that there are.")
+        if code == failures.PREEMPTED:  # a rank was asked to leave its host, and all have saved
+            say("the ranks have saved and exited; restarting on the available hosts.")
             return False
-        if code == failures.MISTAKE:  # before these came, nothing was wrong
-            say(f"going on without {', '.join(self._newcomers)}.")
+        if code == failures.MISTAKE:  # the job ran before these hosts were added
+            say(f"continuing without {', '.join(self._newcomers)}.")
             for name in self._newcomers:
                 self._roster.leave_out(name)
         self._failed += 1
         if self._failed > self.policy.restarts:
             say(
                 f"the job has failed {self._failed} time(s), and --restarts {self.policy.restarts} allows no more. The "
-                f"same command goes on from its last checkpoint."
+                f"same command resumes from its last checkpoint."
             )
             return True
         say(f"restart {self._failed} of {self.policy.restarts}.")
@@ -206,13 +206,13 @@ class ElasticJob:
 
     def _leave_out(self, unfit: UnfitHostError) -> None:
         self._last_words = str(unfit)
-        say(f"{unfit} Going on without {unfit.host}.")
+        say(f"{unfit} Continuing without {unfit.host}.")
         self._roster.leave_out(unfit.host)
 
     # ---- Hosts -------------------------------------------------------------------------------------------------------
 
     def _wait_for_hosts(self) -> tuple[list[Host], int]:
-        """The hosts of the next start, and how many ranks."""
+        """The hosts of the next start, and its number of ranks."""
         self._waits_since = self._waits_since or time.monotonic()
         is_told = False
         while True:
@@ -224,32 +224,32 @@ class ElasticJob:
                 return _enough(chosen, ranks), ranks
             if time.monotonic() - self._waits_since > self.policy.patience:
                 raise TooFewHostsError(
-                    f"There were places for {ranks} rank(s) only for {self.policy.patience:g} s, and --min-np is "
-                    f"{self.policy.least}. {self._last_words or 'Add hosts.'} The same command goes on from its last "
+                    f"For {self.policy.patience:g} s there were slots for only {ranks} rank(s), and --min-np is "
+                    f"{self.policy.least}. {self._last_words or 'Add hosts.'} The same command resumes from its last "
                     f"checkpoint."
                 )
             if not is_told:
-                say(f"waiting for hosts: there are places for {ranks} rank(s), and --min-np is {self.policy.least}.")
+                say(f"waiting for hosts: there are slots for {ranks} rank(s), and --min-np is {self.policy.least}.")
                 is_told = True
             self._roster.look_after(in_need=True)
             time.sleep(POLL_SECONDS / 2)
 
     def _ranks(self, chosen: Sequence[Host]) -> int:
-        places = sum(host.slots for host in chosen)
-        return min(places, self._most) if self._most is not None else places
+        slots = sum(host.slots for host in chosen)
+        return min(slots, self._most) if self._most is not None else slots
 
     def _use_fewer_than(self, ranks: int) -> None:
         if ranks - 1 < self.policy.least:
             raise UsageError(
-                f"The command can use neither {ranks} rank(s) nor any number from there down to --min-np "
-                f"{self.policy.least}; its last words say why."
+                f"The command can use neither {ranks} rank(s) nor any smaller number down to --min-np "
+                f"{self.policy.least}; its last output says why."
             )
         self._most = ranks - 1
         say(f"the command cannot use {ranks} ranks; trying {ranks - 1}.")
 
     @contextlib.contextmanager
     def _watching(self, job: Job, chosen: list[Host], ranks: int) -> Iterator[None]:
-        """While the job runs, tells it when its hosts are to change."""
+        """Watches for changes of the hosts while the job runs, and tells the job."""
         over = threading.Event()
         thread = threading.Thread(target=self._watch, args=(job, chosen, ranks, over), daemon=True)
         thread.start()
@@ -264,30 +264,30 @@ class ElasticJob:
         while not over.wait(POLL_SECONDS):
             self._roster.look_after()
             now = self._change(self._roster.available(), chosen, ranks)
-            if now and now == before:  # seen twice: hosts that come together are taken together
+            if now and now == before:  # seen twice, so that hosts added together are used together
                 job.regroup(now)
                 return
             before = now
 
     def _change(self, available: list[Host], chosen: list[Host], ranks: int) -> str:
-        """Why the job should be started anew, in words; empty if it should not."""
-        places = {host.name: host.slots for host in available}
-        if gone := [host.name for host in chosen if places.get(host.name, 0) < host.slots]:
-            return f"{', '.join(gone)} no longer to be used"
+        """Why the job should restart, in words; empty if it should not."""
+        slots = {host.name: host.slots for host in available}
+        if gone := [host.name for host in chosen if slots.get(host.name, 0) < host.slots]:
+            return f"{', '.join(gone)} no longer available"
         if self._ranks(available) > ranks:
-            return f"places for {self._ranks(available)} ranks, {ranks} in use"
+            return f"slots for {self._ranks(available)} ranks, {ranks} in use"
         return ""
 
 
 def run_script(path: str, slots: int) -> list[Host]:
-    """The hosts that a discovery script prints, one a line: `h1` or `h1:4`, as Horovod has it.
+    """The hosts that a discovery script prints, one per line: `h1` or `h1:4`, as for Horovod.
 
     Args:
         path: the script.
-        slots: of a host that is printed without a number.
+        slots: the number of slots of a host that is printed without one.
 
     Raises:
-        UsageError: it cannot be run, fails, or prints something else.
+        UsageError: the script cannot be run, fails, or prints something else.
     """
     try:
         ended = subprocess.run([path], capture_output=True, text=True, timeout=_SCRIPT_SECONDS, check=False)
@@ -304,7 +304,7 @@ def run_script(path: str, slots: int) -> list[Host]:
 
 
 def _enough(chosen: list[Host], ranks: int) -> list[Host]:
-    """The first hosts that have places for so many ranks, and no more places than these."""
+    """The first hosts that have enough slots for the ranks, with unused slots removed."""
     used = []
     for host in chosen:
         if ranks > 0:

@@ -74,13 +74,13 @@ def test_a_host_that_is_cut_off_is_done_without_and_taken_back(cluster, elastic,
     try:
         read_until(job, "^begins$")
         cluster.change("cut", "h2")
-        found = read_until(job, r"(Host h2 has not been heard of for 4 s|started 1 rank\(s\) on h1:1|^begins$)", 3)
+        found = read_until(job, r"(Host h2 has sent no heartbeat for 4 s|started 1 rank\(s\) on h1:1|^begins$)", 3)
         assert found[1:] == ["started 1 rank(s) on h1:1", "begins"]
     finally:
         cluster.change("mend", "h2")
     code, output = end(job, 120)
     assert (code, sizes(starts)) == (0, [2, 1, 2]), output
-    assert "the hosts are to change (places for 2 ranks, 1 in use): the ranks save and leave." in output
+    assert "the hosts change (slots for 2 ranks, 1 in use): the ranks save and exit." in output
     assert "restart 2" not in output, "a change of hosts is no failure"
 
 
@@ -92,7 +92,7 @@ def test_with_too_few_hosts_it_waits_and_goes_on_when_they_are_back(cluster, ela
     try:
         read_until(job, "^begins$")
         cluster.change("cut", "h2")
-        read_until(job, r"waiting for hosts: there are places for 1 rank\(s\), and --min-np is 2")
+        read_until(job, r"waiting for hosts: there are slots for 1 rank\(s\), and --min-np is 2")
     finally:
         cluster.change("mend", "h2")
     code, output = end(job, 120)
@@ -113,8 +113,8 @@ def test_with_too_few_hosts_for_too_long_it_ends(cluster, elastic):
         cluster.change("mend", "h2")
     assert code == 75, "it may be started again"
     last = output.splitlines()[-1]
-    assert last.startswith("hvdkit.launch: There were places for 1 rank(s) only for 3 s, and --min-np is 2.")
-    assert last.endswith("The same command goes on from its last checkpoint.")
+    assert last.startswith("hvdkit.launch: For 3 s there were slots for only 1 rank(s), and --min-np is 2.")
+    assert last.endswith("The same command resumes from its last checkpoint.")
     wait_until(lambda: not remains(), "processes are left")
 
 
@@ -137,7 +137,7 @@ def test_hosts_come_and_go_as_they_are_listed(elastic, starts, tmp_path, kind):
         aside.replace(listed)
     code, output = end(job, 120)
     assert (code, sizes(starts)) == (0, [1, 3, 2]), output
-    assert "h2 no longer to be used" in output
+    assert "h2 no longer available" in output
     assert "started 2 rank(s) on h1:1,h3:1." in output
 
 
@@ -156,7 +156,7 @@ def test_a_new_host_whose_rank_hangs_at_start_is_done_without(start, tmp_path): 
     )  # fmt: skip
     read_until(job, r"started 1 rank\(s\) on h1:1")
     listed.write_text("h1\nh2\n")
-    found = read_until(job, r"(Rank 1 on h2 did not come to hvd.init\(\) within 4 s|started \d rank\(s\) on \S+)", 3)
+    found = read_until(job, r"(Rank 1 on h2 did not reach hvd.init\(\) within 4 s|started \d rank\(s\) on \S+)", 3)
     assert found[0] == "started 2 rank(s) on h1:1,h2:1."
     assert found[2] == "started 1 rank(s) on h1:1."
     job.terminate()
@@ -177,7 +177,7 @@ def test_a_new_host_that_is_not_fit_is_done_without(cluster, elastic, starts, tm
     listed.write_text("h1\nh3\n")
     code, output = end(job, 120)
     assert (code, sizes(starts)) == (0, [1, 2, 1]), output
-    assert "hvdkit.launch: going on without h3." in output
+    assert "hvdkit.launch: continuing without h3." in output
 
 
 def test_a_number_of_ranks_that_cannot_be_used_is_lowered(elastic, starts):

@@ -146,7 +146,7 @@ def test_a_cut_link_ends_both_sides(cluster, start):
     try:
         code, output = end(job)
         assert code == 75, output
-        assert "hvdkit.launch: Host h2 has not been heard of for 5 s: it is down, frozen or cut off." in output
+        assert "hvdkit.launch: Host h2 has sent no heartbeat for 5 s: it is down, unresponsive or cut off." in output
         wait_until(lambda: not remains(), "processes are left on h2, which is still cut off")
     finally:
         cluster.change("mend", "h2")
@@ -202,7 +202,7 @@ def refused(launch, message, *arguments, hosts="h1:1,h2:1"):
 def test_a_host_key_that_changed_is_refused(cluster, launch, edited):
     other = cluster.etc("h3", "ssh/ssh_host_ed25519_key.pub").read_text()
     edited("h1", "ssh/ssh_known_hosts", f"h2 {other}")
-    refused(launch, "Host h2 shows another key than the one known for it")
+    refused(launch, "Host h2 has a different key than the known one")
     edited("h1", "ssh/ssh_known_hosts", "")
     refused(launch, "The key of host h2 is not known here, so it could be any machine.")
     assert launch(*TWO, "--insecure-host-keys", "--", "true").code == 0
@@ -293,5 +293,5 @@ def test_a_host_that_is_cut_off_under_mpi_is_named(cluster, start):
     finally:
         cluster.change("mend", "h2")
     assert code == 75, output
-    assert "hvdkit.launch: Host h2 is down, frozen or cut off: mpirun hears nothing of it." in output
+    assert "hvdkit.launch: Host h2 is down, unresponsive or cut off: mpirun has lost the connection to it." in output
     wait_until(lambda: not remains(), "processes are left", 90)

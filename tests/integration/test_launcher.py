@@ -180,7 +180,7 @@ def test_a_rank_that_does_not_come_is_named():
     ended = launch("-np", 3, "--start-timeout", 2, "--", *arrive("02", 600))
     assert ended.code == 75
     last = ended.output.splitlines()[-1]
-    assert last.startswith("hvdkit.launch: Rank 1 on localhost did not come to hvd.init() within 2 s after the first")
+    assert last.startswith("hvdkit.launch: Rank 1 on localhost did not reach hvd.init() within 2 s after the first")
     assert "--start-timeout=SECONDS gives more time" in last
 
 

@@ -33,7 +33,7 @@ def test_lists_of_hosts(text, expected):
     "text", ["", "h1:0", "h1:two", "h1:2:3", "fe80::1", "-oProxyCommand=touch:1", "h1;id:1", "a b"]
 )
 def test_wrong_hosts(text):
-    with pytest.raises(UsageError, match=r"expected is a name or IPv4 address and the number of its ranks, as in h1:2"):
+    with pytest.raises(UsageError, match=r"expected a name or IPv4 address and its number of ranks, as in h1:2"):
         hosts.from_list(text)
 
 
@@ -93,7 +93,7 @@ def test_places_are_those_of_horovod():
     slots = hosts.assign([Host("h1", 2), Host("h2", 2)], 3)
     places = [(s.hostname, s.rank, s.local_rank, s.local_size, s.cross_rank, s.cross_size, s.size) for s in slots]
     assert places == [("h1", 0, 0, 2, 0, 2, 3), ("h1", 1, 1, 2, 0, 1, 3), ("h2", 2, 0, 1, 1, 2, 3)]
-    with pytest.raises(UsageError, match=r"-np 5 asks for more ranks than the hosts h1:2,h2:2 have places \(4\)"):
+    with pytest.raises(UsageError, match=r"-np 5 asks for more ranks than the hosts h1:2,h2:2 have slots \(4\)"):
         hosts.assign([Host("h1", 2), Host("h2", 2)], 5)
 
 
@@ -263,7 +263,7 @@ def test_failures_in_words():
     [
         (
             "@@@ WARNING: REMOTE HOST IDENTIFICATION HAS CHANGED! @@@\nHost key verification failed.",
-            "shows another key",
+            "has a different key",
         ),
         ("No ED25519 host key is known for h2\nHost key verification failed.", "The key of host h2 is not known here"),
         ("root@h2: Permission denied (publickey).", "ssh-copy-id h2"),
@@ -444,7 +444,7 @@ def test_a_script_prints_hosts_with_and_without_places(tmp_path):
     ("text", "message"),
     [
         ("echo no route >&2; exit 3", r"ended with exit code 3: no route"),
-        ("echo h1 slots=2", r"has the host 'h1 slots=2:1', and expected is a name or IPv4 address"),
+        ("echo h1 slots=2", r"has the host 'h1 slots=2:1'; expected a name or IPv4 address"),
     ],
 )
 def test_a_script_that_fails_is_explained(tmp_path, text, message):
