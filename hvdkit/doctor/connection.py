@@ -1,4 +1,4 @@
-"""The doctor's connection to one host: sends the probe there, over ssh if it is another host, and asks it questions."""
+"""The doctor's connection to one host: starts the probe there, over ssh if needed, and asks it questions."""
 
 import contextlib
 import json
@@ -13,15 +13,15 @@ from typing import Any
 from hvdkit.doctor import probe
 from hvdkit.launch.shells import Ssh
 
-LIFETIME_SECONDS = 420  # after which a probe ends by itself, whatever became of the doctor
-# Takes its program from its input, where no other user of the host can read it.
+LIFETIME_SECONDS = 420  # a probe ends by itself after this time, even if the doctor has died
+# Reads the program from standard input, where no other user of the host can see it.
 LOADER = "import sys;exec(sys.stdin.buffer.read(int(sys.stdin.buffer.readline())).decode())"
-_MOST_COMPLAINTS = 4000  # characters of what ssh said, the last ones
+_MOST_COMPLAINTS = 4000  # the last characters of ssh's error output that are kept
 _NO_PYTHON = 127
 
 
 class Lost(Exception):  # noqa: N818 - says what happened
-    """There is no connection, or no answer in time: the message says why."""
+    """There is no connection, or no answer in time. The message says why."""
 
 
 class Connection:
@@ -30,8 +30,8 @@ class Connection:
     Args:
         host: its name, as the user gave it.
         ssh: how to reach it; None for this host.
-        python: the interpreter that the job is to use there; if it is missing, the probe makes do with python3.
-        token: what the probes of one examination know each other by.
+        python: the interpreter that the job uses there. If it is missing, the probe runs with python3.
+        token: the secret by which the probes of one examination recognize each other.
     """
 
     def __init__(self, host: str, ssh: Ssh | None, python: str, token: str) -> None:
@@ -47,7 +47,7 @@ class Connection:
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,
-            start_new_session=True,  # Ctrl-C is for the doctor, which then closes
+            start_new_session=True,  # Ctrl-C goes to the doctor only, which then closes the connection
         )
         self._threads = [threading.Thread(target=work, daemon=True) for work in (self._read_complaints, self._read)]
         for thread in self._threads:
@@ -67,7 +67,7 @@ class Connection:
         return future
 
     def close(self) -> None:
-        """Ends the probe; one that cannot be told ends by itself."""
+        """Ends the probe. A probe that cannot be reached ends by itself."""
         with contextlib.suppress(OSError, ValueError):
             if self._process.stdin is not None:
                 self._process.stdin.close()
@@ -80,7 +80,7 @@ class Connection:
             thread.join(2)
 
     def _write(self, data: bytes) -> None:
-        with contextlib.suppress(OSError, ValueError), self._lock:  # why there is nobody is told by the reader
+        with contextlib.suppress(OSError, ValueError), self._lock:  # the reader reports why the probe is gone
             if self._process.stdin is not None:
                 self._process.stdin.write(data)
                 self._process.stdin.flush()
@@ -89,7 +89,7 @@ class Connection:
         for line in self._process.stdout or ():
             try:
                 content = json.loads(line)
-            except ValueError:  # a shell's start-up files print something
+            except ValueError:  # output of the shell's start-up files
                 continue
             if not isinstance(content, dict):
                 continue

@@ -1,7 +1,7 @@
-"""Asks all hosts all questions, at the same time where one does not disturb the other, and collects what they answer.
+"""Asks all hosts all questions, in parallel where questions do not disturb each other, and collects the answers.
 
-Nothing is judged here (see `checks/`), and nothing is given up because one host or one question fails: what there is no
-answer to is noted with the reason. Every wait has a limit.
+This module judges nothing; see `checks/`. If a host or a question fails, it records the reason and continues with the
+others. Every wait has a time limit.
 """
 
 import dataclasses
@@ -26,22 +26,22 @@ HELLO_SECONDS = 20.0
 ANSWER_SECONDS = 20.0
 LOAD_SECONDS = 150.0  # for TensorFlow, on a busy host with a cold disk
 DATASET_SECONDS = 30.0
-EXCHANGE_SECONDS = 30.0
+ALLREDUCE_SECONDS = 30.0
 _CLOCK_READINGS = 8
 
 
 @dataclasses.dataclass(frozen=True)
 class Settings:
-    """What is to be examined.
+    """What to examine.
 
     Attributes:
         hosts: names and numbers of ranks.
         python: the interpreter that the job uses, on every host.
         directory: where the job's commands run, on every host.
         workdir: an absolute path.
-        dataset, data_dir: as for the training job; None if no data set is to be read.
+        dataset, data_dir: as for the training job; None to read no data set.
         ssh: how to reach other hosts.
-        loads: whether TensorFlow is loaded; if not, data sets are not read, and ranks are not started.
+        loads: whether to load TensorFlow. Without it no data sets are read and no ranks are started.
     """
 
     hosts: list[Host]
@@ -68,7 +68,7 @@ class Examination:
         self._connections: dict[str, Connection] = {}
 
     def run(self) -> Findings:
-        """Examines, and returns what was found; all that was started on the hosts has ended by then."""
+        """Examines the hosts and returns the findings. All processes on the hosts have ended by then."""
         began = time.monotonic()
         names = list(self.findings.hosts)
         with ThreadPoolExecutor(3 * len(names)) as pool:
@@ -81,8 +81,8 @@ class Examination:
                 for work in loading:
                     work.result()
                 list(pool.map(self._read_dataset, self._connections))
-                self._exchange()
-            finally:  # inside, as what waits for an answer then ends, too
+                self._allreduce()
+            finally:  # inside the pool, so that threads that wait for an answer end, too
                 for connection in self._connections.values():
                     connection.close()
         self.findings.seconds = round(time.monotonic() - began, 1)
@@ -95,7 +95,7 @@ class Examination:
         try:
             host.is_here = is_this_host(name, address_of(name, self.settings.ssh))
         except UsageError:
-            host.is_here = False  # ssh says more about it
+            host.is_here = False  # ssh reports the cause in more detail
         ssh = None if host.is_here else self.settings.ssh
         try:
             connection = Connection(name, ssh, self.settings.python, self._token)
@@ -120,7 +120,7 @@ class Examination:
         self._ask(name, "start_ranks", command=command, program=program, env=env, directory=self.settings.directory)
 
     def _load(self, name: str) -> None:
-        """Waits until the host has loaded TensorFlow; asks for the GPUs that it sees, if there are any."""
+        """Waits until the host has loaded TensorFlow, then asks for the GPUs that TensorFlow sees."""
         host = self.findings.hosts[name]
         if "start_ranks" in host.problems:
             host.problems["versions"] = host.problems.pop("start_ranks")
@@ -159,14 +159,16 @@ class Examination:
     # ---- Hosts with each other ---------------------------------------------------------------------------------------
 
     def _ask_of_others(self) -> None:
-        """Marks, ssh and ports, all hosts at once."""
+        """Checks marks, ssh and ports from all hosts at once."""
         names = list(self._connections)
         listening = self.findings.answered("listen")
         patience = self.settings.ssh.patience + 3.0
         asked: dict[tuple[str, str], Future[Any]] = {}
         for place, name in enumerate(names):
             connection = self._connections[name]
-            others = names[place + 1 :] + names[:place]  # each begins with another one: sshd takes few at once
+            others = (
+                names[place + 1 :] + names[:place]
+            )  # each starts with a different host, since sshd accepts few at once
             asked["marks", name] = connection.ask("marks", workdir=self.settings.workdir, mark=self._mark)
             commands = {other: self.settings.ssh.command(other, "true") for other in others}
             asked["ssh", name] = connection.ask("ssh", commands=commands, seconds=patience)
@@ -183,11 +185,11 @@ class Examination:
             self.findings.links += [{"from": name, **link} for link in links]
 
     def _stream(self) -> None:
-        """Each pair by itself, in rounds in which no host takes part twice in one direction."""
+        """Measures the bandwidth of each pair, in rounds in which each host sends once and receives once."""
         names = list(self._connections)
         for distance in range(1, len(names)):
             pairs = [(name, names[(place + distance) % len(names)]) for place, name in enumerate(names)]
-            if len(names) == 2:  # else both directions would share a link, or a core
+            if len(names) == 2:  # otherwise both directions would share a link or a core
                 self._stream_at_once(pairs[:1])
                 pairs = pairs[1:]
             self._stream_at_once(pairs)
@@ -195,10 +197,10 @@ class Examination:
     def _stream_at_once(self, pairs: Iterable[tuple[str, str]]) -> None:
         asked = []
         for one, other in pairs:
-            way = next((link for link in self.findings.links if (link["from"], link["to"]) == (one, other)
-                        and link["address"] in self.findings.good_addresses(other)), None)  # fmt: skip
-            if way is not None:
-                future = self._connections[one].ask("stream", address=way["address"], port=way["port"])
+            good = self.findings.good_addresses(other)
+            links = [link for link in self.findings.links if (link["from"], link["to"]) == (one, other)]
+            if link := next((link for link in links if link["address"] in good), None):
+                future = self._connections[one].ask("stream", address=link["address"], port=link["port"])
                 asked.append(({"from": one, "to": other}, future))
         for pair, future in asked:
             try:
@@ -206,15 +208,15 @@ class Examination:
             except Lost as why:
                 self.findings.streams.append({**pair, "problem": str(why)})
 
-    def _exchange(self) -> None:
-        """The ranks' allreduce."""
+    def _allreduce(self) -> None:
+        """Runs an allreduce over all ranks."""
         obstacle = self._obstacle()
         if obstacle:
             self.findings.exchange = {"skipped": obstacle}
             return
         try:
             from hvdkit.launch.rendezvous import Rendezvous
-        except ImportError as error:  # the doctor may run where no rank does
+        except ImportError as error:  # the doctor's host need not run ranks
             self.findings.exchange = {"skipped": f"the ranks' rendezvous needs Horovod here: {error}"}
             return
         slots = assign(self.settings.hosts, sum(host.slots for host in self.settings.hosts))
@@ -229,7 +231,7 @@ class Examination:
             for name, connection in self._connections.items():
                 common = {**rendezvous.environment(self._own_address(name)), **self._interface(name, sources[name])}
                 mine = [{**_rank_environment(slot), **common} for slot in slots if slot.hostname == name]
-                order = {"do": "exchange", "ranks": mine, "limit": EXCHANGE_SECONDS}
+                order = {"do": "allreduce", "ranks": mine, "limit": ALLREDUCE_SECONDS}
                 asked[name] = connection.ask("ranks", order=order)
             found = [{"host": name, **one} for name, future in asked.items() for one in _ranks(future)]
             self.findings.exchange = {"ranks": found}
@@ -237,7 +239,7 @@ class Examination:
             rendezvous.close()
 
     def _obstacle(self) -> str | None:
-        """Why the ranks need not be started."""
+        """Why the ranks cannot be started; None if they can."""
         if not self.settings.loads:
             return "Horovod was not loaded (--skip build)"
         for name, host in self.findings.hosts.items():
@@ -253,7 +255,7 @@ class Examination:
         return (self.findings.good_addresses(name) or ["127.0.0.1"])[0]
 
     def _own_address(self, name: str) -> str:
-        """The address at which a host finds the doctor: the one from which the doctor's ssh came there."""
+        """The address at which a host reaches the doctor: the source of the doctor's ssh connection."""
         here = self.findings.here
         if len(self._connections) == 1 and here:
             return "127.0.0.1"
@@ -275,7 +277,7 @@ class Examination:
         return _wait(self._connections[name].ask("ranks", order=order), LOAD_SECONDS)
 
     def _take(self, name: str, question: str, answer: Callable[[], Any]) -> bool:
-        """Notes an answer, or why there is none; whether there is one."""
+        """Records an answer, or why there is none; returns whether there is one."""
         host = self.findings.hosts[name]
         try:
             found = answer()
@@ -295,10 +297,10 @@ def _wait(future: "Future[Any]", seconds: float) -> Any:
 
 
 def _content(said: dict[str, Any]) -> Any:
-    """What a line of the ranks' program says.
+    """The answer in a line of the ranks' program.
 
     Raises:
-        Lost: it says why there is nothing.
+        Lost: the line holds a problem instead.
     """
     if "problem" in said:
         raise Lost(said["problem"])
@@ -307,17 +309,17 @@ def _content(said: dict[str, Any]) -> Any:
 
 def _ranks(future: "Future[Any]") -> list[dict[str, Any]]:
     try:
-        said = _wait(future, EXCHANGE_SECONDS + 10)
+        said = _wait(future, ALLREDUCE_SECONDS + 10)
     except Lost as why:
         return [{"problem": str(why)}]
     return [{**one.pop("answer", {}), **one} for one in said]
 
 
 def _read_clock(connection: Connection) -> dict[str, float]:
-    """How far a host's clock is ahead of the doctor's, in seconds, and by how much that may be wrong.
+    """How far a host's clock is ahead of the doctor's, and the largest error of that value, both in seconds.
 
-    The answer was given at some time between question and answer: the middle is the best guess, and half of the
-    shortest of several round trips is the worst error (F. Cristian, "Probabilistic clock synchronization", 1989).
+    The host read its clock between the question and the answer. The middle is the best estimate, and half of the
+    shortest round trip is the largest error (F. Cristian, "Probabilistic clock synchronization", 1989).
     """
     readings = []
     for _ in range(_CLOCK_READINGS):
@@ -335,5 +337,5 @@ def _rank_environment(slot: Any) -> dict[str, str]:
         **{f"HOROVOD_{name.upper()}": str(getattr(slot, name)) for name in names},
         "HOROVOD_CONTROLLER": "gloo",
         "HOROVOD_CPU_OPERATIONS": "gloo",
-        "HOROVOD_GLOO_TIMEOUT_SECONDS": str(int(EXCHANGE_SECONDS / 2)),
+        "HOROVOD_GLOO_TIMEOUT_SECONDS": str(int(ALLREDUCE_SECONDS / 2)),
     }

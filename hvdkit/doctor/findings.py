@@ -1,4 +1,4 @@
-"""What an examination has found, before anybody judges it: plain data, as `--json` writes it."""
+"""The unjudged findings of an examination: plain data, as `--json` writes it."""
 
 import dataclasses
 from typing import Any
@@ -6,13 +6,13 @@ from typing import Any
 
 @dataclasses.dataclass
 class HostFindings:
-    """What was found on one host.
+    """The findings on one host.
 
     Attributes:
-        slots: the number of ranks it is to run.
+        slots: its number of ranks.
         is_here: whether the doctor itself runs on it.
-        unreachable: what ssh said, where the doctor could not come to it.
-        answers: by question (`Probe.answer_*`), what the host answered.
+        unreachable: ssh's error, if the doctor could not reach it.
+        answers: the host's answers by question (`Probe.answer_*`).
         problems: by question, why there is no answer.
     """
 
@@ -25,17 +25,17 @@ class HostFindings:
 
 @dataclasses.dataclass
 class Findings:
-    """What was found on all hosts.
+    """The findings on all hosts.
 
     Attributes:
-        settings: what was asked for: python, workdir, dataset, data_dir.
+        settings: the settings of the examination: python, workdir, dataset, data_dir.
         hosts: by name, in the order given.
         links: for each pair of hosts, address and port: {from, to, address, port, problem, kind, seconds}; `seconds` is
             the shortest round trip.
         streams: for each pair {from, to, bytes, seconds} or {from, to, problem}.
-        exchange: what became of the ranks' allreduce: {ranks: [{rank, size, right, bytes, seconds, device}]}, or
+        exchange: the result of the ranks' allreduce: {ranks: [{rank, size, right, bytes, seconds, device}]}, or
             {problem} or {skipped} with the reason.
-        seconds: how long the examination took.
+        seconds: the duration of the examination.
     """
 
     settings: dict[str, Any]
@@ -58,11 +58,11 @@ class Findings:
 
     @property
     def reached(self) -> list[str]:
-        """The hosts that the doctor came to."""
+        """The hosts that the doctor reached."""
         return [name for name, host in self.hosts.items() if host.unreachable is None]
 
     def answered(self, question: str) -> dict[str, Any]:
-        """The answers to a question, by host; without the hosts that gave none."""
+        """The answers to a question by host, without the hosts that gave none."""
         return {name: host.answers[question] for name, host in self.hosts.items() if question in host.answers}
 
     def pairs(self) -> list[tuple[str, str]]:
@@ -70,7 +70,7 @@ class Findings:
         return [(one, other) for one in self.reached for other in self.reached if one != other]
 
     def good_addresses(self, name: str) -> list[str]:
-        """A host's addresses at which every other host came through on every port."""
+        """A host's addresses at which every other host could connect to every port."""
         tried: dict[str, list[bool]] = {}
         for link in self.links:
             if link["to"] == name:

@@ -1,11 +1,11 @@
-"""What the doctor runs on each host: answers its questions about the host, and talks to the probes of the others.
+"""The doctor's program on each host: answers questions about the host, and connects to the probes of other hosts.
 
-The doctor sends this file through the standard input of one ssh connection a host (see `connection.py`), so it is a
-single file of the standard library and works where hvdkit is missing or broken. Requests come in as lines of JSON,
-answers go out as lines of JSON in the order in which they are found.
+The doctor sends this file through the standard input of one ssh connection per host (see `connection.py`). Keep it a
+single file that imports only the standard library, so that it works if hvdkit is missing or broken. Requests and
+answers are lines of JSON. Answers come in the order in which they are ready.
 
-A probe takes connections from other probes alone: both sides prove, without saying it, that they know the token that
-came through ssh. It ends, with all that it has started, when its input closes or its lifetime is over.
+A probe accepts connections only from other probes: both sides prove that they know the token from ssh without sending
+it. A probe ends, with all processes that it started, when its input closes or its lifetime is over.
 """
 
 from __future__ import annotations
@@ -34,20 +34,20 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
-LISTENERS = 3  # ports opened on each address: a firewall that lets one of them through by chance is found out
+LISTENERS = 3  # ports to open on each address, since a firewall may let a single one through by chance
 CONNECT_SECONDS = 3.0
 PINGS = 30
 STREAM_SECONDS = 0.4
-_STREAM_BYTES = 1 << 28  # and no more than this, on a fast network
+_STREAM_BYTES = 1 << 28  # the limit on a fast network
 _CHUNK = bytes(1 << 18)
 _MAC_BYTES = 32
-_VISITORS = 64  # connections that are served at once
+_VISITORS = 64  # concurrent connections
 _SIOCGIFFLAGS, _SIOCGIFADDR, _SIOCGIFNETMASK = 0x8913, 0x8915, 0x891B
 _IFF_UP, _IFF_LOOPBACK = 0x1, 0x8
 
 
 class Probe:
-    """Answers one doctor, on this host."""
+    """Answers one doctor on this host."""
 
     def __init__(self, name: str, token: str, lifetime: int) -> None:
         self.name = name
@@ -60,14 +60,14 @@ class Probe:
         self._made: list[Path] = []
         for number in (signal.SIGALRM, signal.SIGTERM, signal.SIGHUP, signal.SIGINT):
             signal.signal(number, lambda *_: self.close())
-        signal.alarm(lifetime)  # a cut network closes nothing
+        signal.alarm(lifetime)  # a cut network closes no connection
 
     def serve(self) -> None:
-        """Answers until the input closes. Requests that may wait have a thread each."""
+        """Answers until the input closes. Each request that may block runs in its own thread."""
         for line in sys.stdin.buffer:
             request = json.loads(line)
-            # The clock's answer must not wait for a thread; a child that is to die with the thread that has started it
-            # must be started by the one that stays.
+            # The clock must be read without delay. The ranks' process ends with the thread that started it, so the main
+            # thread must start it.
             if request["do"] in ("time", "start_ranks"):
                 self._answer(request)
             else:
@@ -75,20 +75,20 @@ class Probe:
         self.close()
 
     def close(self) -> None:
-        """Leaves nothing behind, and ends."""
+        """Removes all files, ends all processes, and exits."""
         if self._ranks is not None:
             with contextlib.suppress(ProcessLookupError):
                 os.killpg(self._ranks.pid, signal.SIGKILL)
         self.answer_unmark()
         for made in reversed(self._made):
-            with contextlib.suppress(OSError):  # another host's, or somebody has written there
+            with contextlib.suppress(OSError):  # it has files of another host or user
                 made.rmdir()
         os._exit(0)
 
     def _answer(self, request: dict[str, Any]) -> None:
         try:
             found: dict[str, Any] = {"answer": getattr(self, "answer_" + request["do"])(**request.get("with", {}))}
-        except Exception as error:  # whatever is wrong with this host is what the doctor asked for
+        except Exception as error:  # any error on this host is an answer for the doctor
             found = {"problem": f"{type(error).__name__}: {error}"}
         self.say({"id": request["id"], **found})
 
@@ -101,11 +101,11 @@ class Probe:
     # ---- This host ---------------------------------------------------------------------------------------------------
 
     def answer_time(self) -> float:
-        """Seconds since 1970, by this host's clock."""
+        """Seconds since 1970 by this host's clock."""
         return time.time()
 
     def answer_host(self) -> dict[str, Any]:
-        """Who this host is, and what mends of its failures depend on."""
+        """A description of this host, with the facts on which fixes depend."""
         firewalls = [name for name in ("ufw", "firewall-cmd", "nft", "iptables") if _which(name)]
         return {
             "hostname": socket.gethostname(),
@@ -119,13 +119,13 @@ class Probe:
         }
 
     def answer_names(self, names: list[str]) -> dict[str, Any]:
-        """The IPv4 addresses of names, and of this host's own, as programs on this host resolve them."""
+        """The IPv4 addresses to which this host resolves the names and its own name."""
         with ThreadPoolExecutor(16) as pool:
             every = list(dict.fromkeys([*names, socket.gethostname()]))
-            return dict(zip(every, pool.map(_resolve, every)))  # noqa: B905 - as old a Python as may be there
+            return dict(zip(every, pool.map(_resolve, every)))  # noqa: B905 - the host's Python may be old
 
     def answer_gpus(self) -> dict[str, Any]:
-        """The GPUs that NVIDIA's driver shows."""
+        """The GPUs that NVIDIA's driver reports."""
         tool = _which("nvidia-smi")
         devices = sorted(str(path) for path in Path("/dev").glob("nvidia[0-9]*"))
         if not tool:
@@ -144,7 +144,7 @@ class Probe:
         return _space(Path("/dev/shm"))
 
     def answer_disk(self, workdir: str) -> dict[str, Any]:
-        """Space in bytes where a run writes, and where temporary files go."""
+        """Space in bytes in the workdir and for temporary files."""
         there = next(path for path in (Path(workdir), *Path(workdir).parents) if path.exists())
         temporary = Path(tempfile.gettempdir())
         return {
@@ -153,12 +153,12 @@ class Probe:
         }
 
     def answer_files(self) -> dict[str, int]:
-        """How many files a process may have open: the limit that holds, and the one to which it may be raised."""
+        """The soft and the hard limit of open files per process."""
         soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
         return {"soft": soft, "hard": hard}
 
     def answer_workdir(self, workdir: str, mark: str) -> dict[str, Any]:
-        """Whether files can be written in a directory, which is made if it is not there, and removed at the end."""
+        """Writes a mark into a directory. A missing directory is created, and removed at the end."""
         path = Path(workdir)
         missing = [p for p in (path, *path.parents) if not p.exists()]
         for directory in reversed(missing):
@@ -170,7 +170,7 @@ class Probe:
         return {"made": bool(missing)}
 
     def answer_marks(self, workdir: str, mark: str) -> list[str]:
-        """The hosts whose marks are seen in the directory from here: all of them, if it is shared."""
+        """The hosts whose marks this host sees in the directory. If the directory is shared, these are all hosts."""
         prefix = f".hvdkit-doctor-{mark}-"
         return sorted(path.name[len(prefix) :] for path in Path(workdir).glob(prefix + "*"))
 
@@ -183,12 +183,12 @@ class Probe:
     # ---- From this host to others ------------------------------------------------------------------------------------
 
     def answer_ssh(self, commands: dict[str, list[str]], seconds: float) -> dict[str, Any]:
-        """How ssh commands to other hosts end; few at once, as sshd turns away many."""
+        """The exit codes of ssh commands to other hosts; few at once, since sshd refuses many."""
         with ThreadPoolExecutor(4) as pool:
             return dict(zip(commands, pool.map(lambda command: _run(command, seconds), commands.values())))  # noqa: B905
 
     def answer_listen(self) -> dict[str, list[int]]:
-        """Opens ports on each address of this host, and returns them."""
+        """Opens ports on each address of this host and returns them."""
         opened: dict[str, list[int]] = {}
         for interface in interfaces():
             for _ in range(LISTENERS):
@@ -198,16 +198,16 @@ class Probe:
         return opened
 
     def answer_reach(self, peers: list[list[Any]]) -> list[dict[str, Any]]:
-        """Tries addresses and ports of other hosts, each (host, address, port), and measures the round trip."""
+        """Connects to the (host, address, port) of other hosts and measures the round trips."""
         with ThreadPoolExecutor(32) as pool:
             found = list(pool.map(lambda peer: self._reach(*peer), peers))
-        for link in found:  # alone, or the pings of the one would wait for the other
+        for link in found:  # one at a time, so that pings do not delay each other
             if link["problem"] is None:
                 link["seconds"] = self._ping(link["address"], link["port"])
         return found
 
     def answer_stream(self, address: str, port: int) -> dict[str, float]:
-        """Sends as fast as it goes to another host, which counts: bytes, and seconds from the first to the last."""
+        """Sends to another host as fast as possible; returns the bytes and seconds that the receiver measured."""
         connection, _ = self._connect(address, port)
         with connection:
             connection.sendall(b"S")
@@ -226,12 +226,12 @@ class Probe:
             connection.close()
             if name != host:
                 link.update(kind="other", problem=f"{name} answers there")
-        except (socket.timeout, OSError) as error:  # noqa: UP041 - one and the same from Python 3.10 on
+        except (socket.timeout, OSError) as error:  # noqa: UP041 - they are the same from Python 3.10 on
             link.update(kind=_kind(error), problem=str(getattr(error, "strerror", None) or error))
         return link
 
     def _ping(self, address: str, port: int) -> float | None:
-        """The shortest round trip of one byte, in seconds."""
+        """The shortest round trip of one byte in seconds."""
         try:
             connection, _ = self._connect(address, port)
             with connection:
@@ -249,7 +249,7 @@ class Probe:
     # ---- How probes talk to each other -------------------------------------------------------------------------------
 
     def _connect(self, address: str, port: int) -> tuple[socket.socket, str]:
-        """A connection to another probe, and that probe's name; both have proved that they know the token."""
+        """Connects to another probe, verifies the token on both sides, and returns the probe's name, too."""
         connection = socket.create_connection((address, port), timeout=CONNECT_SECONDS)
         try:
             connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
@@ -258,7 +258,7 @@ class Probe:
             proof, length = _exactly(connection, _MAC_BYTES), _exactly(connection, 1)
             name = _exactly(connection, length[0])
             if not hmac.compare_digest(proof, self._proof(b"server", mine + name)):
-                raise OSError("what answers there is no probe of this doctor")
+                raise OSError("the program that answers there is not a probe of this doctor")
         except BaseException:
             connection.close()
             raise
@@ -284,16 +284,16 @@ class Probe:
                     return
                 name = self.name.encode()[:255]
                 connection.sendall(self._proof(b"server", theirs + name) + bytes([len(name)]) + name)
-                self._oblige(connection)
+                self._serve_peer(connection)
         finally:
             self._visitors.release()
 
-    def _oblige(self, connection: socket.socket) -> None:
-        wish = connection.recv(1)
-        if wish == b"P":
+    def _serve_peer(self, connection: socket.socket) -> None:
+        request = connection.recv(1)
+        if request == b"P":
             for _ in range(PINGS):
                 connection.sendall(_exactly(connection, 1))
-        elif wish == b"S":
+        elif request == b"S":
             received, first = 0, 0.0
             buffer = bytearray(len(_CHUNK))
             connection.settimeout(10 * CONNECT_SECONDS)
@@ -308,10 +308,10 @@ class Probe:
     # ---- The ranks ---------------------------------------------------------------------------------------------------
 
     def answer_start_ranks(self, command: list[str], program: str, env: dict[str, str], directory: str) -> None:
-        """Starts the program that becomes this host's ranks (`ranks.py`) as the launcher would."""
+        """Starts the program that becomes this host's ranks (`ranks.py`), as the launcher would."""
         if not Path(directory).is_dir():
             raise FileNotFoundError(f"there is no directory {directory}")
-        self._complaints = tempfile.TemporaryFile()  # noqa: SIM115 - as long as the process
+        self._complaints = tempfile.TemporaryFile()  # noqa: SIM115 - stays open as long as the process runs
         self._ranks = subprocess.Popen(
             command,
             stdin=subprocess.PIPE,
@@ -325,9 +325,9 @@ class Probe:
         self._tell_ranks(b"%d\n" % len(content) + content)
 
     def answer_ranks(self, order: dict[str, Any] | None) -> Any:
-        """Passes an order on, if there is one, and waits for the next line of that program."""
+        """Forwards an order to that program, if given, and waits for its next line."""
         if self._ranks is None or self._ranks.stdout is None:
-            raise RuntimeError("they were not started")
+            raise RuntimeError("the ranks were not started")
         if order is not None:
             self._tell_ranks(json.dumps(order).encode() + b"\n")
         line = self._ranks.stdout.readline()
@@ -335,12 +335,12 @@ class Probe:
             code = self._ranks.wait()
             self._complaints.seek(0)
             said = self._complaints.read().decode(errors="replace").strip().splitlines()
-            raise RuntimeError(f"it ended with {code}: {said[-1] if said else 'without a word'}")
+            raise RuntimeError(f"it ended with {code}: {said[-1] if said else 'without output'}")
         return json.loads(line)
 
     def _tell_ranks(self, content: bytes) -> None:
         if self._ranks is not None and self._ranks.stdin is not None:
-            with contextlib.suppress(BrokenPipeError):  # why it ended is told by its output
+            with contextlib.suppress(BrokenPipeError):  # its output says why it ended
                 self._ranks.stdin.write(content)
                 self._ranks.stdin.flush()
 
@@ -356,7 +356,7 @@ def interfaces() -> Iterator[dict[str, Any]]:
             try:
                 (flags,) = struct.unpack_from("H", ask(_SIOCGIFFLAGS, name), 16)
                 address, mask = (socket.inet_ntoa(ask(what, name)[20:24]) for what in (_SIOCGIFADDR, _SIOCGIFNETMASK))
-            except OSError:  # it has no IPv4 address
+            except OSError:  # the interface has no IPv4 address
                 continue
             if flags & _IFF_UP and not flags & _IFF_LOOPBACK:
                 yield {"name": name, "address": address, "mask": mask}
@@ -386,7 +386,7 @@ def _space(path: Path) -> dict[str, int]:
 
 
 def _kind(error: OSError) -> str:
-    """What became of an attempt to connect: nobody answered, somebody said no, there is no way, or something else."""
+    """The kind of a connection error: no answer, refused, no route or not permitted, or another one."""
     if isinstance(error, socket.timeout):  # TimeoutError, from Python 3.10 on
         return "silence"
     if error.errno in (errno.ENETUNREACH, errno.EHOSTUNREACH, errno.EACCES, errno.EPERM, errno.EINVAL):

@@ -1,9 +1,9 @@
-"""What a probe starts with the job's own Python: tells its versions, loads TensorFlow once, and becomes the ranks.
+"""The program that a probe starts with the job's Python: reports versions, loads TensorFlow, and forks the ranks.
 
-Loading TensorFlow takes seconds, so it is done once a host, before the other checks are over; the host's ranks are then
-forked from this process. Nothing is asked of TensorFlow before that: its threads and the GPU would not survive it.
+Loading TensorFlow takes seconds, so each host loads it once, while the other checks run, and forks its ranks from this
+process. Do not call TensorFlow before the fork: its threads and GPU contexts do not survive a fork.
 
-Like the probe, this comes through a pipe and is a single file; of hvdkit it needs only what opens a data set.
+Like the probe, this program comes through a pipe and must stay a single file. It needs hvdkit only to open a data set.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ from typing import Any
 PACKAGES = ("tensorflow", "keras", "horovod", "numpy", "hvdkit")
 _OPTIONS = ("gloo", "mpi", "nccl", "cuda", "rocm", "ccl", "ddl")
 _SMALL, _LARGE = 1 << 18, 1 << 24  # elements of 4 bytes: 1 MiB, 64 MiB
-_AIM_SECONDS = 0.3  # for one exchange of the large buffer, on whatever network
+_AIM_SECONDS = 0.3  # target duration of one allreduce of the large buffer
 _PR_SET_PDEATHSIG = 1
 
 
@@ -36,7 +36,7 @@ _PR_SET_PDEATHSIG = 1
 
 
 def versions() -> dict[str, Any]:
-    """Versions by what installers have written down, which takes no time, and a fingerprint of hvdkit's own sources."""
+    """Versions from the packages' metadata, which is fast, and a fingerprint of hvdkit's sources."""
     found: dict[str, str | None] = {}
     for name in PACKAGES:
         try:
@@ -65,7 +65,7 @@ def _folder(name: str) -> Path | None:
 
 
 def load() -> dict[str, Any]:
-    """Loads TensorFlow and Horovod, and returns with which options Horovod was built."""
+    """Loads TensorFlow and Horovod, and returns the options with which Horovod was built."""
     import horovod.tensorflow as hvd
     import tensorflow as tf
 
@@ -81,7 +81,7 @@ def load() -> dict[str, Any]:
     }
 
 
-# ---- In processes of their own ---------------------------------------------------------------------------------------
+# ---- In child processes ----------------------------------------------------------------------------------------------
 
 
 def visible_gpus() -> list[str]:
@@ -92,7 +92,7 @@ def visible_gpus() -> list[str]:
 
 
 def read_dataset(dataset: str, data_dir: str | None) -> dict[str, Any]:
-    """Opens a data set as the training job does, and reads the first and the last example of each split."""
+    """Opens a data set as the training job does, and reads the first and last example of each split."""
     from hvdkit.data.sources import open_source
 
     source = open_source(dataset, data_dir)
@@ -104,8 +104,8 @@ def read_dataset(dataset: str, data_dir: str | None) -> dict[str, Any]:
     return {"sizes": sizes}
 
 
-def exchange(env: dict[str, str]) -> dict[str, Any]:
-    """One rank: adds up numbers over all ranks, and measures the exchange of a large buffer."""
+def allreduce(env: dict[str, str]) -> dict[str, Any]:
+    """Runs one rank: sums numbers over all ranks, and measures the allreduce of a large buffer."""
     os.environ.update(env)
     import horovod.tensorflow as hvd
     import tensorflow as tf
@@ -141,7 +141,7 @@ def exchange(env: dict[str, str]) -> dict[str, Any]:
 
 
 def in_children(work: Callable[..., Any], arguments: Iterable[tuple[Any, ...]], limit: float) -> list[dict[str, Any]]:
-    """Calls a function in forked processes at once; what each returned, or why there is nothing."""
+    """Calls a function in parallel forked processes; returns each one's answer, or why there is none."""
     children = [_Child(work, each) for each in arguments]
     until = time.monotonic() + limit
     with selectors.DefaultSelector() as selector:
@@ -155,13 +155,13 @@ def in_children(work: Callable[..., Any], arguments: Iterable[tuple[Any, ...]], 
 
 
 class _Child:
-    """A forked process that calls a function and sends what it returns."""
+    """A forked process that calls a function and sends its result."""
 
     def __init__(self, work: Callable[..., Any], arguments: tuple[Any, ...]) -> None:
         self.pipe, theirs = os.pipe()
         self._said = b""
         self._is_over = False
-        self._complaints = tempfile.TemporaryFile()  # noqa: SIM115 - as long as the process
+        self._complaints = tempfile.TemporaryFile()  # noqa: SIM115 - stays open as long as the process runs
         parent = os.getpid()
         self._pid = os.fork()
         if self._pid == 0:
@@ -169,22 +169,22 @@ class _Child:
             _die_with(parent)
             try:
                 answer: dict[str, Any] = {"answer": work(*arguments)}
-            except BaseException as error:  # told to the doctor instead
+            except BaseException as error:  # report it to the doctor
                 answer = {"problem": f"{type(error).__name__}: {error}".partition("\n")[0]}
             with os.fdopen(theirs, "wb") as pipe:
                 pipe.write(json.dumps(answer).encode())
-            os._exit(0)  # without TensorFlow's and Horovod's goodbyes
+            os._exit(0)  # skip the exit handlers of TensorFlow and Horovod
         os.close(theirs)
 
     def listen(self) -> bool:
-        """Takes what there is; whether there may be more."""
+        """Reads the available output; returns whether more may follow."""
         data = os.read(self.pipe, 1 << 16)
         self._said += data
         self._is_over = not data
         return bool(data)
 
     def end(self, limit: float) -> dict[str, Any]:
-        """Ends the process, and returns what it has said."""
+        """Ends the process and returns its answer, or why there is none."""
         os.close(self.pipe)
         if not self._is_over:
             os.kill(self._pid, signal.SIGKILL)
@@ -195,7 +195,7 @@ class _Child:
         lines = self._complaints.read().decode(errors="replace").strip().splitlines()
         last = next((line.strip() for line in reversed(lines) if "what():" in line or "rror" in line), "")
         code = os.waitstatus_to_exitcode(status)
-        how = f"it ended with {code}" if self._is_over else f"it was not done within {limit:g} s"
+        how = f"it ended with {code}" if self._is_over else f"it did not finish within {limit:g} s"
         return {"problem": f"{how}: {last[-400:]}" if last else how}
 
 
@@ -214,14 +214,14 @@ def obey(order: dict[str, Any]) -> Any:
         return in_children(visible_gpus, [()], order["limit"])[0]
     if order["do"] == "dataset":
         return in_children(read_dataset, [(order["dataset"], order["data_dir"])], order["limit"])[0]
-    return in_children(exchange, [(env,) for env in order["ranks"]], order["limit"])
+    return in_children(allreduce, [(env,) for env in order["ranks"]], order["limit"])
 
 
 def main() -> None:
-    """Says what is installed, loads it, and obeys until the input closes."""
+    """Reports what is installed, loads it, and carries out orders until the input closes."""
     _die_with(os.getppid())
     channel = os.fdopen(os.dup(1), "w")
-    os.dup2(2, 1)  # whatever libraries print is no answer
+    os.dup2(2, 1)  # keeps the output of libraries out of the answers
 
     def say(content: Any) -> None:
         channel.write(json.dumps(content) + "\n")

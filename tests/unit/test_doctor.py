@@ -150,7 +150,7 @@ ILL = {
     "unknown key": (unreachable(f"No ED25519 host key is known for h2.\n{NO_KEY}"), "connect", "h1 -> h2",
                     "its host key is not known", "h1", "ssh h2 true"),
     "changed key": (fails(code=255, said=f"REMOTE HOST IDENTIFICATION HAS CHANGED!\n{NO_KEY}"), "ssh", "h2 -> h1",
-                    "not the one known", "h2", "ssh-keygen -R h1"),
+                    "not the known one", "h2", "ssh-keygen -R h1"),
     "no key": (fails(code=255, said="root@h1: Permission denied (publickey)."), "ssh", "h2 -> h1",
                "without a password", "h2", "ssh-copy-id h1"),
     "odd": (fails(code=255, said="kex: no common algorithm"), "ssh", "h2 -> h1", "no common algorithm", "h2", "ssh -v"),
@@ -162,7 +162,7 @@ ILL = {
     "unknown name": (resolves("h2", "h1"), "names", "h2", "h1, does not resolve", "h2", "echo '10.77.0.1 h1'"),
     "no interface": (put("host", "interfaces", value=[]), "interface", "h2", "no interface", "h2", "dhclient"),
     "no way": (both(lambda c: answers(c, "h1")["ssh"].update(h2={"code": 255, "said": "Connection timed out"}),
-                    blocked("no way", "No route to host")), "interface", "h2", "have a way", "h1",
+                    blocked("no way", "No route to host")), "interface", "h2", "can be reached from all", "h1",
                "ip route get 10.77.0.2"),
     "firewall": (blocked("silence", "timed out"), "ports", "h1 -> h2", "3 of 3 ports", "h2",
                  "iptables -I INPUT -s 10.77.0.1"),
@@ -331,7 +331,7 @@ def test_the_checks_are_listed_with_what_they_say(capsys):
     assert doctor.main(["doctor", "--list"]) == 0
     lines = capsys.readouterr().out.splitlines()
     assert len(lines) == len(CHECKS)
-    assert lines[0] == "connect    The doctor comes to every host, and finds Python there."
+    assert lines[0] == "connect    The doctor reaches every host, and finds Python there."
 
 
 def test_tensorflow_is_not_loaded():

@@ -1,7 +1,7 @@
-"""What the doctor judges: each check is one function over the findings; the order here is that of the table.
+"""The doctor's checks: each is a function over the findings. The order here is the order of the table.
 
-To add one, write a function that yields what `registry.py` offers (`fine`, `failed`, `warned`, `not_run`), give it its
-name with `@check`, and list it here; what it needs to know of a host is a method `answer_*` of the probe.
+To add a check, write a function that yields results of `registry.py` (`fine`, `failed`, `warned`, `not_run`), name it
+with `@check`, and list it here. If it needs a new fact about a host, add a method `answer_*` to the probe.
 """
 
 import dataclasses
@@ -11,7 +11,7 @@ from hvdkit.doctor.checks import hosts, job, machine, network, software
 from hvdkit.doctor.checks.registry import Check, Result, not_run, results_of
 from hvdkit.doctor.findings import Findings
 
-# What stands first is often the cause of what follows.
+# A failure of an earlier check is often the cause of later ones.
 CHECKS: tuple[Check, ...] = (
     hosts.connect,
     hosts.ssh,
@@ -35,7 +35,7 @@ CHECKS: tuple[Check, ...] = (
 
 
 def judge(found: Findings, skip: Collection[str] = ()) -> list[Result]:
-    """Applies the checks; of each there is at least one result."""
+    """Applies the checks. Each has at least one result."""
     results: list[Result] = []
     for check in CHECKS:
         if check.name in skip:

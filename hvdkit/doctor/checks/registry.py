@@ -1,4 +1,4 @@
-"""What a check is, what it yields, and how all of them are applied to what was found."""
+"""Checks, their results, and how checks are applied to findings."""
 
 import dataclasses
 import inspect
@@ -8,12 +8,12 @@ from collections.abc import Callable, Iterable, Iterator
 from hvdkit.doctor.findings import Findings
 
 OK, WARNING, FAILED, NOT_RUN = "ok", "warning", "FAILED", "not run"
-_NAMED = 4  # hosts that are named one by one in a summary
+_NAMED = 4  # the most hosts that a summary lists
 
 
 @dataclasses.dataclass(frozen=True)
-class Mend:
-    """A command that mends something, and the host to run it on; None is where the doctor runs."""
+class Fix:
+    """A command that fixes a problem, and the host to run it on; None for the doctor's own host."""
 
     command: str
     on: str | None = None
@@ -21,51 +21,51 @@ class Mend:
 
 @dataclasses.dataclass(frozen=True)
 class Result:
-    """What a check says about a host, a pair of hosts, or all of them.
+    """A check's result for a host, a pair of hosts, or all hosts.
 
     Attributes:
         status: `ok`, `warning`, `FAILED` or `not run`.
         where: a host, `h1 -> h2`, or `all`.
-        found: what was found, and where it is wrong, what was expected.
-        mends: what to do about it, each way or step one command.
+        found: what was found, and if it is wrong, what was expected.
+        mends: how to fix it: alternatives or steps, one command each.
     """
 
     status: str
     where: str
     found: str
-    mends: tuple[Mend, ...] = ()
+    mends: tuple[Fix, ...] = ()
     check: str = ""
 
 
 def fine(found: str) -> Result:
-    """All is as it should be; shown if the check has nothing else to say."""
+    """The check passed. The report shows it only if the check has no failure or warning."""
     return Result(OK, "all", found)
 
 
-def failed(where: str, found: str, *mends: Mend) -> Result:
-    """A job would fail, or be wrong."""
+def failed(where: str, found: str, *mends: Fix) -> Result:
+    """A job would fail or compute wrong results."""
     return Result(FAILED, where, found, mends)
 
 
-def warned(where: str, found: str, *mends: Mend) -> Result:
-    """A job would run, but not well."""
+def warned(where: str, found: str, *mends: Fix) -> Result:
+    """A job would run, but poorly."""
     return Result(WARNING, where, found, mends)
 
 
 def not_run(why: str) -> Result:
-    """There was nothing to examine, or something else has to be mended first."""
+    """There was nothing to check, or another failure must be fixed first."""
     return Result(NOT_RUN, "all", why)
 
 
 @dataclasses.dataclass(frozen=True)
 class Check:
-    """A check by its name; the first line of the function's docstring says what is so where all is well.
+    """A check. The first line of the function's docstring states what is true if the check passes.
 
     Attributes:
-        name: what users call it.
+        name: its name on the command line.
         judge: the function.
-        asks: a question that every host must have an answer to; where one has none, that is a failure by itself. Checks
-            for which the lack of an answer means something look into `Findings` on their own.
+        asks: a question that every host must have answered; a missing answer is a failure. Checks that interpret a
+            missing answer themselves leave it out and read `Findings`.
     """
 
     name: str
@@ -74,17 +74,17 @@ class Check:
 
     @property
     def title(self) -> str:
-        """What is so where all is well."""
+        """What is true if the check passes."""
         return (inspect.getdoc(self.judge) or self.name).partition("\n")[0]
 
 
 def check(name: str, asks: str | None = None) -> Callable[[Callable[[Findings], Iterable[Result]]], Check]:
-    """Makes a function a check; see `Check` for the arguments."""
+    """Turns a function into a check; see `Check` for the arguments."""
     return lambda function: Check(name, function, asks)
 
 
 def results_of(each: Check, found: Findings) -> list[Result]:
-    """What a check says: its failures and warnings, or else its first word."""
+    """The failures and warnings of a check; without any, its first result."""
     said = [*_unanswered(each, found), *each.judge(found)]
     bad = [result for result in said if result.status in (FAILED, WARNING)]
     return [dataclasses.replace(result, check=each.name) for result in bad or said[:1]]
@@ -94,11 +94,11 @@ def _unanswered(each: Check, found: Findings) -> Iterator[Result]:
     for name in found.reached if each.asks else ():
         if each.asks in found.hosts[name].problems:
             problem = found.hosts[name].problems[each.asks]
-            yield failed(name, f"could not be examined: {problem}", Mend(f"ssh {shlex.quote(name)} uptime"))
+            yield failed(name, f"could not be examined: {problem}", Fix(f"ssh {shlex.quote(name)} uptime"))
 
 
 def summary(values: dict[str, str]) -> str:
-    """What hosts have: once if it is the same on all, else host by host."""
+    """The hosts' values: one value if it is the same on all hosts, otherwise one per host."""
     if len(set(values.values())) == 1:
         return next(iter(values.values()))
     named = [f"{name}: {value}" for name, value in values.items()][:_NAMED]
@@ -107,6 +107,6 @@ def summary(values: dict[str, str]) -> str:
 
 
 def sudo(found: Findings, name: str) -> str:
-    """What a command of the administrator's begins with on a host."""
+    """The prefix of commands that need root on a host: `sudo ` or nothing."""
     is_root = name in found.hosts and found.hosts[name].answers.get("host", {}).get("is_root")
     return "" if is_root else "sudo "
