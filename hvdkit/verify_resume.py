@@ -23,6 +23,8 @@ import threading
 from pathlib import Path
 from typing import Any
 
+from hvdkit import reporting
+
 _WENT_ON = re.compile(r"going on from \S*?(\d+-step-(\d+))")
 _CHILD = "--kill-in-this-process"
 
@@ -62,7 +64,7 @@ def main(argv: list[str]) -> int:
         runs.append(_run(arguments.np, flags, killed, None))
         if runs[-1].code:
             return 1
-        return _report(runs, _compare(undisturbed, killed), arguments.json)
+        return _report(reference, runs, _compare(undisturbed, killed), arguments.json)
 
 
 def _parse(argv: list[str]) -> tuple[argparse.Namespace, list[str]]:
@@ -106,14 +108,15 @@ def _run(ranks: int, flags: list[str], workdir: Path, kill: Kill | None) -> Run:
     if ended.returncode and not kill:
         print(ended.stdout[-4000:], file=sys.stderr)
         print(f"hvdkit.verify_resume: training failed with exit code {ended.returncode}; see above.", file=sys.stderr)
-    _show(run)
+    began, disturbed_by = _told(run)
+    print(f"began at {began}; disturbed by: {disturbed_by}; exit code {run.code}", file=sys.stderr, flush=True)
     return run
 
 
-def _show(run: Run) -> None:
-    begin = "the beginning" if run.went_on_from is None else f"step {run.went_on_from}"
-    end = f"rank {run.kill.rank} killed at step {run.kill.step}" if run.kill else "undisturbed"
-    print(f"{'began at ' + begin:<28} {end:<34} exit code {run.code}", flush=True)
+def _told(run: Run) -> tuple[str, str]:
+    """Where a run began, and what happened to it."""
+    began = "the beginning" if run.went_on_from is None else f"step {run.went_on_from}"
+    return began, f"rank {run.kill.rank} killed at step {run.kill.step}" if run.kill else "nothing"
 
 
 def _compare(undisturbed: Path, killed: Path) -> dict[str, bool]:
@@ -124,12 +127,13 @@ def _compare(undisturbed: Path, killed: Path) -> dict[str, bool]:
     return equal
 
 
-def _report(runs: list[Run], equal: dict[str, bool], path: Path | None) -> int:
+def _report(reference: Run, runs: list[Run], equal: dict[str, bool], path: Path | None) -> int:
     kills = sum(run.kill is not None and run.code != 0 for run in runs)
-    for name, same in equal.items():
-        print(f"{name:<16} {'equal' if same else 'DIFFERS'}")
+    print(reporting.table(["began at", "disturbed by", "exit code"], [[*_told(r), r.code] for r in [reference, *runs]]))
+    print()
+    print(reporting.fields([(name, "equal" if same else "DIFFERS") for name, same in equal.items()]))
     verdict = all(equal.values())
-    print(f"{'equal bit for bit' if verdict else 'NOT equal'} after {kills} kill(s)")
+    print(f"\n{'equal bit for bit' if verdict else 'NOT equal'} after {kills} kill(s)")
     outcome: dict[str, Any] = {
         "equal": verdict,
         "kills": kills,

@@ -17,8 +17,12 @@ from hvdkit.bench import accuracy, collectives, peers, scaling, throughput
 from hvdkit.errors import UsageError
 
 _COMMANDS = {
-    "throughput": throughput, "collectives": collectives, "scaling": scaling, "peers": peers, "accuracy": accuracy,
-}  # fmt: skip
+    "throughput": throughput,
+    "collectives": collectives,
+    "scaling": scaling,
+    "peers": peers,
+    "accuracy": accuracy,
+}
 
 
 def main(argv: list[str]) -> int:

@@ -18,8 +18,8 @@ from hvdkit.errors import UsageError
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The command's own arguments."""
     parser.add_argument("--target", type=float, required=True, help="test accuracy to reach, as in 0.97")
-    parser.add_argument("--case", action="append", default=[], metavar="'LAUNCHER ARGS'",
-        help="how the job is started [-np 1 and -np 2]")  # fmt: skip
+    how = "how the job is started [-np 1 and -np 2]"
+    parser.add_argument("--case", action="append", default=[], metavar="'LAUNCHER ARGS'", help=how)
     parser.add_argument("flags", nargs="*", help="after --: flags of hvdkit.train")
 
 

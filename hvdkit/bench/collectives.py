@@ -25,8 +25,8 @@ _LIMIT_BYTES = 64 << 20
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The command's own arguments."""
     parser.add_argument("--sizes", default="4,1024,65536,1048576,16777216", help="bytes that each rank brings")
-    parser.add_argument("--case", action="append", default=[], metavar="'LAUNCHER ARGS'",
-        help="how the ranks are started, as in '-np 2 --mpi' or '-H h1:1,h2:1' [-np 2]")  # fmt: skip
+    how = "how the ranks are started, as in '-np 2 --mpi' or '-H h1:1,h2:1' [-np 2]"
+    parser.add_argument("--case", action="append", default=[], metavar="'LAUNCHER ARGS'", help=how)
 
 
 def measure(arguments: argparse.Namespace) -> dict[str, Any]:
@@ -105,9 +105,8 @@ def report(found: dict[str, Any]) -> str:
         for row in case["rows"]
     ]
     limits = ", ".join(f"{name.replace('_', ' ')} {value / 1e9:.2f} GB/s" for name, value in found["limits"].items())
-    return (
-        reporting.table(["case", "operation", "bytes", "µs", "quartiles", "bus GB/s"], rows) + f"\n\nLimits: {limits}"
-    )
+    drawn = reporting.table(["case", "operation", "bytes", "µs", "quartiles, µs", "bus GB/s"], rows)
+    return f"{drawn}\n\nLimits: {limits}"
 
 
 def lines(found: dict[str, Any]) -> dict[str, list[tuple[float, float]]]:

@@ -87,7 +87,8 @@ def report(found: dict[str, Any]) -> str:
         ]
         for row in found["rows"]
     ]
-    return reporting.table(["workload", "ranks", "samples/s", "speed-up", f"{found['mode']} efficiency", "95 %"], rows)
+    heads = ["workload", "ranks", "samples/s", "speed-up", f"{found['mode']} efficiency", "95 % interval"]
+    return reporting.table(heads, rows)
 
 
 def lines(found: dict[str, Any]) -> dict[str, list[tuple[float, float]]]:

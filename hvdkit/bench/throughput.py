@@ -12,17 +12,19 @@ from hvdkit.bench import jobs, statistic, workloads
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The command's own arguments."""
     parser.add_argument("--workloads", default="mlp,lenet", help="of " + ", ".join(workloads.WORKLOADS))
-    parser.add_argument("--case", action="append", default=[], metavar="'LAUNCHER ARGS'",
-        help="how the job is started, as in '-np 2 --bind none'; a word with = at the front is a variable of the "
-        "environment. Several are measured in turn [one process, and -np 2]")  # fmt: skip
+    how = (
+        "how the job is started, as in '-np 2 --bind none'; a word with = at the front is a variable of the "
+        "environment. Several are measured in turn [one process, and -np 2]"
+    )
+    parser.add_argument("--case", action="append", default=[], metavar="'LAUNCHER ARGS'", help=how)
     parser.add_argument("flags", nargs="*", help="after --: flags of hvdkit.train, instead of --workloads")
 
 
 def measure(arguments: argparse.Namespace) -> dict[str, Any]:
     """Measures every case of every workload, in turn, as often as asked for."""
-    trainings = {"yours": arguments.flags} if arguments.flags else {
-        w.name: w.train_flags() for w in workloads.named(arguments.workloads)
-    }  # fmt: skip
+    trainings = {"yours": arguments.flags}
+    if not arguments.flags:
+        trainings = {w.name: w.train_flags() for w in workloads.named(arguments.workloads)}
     cases = arguments.case or ["-np 1", "-np 2"]
     found: dict[tuple[str, str], list[dict[str, Any]]] = {}
     for _ in range(arguments.rounds):
@@ -80,10 +82,8 @@ def report(found: dict[str, Any]) -> str:
         ]
         for row in found["rows"]
     ]
-    heads = [
-        "workload", "case", "samples/s", "quartiles", "peak MiB a rank", "in steps", "of the optimizer",
-        "seconds to the first step", "exchange",
-    ]  # fmt: skip
+    memory = ["peak MiB a rank", "MiB in steps", "MiB of the optimizer"]
+    heads = ["workload", "case", "samples/s", "quartiles, samples/s", *memory, "s to the first step", "exchange"]
     return reporting.table(heads, rows)
 
 

@@ -6,7 +6,11 @@ import time
 from typing import Any
 
 import keras
-from tqdm import tqdm
+
+from hvdkit import reporting
+
+_DRAW_SECONDS = 0.5
+_BAR = 20  # columns
 
 
 class ProgressCallback(keras.callbacks.Callback):
@@ -34,6 +38,7 @@ class ProgressCallback(keras.callbacks.Callback):
         self._steps_per_epoch = steps_per_epoch
         self._global_batch = global_batch
         self._show = show
+        self._line: _Line | None = None
         self._epoch = 0
         self._started: tuple[float, int] | None = None  # time and steps at the end of the first execution
         self._now = (0.0, 0)  # seconds and steps since then
@@ -59,24 +64,11 @@ class ProgressCallback(keras.callbacks.Callback):
     def on_train_begin(self, logs: dict | None = None) -> None:
         """Draws the empty line."""
         self._began, self._ended = time.perf_counter(), 0.0
-        # A launcher that knows of a terminal behind the pipe says so. A file gets a line an epoch instead of a bar.
-        watched = sys.stderr.isatty() or os.environ.get("HVDKIT_PROGRESS") == "bar"
-        self._bar = tqdm(
-            total=self._steps * self._global_batch,
-            unit=" samples",
-            unit_scale=True,
-            mininterval=0.5,
-            disable=not (self._show and watched),
-            dynamic_ncols=True,
-            file=sys.stderr,
-            bar_format="{desc} {percentage:3.0f}%|{bar:20}| {rate_fmt}, {remaining} left{postfix}",
-        )
-        self._describe()
+        self._line = _Line(self._steps) if self._show and _is_watched() else None
 
     def on_epoch_begin(self, epoch: int, logs: dict | None = None) -> None:
         """Names the epoch."""
         self._epoch = epoch
-        self._describe()
 
     def on_train_batch_end(self, batch: int, logs: dict | None = None) -> None:
         """Moves the line on to the end of step `batch` (from 0) of this epoch."""
@@ -86,29 +78,100 @@ class ProgressCallback(keras.callbacks.Callback):
         elif steps > self._started[1]:
             self._now = time.perf_counter() - self._started[0], steps - self._started[1]
             self._rate()
-        if not self._bar.disable:
-            self._bar.set_postfix_str(_format(logs), refresh=False)
-            self._bar.update(steps * self._global_batch - self._bar.n)
+        if self._line and self._line.is_due():
+            told = f"{self._rate_and_time_left(steps)}, {_format(logs)}"
+            self._line.draw(steps, f"epoch {self._epoch + 1}/{self._epochs}", told)
 
     def on_epoch_end(self, epoch: int, logs: dict | None = None) -> None:
         """Writes the finished epoch's metrics above the line."""
-        if self._show:
-            left = (self._steps - (epoch + 1) * self._steps_per_epoch) * self._global_batch
-            seconds = tqdm.format_interval(max(0, left) / self.samples_per_second) if self.samples_per_second else "?"
-            line = f"epoch {epoch + 1}/{self._epochs}: {_format(logs)}, {self.samples_per_second:,.0f} samples/s"
-            self._bar.write(f"{line}, {seconds} left", file=sys.stderr)
+        if not self._show:
+            return
+        steps = min(self._steps, (epoch + 1) * self._steps_per_epoch)
+        name = f"epoch {epoch + 1}/{self._epochs}"
+        said = self._rate_and_time_left(steps)
+        if self._line:
+            self._line.draw(steps, name, f"{said}, {_format(logs)}", above=f"{name}: {_format(logs)}, {said}")
+        else:
+            print(f"{name}: {_format(logs)}, {said}", file=sys.stderr, flush=True)
 
     def on_train_end(self, logs: dict | None = None) -> None:
         """Leaves the finished line standing."""
         self._ended = time.perf_counter()
-        self._bar.close()
+        if self._line:
+            self._line.end()
+
+    def _rate_and_time_left(self, steps: int) -> str:
+        left = (self._steps - steps) * self._global_batch
+        interval = _interval(left / self.samples_per_second) if self.samples_per_second else "?"
+        return f"{self.samples_per_second:,.0f} samples/s, {interval} left"
 
     def _rate(self) -> None:
         seconds, steps = self._now[0] + self._earlier[0], self._now[1] + self._earlier[1]
         self.samples_per_second = steps * self._global_batch / seconds if seconds else 0.0
 
-    def _describe(self) -> None:
-        self._bar.set_description_str(f"epoch {self._epoch + 1}/{self._epochs}", refresh=False)
+
+class _Line:
+    """The line on a terminal that moves in place.
+
+    rich's own thread, which would draw it several times a second, is left out: on a rank that is bound to one core it
+    would take time from training.
+    """
+
+    def __init__(self, steps: int) -> None:
+        from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn  # 0.1 s, only where it is drawn
+        from rich.table import Column
+
+        self._console = reporting.console_for(sys.stderr, is_terminal=True)
+        self._progress = Progress(
+            TextColumn("{task.description}", markup=False),
+            TaskProgressColumn(),
+            BarColumn(_BAR, complete_style="green", finished_style="green"),
+            TextColumn("{task.fields[said]}", markup=False, table_column=Column(ratio=1, no_wrap=True)),
+            console=self._console,
+            auto_refresh=False,
+            expand=True,  # the last column is cut where the terminal ends: metrics may be many
+            redirect_stdout=False,
+            redirect_stderr=False,
+        )
+        self._task = self._progress.add_task("", total=steps, said="")
+        # rich would hide the cursor, and a rank that is killed could not show it again.
+        self._console.show_cursor = lambda show=True: False  # type: ignore[method-assign]
+        self._progress.start()
+        self._is_piped = not sys.stderr.isatty()
+        self._drawn = 0.0
+
+    def is_due(self) -> bool:
+        return time.perf_counter() - self._drawn >= _DRAW_SECONDS
+
+    def draw(self, steps: int, name: str, said: str, above: str = "") -> None:
+        """Draws the line anew, and writes another one above it."""
+        from rich.control import Control
+        from rich.segment import ControlType
+
+        self._drawn = time.perf_counter()
+        self._progress.update(self._task, completed=steps, description=name, said=said)
+        if above:
+            self._console.print(above, soft_wrap=True)
+        self._progress.refresh()
+        if self._is_piped:
+            # The launcher passes on what ends in a carriage return, and knows that it is not a line of a log.
+            self._console.control(Control(ControlType.CARRIAGE_RETURN))
+
+    def end(self) -> None:
+        self._progress.stop()
+
+
+def _is_watched() -> bool:
+    """Whether a line can move: stderr is a terminal, or a launcher says that one is behind the pipe."""
+    is_terminal = sys.stderr.isatty() and os.environ.get("TERM") not in ("dumb", "unknown")
+    return is_terminal or os.environ.get("HVDKIT_PROGRESS") == "bar"
+
+
+def _interval(seconds: float) -> str:
+    """As in 02:05 or 1:02:05."""
+    minutes, seconds = divmod(int(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours}:{minutes:02d}:{seconds:02d}" if hours else f"{minutes:02d}:{seconds:02d}"
 
 
 def _format(logs: dict | None) -> str:

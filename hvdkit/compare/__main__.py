@@ -140,8 +140,8 @@ def fastest(found: dict[str, Any]) -> str:
 def table(found: dict[str, Any]) -> str:
     """The table."""
     first = found["rows"][0]["samples_per_second"]
-    heads = ["way", "ranks", "samples/s", "times the first", "s of training", "test accuracy", "test loss",
-             "cores busy", "MiB a rank", "MB sent a step"]  # fmt: skip
+    speed, quality = ["samples/s", "times the first", "s of training"], ["test accuracy", "test loss"]
+    heads = ["way", "ranks", *speed, *quality, "cores busy", "MiB a rank", "MB sent a step"]
     rows = [
         [
             row["way"],

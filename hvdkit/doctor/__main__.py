@@ -15,6 +15,7 @@ import signal
 import sys
 from pathlib import Path
 
+from hvdkit import reporting
 from hvdkit.doctor import report
 from hvdkit.doctor.checks import CHECKS, judge
 from hvdkit.doctor.checks.registry import FAILED
@@ -30,7 +31,7 @@ def main(argv: list[str]) -> int:
     """Examines what the command line names, shows what was found, and returns the exit code."""
     arguments = _parse(argv)
     if arguments.list:
-        print("\n".join(f"{check.name:<10} {check.title}" for check in CHECKS))
+        print(reporting.fields([(check.name, check.title) for check in CHECKS]))
         return 0
     try:
         skip = _skipped(arguments.skip)

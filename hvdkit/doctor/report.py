@@ -1,16 +1,14 @@
 """What the doctor shows: one table, the mends, one verdict; and the same for machines."""
 
 import dataclasses
-import shutil
-import textwrap
 from collections.abc import Sequence
 from typing import Any
 
+from hvdkit import reporting
 from hvdkit.doctor.checks.registry import FAILED, NOT_RUN, WARNING, Result
 from hvdkit.doctor.findings import Findings
 
 _HEAD = ("check", "result", "where", "found")
-_WIDTH = 120
 
 
 def show(found: Findings, results: Sequence[Result]) -> str:
@@ -47,22 +45,12 @@ def as_json(found: Findings, results: Sequence[Result]) -> dict[str, Any]:
 
 
 def _table(results: Sequence[Result]) -> str:
-    rows = [_HEAD]
+    """A row for each result; a check that has several is named once."""
+    rows, last = [], ""
     for result in results:
-        name = "" if rows[-1][0] == result.check or _last_named(rows) == result.check else result.check
-        rows.append((name, result.status, result.where, result.found))
-    widths = [max(len(row[column]) for row in rows) for column in range(3)]
-    room = max(40, min(_WIDTH, shutil.get_terminal_size((_WIDTH, 0)).columns) - sum(widths) - 6)
-    lines = []
-    for row in rows:
-        first = "  ".join(cell.ljust(width) for cell, width in zip(row[:3], widths, strict=True)) + "  "
-        found = textwrap.wrap(row[3], room, break_long_words=False, break_on_hyphens=False) or [""]
-        lines += [(first if place == 0 else " " * len(first)) + text for place, text in enumerate(found)]
-    return "\n".join(line.rstrip() for line in lines)
-
-
-def _last_named(rows: Sequence[tuple[str, ...]]) -> str:
-    return next((row[0] for row in reversed(rows) if row[0]), "")
+        rows.append(("" if result.check == last else result.check, result.status, result.where, result.found))
+        last = result.check
+    return reporting.table(_HEAD, rows)
 
 
 def _mends(results: Sequence[Result], status: str) -> list[str]:

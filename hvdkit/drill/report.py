@@ -10,6 +10,8 @@ import zlib
 from pathlib import Path
 from typing import Any
 
+from hvdkit import reporting
+
 
 def make(kind: str, workdir: Path, code: int, output: str, flags: list[str]) -> dict[str, Any]:
     """The report of a drill.
@@ -156,7 +158,7 @@ def show(report: dict[str, Any]) -> None:
     ]
     if report["warnings"]:
         rows.insert(2, ("warnings", f"{report['warnings']} checkpoint(s) could not be written"))
-    print(*(f"{name:<16} {value}" for name, value in rows), sep="\n")
+    print(reporting.fields(rows))
     print(json.dumps(report), flush=True)
 
 

@@ -4,9 +4,12 @@ import dataclasses
 import itertools
 import os
 import shlex
+import shutil
+import textwrap
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from hvdkit import reporting
 from hvdkit.errors import UsageError
 
 SECRET = "HOROVOD_GLOO_RENDEZVOUS_ADDR"  # contains the job's token
@@ -131,11 +134,13 @@ def describe(
     if started_by:
         lines = ["started by:", f"    {shlex.join(started_by)}", "", *lines]
     lines += [f"    {name}={_shown(name, value)}" for name, value in sorted(common.items())]
-    lines += ["", "ranks:", "    rank  host                  cores            GPU              reached"]
+    rows = []
     for slot, binding, reached in ranks:
         cores = _ranges(binding.cores) if binding.cores is not None else "shared"
         gpu = binding.gpu if binding.gpu is not None else f"local rank's ({slot.local_rank}), if any"
-        lines.append(f"    {slot.rank:<5} {slot.hostname:<21} {cores:<16} {gpu:<16} {reached}")
+        rows.append([slot.rank, slot.hostname, cores, gpu, reached])
+    drawn = reporting.table(["rank", "host", "cores", "GPU", "reached"], rows)
+    lines += ["", "ranks:", textwrap.indent(drawn, "    ")]
     for slot, binding, _ in () if started_by else ranks:
         own = " ".join(f"{name}={value}" for name, value in sorted(rank_environment(slot, binding).items()))
         lines += ["", f"environment of rank {slot.rank} besides:", f"    {own}"]
@@ -158,5 +163,8 @@ def _ranges(cores: Sequence[int]) -> str:
 
 
 def watched(is_terminal: bool) -> dict[str, str]:
-    """The variable that enables progress bars. Ranks write to a pipe, so only the launcher sees the terminal."""
-    return {"HVDKIT_PROGRESS": os.environ.get("HVDKIT_PROGRESS", "bar")} if is_terminal else {}
+    """Ranks write to a pipe, so only the launcher knows whether a person is watching, and how wide the terminal is."""
+    if not is_terminal:
+        return {}
+    columns = str(shutil.get_terminal_size().columns)
+    return {"HVDKIT_PROGRESS": os.environ.get("HVDKIT_PROGRESS", "bar"), "COLUMNS": columns}

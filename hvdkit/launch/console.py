@@ -26,6 +26,8 @@ _TRACEBACK = re.compile(r"Traceback \(most recent call last\)|Fatal Python error
 _KEPT_LINES = 300  # of each rank, for what is shown at the end
 _LAST_LINES, _MOST_LINES = 10, 80  # shown at the end: so many, or from a traceback's begin on
 _LONGEST = 1 << 16  # bytes of a line that does not end
+_ERASE = "\r\x1b[2K"  # the terminal's line
+_CONTROLS = re.compile(r"\x1b\[[0-9;?]*[A-Za-z]")  # colours and moves of the cursor: a log holds none
 
 
 class Console:
@@ -46,6 +48,7 @@ class Console:
         self._streams: dict[tuple[int, bool], _Stream] = {}
         self._files: dict[int, IO[str]] = {}
         self._last: dict[int, collections.deque[str]] = {}
+        self._is_on_progress = False  # whether the terminal's cursor is on a progress line
         if logs is not None:
             try:
                 logs.mkdir(parents=True, exist_ok=True)
@@ -91,10 +94,14 @@ class Console:
             return
         target = sys.stderr if is_error else sys.stdout
         with contextlib.suppress(BrokenPipeError):  # whoever read it has gone; the job goes on
+            if self._is_on_progress and target.isatty():
+                target.write(_ERASE)
+            self._is_on_progress = piece.endswith("\r")
             target.write(piece if rank == 0 else f"[{rank}] {piece}")
             target.flush()
 
     def _keep(self, rank: int, line: str) -> None:
+        line = _CONTROLS.sub("", line)
         self._last.setdefault(rank, collections.deque(maxlen=_KEPT_LINES)).append(line.rstrip("\n"))
         if self.logs is None:
             return

@@ -180,7 +180,7 @@ def _score(argv: list[str]) -> int:
         raise UsageError("score needs files, as in: python -m hvdkit.plan score FILE.json...")
     pairs = [pair for path in argv for pair in scoring.read(path)]
     lines = [[p["case"], f"{p['predicted']:,.0f}", f"{p['measured']:,.0f}", f"{p['error']:+.0%}"] for p in pairs]
-    print(reporting.table(["case", "predicted samples/s", "measured", "error"], lines))
+    print(reporting.table(["case", "predicted samples/s", "measured samples/s", "error"], lines))
     print(f"\nmedian error {scoring.score(pairs):.0%} of {len(pairs)}")
     return 0
 
@@ -196,11 +196,13 @@ def _published(argv: list[str]) -> int:
     reporting.plot(argv[0], "ResNet-50, weak scaling", "GPUs", "efficiency", {**predictions, **points}, xscale="log")
     rows = [[name, *(f"{efficiency:.2f}" for _, efficiency in line)] for name, line in predictions.items()]
     print(reporting.table(["GPUs", *map(str, published.RANKS)], rows))
-    print(
-        "\n".join(
-            f"{one.name}: {', '.join(f'{n}: {e:.2f}' for n, e in one.points)} ({one.source})" for one in published.ALL
-        )
-    )
+    print()
+    theirs = [
+        [one.name, number, f"{efficiency:.2f}", one.source]
+        for one in published.ALL
+        for number, efficiency in one.points
+    ]
+    print(reporting.table(["published", "GPUs", "efficiency", "source"], theirs))
     return 0
 
 

@@ -56,7 +56,15 @@ def measure(
 
 def table(found: Sequence[Mapping[str, Any]]) -> str:
     """The table."""
-    heads = ["case", "predicted samples/s", "measured", "error", "times dense", "wire MB a step, predicted", "counted"]
+    heads = [
+        "case",
+        "predicted samples/s",
+        "measured samples/s",
+        "error",
+        "times dense",
+        "predicted wire MB a step",
+        "counted wire MB a step",
+    ]
     lines = [
         [
             row["case"],

@@ -14,16 +14,6 @@ class Published:
     points: tuple[tuple[int, float], ...]
 
 
-NVIDIA_DGX1 = Published(
-    "NVIDIA, DGX-1, 8 V100, MXNet and Horovod, float32",
-    "NVIDIA DeepLearningExamples, MxNet/Classification/RN50v1.5, README of mxnet-19.07: 385, 768, 1513, 3023 images/s",
-    ((1, 1.0), (2, 768 / 385 / 2), (4, 1513 / 385 / 4), (8, 3023 / 385 / 8)),
-)
-NVIDIA_DGX2 = Published(
-    "NVIDIA, DGX-2, 16 V100, MXNet and Horovod, float32",
-    "the same README: 409, 817, 1617, 3214, 6356 images/s",
-    ((1, 1.0), (2, 817 / 409 / 2), (4, 1617 / 409 / 4), (8, 3214 / 409 / 8), (16, 6356 / 409 / 16)),
-)
 HOROVOD = Published(
     "Horovod, 128 servers of 4 Pascal GPUs, 25 Gbit/s RoCE, ResNet-101",
     "Horovod's documentation, benchmarks.rst: 90 % at 512 GPUs",
@@ -34,10 +24,11 @@ GOYAL = Published(
     "https://arxiv.org/abs/1706.02677: about 90 % from 8 to 256 GPUs",
     ((256, 0.90),),
 )
-ALL = (NVIDIA_DGX1, NVIDIA_DGX2, HOROVOD, GOYAL)
+ALL = (HOROVOD, GOYAL)
 
-# A V100 with float32 and a batch of 96, as NVIDIA's table; NVLink inside (300 GB/s a GPU, half of it used), 25 Gbit/s
-# between hosts of eight, 50 µs a message and as much to agree. ResNet-50 has 25.6 million weights.
+# A V100 with float32 and a batch of 96 trains 385 images/s (NVIDIA DeepLearningExamples, RN50v1.5). NVLink inside (300
+# GB/s a GPU, half of it used), 25 Gbit/s between hosts of eight, 50 µs a message and as much to agree. ResNet-50 has
+# 25.6 million weights.
 RESNET_50 = Compute(fixed=0.0, sample=1 / 385, deviation=0.01, gradient_bytes=4 * 25.6e6)
 BATCH = 96
 CLUSTER = Cluster(Link(50e-6, 8 / 25e9, 50e-6), Link(10e-6, 1 / 150e9, 20e-6), ranks_per_host=8)

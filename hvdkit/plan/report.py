@@ -45,9 +45,15 @@ def rows(
             low, high = _interval(number, local_batch, compute, mode, cluster, deviations)
             cost = price * number * 1e6 / one.samples_per_second / 3600 if price is not None else None
             found.append(
-                {"mode": mode.name, "ranks": number, **dataclasses.asdict(one), "interval": [low, high],
-                 "speedup": one.samples_per_second / alone, "cost_per_million": cost}
-            )  # fmt: skip
+                {
+                    "mode": mode.name,
+                    "ranks": number,
+                    **dataclasses.asdict(one),
+                    "interval": [low, high],
+                    "speedup": one.samples_per_second / alone,
+                    "cost_per_million": cost,
+                }
+            )
     return found
 
 
@@ -78,7 +84,7 @@ def table(found: Sequence[Mapping[str, Any]]) -> str:
         "ranks",
         "ms a step",
         "samples/s",
-        "90 %",
+        "90 % interval",
         "speed-up",
         "efficiency",
         "MiB a rank",

@@ -5,11 +5,11 @@ import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
 
-from rich.console import Console
+from rich.console import Group
 from rich.live import Live
-from rich.markup import escape
-from rich.table import Table
+from rich.text import Text
 
+from hvdkit import reporting
 from hvdkit.sweep import space, tasks
 from hvdkit.sweep.coordinator import Coordinator
 from hvdkit.sweep.options import Options
@@ -28,13 +28,13 @@ class Screen:
 
     def __init__(self, options: Options) -> None:
         self._options = options
-        self._console = Console(stderr=True)
+        self._console = reporting.console_for(sys.stderr)
         self._began = self._drawn = time.monotonic()
 
     def say(self, text: str) -> None:
         """Shows a line of what has happened."""
         if self._console.is_terminal:
-            self._console.print(escape(text), highlight=False)
+            self._console.print(text, soft_wrap=True)
         else:
             print(f"{time.monotonic() - self._began:7.1f} s  {text}", file=sys.stderr, flush=True)
 
@@ -53,24 +53,25 @@ class Screen:
 
             yield draw
 
-    def _tasks(self, coordinator: Coordinator) -> Table:
-        table = Table(caption=self._summary(coordinator), caption_justify="left")
-        for head in ("task", "slot", "epoch", self._options.goal, "time", "flags"):
-            table.add_column(head)
+    def _tasks(self, coordinator: Coordinator) -> Group:
+        rows = []
         for task in list(coordinator.running()):
             if task.current is None:
                 continue
             epochs = tasks.history(task.current.folder, f"val_{self._options.goal}")
             epochs = epochs or tasks.history(task.current.folder, self._options.goal)
-            table.add_row(
-                task.name,
-                task.current.slot.name,
-                str(len(epochs)),
-                f"{epochs[-1]:.4f}" if epochs else "",
-                f"{task.current.seconds():.0f} s",
-                escape(space.words(coordinator.open[task.trial][0].values)) if task.trial in coordinator.open else "",
+            rows.append(
+                [
+                    task.name,
+                    task.current.slot.name,
+                    len(epochs),
+                    f"{epochs[-1]:.4f}" if epochs else "",
+                    f"{task.current.seconds():.0f}",
+                    space.words(coordinator.open[task.trial][0].values) if task.trial in coordinator.open else "",
+                ]
             )
-        return table
+        heads = ["task", "slot", "epoch", self._options.goal, "seconds", "flags"]
+        return Group(reporting.draw(self._console, heads, rows), Text(self._summary(coordinator)))
 
     def _summary(self, coordinator: Coordinator) -> str:
         busy, slots = len(coordinator.running()), len(coordinator.slots())
@@ -82,7 +83,7 @@ class Screen:
 
 
 def final_table(trials: Sequence[Trial], options: Options) -> str:
-    """All trials, the best first: a table in GitHub's Markdown."""
+    """A table of all trials, the best first."""
     sign = -1.0 if options.direction == "maximize" else 1.0
 
     def order(trial: Trial) -> tuple[bool, float, int]:
@@ -90,24 +91,21 @@ def final_table(trials: Sequence[Trial], options: Options) -> str:
 
     names = [parameter.flag for parameter in options.parameters]
     folds = [f"fold {fold}" for fold in range(options.folds)]
-    rows = [["trial", *names, "state", options.goal, *folds, "seconds", "tries", "host"]]
+    heads = ["trial", *names, "state", options.goal, *folds, "seconds", "tries", "host"]
+    rows = []
     for trial in sorted(trials, key=order)[:_MOST_ROWS]:
         each = trial.notes.get("values", []) if options.folds else []
         rows.append(
             [
-                str(trial.number),
+                trial.number,
                 *(space.short(trial.values.get(name, "")) for name in names),
                 trial.state,
                 "" if trial.value is None else f"{trial.value:.4f}",
                 *([f"{value:.4f}" for value in each] or [""] * options.folds),
                 f"{trial.notes.get('seconds', 0.0):.1f}",
-                str(trial.notes.get("tries", 0)),
+                trial.notes.get("tries", 0),
                 " ".join(trial.notes.get("hosts", [])),
             ]
         )
-    widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
-    lines = ["| " + " | ".join(cell.ljust(w) for cell, w in zip(row, widths, strict=True)) + " |" for row in rows]
-    lines.insert(1, "|" + "|".join("-" * (width + 2) for width in widths) + "|")
-    if len(trials) > _MOST_ROWS:
-        lines.append(f"... and {len(trials) - _MOST_ROWS} more, in result.json")
-    return "\n".join(lines)
+    more = f"\n... and {len(trials) - _MOST_ROWS} more, in result.json" if len(trials) > _MOST_ROWS else ""
+    return reporting.table(heads, rows) + more

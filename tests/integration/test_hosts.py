@@ -108,8 +108,8 @@ def test_a_model_divided_over_two_hosts_is_that_of_one_process(cluster, train, t
 def test_a_dry_run_asks_the_hosts(launch):
     ended = launch(*TWO, "--bind", "cores", "--dry-run", "--", "touch", "a")
     assert ended.code == 0, ended.output
-    assert re.search(r"^    0 +h1 +0\S* +.* is this host$", ended.output, re.M), ended.output
-    assert re.search(r"^    1 +h2 +0\S* +.* by ssh as 10\.77\.0\.2$", ended.output, re.M), ended.output
+    assert re.search(r"^ +0 +h1 +0\S* +.* is this host$", ended.output, re.M), ended.output
+    assert re.search(r"^ +1 +h2 +0\S* +.* by ssh as 10\.77\.0\.2$", ended.output, re.M), ended.output
 
 
 # ---- Deaths ------------------------------------------------------------------------------------------------------

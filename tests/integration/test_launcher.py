@@ -222,10 +222,16 @@ def test_strangers_are_refused_and_the_job_goes_on(tmp_path):
 def test_secrets_are_on_no_command_line_and_in_no_log(tmp_path):
     secret = "s3cret-of-the-user"
     job = start(
-        "-np", "1", "--workdir", str(tmp_path), "--", "sh", "-c",
+        "-np",
+        "1",
+        "--workdir",
+        str(tmp_path),
+        "--",
+        "sh",
+        "-c",
         "echo ${#SECRET} $HOROVOD_GLOO_RENDEZVOUS_PORT; sleep 9",
         env={"SECRET": secret},
-    )  # fmt: skip
+    )
     ((length, port),) = read_until(job, r"(\d+) (\d+)")
     assert int(length) == len(secret)
     rank = next(p for p in remains() if p.name() == "sh")
@@ -268,7 +274,7 @@ def test_a_dry_run_starts_nothing():
     assert ended.code == 0, ended.output
     assert "command of every rank:\n    touch 'a b'\n" in ended.output
     assert "    HOROVOD_GLOO_RENDEZVOUS_ADDR=127.0.0.1:PORT/(the job's token)\n" in ended.output
-    assert re.search(r"^    1 +localhost +\S+ +local rank's \(1\), if any +is this host$", ended.output, re.M)
+    assert re.search(r"^ +1 +localhost +\S+ +local rank's \(1\), if any +is this host$", ended.output, re.M)
     assert re.search(r"^    .*HOROVOD_LOCAL_RANK=1 .*HOROVOD_RANK=1 HOROVOD_SIZE=2", ended.output, re.M)
 
 

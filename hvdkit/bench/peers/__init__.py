@@ -191,7 +191,7 @@ def report(found: dict[str, Any]) -> str:
             threads += ", bound"
         spread = f"{ratio['lowest']:.2f} to {ratio['highest']:.2f}" if ratio else ""
         rows.append([row["workload"], row["peer"], f"{row['samples_per_second']:,.0f}", told, spread, threads])
-    heads = ["workload", "peer", "samples/s", f"{OURS} is so much faster", "rounds", "its best setting"]
+    heads = ["workload", "peer", "samples/s", f"{OURS}, times as fast", "lowest to highest", "its best setting"]
     notes = [f"{peer} was left out: {why}" for peer, why in found["missing"].items()]
     return "\n".join([reporting.table(heads, rows), *notes])
 
