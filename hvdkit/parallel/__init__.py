@@ -1,14 +1,14 @@
-"""One model over several ranks: by tensors, by branches, or by layers in a pipeline.
+"""Model parallelism: divide a model over several ranks by tensors, by branches, or by layers in a pipeline.
 
-    mesh = hvd.Mesh(model=2)    # two ranks hold a model between them
+    mesh = hvd.Mesh(model=2)    # two ranks hold one copy of the model
     hvd.init(mesh=mesh)
-    dataset = hvd.data.shard(dataset, mesh.data_index, mesh.data)    # a share for each copy of the model
+    dataset = hvd.data.shard(dataset, mesh.data_index, mesh.data)    # a shard for each copy of the model
     model = hvd.parallel.split_tensors(model, mesh)    # or split_branches, or pipeline
     model.compile(hvd.DistributedOptimizer(...), ...)
     model.fit(dataset, callbacks=hvd.callbacks.standard())
     whole = hvd.parallel.gather(model)    # a plain Keras model, on rank 0
 
-`hvdkit.ShardedOptimizer` leaves the model whole on every rank, and divides its optimizer's state.
+With `hvdkit.ShardedOptimizer`, every rank holds the whole model, and only the optimizer's state is divided.
 
 Gradients, clipping, metrics, checkpoints and guards are those of the whole model.
 """

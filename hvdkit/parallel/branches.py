@@ -1,7 +1,7 @@
-"""`split_branches`: the parallel branches of a model, each on a rank of its own.
+"""`split_branches`: computes the parallel branches of a model on different ranks.
 
-What comes before the branches and what comes behind them is computed by all ranks of a row; a branch, by one of them,
-which alone has its weights. Where the branches meet, all ranks get what each has computed.
+All ranks of a row compute the layers before and after the branches. A single rank computes each branch and holds its
+weights. Where the branches join, all ranks get the outputs of all branches.
 """
 
 import re
@@ -20,35 +20,34 @@ from hvdkit.parallel import graph, mappings, whole_model
 def split_branches(model: keras.Model, mesh: Mesh, branches: Sequence[str] | None = None) -> keras.Model:
     """Returns this rank's part of a model with parallel branches.
 
-    Branch b is computed by column b modulo the mesh's columns. The returned model's layers are copies of `model`'s, so
-    that the other ranks' branches leave the memory with `model`.
+    The column with index b modulo the number of columns computes branch b. The returned model's layers are copies: when
+    you delete `model`, the memory of the other ranks' branches is freed.
 
     Args:
-        model: a functional model, built, the same on all ranks.
+        model: a built functional model, the same on all ranks.
         mesh: the ranks.
-        branches: for each branch a pattern of its layers' names (`re.match`), as in `["left_", "right_"]`. A branch
-            reaches from the first of them to the last, with all that is between; one tensor flows in and one out. By
-            default the most chains of layers that meet in one layer.
+        branches: one pattern of layer names per branch (`re.match`), for example `["left_", "right_"]`. A branch
+            contains all layers from the first match to the last one. It must have one input and one output tensor. By
+            default, the branches are the largest set of layer chains that join in one layer.
 
     Returns:
-        A model of the same inputs and outputs. It is not compiled.
+        A model with the same inputs and outputs. It is not compiled.
 
     Raises:
-        UsageError: there are fewer branches than columns, a pattern matches no layer, a branch has other ways in or
-            out, or shares a weight with something else.
+        UsageError: there are fewer branches than columns, a pattern matches no layer, a branch has several inputs or
+            outputs, or shares a weight with another part.
     """
     functional = graph.functional(model)
     ends = _chains(functional) if branches is None else [_ends(functional, pattern) for pattern in branches]
     if len(ends) < mesh.model:
         raise UsageError(
-            f"The model {model.name!r} has {len(ends)} branches, which leaves some of {mesh.model} ranks without one. "
-            f"Use a smaller mesh, or name the branches."
+            f"The model {model.name!r} has {len(ends)} branches, too few for {mesh.model} ranks. Use a smaller mesh, "
+            f"or name the branches."
         )
     starts = list({id(begin): begin for begin, _ in ends}.values())
     outputs = [end for _, end in ends]
-    trunk = graph.between(functional.inputs, starts, "trunk") if set(map(id, starts)) - set(
-        map(id, functional.inputs)
-    ) else None  # fmt: skip
+    start_at_inputs = {id(t) for t in starts} <= {id(t) for t in functional.inputs}
+    trunk = None if start_at_inputs else graph.between(functional.inputs, starts, "trunk")
     head = graph.between(outputs, functional.outputs, "head")
     parts = [graph.between([begin], [end], f"branch{n}") for n, (begin, end) in enumerate(ends)]
     for common in (trunk, head):
@@ -61,7 +60,7 @@ def split_branches(model: keras.Model, mesh: Mesh, branches: Sequence[str] | Non
     trunk, head = trunk and copies.of(trunk), copies.of(head)
     models = {number: copies.of(parts[number]) for number in own}
     for part in models.values():
-        for variable in part.variables:  # random seeds, too, of which branches have different numbers
+        for variable in part.variables:  # including random seeds: their number differs between branches
             mark(variable, Shard(mesh, None))
 
     inputs = [keras.Input(batch_shape=t.shape, dtype=t.dtype, name=t.name) for t in functional.inputs]
@@ -76,7 +75,7 @@ def split_branches(model: keras.Model, mesh: Mesh, branches: Sequence[str] | Non
 
 
 class SpreadToBranches(keras.layers.Layer):
-    """What flows into the branches: backwards the sum of what comes out of all of them."""
+    """Passes a tensor into the branches. In the backward pass, sums the gradients of all branches."""
 
     def __init__(self, mesh: Mesh, **kwargs: Any) -> None:
         super().__init__(**kwargs)
@@ -89,11 +88,11 @@ class SpreadToBranches(keras.layers.Layer):
 
 
 class MeetingOfBranches(keras.layers.Layer):
-    """Takes the outputs of this rank's branches, and returns those of all.
+    """Gathers the outputs of all branches from the ranks that computed them.
 
     Args:
         mesh: the ranks.
-        outputs: of all branches in their order, the shape without the batch, and the dtype.
+        outputs: shape without the batch dimension, and dtype, of each branch's output.
     """
 
     def __init__(self, mesh: Mesh, outputs: Sequence[tuple[tuple[int, ...], str]], **kwargs: Any) -> None:
@@ -101,7 +100,7 @@ class MeetingOfBranches(keras.layers.Layer):
         self._mesh, self._outputs = mesh, list(outputs)
 
     def call(self, computed: list[tf.Tensor]) -> list[tf.Tensor]:
-        """[batch, ...] of each of this rank's branches to [batch, ...] of each branch."""
+        """Takes [batch, ...] of each of this rank's branches; returns [batch, ...] of every branch."""
         mesh, numbers = self._mesh, range(len(self._outputs))
         own = [n for n in numbers if n % mesh.model == mesh.model_index]
         in_order = [n for column in range(mesh.model) for n in numbers if n % mesh.model == column]
@@ -122,7 +121,7 @@ class MeetingOfBranches(keras.layers.Layer):
 
 
 def _chains(model: keras.Model) -> list[tuple[Any, Any]]:
-    """The ends of the most chains of layers, each with one way in and one out, that meet in one layer."""
+    """Returns the ends of the largest set of layer chains that join in one layer, each with one input and output."""
     found: list[tuple[Any, Any]] = []
     for layer in model.layers:
         inputs = keras.tree.flatten(layer.input)
@@ -134,7 +133,7 @@ def _chains(model: keras.Model) -> list[tuple[Any, Any]]:
 
 
 def _begin(tensor: Any) -> Any:
-    """Where the chain of layers begins that ends in a tensor."""
+    """Returns the tensor at the start of the chain of layers that ends in `tensor`."""
     while True:
         layer = tensor._keras_history.operation
         alone = len(layer._outbound_nodes) == 1 and not isinstance(layer, keras.layers.InputLayer)
@@ -144,12 +143,12 @@ def _begin(tensor: Any) -> Any:
 
 
 def _ends(model: keras.Model, pattern: str) -> tuple[Any, Any]:
-    """The tensors that flow into a branch and out of it."""
+    """Returns a branch's input and output tensor."""
     layers = [layer for layer in model.layers if re.match(pattern, layer.name)]
     if not layers:
         names = ", ".join(layer.name for layer in model.layers[:8])
         raise UsageError(f"The pattern {pattern!r} of a branch matches no layer of {model.name!r}: it has {names}, ...")
     first, last = layers[0].input, layers[-1].output
     if isinstance(first, (list, dict)) or isinstance(last, (list, dict)):
-        raise UsageError(f"The branch {pattern!r} has several inputs or outputs; one tensor must flow in and one out.")
+        raise UsageError(f"The branch {pattern!r} has several inputs or outputs, but must have one of each.")
     return first, last

@@ -1,4 +1,4 @@
-"""Cutting a functional model into models of some of its layers."""
+"""Cuts a functional model into models of some of its layers."""
 
 from collections.abc import Sequence
 from typing import Any
@@ -10,40 +10,40 @@ from hvdkit.parallel import whole_model
 
 
 def functional(model: keras.Model) -> keras.Model:
-    """The graph of layers behind a functional or sequential model.
+    """Returns the layer graph of a functional or sequential model.
 
     Raises:
-        UsageError: the model is of another kind, or not built.
+        UsageError: the model is not functional or sequential, or not built.
     """
     graph = getattr(model, "_functional", None) if isinstance(model, keras.Sequential) else model
     if not hasattr(graph, "_run_through_graph"):
         raise UsageError(
-            f"The model {model.name!r} is a {type(model).__name__}, of whose layers it is not known how they are "
-            f"connected. Give a functional or sequential model that is built."
+            f"The model {model.name!r} is a {type(model).__name__}, whose layer graph is not known. Give a functional "
+            f"or sequential model that is built."
         )
     return graph
 
 
 def between(inputs: Sequence[Any], outputs: Sequence[Any], name: str) -> keras.Model:
-    """The model from some symbolic tensors of a graph to others; its layers are those of the graph.
+    """Returns the model between two sets of symbolic tensors of a graph. It uses the graph's layers.
 
     Raises:
-        UsageError: the outputs depend on something else, too.
+        UsageError: the outputs also depend on other tensors.
     """
     try:
         return keras.Model(_one(inputs), _one(outputs), name=name)
     except ValueError as error:
         raise UsageError(
-            f"The part {name!r} of the model cannot be cut out: it needs something else than what flows into it "
+            f"The part {name!r} of the model cannot be cut out: its output depends on more than its input "
             f"({str(error).splitlines()[0]})."
         ) from error
 
 
 def refuse_shared(parts: Sequence[keras.Model]) -> None:
-    """Weights that two ranks' parts use would be trained apart.
+    """Refuses a weight in two parts: each rank would train its own copy of it.
 
     Raises:
-        UsageError: two parts have a weight in common.
+        UsageError: two parts share a weight.
     """
     owner: dict[int, keras.Model] = {}
     for part in parts:
@@ -57,10 +57,10 @@ def refuse_shared(parts: Sequence[keras.Model]) -> None:
 
 
 def refuse_idle(name: str, parts: Sequence[keras.Model]) -> None:
-    """A rank must have something of its own to train: else it would not know that the model is divided.
+    """Refuses parts without trainable weights: their rank could not detect that the model is divided.
 
     Raises:
-        UsageError: no part has a weight that is trained.
+        UsageError: no part has a trainable weight.
     """
     if not any(part.trainable_weights for part in parts):
         raise UsageError(
@@ -70,7 +70,7 @@ def refuse_idle(name: str, parts: Sequence[keras.Model]) -> None:
 
 
 def refuse_unknown_sizes(model: keras.Model, tensors: Sequence[Any]) -> None:
-    """What crosses between ranks must have known sizes, but for the batch.
+    """Refuses tensors with unknown sizes (other than the batch) at the borders between ranks.
 
     Raises:
         UsageError: a size is not known.
@@ -78,38 +78,38 @@ def refuse_unknown_sizes(model: keras.Model, tensors: Sequence[Any]) -> None:
     for tensor in tensors:
         if None in tensor.shape[1:]:
             raise UsageError(
-                f"The model {model.name!r} is to be divided at {tensor.name!r} of shape {tuple(tensor.shape)}, where "
-                f"sizes other than the batch must be known: give its Input the whole shape."
+                f"The model {model.name!r} would be divided at {tensor.name!r} of shape {tuple(tensor.shape)}, but all "
+                f"sizes except the batch must be known there: give its Input the complete shape."
             )
 
 
 def refuse_masks(model: keras.Model, tensors: Sequence[Any]) -> None:
-    """A mask does not cross from rank to rank.
+    """Refuses masks at the borders between ranks, which do not send them.
 
     Raises:
-        UsageError: one goes with a tensor.
+        UsageError: a tensor has a mask.
     """
     for tensor in tensors:
         if getattr(tensor, "_keras_mask", None) is not None:
             raise UsageError(
-                f"The model {model.name!r} is to be divided at {tensor.name!r}, with which a mask goes (as of "
-                f"Embedding(mask_zero=True)), and masks stay on their rank. Divide it elsewhere."
+                f"The model {model.name!r} would be divided at {tensor.name!r}, which has a mask (for example from "
+                f"Embedding(mask_zero=True)), but ranks do not send masks. Divide it elsewhere."
             )
 
 
 class Copies:
-    """Copies of parts of a model, with its weights. They need nothing of it: its other parts can be forgotten.
+    """Copies parts of a model with their weights. The copies do not refer to the model, so it can be deleted.
 
-    Layers that are in several parts are copied once.
+    A layer that is in several parts is copied once.
     """
 
     def __init__(self) -> None:
-        self._copies: dict[int, tuple[Any, Any]] = {}  # with the original, lest another one gets its id
+        self._copies: dict[int, tuple[Any, Any]] = {}  # keeps the original alive, so no other layer gets its id
 
     def of(self, part: keras.Model) -> keras.Model:
-        """The copy of a part that `between` cut out."""
+        """Returns the copy of a part that `between` cut out."""
         copy = keras.models.clone_model(part, clone_function=self._layer)
-        for old, new in zip(part.variables, copy.variables, strict=True):  # with the states of random generators
+        for old, new in zip(part.variables, copy.variables, strict=True):  # including the states of random generators
             new.assign(old)
         for old, new in zip(part.weights, copy.weights, strict=True):
             whole_model.part_of(new, old.path)

@@ -1,8 +1,8 @@
-"""Keras layers of which each rank computes a part. `hvdkit.parallel.tensor` puts them in place of Keras' own.
+"""Keras layers that are divided over ranks. `hvdkit.parallel.tensor` replaces Keras' own layers by these.
 
-Each takes the configuration of the whole layer, and holds this rank's even part of its weights: columns of a matrix
-give a part of the output, rows of it need a part of the input and give a term of the output. What a weight is a part of
-is marked along `split_axes`.
+Each takes the configuration of the whole layer, and holds this rank's even part of its weights. A rank with columns of
+a matrix computes a part of the output. A rank with rows of it needs a part of the input, and computes a term of the
+output. `split_axes` gives the axis of each divided weight.
 """
 
 from typing import Any
@@ -17,10 +17,10 @@ from hvdkit.parallel import mappings
 
 
 class _Part:
-    """What the layers below have in common.
+    """The common base of the layers below.
 
     Attributes:
-        split_axes: by a weight's name, along which axis this rank has a part of it; others it has whole.
+        split_axes: from a weight's name to the axis along which it is divided; a rank holds all other weights whole.
     """
 
     mesh: Mesh
@@ -28,15 +28,15 @@ class _Part:
     name: str
 
     def get_config(self) -> dict[str, Any]:
-        """There is none: a part of a model is nothing that could be loaded elsewhere."""
+        """Raises an error: a part of a model cannot be loaded elsewhere."""
         raise UsageError(
-            f"The layer {self.name!r} is a part of one, on one of {self.mesh.model} ranks, and cannot be saved or "
-            f"copied. Take the whole model with hvdkit.parallel.gather(model)."
+            f"The layer {self.name!r} is divided over {self.mesh.model} ranks, and its part cannot be saved or copied. "
+            f"Get the whole model with hvdkit.parallel.gather(model)."
         )
 
 
 class JoinParts(keras.layers.Layer):
-    """Puts parts of a tensor together along an axis."""
+    """Concatenates the ranks' parts of a tensor along an axis."""
 
     def __init__(self, mesh: Mesh, axis: int, **kwargs: Any) -> None:
         super().__init__(**kwargs)
@@ -60,7 +60,7 @@ class OwnPart(keras.layers.Layer):
 
 
 class ColumnDense(_Part, keras.layers.Dense):
-    """Columns of a `Dense` layer's kernel: whole input, a part of the output's features."""
+    """Some columns of a `Dense` layer's kernel: takes the whole input, computes some of the output's features."""
 
     def __init__(self, mesh: Mesh, units: int, **config: Any) -> None:
         keras.layers.Dense.__init__(self, part(units, mesh, "units", config.get("name")), **config)
@@ -68,12 +68,12 @@ class ColumnDense(_Part, keras.layers.Dense):
         self.split_axes = {"kernel": 1, "bias": 0}
 
     def call(self, x: tf.Tensor, training: bool | None = None) -> tf.Tensor:
-        """[..., features] to [..., units / ranks]."""
+        """Computes [..., units / ranks] from [..., features]."""
         return super().call(mappings.spread(x, self.mesh, _kind(self)), training)
 
 
 class RowDense(_Part, keras.layers.Dense):
-    """Rows of a `Dense` layer's kernel: a part of the input's features, a term of the output."""
+    """Some rows of a `Dense` layer's kernel: takes some of the input's features, computes a term of the output."""
 
     def __init__(self, mesh: Mesh, **config: Any) -> None:
         keras.layers.Dense.__init__(self, **config)
@@ -81,12 +81,12 @@ class RowDense(_Part, keras.layers.Dense):
         self.split_axes = {"kernel": 0}
 
     def call(self, x: tf.Tensor, training: bool | None = None) -> tf.Tensor:
-        """[..., features / ranks] to [..., units]."""
+        """Computes [..., units] from [..., features / ranks]."""
         return _after_the_sum(self, ops.matmul(x, self.kernel))
 
 
 class ColumnEinsumDense(_Part, keras.layers.EinsumDense):
-    """An `EinsumDense` divided along an axis of its kernel that the output has: whole input, a part of the output."""
+    """An `EinsumDense`, divided along an output axis of its kernel: takes the whole input, computes a part."""
 
     def __init__(self, mesh: Mesh, axis: int, equation: str, output_shape: Any, **config: Any) -> None:
         _, kernel, output = letters(equation)
@@ -100,12 +100,12 @@ class ColumnEinsumDense(_Part, keras.layers.EinsumDense):
         self.output_axis = place
 
     def call(self, inputs: tf.Tensor, training: bool | None = None) -> tf.Tensor:
-        """The layer's equation, for a part of one of the output's axes."""
+        """Applies the layer's equation for a part of one output axis."""
         return super().call(mappings.spread(inputs, self.mesh, _kind(self)), training)
 
 
 class RowEinsumDense(_Part, keras.layers.EinsumDense):
-    """An `EinsumDense` divided along an axis of its kernel that is summed over: a part of the input, a term."""
+    """An `EinsumDense`, divided along an axis that it sums over: takes a part of the input, computes a term."""
 
     def __init__(self, mesh: Mesh, axis: int, **config: Any) -> None:
         keras.layers.EinsumDense.__init__(self, **config)
@@ -113,12 +113,12 @@ class RowEinsumDense(_Part, keras.layers.EinsumDense):
         self.split_axes = {"kernel": axis}
 
     def call(self, inputs: tf.Tensor, training: bool | None = None) -> tf.Tensor:
-        """The layer's equation, of which each rank sums over a part."""
+        """Applies the layer's equation; each rank sums over its part, then the ranks add up their sums."""
         return _after_the_sum(self, ops.einsum(self.equation, inputs, self.kernel))
 
 
 class HeadsAttention(_Part, keras.layers.MultiHeadAttention):
-    """Some of a `MultiHeadAttention`'s heads; the output projection adds up those of all ranks."""
+    """Some of a `MultiHeadAttention`'s heads; the output projection sums over the heads of all ranks."""
 
     def __init__(self, mesh: Mesh, num_heads: int, **config: Any) -> None:
         keras.layers.MultiHeadAttention.__init__(self, part(num_heads, mesh, "num_heads", config.get("name")), **config)
@@ -144,7 +144,7 @@ class HeadsAttention(_Part, keras.layers.MultiHeadAttention):
         training: bool | None = None,
         use_causal_mask: bool = False,
     ) -> Any:
-        """As `keras.layers.MultiHeadAttention`; attention scores are those of this rank's heads."""
+        """Like `keras.layers.MultiHeadAttention`, but attention scores are those of this rank's heads only."""
         spread = {id(x): x for x in (query, value, key) if x is not None}
         spread = {i: mappings.spread(x, self.mesh, f"{_kind(self)}.{n}") for n, (i, x) in enumerate(spread.items())}
         return super().call(
@@ -162,7 +162,7 @@ class HeadsAttention(_Part, keras.layers.MultiHeadAttention):
 
 
 class VocabularyEmbedding(_Part, keras.layers.Embedding):
-    """Some of an `Embedding`'s rows: each rank looks up the tokens that it has, and the ranks add up what they find."""
+    """Some rows of an `Embedding`: each rank looks up the tokens in its rows, and the ranks add up the vectors."""
 
     def __init__(self, mesh: Mesh, input_dim: int, **config: Any) -> None:
         keras.layers.Embedding.__init__(self, part(input_dim, mesh, "input_dim", config.get("name")), **config)
@@ -170,9 +170,9 @@ class VocabularyEmbedding(_Part, keras.layers.Embedding):
         self.split_axes = {"embeddings": 0}
 
     def call(self, inputs: tf.Tensor) -> tf.Tensor:
-        """Token numbers int [...] to vectors [..., output_dim]."""
+        """Computes vectors [..., output_dim] from token numbers, int [...]."""
         numbers = tf.reshape(tf.cast(inputs, tf.int32) - self.mesh.model_index * self.input_dim, [-1])
-        # Others' tokens are left out, not looked up and multiplied by zero: optimizers would count their rows.
+        # Skip tokens of other ranks, do not multiply their vectors by zero: optimizers would update those rows.
         mine = tf.where((numbers >= 0) & (numbers < self.input_dim))
         found = super().call(tf.gather_nd(numbers, mine))
         vectors = tf.scatter_nd(mine, found, [tf.size(numbers, tf.int64), self.output_dim])
@@ -182,7 +182,7 @@ class VocabularyEmbedding(_Part, keras.layers.Embedding):
 
 
 class ColumnEmbedding(_Part, keras.layers.Embedding):
-    """Columns of an `Embedding`: a part of each token's vector."""
+    """Some columns of an `Embedding`: computes a part of each token's vector."""
 
     def __init__(self, mesh: Mesh, output_dim: int, **config: Any) -> None:
         name = config.get("name")
@@ -192,22 +192,22 @@ class ColumnEmbedding(_Part, keras.layers.Embedding):
 
 
 def _kind(layer: Any) -> str:
-    """The name of a layer's exchanges, which are numbered in the order of the graph (see `hvdkit.collectives.wire`).
+    """Returns a name for a layer's collectives; `hvdkit.collectives.wire` adds numbers in the order of the graph.
 
-    Not the layer's own: Keras numbers those that have none, differently on a rank that has made one more model.
+    Do not use the layer's name: Keras numbers unnamed layers per process, so ranks may have different numbers.
     """
     return type(layer).__name__
 
 
 def letters(equation: str) -> tuple[str, str, str]:
-    """The axes of an `EinsumDense`'s input, kernel and output."""
+    """Returns the axis letters of an `EinsumDense`'s input, kernel and output."""
     inputs, output = equation.replace(" ", "").replace("...", "").split("->")
     x, kernel = inputs.split(",")
     return x, kernel, output
 
 
 def part(number: int, mesh: Mesh, what: str, layer: str | None) -> int:
-    """An even part of a number.
+    """Divides a number by the number of ranks that hold a layer.
 
     Raises:
         UsageError: it cannot be divided evenly.
@@ -215,13 +215,13 @@ def part(number: int, mesh: Mesh, what: str, layer: str | None) -> int:
     if number % mesh.model:
         raise UsageError(
             f"The layer {layer!r} has {what}={number}, which {mesh.model} ranks cannot divide evenly. Choose a "
-            f"multiple of {mesh.model}, another mesh, or leave the layer out of the layout."
+            f"multiple of {mesh.model}, another mesh, or remove the layer from the layout."
         )
     return number // mesh.model
 
 
 def _after_the_sum(layer: Any, term: tf.Tensor) -> tf.Tensor:
-    """Adds the ranks' terms up, then the bias, which all have, and applies the activation."""
+    """Sums the terms of all ranks, adds the bias, which all ranks hold, and applies the activation."""
     x = mappings.total(term, layer.mesh, _kind(layer))
     if layer.bias is not None:
         x = ops.add(x, ops.cast(layer.bias, x.dtype))

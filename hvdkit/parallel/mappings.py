@@ -1,8 +1,8 @@
-"""Exchanges inside a model, with gradients: what the ranks that hold one model between them tell each other.
+"""Collectives with gradients, inside a model that is divided over the ranks of a row.
 
-In pairs, as M. Shoeybi et al. have them ("Megatron-LM", 2019, https://arxiv.org/abs/1909.08053, section 3): what is the
-identity forwards is a sum backwards, and the other way round. A gradient that comes from behind a `total` or `joined`
-is the same on all ranks, because what they compute from there on is.
+They come in conjugate pairs (M. Shoeybi et al., "Megatron-LM", 2019, https://arxiv.org/abs/1909.08053, section 3): one
+is the identity in the forward pass and a sum in the backward pass, the other the reverse. After a `total` or `joined`,
+all ranks compute the same. So the gradient that comes back to it is the same on all ranks, too.
 """
 
 import tensorflow as tf
@@ -12,12 +12,12 @@ from hvdkit.collectives.mesh import Mesh
 
 
 def spread(x: tf.Tensor, mesh: Mesh, name: str) -> tf.Tensor:
-    """What all ranks have, for each to compute another part from: backwards the sum of their gradients.
+    """Returns its input, from which each rank computes a different part. Backward, sums the ranks' gradients.
 
     Args:
         x: float [...], the same on all ranks of a row of the mesh.
         mesh: the ranks.
-        name: of the exchange, the same on all ranks.
+        name: name of the collective, the same on all ranks.
     """
 
     @tf.custom_gradient
@@ -28,12 +28,12 @@ def spread(x: tf.Tensor, mesh: Mesh, name: str) -> tf.Tensor:
 
 
 def total(x: tf.Tensor, mesh: Mesh, name: str) -> tf.Tensor:
-    """The sum of the ranks' terms: backwards the identity.
+    """Returns the sum of the ranks' terms. Backward, passes the gradient on unchanged.
 
     Args:
-        x: float [...], each rank's own.
+        x: float [...], this rank's term.
         mesh: the ranks.
-        name: of the exchange, the same on all ranks.
+        name: name of the collective, the same on all ranks.
     """
 
     @tf.custom_gradient
@@ -44,13 +44,13 @@ def total(x: tf.Tensor, mesh: Mesh, name: str) -> tf.Tensor:
 
 
 def joined(x: tf.Tensor, axis: int, mesh: Mesh, name: str) -> tf.Tensor:
-    """The ranks' even parts put together along an axis: backwards each rank's own part.
+    """Concatenates the ranks' even parts along an axis. Backward, takes this rank's part of the gradient.
 
     Args:
-        x: [batch, ...], each rank's own part.
-        axis: not that of the batch.
+        x: [batch, ...], this rank's part.
+        axis: any axis but the batch.
         mesh: the ranks.
-        name: of the exchange, the same on all ranks.
+        name: name of the collective, the same on all ranks.
     """
 
     @tf.custom_gradient
@@ -61,13 +61,13 @@ def joined(x: tf.Tensor, axis: int, mesh: Mesh, name: str) -> tf.Tensor:
 
 
 def own_part(x: tf.Tensor, axis: int, mesh: Mesh, name: str) -> tf.Tensor:
-    """This rank's even part of what all ranks have: backwards the parts' gradients put together.
+    """Takes this rank's even part along an axis. Backward, concatenates the gradients of all parts.
 
     Args:
         x: [batch, ...], the same on all ranks.
-        axis: not that of the batch.
+        axis: any axis but the batch.
         mesh: the ranks.
-        name: of the exchange, the same on all ranks.
+        name: name of the collective, the same on all ranks.
     """
 
     @tf.custom_gradient

@@ -1,20 +1,20 @@
-"""`pipeline`: the layers of a model in stages, one a rank, through which micro-batches flow.
+"""`pipeline`: divides the layers of a model into stages, one per rank, and sends micro-batches through them.
 
-While one rank computes the second half of the model on one micro-batch, another computes the first half on the next. A
-stage has the weights of its own layers alone, and their optimizer's state. Two schedules:
+While one rank computes the second half of the model on a micro-batch, another computes the first half on the next one.
+A rank holds the weights and the optimizer state of its own stage only. There are two schedules:
 
-- "gpipe": all micro-batches forwards, then all backwards (Y. Huang et al., "GPipe", 2018,
+- "gpipe": all micro-batches forward, then all backward (Y. Huang et al., "GPipe", 2018,
   https://arxiv.org/abs/1811.06965). Each stage keeps the activations of all micro-batches.
-- "1f1b": one forwards, one backwards, as soon as there is something to go back with (D. Narayanan et al., "Efficient
-  large-scale language model training on GPU clusters using Megatron-LM", 2021, https://arxiv.org/abs/2104.04473). Stage
-  s of S keeps those of S - s micro-batches.
+- "1f1b": alternates one forward and one backward pass as soon as possible (D. Narayanan et al., "Efficient large-scale
+  language model training on GPU clusters using Megatron-LM", 2021, https://arxiv.org/abs/2104.04473). Stage s of S
+  keeps the activations of S - s micro-batches.
 
-Either leaves a stage idle for (S - 1) / (M + S - 1) of the time with M micro-batches, if all stages take equally long.
+Both leave a stage idle for the fraction (S - 1) / (M + S - 1) of the time with M micro-batches, if all stages take
+equally long.
 
-Horovod cannot send from one rank to another: see `hvdkit.parallel.transfer` for what takes the place of it.
+Horovod has no point-to-point send: see `hvdkit.parallel.transfer` for the replacement.
 
-A stage's layers are copies of those of the model that it was cut from. The other stages' weights leave the memory with
-that model.
+A stage's layers are copies: when you delete the original model, the memory of the other stages' weights is freed.
 """
 
 import math
@@ -41,18 +41,18 @@ def pipeline(
     micro_batches: int = 4,
     schedule: str = "1f1b",
 ) -> "PipelinedModel":
-    """Returns this rank's stage of a model whose layers are divided in stages.
+    """Divides the layers of a model into stages and returns this rank's stage.
 
     Args:
-        model: a functional or sequential model, built, the same on all ranks, with one input and one output.
-        mesh: the ranks; as many stages as columns.
-        cuts: names of the layers with which a stage ends, one fewer than stages; by default those that divide the
-            weights most evenly, of the layers through whose output alone everything flows.
-        micro_batches: into how many parts a batch is divided; it must be divisible by them.
+        model: a built functional or sequential model with one input and one output, the same on all ranks.
+        mesh: the ranks; the number of stages is the number of columns.
+        cuts: names of the last layers of all stages but the last one. By default, the layers that divide the weights
+            most evenly. A cut must be at a layer whose output is the only tensor that later layers use.
+        micro_batches: number of parts of a batch, which must be divisible by it.
         schedule: "1f1b" or "gpipe".
 
     Raises:
-        UsageError: the model cannot be cut in that way, two stages share a weight, or an argument has a wrong value.
+        UsageError: the model cannot be cut in this way, two stages share a weight, or an argument is invalid.
     """
     functional = graph.functional(model)
     if schedule not in SCHEDULES:
@@ -78,12 +78,12 @@ def pipeline(
 
 
 class PipelinedModel(keras.Model):
-    """A stage of a model, with the ways to the stages before and behind. Made by `pipeline`.
+    """A stage of a model, connected to the stages before and after it. `pipeline` makes it.
 
-    Called, it returns the whole model's output on every rank. Metrics and loss are the whole model's, on every rank.
+    A call returns the whole model's output on every rank. Metrics and loss are those of the whole model on every rank.
     """
 
-    stages_add_losses = True  # for regularisation: those of all stages are to be added up
+    stages_add_losses = True  # whether stages have losses of their own (regularization), to be summed over all stages
 
     def __init__(
         self,
@@ -100,13 +100,13 @@ class PipelinedModel(keras.Model):
         self._mesh, self._outbox = mesh, Outbox()
         self._borders = [(tuple(t.shape[1:]), t.dtype) for t in borders]
         self._is_first, self._is_last = mesh.model_index == 0, mesh.model_index == mesh.model - 1
-        for variable in stage.variables:  # random seeds, too, of which stages have different numbers
+        for variable in stage.variables:  # including random seeds: their number differs between stages
             mark(variable, Shard(mesh, None))
         self.built = True
         whole_model.remember(self, model)
 
     def call(self, x: tf.Tensor, training: bool | None = None) -> tf.Tensor:
-        """The whole model, stage after stage: [batch, ...] to [batch, ...], on all ranks."""
+        """Runs the whole model, stage after stage, and returns its output [batch, ...] on all ranks."""
         here = self._mesh.model_index
         if not self._is_first:
             x = self._receive(here, x, "forwards.whole")
@@ -123,12 +123,12 @@ class PipelinedModel(keras.Model):
         return tf.ensure_shape(output, [x.shape[0], *self._borders[-1][0]])
 
     def train_step(self, data: Any) -> dict[str, Any]:
-        """One step of training: all micro-batches through all stages and back, then the optimizer."""
+        """Runs a training step: all micro-batches forward and backward through all stages, then the optimizer."""
         if tf.executing_eagerly():
             raise UsageError(
                 "In a step that is no graph, stages of a pipeline would wait for each other: leave out run_eagerly."
             )
-        self._clear_losses()  # of an evaluation's graph: Keras does so where the whole model is called
+        self._clear_losses()  # of an evaluation's graph: Keras does this only in a call of the whole model
         x, y, weights = keras.utils.unpack_x_y_sample_weight(data)
         batches = list(zip(*(self._divided(part) for part in (x, y, weights)), strict=True))
         step = _Step(self, batches)
@@ -142,7 +142,7 @@ class PipelinedModel(keras.Model):
         return self.get_metrics_result()
 
     def _divided(self, part: Any) -> list[Any]:
-        """The micro-batches of a structure of tensors [batch, ...]."""
+        """Divides a structure of tensors [batch, ...] into micro-batches."""
         if part is None:
             return [None] * self.micro_batches
         leaves = keras.tree.flatten(part)
@@ -156,16 +156,16 @@ class PipelinedModel(keras.Model):
         return [keras.tree.pack_sequence_as(part, list(piece)) for piece in zip(*pieces, strict=True)]
 
     def _receive(self, border: int, x: tf.Tensor, name: str) -> tf.Tensor:
-        """What crosses the border before stage `border` next, of as many examples as `x` has."""
+        """Receives the next tensor that crosses the border before stage `border`, with as many examples as `x`."""
         shape, dtype = self._borders[border]
         received = receive(self._mesh, border - 1, tf.concat([tf.shape(x)[:1], shape], axis=0), dtype, name)
         return tf.ensure_shape(received, [x.shape[0], *shape])
 
     def _share_metrics(self, x: Any, y: Any, weights: Any, penalty: tf.Tensor | None) -> None:
-        """Gives all stages the last one's metrics, which alone has seen predictions; the loss is that of all stages."""
+        """Sends the last stage's metrics to all stages: only it has seen predictions. Sums the loss over all stages."""
         if self._mesh.model == 1:
             return
-        if not self._is_last:  # of no examples, so that there are states to be given
+        if not self._is_last:  # compute metrics of zero examples, to create their states
             shape, dtype = self._borders[-1]
             none = keras.tree.map_structure(lambda t: t if t is None else t[:0], (x, y, weights))
             self.compute_metrics(none[0], none[1], tf.zeros([0, *shape], dtype), none[2])
@@ -184,7 +184,7 @@ class PipelinedModel(keras.Model):
 
 
 class _Step:
-    """What a stage does in one step of training, in the order in which it is told to."""
+    """The work of a stage in one training step. The schedule determines the order of the calls."""
 
     def __init__(self, model: PipelinedModel, batches: Sequence[Any]) -> None:
         self._model, self._batches = model, batches
@@ -192,14 +192,14 @@ class _Step:
         self._kept: dict[int, tuple[Any, Any, Any]] = {}
         self.done: list[tf.Tensor] = []
         self.sending: list[tf.Tensor] = []
-        self.penalty: tf.Tensor | None = None  # of this stage, times examples, where the loss does not have it
+        self.penalty: tf.Tensor | None = None  # this stage's losses times examples, if compute_loss does not add them
         self.gradients: list[Any] = [None] * len(model.trainable_weights)
-        # Asked for at once, so that a neighbour can send as soon as it has something.
+        # Post all receives now: a neighbour can then send as soon as it has a tensor.
         self._inputs = [self._receive_input(number) for number in range(len(batches))]
         self._returned = [self._receive_gradient(number) for number in range(len(batches))]
 
     def forwards(self, number: int) -> None:
-        """Computes the stage on one micro-batch, and sends the output on, or computes the loss."""
+        """Runs the stage on one micro-batch; sends the output to the next stage, or computes the loss in the last."""
         model = self._model
         _, y, weights = self._batches[number]
         with tf.control_dependencies(self.done), tf.GradientTape() as tape:
@@ -209,7 +209,7 @@ class _Step:
             output = model.stage(x, training=True)
             penalty = tf.add_n(model.stage.losses) if model.stage.losses else None
             if model._is_last:
-                loss = model.compute_loss(x, y, output, weights, training=True)  # with the stage's own losses
+                loss = model.compute_loss(x, y, output, weights, training=True)  # includes the stage's own losses
                 model._loss_tracker.update_state(loss, sample_weight=tf.shape(output)[0])
                 target = model.optimizer.scale_loss(loss / len(self._batches))
             else:
@@ -227,7 +227,7 @@ class _Step:
                 self.sending.append(send(self._mesh, self._here, output, f"forwards.{number}"))
 
     def backwards(self, number: int) -> None:
-        """Computes the gradients of one micro-batch, and sends that of the stage's input back."""
+        """Computes the gradients of one micro-batch; sends the gradient of the input to the previous stage."""
         model = self._model
         tape, x, target = self._kept.pop(number)
         sources = [v.value for v in model.trainable_weights]
@@ -257,7 +257,7 @@ class _Step:
 
 
 def order(schedule: str, stage: int, stages: int, micro_batches: int) -> list[tuple[str, int]]:
-    """In which order a stage computes: ("F", micro-batch) forwards, ("B", micro-batch) backwards."""
+    """Returns the order of a stage's work: ("F", micro-batch) for forward, ("B", micro-batch) for backward."""
     ahead = micro_batches if schedule == "gpipe" else min(stages - stage - 1, micro_batches)
     actions = [("F", number) for number in range(ahead)]
     for number in range(micro_batches - ahead):
@@ -277,23 +277,23 @@ def _added(a: Any, b: Any) -> Any:
 def _output_of(model: keras.Model, name: str) -> Any:
     names = [layer.name for layer in model.layers]
     if name not in names:
-        raise UsageError(f"The model {model.name!r} has no layer {name!r} to cut behind: it has {', '.join(names)}.")
+        raise UsageError(f"The model {model.name!r} has no layer {name!r} to cut after: it has {', '.join(names)}.")
     return model.get_layer(name).output
 
 
 def even_cuts(model: keras.Model, stages: int) -> list[str]:
-    """The layers that divide the weights into stages most evenly."""
+    """Returns the names of the layers that divide the weights into stages most evenly."""
     weights, before = 0, {}
     for layer in model.layers:
         weights += sum(math.prod(w.shape) for w in layer.trainable_weights)
         before[layer.name] = weights
     narrow = [name for name in _narrow(model) if 0 < before[name] < weights]
-    # Of places with no weights between them the first, which mostly is the narrowest.
+    # Of several cuts with no weights between them, keep the first, which usually has the smallest output.
     narrow = [name for place, name in enumerate(narrow) if not place or before[name] != before[narrow[place - 1]]]
     if len(narrow) < stages - 1:
         raise UsageError(
-            f"The model {model.name!r} has {len(narrow)} places with weights before and behind where one tensor alone "
-            f"flows from layer to layer, too few for {stages} stages."
+            f"The model {model.name!r} has {len(narrow)} possible cuts (a single tensor between layers, with weights "
+            f"before and after it), too few for {stages} stages. Use fewer stages."
         )
     cuts: list[str] = []
     for stage in range(1, stages):
@@ -304,8 +304,8 @@ def even_cuts(model: keras.Model, stages: int) -> list[str]:
 
 
 def _narrow(model: keras.Model) -> list[str]:
-    """Layers through whose one output everything flows that comes later."""
-    operations = model.operations  # layers, and what stands between them, such as x + y
+    """Returns the layers whose single output is the only tensor that later layers use."""
+    operations = model.operations  # layers, and operations between them, such as x + y
     place = {operation.name: number for number, operation in enumerate(operations)}
     last_use = [
         max((place[n.operation.name] for n in operation._outbound_nodes if n.operation.name in place), default=-1)

@@ -1,4 +1,4 @@
-"""What dividing a model would send: for the planner, which predicts what it costs."""
+"""Computes how many bytes a divided model would send, for the planner's cost model."""
 
 import math
 from typing import Any
@@ -14,7 +14,7 @@ _BYTES = 4  # of a float32
 
 
 def divisions(model: keras.Model) -> dict[str, dict[str, Any]]:
-    """By strategy, how the model can be divided over two ranks: the fields of `hvdkit.plan.cost.Division`."""
+    """Returns how each strategy can divide the model over two ranks, as fields of `hvdkit.plan.cost.Division`."""
     try:
         functional = graph.functional(model)
     except UsageError:
@@ -23,7 +23,7 @@ def divisions(model: keras.Model) -> dict[str, dict[str, Any]]:
 
 
 def _tensor(model: keras.Model) -> dict[str, dict[str, Any]]:
-    """Each divided pair of layers adds up its output forwards, and the gradient of its input backwards."""
+    """Each divided pair of layers sums its output when it runs forward, and its input's gradient backward."""
     layout = tensor.automatic_layout(model, Mesh(model=2))
     plan = tensor.plan_of(model, layout)
     layers = [layer for layer in model.layers if layer.name in plan]
@@ -34,7 +34,7 @@ def _tensor(model: keras.Model) -> dict[str, dict[str, Any]]:
     pairs = [x for layer in layers if plan[layer.name] != 1 or _is_attention(layer) for x in (layer.output,)]
     ins = [keras.tree.flatten(layer.input)[0] for layer in layers if plan[layer.name] == 1]
     if any(None in t.shape[1:] for t in [*pairs, *ins]):
-        return {}  # of sizes that are not known beforehand
+        return {}  # the sizes are not known in advance
     sent = sum(_BYTES * math.prod(t.shape[1:]) for t in [*pairs, *ins])
     return {"tensor": {"stages": False, "share": divided / total, "bytes": sent, "exchanges": len(pairs) + len(ins)}}
 

@@ -1,10 +1,10 @@
-"""`split_tensors`: a plain Keras model with its large matrices divided over the ranks of a row of the mesh.
+"""`split_tensors`: tensor parallelism, which divides the large matrices of a plain Keras model over a row of the mesh.
 
-The rules are those of M. Shoeybi et al., "Megatron-LM", 2019, https://arxiv.org/abs/1909.08053: of two Dense layers in
-a row the first keeps columns and the second rows, so that nothing is exchanged between them; attention is divided by
-its heads, and an embedding by its vocabulary. As in `keras.distribution.LayoutMap`, a layout says for each weight, by a
-pattern of its path, along which axis it is divided. Whatever else needs a whole tensor gets it: parts are put together
-where that is so.
+The rules are those of M. Shoeybi et al., "Megatron-LM", 2019, https://arxiv.org/abs/1909.08053. Of two consecutive
+Dense layers, the first keeps columns and the second rows, so no communication is needed between them. Attention is
+divided by heads, an embedding by its vocabulary. As in `keras.distribution.LayoutMap`, a layout maps patterns of weight
+paths to the axis along which these weights are divided. If any other layer needs a whole tensor, the parts are gathered
+before it.
 """
 
 import logging
@@ -42,31 +42,32 @@ _PASS_THROUGH = (keras.layers.Activation, keras.layers.Dropout, keras.layers.ReL
 
 
 def split_tensors(model: keras.Model, mesh: Mesh, layout: Layout | None = None) -> keras.Model:
-    """Returns this rank's part of a model whose matrices are divided.
+    """Divides the matrices of a model and returns this rank's part.
 
-    Its weights are parts of those of `model`, which may be forgotten afterwards. Random seeds of dropout are the same
-    on the ranks of a row.
+    Its weights are copies of parts of `model`'s, so you may delete `model` afterwards. The ranks of a row have the same
+    random seeds for dropout.
 
     Args:
-        model: a functional or sequential model, built, the same on all ranks; compiled or not.
+        model: a built functional or sequential model, the same on all ranks; compiled or not.
         mesh: the ranks.
-        layout: for patterns of weights' paths (`re.search`) a tuple with "model" at the axis that is divided and None
-            at the others, as in `{"mlp_up/kernel": (None, "model"), "mlp_down/kernel": ("model", None)}`; a bias
-            follows its kernel, and an attention's other kernels that of its query. By default `automatic_layout`.
+        layout: maps patterns of weight paths (`re.search`) to a tuple with "model" at the axis to divide and None at
+            the others, for example `{"mlp_up/kernel": (None, "model"), "mlp_down/kernel": ("model", None)}`. A bias
+            follows its kernel; the other kernels of an attention layer follow its query kernel. By default
+            `automatic_layout`.
 
     Returns:
-        A model of the same inputs and outputs. It is not compiled.
+        A model with the same inputs and outputs. It is not compiled.
 
     Raises:
-        UsageError: a layout names no weight of the model, or a layer that cannot be divided in that way.
+        UsageError: a layout matches no weight of the model, or a layer that cannot be divided in this way.
     """
     functional = graph.functional(model)
     layout = automatic_layout(model, mesh) if layout is None else layout
     plan = plan_of(functional, layout)
     if not plan:
         raise UsageError(
-            f"The model {model.name!r} has no layers that are divided without being told: attentions, embeddings and "
-            f"pairs of Dense layers whose sizes are multiples of {mesh.model}. Give a layout, or divide it otherwise."
+            f"The model {model.name!r} has no layers that can be divided automatically: attentions, embeddings and "
+            f"pairs of Dense layers whose sizes are multiples of {mesh.model}. Give a layout, or use another strategy."
         )
     if world.rank() == 0:
         _log.info("%s\n%s", mesh.describe(), "\n".join(f"{path}: {axes}" for path, axes in layout.items()))
@@ -77,9 +78,9 @@ def split_tensors(model: keras.Model, mesh: Mesh, layout: Layout | None = None) 
 
 
 def automatic_layout(model: keras.Model, mesh: Mesh) -> dict[str, tuple[str | None, ...]]:
-    """A layout for the layers of a model that are worth dividing and can be.
+    """Returns a layout for the layers of a model that can be divided and are worth it.
 
-    These are attentions, pairs of Dense layers with at most such between them as work on each element, and embeddings.
+    These are attentions, embeddings, and pairs of Dense layers with only elementwise layers between them.
     """
     functional = graph.functional(model)
     layout: dict[str, tuple[str | None, ...]] = {}
@@ -100,17 +101,17 @@ def automatic_layout(model: keras.Model, mesh: Mesh) -> dict[str, tuple[str | No
 
 
 class _Builder:
-    """Builds the divided model layer by layer, and remembers which tensors are parts."""
+    """Builds the divided model layer by layer, and keeps track of the tensors that are parts."""
 
     def __init__(self, model: keras.Model, mesh: Mesh, plan: dict[str, int]) -> None:
         self._mesh, self._plan = mesh, plan
-        self._axes: dict[int, tuple[Any, int]] = {}  # by a tensor's id: it, and the axis along which it is a part
+        self._axes: dict[int, tuple[Any, int]] = {}  # from a tensor's id to the tensor and the axis of its division
         self._last = {t._keras_history.operation.name for t in keras.tree.flatten(model.outputs)}
 
     def layer(self, layer: keras.layers.Layer) -> keras.layers.Layer:
-        """The layer that takes the place of another."""
+        """Returns the layer that replaces `layer`."""
         config = layer.get_config()
-        if not isinstance(layer, keras.layers.Layer):  # an operation, such as x + y, which knows the whole graph
+        if not isinstance(layer, keras.layers.Layer):  # an operation, such as x + y
             return type(layer).from_config(config)
         axis = self._plan.get(layer.name)
         if axis is None:
@@ -126,7 +127,7 @@ class _Builder:
         return (parts.ColumnDense if axis == 1 else parts.RowDense)(self._mesh, **config)
 
     def call(self, layer: Any, *args: Any, **kwargs: Any) -> Any:
-        """Calls a layer on what it needs: parts where it takes parts, whole tensors elsewhere."""
+        """Calls a layer with parts of tensors if it takes parts, with whole tensors otherwise."""
         if isinstance(layer, (parts.RowDense, parts.RowEinsumDense)):
             args = (self._part(args[0], _input_axis(layer), layer.name), *args[1:])
             output = layer(*args, **kwargs)
@@ -145,7 +146,7 @@ class _Builder:
         return output
 
     def _passes(self, layer: Any, args: Any) -> int | None:
-        """The axis along which the layer's input is a part, if its output is one along the same."""
+        """Returns the axis along which the layer's input is divided, if its output is divided in the same way."""
         if isinstance(layer, _PASS_THROUGH) and len(args) == 1 and id(args[0]) in self._axes:
             name = getattr(getattr(layer, "activation", None), "__name__", "linear")
             return self._axes[id(args[0])][1] if name in _ELEMENTWISE else None
@@ -164,7 +165,7 @@ class _Builder:
 
 
 def plan_of(model: keras.Model, layout: Layout) -> dict[str, int]:
-    """By a layer's name, the axis of its first weight that is divided.
+    """Returns for each divided layer's name the axis along which its kernel is divided.
 
     Raises:
         UsageError: see `split_tensors`.
@@ -185,11 +186,11 @@ def plan_of(model: keras.Model, layout: Layout) -> dict[str, int]:
 
 
 def _axis(layer: Any, weight: Any, axes: tuple[str | None, ...]) -> int | None:
-    """The axis of the kernel along which a layer is divided, as a weight's axes say; None if they say that of none."""
+    """Returns the axis of the kernel along which `axes` divides a layer; None if it divides none."""
     if len(axes) != len(weight.shape) or set(axes) - {None, "model"} or axes.count("model") > 1:
         raise UsageError(
-            f'The layout gives {weight.path} the axes {axes}; write {len(weight.shape)}, of which one is "model" and '
-            f"the others are None."
+            f'The layout gives {weight.path} the axes {axes}; write {len(weight.shape)} axes, one of them "model" and '
+            f"the others None."
         )
     if "model" not in axes or weight.path.endswith("/bias"):
         return None  # a bias follows its kernel
@@ -208,21 +209,20 @@ def _axis(layer: Any, weight: Any, axes: tuple[str | None, ...]) -> int | None:
         raise UsageError(
             f"The layout divides {weight.path} along axis {axis}, which a {kind.__name__} cannot do. Dense, "
             f"EinsumDense and Embedding layers can be divided along both of their axes (a Dense by columns only with "
-            f"an activation that works on each element), MultiHeadAttention along its heads."
+            f"an elementwise activation), MultiHeadAttention along its heads."
         )
     return axis
 
 
 def _take_weights(divided: keras.Model, model: keras.Model, mesh: Mesh) -> None:
-    """Gives the divided model its part of the whole one's weights."""
+    """Copies this rank's parts of the whole model's weights into the divided model."""
     for layer in divided.layers:
+        if not layer.weights:
+            continue
         axes = getattr(layer, "split_axes", {})
-        sources = {} if not layer.weights else dict(zip(
-            (w.path for w in layer.weights), model.get_layer(layer.name).weights, strict=True
-        ))  # fmt: skip
-        for weight in layer.weights:
-            value = keras.ops.convert_to_numpy(sources[weight.path])
-            whole_model.part_of(weight, sources[weight.path].path)
+        for weight, source in zip(layer.weights, model.get_layer(layer.name).weights, strict=True):
+            value = keras.ops.convert_to_numpy(source)
+            whole_model.part_of(weight, source.path)
             axis = next((a for name, a in axes.items() if weight.path.endswith(f"{layer.name}/{name}")), None)
             if axis is not None:
                 size = weight.shape[axis]
@@ -245,7 +245,7 @@ def _is_dense(layer: Any, mesh: Mesh) -> bool:
 
 
 def _dense_behind(layer: Any) -> Any:
-    """The Dense layer that alone takes a layer's output, if by way of such layers as work on each element."""
+    """Returns the Dense layer that is the only consumer of a layer's output, skipping elementwise layers."""
     while len(layer._outbound_nodes) == 1:
         layer = layer._outbound_nodes[0].operation
         if type(layer) is keras.layers.Dense:

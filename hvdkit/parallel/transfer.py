@@ -1,7 +1,8 @@
-"""From one rank to its neighbour, by collectives: Horovod has no other way.
+"""Sends a tensor from one rank to its neighbour with collectives, because Horovod has no point-to-point operations.
 
-On one host both ranks gather their rows through its memory, and the receiver has none. Between hosts it is a broadcast
-in a process set of the two, which of Horovod's ways is the fastest (`python -m hvdkit.bench collectives`).
+On one host, both ranks gather their rows through shared memory, and the receiver has zero rows. Between hosts, it is a
+broadcast in a process set of the two ranks, the fastest of Horovod's collectives for this (measure it with
+`python -m hvdkit.bench collectives`).
 """
 
 from collections.abc import Sequence
@@ -21,10 +22,10 @@ def send(mesh: Mesh, stage: int, x: tf.Tensor, name: str) -> tf.Tensor:
         mesh: the ranks.
         stage: the column before the border.
         x: [batch, ...].
-        name: of the transfer, the same on both sides.
+        name: name of the transfer, the same on both sides.
 
     Returns:
-        What must be given to `Outbox.close`.
+        A tensor that you must pass to `Outbox.close`.
     """
     name, pair = f"hvdkit.pipeline.border{stage}.{name}", mesh.neighbours(stage)
     if shared_memory.gathers(x.dtype):
@@ -33,14 +34,14 @@ def send(mesh: Mesh, stage: int, x: tf.Tensor, name: str) -> tf.Tensor:
 
 
 def receive(mesh: Mesh, stage: int, shape: tf.Tensor, dtype: str, name: str) -> tf.Tensor:
-    """What the rank on the other side of a border sends.
+    """Receives a tensor from the rank on the other side of a border.
 
     Args:
         mesh: the ranks.
         stage: the column before the border.
-        shape: int32, of what is sent: [batch, ...].
-        dtype: of what is sent.
-        name: of the transfer, the same on both sides.
+        shape: shape of the tensor, [batch, ...], as an int32 tensor.
+        dtype: dtype of the tensor.
+        name: name of the transfer, the same on both sides.
     """
     name, pair = f"hvdkit.pipeline.border{stage}.{name}", mesh.neighbours(stage)
     if shared_memory.gathers(tf.as_dtype(dtype)):
@@ -53,26 +54,27 @@ def receive(mesh: Mesh, stage: int, shape: tf.Tensor, dtype: str, name: str) -> 
 
 
 class Outbox:
-    """Sees to it that a step ends only when what `send` returned is there, and that TensorFlow does not leave it out.
+    """Makes a step wait for its sends, and keeps TensorFlow from removing them from the graph.
 
-    An operation without a state of its own, such as Horovod's, of which nobody uses the result, is no more than a knot
-    of dependencies to it. So something of each result is put down where it cannot see that nobody looks. The place is
-    made before a step is traced: TensorFlow traces a step twice that makes a variable, and on this rank alone.
+    TensorFlow prunes a stateless operation, such as Horovod's, if nothing uses its result. So `close` writes one
+    element of each result into a variable. The variable is created before the step is traced: TensorFlow traces a step
+    that creates a variable twice, and would do so on this rank only.
     """
 
     def __init__(self) -> None:
         self._place = tf.Variable(0.0, trainable=False, name="sent")
 
     def close(self, sent: Sequence[tf.Tensor]) -> None:
-        """Waits for what was sent, as part of the graph that is being traced."""
+        """Waits for the sends, as part of the graph that is being traced."""
         first = [tf.cast(tf.reshape(tensor, [-1])[:1], tf.float32) for tensor in sent]
         self._place.assign(tf.reduce_sum(tf.concat(first, axis=0)))
 
 
 def _gather(rows: tf.Tensor, name: str, pair: Any) -> tf.Tensor:
-    """Rows of both sides. A tf.function runs stateful operations one after another, in the order of their making.
+    """Gathers the rows of both sides.
 
-    Each side would wait at its first transfer for the other's. So these are taken out of that order.
+    A tf.function runs stateful operations one after another, in the order of their creation. Each side would wait at
+    its first transfer for the other side: a deadlock. So these operations run outside this order.
     """
     (both,) = wire.run_shared("gather", [rows], name, pair)
     manager = getattr(tf.compat.v1.get_default_graph(), "experimental_acd_manager", None)

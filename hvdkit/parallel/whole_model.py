@@ -1,4 +1,4 @@
-"""From a divided model back to the whole one."""
+"""Gathers the parts of a divided model into the whole model."""
 
 import collections
 import copy
@@ -16,33 +16,33 @@ from hvdkit.errors import UsageError
 
 @dataclasses.dataclass(frozen=True)
 class _Whole:
-    """How to make the whole model anew. As an object: the dictionaries of a model's attributes would be Keras' own."""
+    """What is needed to rebuild the whole model. An object, because Keras replaces dictionaries that are attributes."""
 
     kind: type[keras.Model]
     config: dict[str, Any]
     custom: dict[str, type]
-    paths: list[str]  # of its weights, in order
+    paths: list[str]  # paths of its weights, in order
 
     def make(self) -> keras.Model:
         with keras.saving.custom_object_scope(self.custom):
-            return self.kind.from_config(copy.deepcopy(self.config))  # Keras empties what it is given
+            return self.kind.from_config(copy.deepcopy(self.config))  # Keras modifies its argument
 
 
 def remember(divided: keras.Model, model: keras.Model) -> keras.Model:
-    """Lets a divided model know what it is a part of, and keeps it from being saved as if it were all."""
+    """Stores in a divided model how to rebuild the whole one, and makes `save` of the divided model raise an error."""
     paths = [w.path for w in model.weights]
     twice = next((path for path, number in collections.Counter(paths).items() if number > 1), None)
     if twice:
         raise UsageError(
-            f"Two weights of the model {model.name!r} have the path {twice!r}, so that it could not be put together "
-            f"again. Give layers, also those of inner models, names of their own."
+            f"Two weights of the model {model.name!r} have the path {twice!r}, so its parts could not be gathered. "
+            f"Give all layers unique names, also those of inner models."
         )
     divided._hvdkit_whole = _Whole(type(model), model.get_config(), custom_classes(model), paths)
 
     def save(*args: Any, **kwargs: Any) -> None:
         raise UsageError(
-            f"The model {divided.name!r} is divided over ranks, and this one has a part of it. Save the whole: call "
-            f"whole = hvdkit.parallel.gather(model) on all ranks, and whole.save(...) on rank 0."
+            f"The model {divided.name!r} is divided over ranks, and this rank has only a part of it. Save the whole "
+            f"model: call whole = hvdkit.parallel.gather(model) on all ranks, and whole.save(...) on rank 0."
         )
 
     divided.save = save
@@ -50,25 +50,25 @@ def remember(divided: keras.Model, model: keras.Model) -> keras.Model:
 
 
 def gather(model: keras.Model, root_rank: int = 0) -> keras.Model | None:
-    """Puts the whole of a divided model together. Call it on all ranks.
+    """Gathers a divided model into a plain Keras model on one rank. Call it on all ranks.
 
     Args:
-        model: what `split_tensors`, `split_branches` or `pipeline` returned.
-        root_rank: the rank that gets it.
+        model: the model that `split_tensors`, `split_branches` or `pipeline` returned.
+        root_rank: the rank that gets the whole model.
 
     Returns:
-        On the root rank a plain Keras model, not compiled, of layers and weights as the one that was divided; elsewhere
-        None.
+        On the root rank a plain Keras model, not compiled, with the layers and weights of the model that was divided;
+        None on the others.
 
     Raises:
-        UsageError: the model is not a divided one.
+        UsageError: the model is not divided.
     """
     if not hasattr(model, "_hvdkit_whole"):
         raise UsageError(f"The model {model.name!r} is not divided: every rank has all of it.")
     whole = None
     if world.rank() == root_rank:
         whole = model._hvdkit_whole.make()
-        # By place: a copy may name its weights otherwise.
+        # By position: a copy may have different names for its weights.
         weights = dict(zip(model._hvdkit_whole.paths, whole.weights, strict=True))
     for path, value in _values(model):
         if whole is not None:
@@ -77,23 +77,23 @@ def gather(model: keras.Model, root_rank: int = 0) -> keras.Model | None:
 
 
 def custom_classes(layer: Any) -> dict[str, type]:
-    """The user's classes among the layers in a layer or model, by name: without them it cannot be made anew."""
+    """Returns the user's own layer classes in a layer or model, by name; they are needed to rebuild it."""
     if not isinstance(layer, keras.layers.Layer):  # an operation, such as x + y
         return {}
     classes = {type(inner) for inner in layer._flatten_layers(include_self=False)}
-    # Keras knows its own, and has layers and operations of one name.
+    # Leave out Keras' own classes: it knows them, and some layers and operations have the same name.
     return {cls.__name__: cls for cls in classes if not cls.__module__.startswith("keras.")}
 
 
 def part_of(weight: Any, path: str) -> None:
-    """Notes the path that a weight, or what this one is a part of, has in the whole model."""
+    """Stores the path of a weight in the whole model; for a part, the path of the weight that it is a part of."""
     weight._hvdkit_path = path
 
 
 def _values(model: keras.Model) -> Iterator[tuple[str, np.ndarray]]:
-    """All weights with their paths, the parts of each put together; those of the first copy of the model.
+    """Yields path and complete value of each weight, taken from the first copy of the model.
 
-    One after another: a rank that divides a model because it cannot hold it has no room for all of them twice.
+    It gathers one weight at a time, because a rank may not have enough memory for the whole model.
     """
     mesh = mesh_of(model.weights)  # None also on a rank whose part has no weights
     mine = {getattr(weight, "_hvdkit_path", weight.path): weight for weight in model.weights}

@@ -37,11 +37,11 @@ class Strategy(Protocol):
         return self.world.rank, self.world.size
 
     def divide(self, model: keras.Model) -> keras.Model:
-        """Returns this process's part of a model; the model itself if every process has the full model."""
+        """Returns this process's part of a model; the model itself if every process has the whole model."""
         return model
 
     def whole(self, model: keras.Model) -> keras.Model | None:
-        """Returns on rank 0 the full model, gathered from its parts if it is divided. A collective call."""
+        """Returns on rank 0 the whole model, gathered from its parts if it is divided. A collective call."""
         return model
 
     def callbacks(self) -> list[keras.callbacks.Callback]:

@@ -70,7 +70,7 @@ class DividedStrategy(HorovodStrategy):
         return parallel.pipeline(model, self._mesh, micro_batches=division.micro_batches, schedule=division.schedule)
 
     def whole(self, model: keras.Model) -> keras.Model | None:
-        """Returns the full model on rank 0."""
+        """Returns the whole model on rank 0."""
         return parallel.gather(model)
 
     def evaluation_share(self) -> tuple[int, int]:
