@@ -22,6 +22,7 @@ import keras
 import numpy as np
 import tensorflow as tf
 
+from hvdkit import outcome
 from hvdkit.data.sources.tokens import VOCABULARY_SIZE
 from hvdkit.errors import UsageError
 
@@ -41,7 +42,7 @@ def main(argv: list[str]) -> int:
             _show(bytes([token]))
     except UsageError as error:
         print(f"hvdkit.generate: {error}", file=sys.stderr)
-        return 2
+        return outcome.USAGE
     _show(b"\n")
     return 0
 

@@ -14,7 +14,6 @@ import dataclasses
 import json
 import os
 import random
-import re
 import signal
 import subprocess
 import sys
@@ -23,9 +22,8 @@ import threading
 from pathlib import Path
 from typing import Any
 
-from hvdkit import reporting
+from hvdkit import outcome, reporting
 
-_WENT_ON = re.compile(r"going on from \S*?(\d+-step-(\d+))")
 _CHILD = "--kill-in-this-process"
 
 
@@ -58,7 +56,7 @@ def main(argv: list[str]) -> int:
         undisturbed, killed = workdir / "undisturbed", workdir / "killed"
         reference = _run(arguments.np, flags, undisturbed, None)
         if reference.code:
-            return 2 if reference.code == 2 else 1
+            return outcome.USAGE if reference.code == outcome.USAGE else 1
         steps = json.loads((undisturbed / "result.json").read_text())["steps"]
         runs = [_run(arguments.np, flags, killed, kill) for kill in _draw(arguments, steps)]
         runs.append(_run(arguments.np, flags, killed, None))
@@ -102,9 +100,14 @@ def _run(ranks: int, flags: list[str], workdir: Path, kill: Kill | None) -> Run:
         program = ["-m", "hvdkit.verify_resume", _CHILD, f"{kill.step}:{kill.rank}:{kill.delay}"]
     launcher = [sys.executable, "-m", "hvdkit.launch", "-np", str(ranks), "--"] if ranks > 1 else []
     command = [*launcher, sys.executable, *program, *flags, f"--workdir={workdir}"]
-    ended = subprocess.run(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, errors="replace")
-    went_on = _WENT_ON.search(ended.stdout)
-    run = Run(kill, int(went_on[2]) if went_on else None, ended.returncode)
+    with tempfile.TemporaryDirectory(prefix="hvdkit-resume-") as scratch:
+        told = Path(scratch) / "outcome.jsonl"
+        env = {**os.environ, outcome.VARIABLE: str(told)}
+        ended = subprocess.run(
+            command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, errors="replace", env=env
+        )
+        resumed = next((one.step for one in outcome.heard(told) if isinstance(one, outcome.Resumed)), None)
+    run = Run(kill, resumed, ended.returncode)
     if ended.returncode and not kill:
         print(ended.stdout[-4000:], file=sys.stderr)
         print(f"hvdkit.verify_resume: training failed with exit code {ended.returncode}; see above.", file=sys.stderr)
@@ -134,15 +137,15 @@ def _report(reference: Run, runs: list[Run], equal: dict[str, bool], path: Path 
     print(reporting.fields([(name, "equal" if same else "DIFFERS") for name, same in equal.items()]))
     verdict = all(equal.values())
     print(f"\n{'equal bit for bit' if verdict else 'NOT equal'} after {kills} kill(s)")
-    outcome: dict[str, Any] = {
+    report: dict[str, Any] = {
         "equal": verdict,
         "kills": kills,
         "compared": equal,
         "runs": [dataclasses.asdict(run) for run in runs],
     }
-    print(json.dumps(outcome))
+    print(json.dumps(report))
     if path:
-        path.write_text(json.dumps(outcome, indent=2) + "\n", encoding="utf-8")
+        path.write_text(json.dumps(report, indent=2) + "\n", encoding="utf-8")
     return 0 if verdict else 1
 
 

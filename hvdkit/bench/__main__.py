@@ -12,7 +12,7 @@ Cases are measured in turn, round after round, since a machine's speed changes; 
 import argparse
 import sys
 
-from hvdkit import reporting
+from hvdkit import outcome, reporting
 from hvdkit.bench import accuracy, collectives, peers, scaling, throughput
 from hvdkit.errors import UsageError
 
@@ -46,7 +46,7 @@ def main(argv: list[str]) -> int:
         found = module.measure(arguments)
     except UsageError as error:
         print(f"hvdkit.bench: {error}", file=sys.stderr)
-        return 2
+        return outcome.USAGE
     print(module.report(found))
     reporting.write_measurement(arguments.json, found)
     x, y = module.AXES

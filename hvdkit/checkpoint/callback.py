@@ -9,11 +9,11 @@ from typing import Any
 
 import keras
 
-from hvdkit import collectives, world
+from hvdkit import collectives, outcome, world
 from hvdkit.checkpoint import randomness, resuming, store, variables
 from hvdkit.checkpoint.callback_state import CallbackStates
 from hvdkit.checkpoint.plain import pack, unpack
-from hvdkit.checkpoint.preemption import EXIT_CODE, SIGNALS, Listener, Preempted
+from hvdkit.checkpoint.preemption import SIGNALS, Listener, Preempted
 from hvdkit.checkpoint.running_fit import RunningFit
 from hvdkit.checkpoint.store import Checkpoint
 from hvdkit.checkpoint.writer import Writer
@@ -183,6 +183,7 @@ class _Keeper(keras.callbacks.Callback):
         self._stopped = state["stopped"]
         where = f"step {state['step_in_epoch']} of epoch {state['epoch'] + 1}"
         if world.rank() == 0:  # a warning, because scripts show no less
+            outcome.tell(outcome.Resumed(state["step"]))
             _log.warning("going on from %s: %s", found.path, "training was over" if self._stopped else where)
         if self._stopped:
             self._fit.leave_epochs_out(self.params["epochs"])
@@ -344,7 +345,7 @@ class _Keeper(keras.callbacks.Callback):
         if world.rank() == 0:
             self._writer.wait()
             message += "it could not be saved, older checkpoints are intact" if self._writer.error else "it is saved"
-            message += f"; all ranks leave with exit code {EXIT_CODE}: start the same command again."
+            message += f"; all ranks leave with exit code {outcome.PREEMPTED}: start the same command again."
             _log.warning("%s", message)
         # Nobody leaves before it is written: a launcher ends the job with the first to go.
         message = collectives.broadcast_object(message, name="checkpoint.leave")

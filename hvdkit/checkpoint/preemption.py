@@ -17,9 +17,8 @@ import numpy as np
 from hvdkit import collectives, world
 from hvdkit.compat import call_stack
 from hvdkit.optimizers import heartbeat
+from hvdkit.outcome import PREEMPTED
 
-# Scripts that requeue look for it. HTCondor's own code for "checkpointed, start me again"; 75 is that of a stalled job.
-EXIT_CODE = 85
 SIGNALS = (signal.SIGTERM, signal.SIGUSR1)
 _POLL_EVERY = 16  # executions, where no heartbeat carries the wish
 
@@ -33,7 +32,7 @@ class Preempted(SystemExit):
     """
 
     def __init__(self, message: str, agreed: bool = True) -> None:
-        super().__init__(EXIT_CODE)
+        super().__init__(PREEMPTED)
         self.message = message
         self.agreed = agreed
 

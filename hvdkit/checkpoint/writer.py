@@ -6,6 +6,7 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
+from hvdkit import outcome
 from hvdkit.checkpoint.store import Damaged
 
 _log = logging.getLogger(__name__)
@@ -59,6 +60,7 @@ class Writer:
             self.seconds += time.perf_counter() - began
         except (OSError, Damaged, ValueError, TypeError, MemoryError) as error:
             self.error = error
+            outcome.tell(outcome.Unsaved(step, f"{type(error).__name__}: {error}"))
             last = f"the last good one is {self.written}" if self.written else "none has been written in this run"
             _log.warning(
                 "The checkpoint of step %d could not be written (%s: %s). Training goes on; %s. Make room or mend the "

@@ -16,7 +16,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from hvdkit import reporting
+from hvdkit import outcome, reporting
 from hvdkit.bench import jobs
 from hvdkit.errors import UsageError
 
@@ -32,7 +32,7 @@ def main(argv: list[str]) -> int:
         found = compare(arguments.ways.split(","), arguments.number, arguments.flags)
     except UsageError as error:
         print(f"hvdkit.compare: {error}", file=sys.stderr)
-        return 2
+        return outcome.USAGE
     planned = None if arguments.no_plan else recommend(arguments.number, found["rows"][0], arguments.flags)
     print(table(found))
     for way, reason in found["left_out"].items():

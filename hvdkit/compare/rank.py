@@ -12,7 +12,7 @@ from typing import Any
 import keras
 import psutil
 
-from hvdkit import collectives, native, runtime, world
+from hvdkit import collectives, native, outcome, runtime, world
 from hvdkit.collectives import shared_memory
 from hvdkit.errors import UsageError
 from hvdkit.train import flags
@@ -53,7 +53,7 @@ def main(argv: list[str]) -> int:
     except UsageError as error:
         if world.launched_rank() == 0:
             print(f"hvdkit.compare: {error}", file=sys.stderr, flush=True)
-        return 2
+        return outcome.USAGE
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
     mine = {"peak": peak, "sent": meters.sent, "cores": meters.cores}
     everyone: list[dict[str, Any]] = collectives.allgather_object(mine, name="meters")

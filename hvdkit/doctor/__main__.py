@@ -15,7 +15,7 @@ import signal
 import sys
 from pathlib import Path
 
-from hvdkit import reporting
+from hvdkit import outcome, reporting
 from hvdkit.doctor import report
 from hvdkit.doctor.checks import CHECKS, judge
 from hvdkit.doctor.checks.registry import FAILED
@@ -40,7 +40,7 @@ def main(argv: list[str]) -> int:
             _try_to_write(Path(arguments.json))
     except UsageError as error:
         print(f"hvdkit.doctor: {error}", file=sys.stderr)
-        return 2
+        return outcome.USAGE
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))  # so that probes are ended
     found = Examination(settings).run()
     results = judge(found, skip)

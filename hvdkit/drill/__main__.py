@@ -24,6 +24,7 @@ import threading
 from collections.abc import Iterator
 from pathlib import Path
 
+from hvdkit import outcome
 from hvdkit.drill import report
 
 FAULTS = ("kill", "freeze", "slow", "partition", "disk-full", "term")
@@ -45,12 +46,13 @@ def main(argv: list[str]) -> int:
         notes.mkdir(parents=True, exist_ok=True)
         if any(notes.iterdir()):
             print(f"hvdkit.drill: {workdir} has a drill already; choose another --workdir.", file=sys.stderr)
-            return 2
+            return outcome.USAGE
         with _disk(arguments, workdir), _network(arguments, notes):
-            code, output = _run(arguments, flags, workdir, notes)
-        if code == 2:
-            return 2
-        summary = report.make(arguments.fault, workdir, code, output, flags)
+            told = Path(scratch) / "outcome.jsonl"
+            code = _run(arguments, flags, workdir, notes, told)
+        if code == outcome.USAGE:
+            return code
+        summary = report.make(arguments.fault, workdir, code, outcome.heard(told), flags)
     report.show(summary)
     if arguments.json:
         arguments.json.write_text(json.dumps(summary, indent=2) + "\n", encoding="utf-8")
@@ -89,7 +91,7 @@ def _parse(argv: list[str]) -> tuple[argparse.Namespace, list[str]]:
     return arguments, flags
 
 
-def _run(arguments: argparse.Namespace, flags: list[str], workdir: Path, notes: Path) -> tuple[int, str]:
+def _run(arguments: argparse.Namespace, flags: list[str], workdir: Path, notes: Path, told: Path) -> int:
     where = ["-H", arguments.hosts] if arguments.hosts else []
     if arguments.np or not arguments.hosts:
         where += ["-np", str(arguments.np or 2)]
@@ -104,16 +106,20 @@ def _run(arguments: argparse.Namespace, flags: list[str], workdir: Path, notes: 
     ]  # fmt: skip
     lines = []
     with subprocess.Popen(
-        command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, errors="replace"
+        command,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        errors="replace",
+        env={**os.environ, outcome.VARIABLE: str(told)},
     ) as process:
         for line in process.stdout or ():
             lines.append(line)
             if "hvdkit.launch: " in line or "hvdkit: " in line:
                 print(line, end="", flush=True)
-    output = "".join(lines)
     if process.returncode:
-        print(output[-3000:], file=sys.stderr)
-    return process.returncode, output
+        print("".join(lines)[-3000:], file=sys.stderr)
+    return process.returncode
 
 
 @contextlib.contextmanager

@@ -11,16 +11,17 @@ from pathlib import Path
 from typing import Any
 
 from hvdkit import reporting
+from hvdkit.outcome import Outcome, Unsaved
 
 
-def make(kind: str, workdir: Path, code: int, output: str, flags: list[str]) -> dict[str, Any]:
+def make(kind: str, workdir: Path, code: int, told: list[Outcome], flags: list[str]) -> dict[str, Any]:
     """The report of a drill.
 
     Args:
         kind: of the fault.
         workdir: the job's; its notes are in `drill/`.
         code: the launcher's exit code.
-        output: all that the launcher showed.
+        told: what the launcher told of the job.
         flags: the job's.
 
     Returns:
@@ -41,7 +42,7 @@ def make(kind: str, workdir: Path, code: int, output: str, flags: list[str]) -> 
         "steps": result.get("steps"),
         "steps_redone": _steps_redone(runs),
         "recovery_seconds": _recovery(runs, fault["time"]) if fault else None,
-        "warnings": sum("could not be written" in line for line in output.splitlines()),
+        "warnings": sum(isinstance(one, Unsaved) for one in told),
         "test_accuracy": result.get("test_accuracy"),
         "weights_sha256": result.get("weights_sha256"),
     }

@@ -9,6 +9,7 @@ import signal
 import sys
 from collections.abc import Callable
 
+from hvdkit import outcome
 from hvdkit.errors import UsageError
 from hvdkit.launch import options
 from hvdkit.launch.job import Job, Settings
@@ -23,7 +24,8 @@ def main(argv: list[str]) -> int:
         return _launch(arguments)
     except UsageError as error:
         print(f"hvdkit.launch: {error}", file=sys.stderr)
-        return 2
+        outcome.tell(outcome.Failed("launch", outcome.USAGE, str(error)))
+        return outcome.USAGE
 
 
 def _launch(arguments: options.argparse.Namespace) -> int:

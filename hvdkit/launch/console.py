@@ -8,13 +8,11 @@ import time
 from pathlib import Path
 from typing import IO
 
+from hvdkit import outcome
 from hvdkit.errors import UsageError
+from hvdkit.outcome import Failed, Outcome
 
 MODES = ("rank0", "errors", "all")
-# What hvdkit.watchdog says of the rank whose failure is the cause of the others': which ends first is chance.
-_FAILED = re.compile(r"hvdkit: rank (\d+) on host \S+ (failed|died|ended).*?(?: exit code (\d+)\.)?\s*$", re.DOTALL)
-_LEAVING = re.compile(r"hvdkit: .*\b[Aa]ll ranks leave with exit code (\d+)\.")
-_DIED = re.compile(r"hvdkit: rank \d+ on host \S+ (?:died|ended)")
 # TensorFlow writes these at every import, whatever TF_CPP_MIN_LOG_LEVEL says; the last where there is no GPU driver.
 _NOTICES = re.compile(
     r"WARNING: All log messages before absl::InitializeLog\(\)"
@@ -31,18 +29,21 @@ _CONTROLS = re.compile(r"\x1b\[[0-9;?]*[A-Za-z]")  # colours and moves of the cu
 
 
 class Console:
-    """Takes the ranks' output piece by piece, shows whole lines, and remembers who was to blame.
+    """Takes the ranks' output piece by piece, shows whole lines, and takes out what ranks tell the launcher.
 
     Args:
         mode: `rank0` shows rank 0's output; `errors` also the other ranks' standard error, their number in front;
-            `all` everything.
+            `all` everything. How the job fails is shown in all modes, whichever rank says it.
         logs: the folder for a log of each rank, `rank-NNNN.log`; None for no logs.
+
+    Attributes:
+        cancelled: by the user: ranks die then, which is no news.
+        failures: those that ranks told, in order.
     """
 
     def __init__(self, mode: str = "all", logs: Path | None = None) -> None:
-        self.cancelled = False  # by the user: ranks die then, which is no news
-        self.cause: tuple[int, int | None] | None = None  # rank, and the exit code if the rank itself told it
-        self.leaving: int | None = None  # the exit code with which, as a rank said, all ranks leave
+        self.cancelled = False
+        self.failures: list[Failed] = []
         self.logs = logs
         self._mode = mode
         self._streams: dict[tuple[int, bool], _Stream] = {}
@@ -56,6 +57,22 @@ class Console:
                 raise UsageError(
                     f"The logs' folder {logs} cannot be made ({error.strerror}). Choose another with --workdir=DIR."
                 ) from None
+
+    @property
+    def cause(self) -> tuple[int, int | None] | None:
+        """The rank whose failure the others follow from, and its exit code if it told that itself.
+
+        Which rank's end is known first is chance; the watchdog says which failed first.
+        """
+        for failed in self.failures:
+            if failed.rank is not None:
+                return failed.rank, failed.code if failed.why == "error" else None
+        return None
+
+    @property
+    def leaving(self) -> int | None:
+        """The exit code with which, as a rank said, all ranks exit."""
+        return self.failures[0].code if self.failures else None
 
     def feed(self, rank: int, data: bytes, *, is_error: bool) -> None:
         """Takes output as it came; a carriage return is passed on at once, so progress bars move."""
@@ -77,21 +94,31 @@ class Console:
         first = min([*begins[-1:], len(lines) - _LAST_LINES])
         return lines[max(first, len(lines) - _MOST_LINES, 0) :]
 
-    def _take(self, rank: int, is_error: bool, stream: "_Stream", pieces: list[str]) -> None:
+    def _take(self, rank: int, is_error: bool, stream: "_Stream", pieces: list[str | Outcome]) -> None:
         for piece in pieces:
-            self._show(rank, piece, is_error)
+            if not isinstance(piece, str):
+                self._hear(stream, piece)
+                continue
+            if not self._is_hidden(rank, piece, is_error, stream.announced(piece)):
+                self._show(rank, piece, is_error)
             if line := stream.line(piece):
                 self._keep(rank, line)
 
+    def _hear(self, stream: "_Stream", told: Outcome) -> None:
+        """A failure is told on when the job has ended, once: by the launcher, which knows more."""
+        if isinstance(told, Failed):
+            self.failures.append(told)
+            stream.announce(told)
+        else:
+            outcome.tell(told)
+
+    def _is_hidden(self, rank: int, piece: str, is_error: bool, announced: Failed | None) -> bool:
+        if announced:
+            return self.cancelled and announced.why in ("death", "left")
+        others = rank != 0 and (self._mode == "rank0" or (self._mode == "errors" and not is_error))
+        return others or bool(_NOTICES.match(piece))
+
     def _show(self, rank: int, piece: str, is_error: bool) -> None:
-        failed = _FAILED.search(piece)  # it may follow a progress bar's unfinished line
-        if failed and self.cause is None:
-            self.cause = int(failed[1]), int(failed[3]) if failed[2] == "failed" and failed[3] else None
-        if (leaving := _LEAVING.search(piece)) and self.leaving is None:
-            self.leaving = int(leaving[1])
-        hidden = rank != 0 and not failed and (self._mode == "rank0" or (self._mode == "errors" and not is_error))
-        if hidden or (self.cancelled and _DIED.search(piece)) or _NOTICES.match(piece):
-            return
         target = sys.stderr if is_error else sys.stdout
         with contextlib.suppress(BrokenPipeError):  # whoever read it has gone; the job goes on
             if self._is_on_progress and target.isatty():
@@ -113,20 +140,40 @@ class Console:
 
 
 class _Stream:
-    """One of a rank's two streams, cut into pieces that end in a line feed or a carriage return."""
+    """One of a rank's two streams, cut into outcomes and pieces that end in a line feed or a carriage return."""
 
     def __init__(self) -> None:
         self._begun = b""
         self._overwritable = ""
+        self._announced: Failed | None = None
+        self._lines = 0  # still to come of what was announced
 
-    def pieces(self, data: bytes) -> list[str]:
+    def pieces(self, data: bytes) -> list[str | Outcome]:
         *whole, self._begun = re.split(rb"(?<=[\n\r])", self._begun + data)
         if len(self._begun) > _LONGEST:
             whole.append(self._begun + b"\n")
             self._begun = b""
-        return [piece.decode(errors="replace") for piece in whole]
+        found: list[str | Outcome] = []
+        before = ""  # an outcome, in a line that another thread has not ended
+        for piece in whole:
+            text, told = outcome.split(before + piece.decode(errors="replace"))
+            before = text if told else ""
+            found.append(told or text)
+        self._begun = before.encode() + self._begun
+        return found
 
-    def rest(self) -> list[str]:
+    def announce(self, told: Failed) -> None:
+        """The next lines tell people of a failure."""
+        self._announced, self._lines = told, told.lines
+
+    def announced(self, piece: str) -> Failed | None:
+        """The failure of which a piece tells people, if it does; asked once for each piece."""
+        if not self._lines:
+            return None
+        self._lines -= piece.endswith("\n")
+        return self._announced
+
+    def rest(self) -> list[str | Outcome]:
         begun, self._begun = self._begun, b""
         return [begun.decode(errors="replace") + "\n"] if begun else ["\n"] if self._overwritable.strip() else []
 

@@ -4,12 +4,6 @@ import dataclasses
 import signal
 from collections.abc import Mapping, Sequence
 
-MISTAKE = 2  # of the user's: starting again would not mend it
-STALLED = 75  # EX_TEMPFAIL of sysexits.h, as in hvdkit.watchdog: the job may be started again
-PREEMPTED = 85  # as in hvdkit.checkpoint.preemption, which this module must not import: it would load TensorFlow
-UNFIT = 86  # in an elastic job: this number of ranks cannot be used, and another could
-SAID = (MISTAKE, STALLED, PREEMPTED, UNFIT)  # exit codes of ranks that have said all that there is to say
-
 
 @dataclasses.dataclass(frozen=True)
 class Failure:

@@ -13,6 +13,7 @@ import time
 from collections.abc import Sequence
 from typing import Any
 
+from hvdkit import outcome
 from hvdkit.errors import UsageError
 from hvdkit.launch import agent, binding, failures
 from hvdkit.launch.console import Console
@@ -29,6 +30,7 @@ from hvdkit.launch.link import (
     own_address_towards,
 )
 from hvdkit.launch.shells import Shell
+from hvdkit.outcome import Failed
 
 _ANSWER_SECONDS = 30  # at least, for the agent of a busy host to answer; ssh notices sooner that a host is down
 _SPEAK_SECONDS = 4.0  # for the other ranks to report why one failed, before they are ended
@@ -252,6 +254,7 @@ class Job:
                 environment(), start_limit=self.settings.start_limit, stall_limit=self.settings.stall_limit
             ),
             **binding.watched(self.settings.is_watched),
+            outcome.VARIABLE: outcome.STDERR,
             **({"HVDKIT_ELASTIC": self.settings.elastic} if self.settings.elastic else {}),
             **({"HVDKIT_RANK_LOGS": str(self.console.logs.resolve())} if self.console.logs else {}),
         }
@@ -358,7 +361,7 @@ class Job:
             self._failures.append(Failure(rank, code))
             if self._ends_at is None:
                 # After a stop request ranks exit one by one, and the last may still be saving.
-                patience = _STOP_SECONDS if code == failures.PREEMPTED else _SPEAK_SECONDS
+                patience = _STOP_SECONDS if code == outcome.PREEMPTED else _SPEAK_SECONDS
                 self._ends_at = time.monotonic() + patience
 
     def _on_signal(self, number: int) -> None:
@@ -433,7 +436,7 @@ class Job:
 
     def _conclude(self) -> int:
         if self.regrouped and not self._stopped_by:
-            return failures.PREEMPTED if any(self._ended.values()) else 0
+            return outcome.PREEMPTED if any(self._ended.values()) else 0
         if self._stopped_by:
             say(f"ended by {signal.Signals(self._stopped_by).name}.")
             own = [code for _, code in sorted(self._ended.items()) if code > 0]
@@ -441,19 +444,34 @@ class Job:
                 return 0
             return own[0] if own else 128 + self._stopped_by
         if self._lost:
-            say(self._lost)
-            return failures.STALLED if self._ended or self._has_begun() else failures.MISTAKE
+            return self._give_up(self._lost, outcome.STALLED if self._ended or self._has_begun() else outcome.USAGE)
         try:
             first = self.verdict()
         except Lost as lost:
-            say(str(lost))
             self.lost_hosts.extend(lost.hosts)
-            return failures.STALLED if lost.hosts else failures.MISTAKE
+            return self._give_up(str(lost), outcome.STALLED if lost.hosts else outcome.USAGE)
         if first is None:
             return 0
-        if first.exit_code not in failures.SAID:
+        if first.exit_code not in outcome.SAID:
             self._show_last_words(first)
+        outcome.tell(self._outcome(first))
         return first.exit_code
+
+    def _give_up(self, why: str, code: int) -> int:
+        say(why)
+        outcome.tell(Failed("launch", code, why))
+        return code
+
+    def _outcome(self, first: Failure) -> Failed:
+        """What the first to fail, or the watchdog, said of its failure; how it ended where nothing was said."""
+        for told in self.console.failures:
+            if told.rank in (None, first.rank) and told.code == first.exit_code:
+                return dataclasses.replace(told, lines=0)
+        return Failed("rank", first.exit_code, self._words(first), first.rank, self.host_of(first.rank))
+
+    @staticmethod
+    def _words(first: Failure) -> str:
+        return f"was the first to fail, {first.words()}"
 
     def _has_begun(self) -> bool:
         return self._rendezvous is not None and "cannot start" not in self._lost
@@ -475,7 +493,7 @@ class Job:
             log = f" ({self.console.logs}/rank-{first.rank:04d}.log has all)" if self.console.logs else ""
             say(f"the last lines of rank {first.rank}{log}:")
             print(*(f"    {line}" for line in lines), sep="\n", file=sys.stderr)
-        say(f"rank {first.rank} on host {self.host_of(first.rank)} was the first to fail, {first.words()}.")
+        say(f"rank {first.rank} on host {self.host_of(first.rank)} {self._words(first)}.")
 
 
 def _ranks(numbers: Sequence[int]) -> str:

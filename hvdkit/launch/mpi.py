@@ -21,7 +21,7 @@ from hvdkit.launch.link import Link, address_of, environment, exported, is_this_
 from hvdkit.launch.shells import Ssh
 
 _LEAVE_SECONDS = 15.0  # for mpirun to end after all ranks exit: it waits for the daemon of a host that is cut off
-_OF_A_RANK = re.compile(rb"\[\d+,(\d+)\]<std(?:out|err)>:(.*)", re.DOTALL)
+_OF_A_RANK = re.compile(rb"(\[\d+,(\d+)\]<std(?:out|err)>:)(.*)", re.DOTALL)
 _EXITED = re.compile(r"Process name: \[\[\d+,\d+\],\s*(\d+)\]\s+Exit code:\s+(\d+)")
 _CUT_OFF = re.compile(r"lost communication with a remote daemon.*?Remote daemon:.*? on node (\S+)", re.DOTALL)
 _KILLED = re.compile(r"rank (\d+) with PID \d+ on node \S+ exited\s+on signal (\d+)")
@@ -119,7 +119,8 @@ class MpiJob(Job):
         *lines, self._begun[is_error] = re.split(rb"(?<=[\n\r])", self._begun[is_error] + data)
         for line in lines:
             if match := _OF_A_RANK.fullmatch(line):
-                super().take_output(int(match[1]), match[2], is_error=is_error)
+                # Also within a line, where a rank wrote it in several pieces.
+                super().take_output(int(match[2]), match[3].replace(match[1], b""), is_error=is_error)
             else:
                 self._said += line
 

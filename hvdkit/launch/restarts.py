@@ -16,8 +16,9 @@ import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
 
+from hvdkit import outcome
 from hvdkit.errors import UsageError
-from hvdkit.launch import failures, hosts
+from hvdkit.launch import hosts
 from hvdkit.launch.hosts import Host
 from hvdkit.launch.job import Job, Settings, UnfitHostError, say
 from hvdkit.launch.link import is_reachable
@@ -151,7 +152,8 @@ class ElasticJob:
                 if not self._has_run:
                     raise
                 say(str(error))
-                return failures.STALLED
+                outcome.tell(outcome.Failed("launch", outcome.STALLED, str(error)))
+                return outcome.STALLED
             job = self._job = self._make(dataclasses.replace(self.settings, hosts=chosen, ranks=ranks))
             try:
                 code = self._run_once(job, chosen, ranks)
@@ -178,19 +180,19 @@ class ElasticJob:
 
     def _is_final(self, job: Job, code: int, ranks: int) -> bool:
         """Whether the job is over or abandoned. Otherwise prepares the next start."""
-        if code == 0 or self._signal or (code == failures.MISTAKE and not self._newcomers):
+        if code == 0 or self._signal or (code == outcome.USAGE and not self._newcomers):
             return True
         for name in job.lost_hosts:
             self._roster.leave_out(name)
         if job.regrouped:
             return False
-        if code == failures.UNFIT:
+        if code == outcome.UNFIT_SIZE:
             self._use_fewer_than(ranks)
             return False
-        if code == failures.PREEMPTED:  # a rank was asked to leave its host, and all have saved
+        if code == outcome.PREEMPTED:  # a rank was asked to leave its host, and all have saved
             say("the ranks have saved and exited; restarting on the available hosts.")
             return False
-        if code == failures.MISTAKE:  # the job ran before these hosts were added
+        if code == outcome.USAGE:  # the job ran before these hosts were added
             say(f"continuing without {', '.join(self._newcomers)}.")
             for name in self._newcomers:
                 self._roster.leave_out(name)

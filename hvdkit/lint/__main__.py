@@ -14,6 +14,7 @@ import tokenize
 from collections.abc import Iterator
 from pathlib import Path
 
+from hvdkit import outcome
 from hvdkit.errors import UsageError
 from hvdkit.lint.finding import Finding, Rule, findings
 from hvdkit.lint.rules import RULES
@@ -35,7 +36,7 @@ def main(argv: list[str]) -> int:
         files = [file for path in arguments.paths for file in _files(Path(path))]
     except UsageError as error:
         print(f"hvdkit.lint: {error}", file=sys.stderr)
-        return 2
+        return outcome.USAGE
     return _check(list(dict.fromkeys(files)), rules, arguments.json)
 
 
@@ -56,7 +57,7 @@ def _check(files: list[Path], rules: list[Rule], as_json: bool) -> int:
         for sentence in unread:
             print(f"hvdkit.lint: {sentence}", file=sys.stderr)
         print(f"{len(found) or 'no'} finding(s) in {len(files) - len(unread)} file(s)")
-    return 2 if unread else int(bool(found))
+    return outcome.USAGE if unread else int(bool(found))
 
 
 def read(file: Path) -> Script:

@@ -17,7 +17,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from hvdkit import reporting
+from hvdkit import outcome, reporting
 from hvdkit.errors import UsageError
 from hvdkit.plan import advice, facts, links, measure, modes, published, report
 from hvdkit.plan import score as scoring
@@ -39,7 +39,7 @@ def main(argv: list[str]) -> int:
         return _plan(_parse(argv[1:]))
     except UsageError as error:
         print(f"hvdkit.plan: {error}", file=sys.stderr)
-        return 2
+        return outcome.USAGE
 
 
 def _parse(argv: list[str]) -> argparse.Namespace:

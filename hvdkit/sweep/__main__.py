@@ -21,7 +21,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from hvdkit import reporting, versions
+from hvdkit import outcome, reporting, versions
 from hvdkit.errors import UsageError
 from hvdkit.sweep import hosts, options, space
 from hvdkit.sweep.options import Options
@@ -35,7 +35,7 @@ def main(argv: list[str]) -> int:
             return _sweep(chosen)
     except UsageError as error:
         options.print_error(error)
-        return 2
+        return outcome.USAGE
 
 
 def _sweep(chosen: Options) -> int:

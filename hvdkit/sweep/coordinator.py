@@ -12,9 +12,9 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
+from hvdkit import outcome
 from hvdkit.errors import UsageError
-from hvdkit.launch.failures import MISTAKE, STALLED, Failure
-from hvdkit.launch.failures import PREEMPTED as LEFT
+from hvdkit.launch.failures import Failure
 from hvdkit.sweep import space, tasks
 from hvdkit.sweep.hosts import Slot, SweepHost
 from hvdkit.sweep.options import Options
@@ -108,7 +108,7 @@ class Coordinator:
             if self.stopped_by:
                 return self._leave()
             if self._is_alone():
-                return STALLED
+                return outcome.STALLED
             self._fill()
             if self._all_begun and not self.open and not self._left and not self._refit():
                 return 0
@@ -276,9 +276,9 @@ class Coordinator:
         if slot.host.is_here and self._forks():
             if self._nursery is None or not self._nursery.is_alive:
                 self._nursery = Nursery(self.options.folder / "nursery.log")
-            run = self._nursery.start(slot, flags, log)
+            run = self._nursery.start(slot, flags, log, tasks.outcome_file(folder))
         else:
-            run = Launched(self.options, slot, flags, log)
+            run = Launched(self.options, slot, flags, log, tasks.outcome_file(folder))
         task.current = Try(run, slot, folder)
         task.hosts.append(slot.host.name)
         again = f", try {folder.name.partition('-')[2]}" if folder.name != "try-1" else ""
@@ -353,11 +353,12 @@ class Coordinator:
 
     def _on_failure(self, task: Task, current: Try, code: int) -> None:
         log = current.folder / "logs" / "task.log"
-        said = tasks.last_words(log if log.exists() else self.options.folder / "nursery.log")
+        told = outcome.failure(tasks.outcome_file(current.folder))
+        said = str(told or tasks.last_words(log if log.exists() else self.options.folder / "nursery.log"))
         how = current.why or Failure(0, code).words()
         task.last = f"{how}: {said}" if said else how
         self._say(f"{task.name} failed on {current.slot.name}, {task.last} ({log})")
-        if code == MISTAKE and said.startswith("hvdkit.train: "):  # trying again would not mend it
+        if code == outcome.USAGE and told and told.why == "usage":  # trying again would not fix it
             task.failures = self.options.retries + 1
             self._judge(task)
             return
@@ -420,7 +421,7 @@ class Coordinator:
         while self.running() and time.monotonic() < until:
             self._collect()
             time.sleep(_TICK)
-        return 128 + signal.SIGINT if self.stopped_by == signal.SIGINT else LEFT
+        return 128 + signal.SIGINT if self.stopped_by == signal.SIGINT else outcome.PREEMPTED
 
 
 def _defaults(options: Options) -> list[str]:

@@ -13,6 +13,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Protocol
 
+from hvdkit import outcome
 from hvdkit.sweep.hosts import Slot
 from hvdkit.sweep.options import Options
 
@@ -47,9 +48,10 @@ class Launched:
         slot: where it runs.
         flags: of the training.
         log: the file that takes what it prints.
+        told: the file in which it tells how it ends.
     """
 
-    def __init__(self, options: Options, slot: Slot, flags: Sequence[str], log: Path) -> None:
+    def __init__(self, options: Options, slot: Slot, flags: Sequence[str], log: Path, told: Path) -> None:
         where = ["-np", str(options.ranks_per_task)]
         where += ["-H", f"{slot.host.given.name}:{options.ranks_per_task}"]
         for option, own in (("--cores", slot.cores), ("--gpus", slot.gpus)):
@@ -74,6 +76,7 @@ class Launched:
                 stdin=subprocess.DEVNULL,
                 stdout=file,
                 stderr=subprocess.STDOUT,
+                env={**os.environ, outcome.VARIABLE: str(told)},
                 start_new_session=True,
                 preexec_fn=prepare,
             )
@@ -135,10 +138,12 @@ class Nursery:
         """Whether it can fork tasks."""
         return self._process.poll() is None
 
-    def start(self, slot: Slot, flags: Sequence[str], log: Path) -> "Forked":
-        """Forks a task; it begins once TensorFlow is loaded."""
+    def start(self, slot: Slot, flags: Sequence[str], log: Path, told: Path) -> "Forked":
+        """Forks a task; it begins once TensorFlow is loaded. `log` and `told` as for `Launched`."""
         number = next(self._ids)
-        env = {"CUDA_VISIBLE_DEVICES": ",".join(slot.gpus)} if slot.gpus else {}
+        env = {outcome.VARIABLE: str(told)}
+        if slot.gpus:
+            env["CUDA_VISIBLE_DEVICES"] = ",".join(slot.gpus)
         order = {"id": number, "argv": list(flags), "cores": slot.cores, "env": env, "log": str(log)}
         with contextlib.suppress(BrokenPipeError):
             if self._process.stdin:

@@ -14,7 +14,8 @@ from hvdkit.sweep.hosts import Slot, SweepHost
 from hvdkit.sweep.runs import Run
 
 _LAST_BYTES = 1 << 14  # of a log, to find in it what went wrong
-_NOTICE = re.compile(r"^(?:\$ |WARNING: All log|[IWE]\d{4} |To enable the following|hvdkit.launch: the last lines)")
+# What a log begins with: the command, and what TensorFlow writes when it is loaded.
+_BEGIN = re.compile(r"\$ |WARNING: All log|[IWE]\d{4} |To enable the following")
 
 
 @dataclasses.dataclass
@@ -141,14 +142,18 @@ def value(result: dict[str, Any], goal: str) -> float:
     return math.nan if found is None else float(found)
 
 
+def outcome_file(folder: Path) -> Path:
+    """Where a try tells how it ends; see `hvdkit.outcome`."""
+    return folder / "logs" / "outcome.jsonl"
+
+
 def last_words(log: Path) -> str:
-    """The last line of a log that says something."""
+    """The last line of a log that says something: of a try that ended without telling how."""
     with log.open("rb") as file:
         file.seek(max(0, file.seek(0, 2) - _LAST_BYTES))
         lines = file.read().decode(errors="replace").splitlines()
-    said = [line.strip() for line in lines if line.strip() and not _NOTICE.match(line)]
-    mistake = next((line for line in reversed(said) if line.startswith("hvdkit.train: ")), None)
-    return mistake or (said[-1] if said else "")
+    said = [line.strip() for line in lines if line.strip() and not _BEGIN.match(line)]
+    return said[-1] if said else ""
 
 
 def _states(folder: Path) -> list[tuple[str, int, int]]:

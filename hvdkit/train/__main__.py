@@ -7,13 +7,11 @@ from collections.abc import Sequence
 
 import keras
 
-from hvdkit import runtime, watchdog, world
+from hvdkit import outcome, runtime, watchdog, world
 from hvdkit.checkpoint import preemption
 from hvdkit.errors import ReplicasDiverged, UnfitSizeError, UsageError
 from hvdkit.train import flags
 from hvdkit.train.run import Tap, run
-
-_SIZE_UNFIT = 86  # as in hvdkit.launch.failures: an elastic launcher starts fewer ranks
 
 
 def main(argv: list[str], more_callbacks: Sequence[keras.callbacks.Callback] = (), tap: Tap | None = None) -> int:
@@ -28,18 +26,28 @@ def main(argv: list[str], more_callbacks: Sequence[keras.callbacks.Callback] = (
             run(flags.parse(argv), more_callbacks, tap)
     except preemption.Preempted as left:
         if not left.agreed:
-            watchdog.fail(left, preemption.EXIT_CODE)
-        return preemption.EXIT_CODE
+            watchdog.fail(left, outcome.PREEMPTED)
+        return outcome.PREEMPTED
     except (UsageError, ReplicasDiverged) as error:
         logging.getLogger("hvdkit").debug("left with", exc_info=True)
-        if world.launched_rank() == 0:  # all ranks leave with the same sentence; one is enough
+        code = _exit_code(error)
+        if world.launched_rank() == 0:  # all ranks exit with the same sentence; one is enough
             print(f"hvdkit.train: {error}", file=sys.stderr, flush=True)
-        if isinstance(error, UnfitSizeError) and os.environ.get("HVDKIT_ELASTIC"):
-            return _SIZE_UNFIT
-        return 2 if isinstance(error, UsageError) else 1
+            outcome.tell(outcome.Failed("usage" if code != 1 else "diverged", code, str(error), rank=0))
+        return code
+    except Exception as error:
+        if world.launched_size() == 1:  # where there are more, the watchdog tells
+            outcome.tell(outcome.Failed("error", 1, f"{type(error).__name__}: {error}", rank=0))
+        raise
     finally:
         runtime.shutdown()
     return 0
+
+
+def _exit_code(error: UsageError | ReplicasDiverged) -> int:
+    if isinstance(error, UnfitSizeError) and os.environ.get("HVDKIT_ELASTIC"):
+        return outcome.UNFIT_SIZE
+    return outcome.USAGE if isinstance(error, UsageError) else 1
 
 
 if __name__ == "__main__":

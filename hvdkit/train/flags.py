@@ -9,6 +9,7 @@ from typing import Any
 from absl import flags
 from hvdkit_models.recipe import Recipe
 
+from hvdkit import outcome
 from hvdkit.errors import UnfitSizeError, UsageError
 
 STRATEGIES = ("single", "horovod", "mirrored", "multiworker", "tensor", "branches", "pipeline")
@@ -344,7 +345,7 @@ def main(argv: list[str]) -> int:
         parse(argv)
     except UsageError as error:
         print(f"hvdkit.train: {error}", file=sys.stderr)
-        return 2
+        return outcome.USAGE
     return 0
 
 

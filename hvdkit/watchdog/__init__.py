@@ -31,10 +31,11 @@ from typing import Any
 
 from hvdkit import world as worlds
 from hvdkit.errors import UsageError
+from hvdkit.outcome import STALLED, USAGE
 from hvdkit.watchdog.channel import listen, own_address
 from hvdkit.watchdog.progress import Progress, Waiting
 from hvdkit.watchdog.states import Failure
-from hvdkit.watchdog.watchman import STALLED, Job, Watchman
+from hvdkit.watchdog.watchman import Job, Watchman
 from hvdkit.world.introduction import introduce
 
 __all__ = [
@@ -279,7 +280,7 @@ def _pending() -> str:
 def _code(error: BaseException) -> int:
     if isinstance(error, SystemExit):
         return error.code if isinstance(error.code, int) else int(error.code is not None)
-    return 2 if isinstance(error, UsageError) else 1
+    return USAGE if isinstance(error, UsageError) else 1
 
 
 def _place() -> str:

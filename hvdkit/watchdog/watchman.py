@@ -20,6 +20,8 @@ import time
 from collections.abc import Callable, Sequence
 from typing import Any
 
+from hvdkit import outcome
+from hvdkit.outcome import STALLED, Failed
 from hvdkit.watchdog import causes, stacks
 from hvdkit.watchdog.channel import MOST_VISITORS, Connection, Gone, Message, Visitor, call
 from hvdkit.watchdog.progress import Progress
@@ -28,7 +30,6 @@ from hvdkit.watchdog.states import Failure, RankState, from_message
 
 _log = logging.getLogger(__name__)
 
-STALLED = 75  # exit code of a job that stood still or lost a rank: EX_TEMPFAIL of sysexits.h, it may be started again
 _BEAT = 1.0  # seconds between two signs of life
 _SILENCE = 5.0  # seconds without one, after which a rank is taken for frozen, if the job stands still
 _ANSWER = 3.0  # seconds for a rank to tell where it is
@@ -580,7 +581,7 @@ class Watchman(threading.Thread):
             self._end_within(_LAST_WORDS + (0.0 if at_once else _GRACE), failure.code)
         text = report or ("" if self._job.elastic else failure_sentence(failure))
         if text:
-            _say(text)
+            outcome.tell(Failed(failure.kind, failure.code, failure.message, failure.rank, failure.host), text)
         self._take(failure, at_once)
 
     def _take(self, failure: Failure, at_once: bool) -> None:

@@ -8,6 +8,7 @@ import pytest
 
 from hvdkit.drill import __main__ as drill
 from hvdkit.drill import report
+from hvdkit.outcome import Resumed, Unsaved
 
 EXAMPLES = list(range(100, 112))  # the hashes of 12 examples; an epoch is 3 steps of 4
 
@@ -39,7 +40,7 @@ def write(folder, began, first, steps, leave_out=()):
 
 
 def made(folder, code=0):
-    return report.make("kill", folder, code, "", [])
+    return report.make("kill", folder, code, [], [])
 
 
 def test_what_was_redone_counts_once(job):
@@ -77,9 +78,9 @@ def test_a_job_that_failed_or_had_no_fault_is_not_well(job):
 
 
 def test_a_full_disk_that_no_checkpoint_met_is_no_drill(job):
-    assert not report.make("disk-full", job, 0, "", [])["is_well"]
-    said = "The checkpoint of step 3 could not be written (OSError: No space left on device)."
-    assert report.make("disk-full", job, 0, said, [])["is_well"]
+    assert not report.make("disk-full", job, 0, [Resumed(2)], [])["is_well"]
+    found = report.make("disk-full", job, 0, [Unsaved(3, "No space left on device"), Resumed(2), Unsaved(4)], [])
+    assert (found["is_well"], found["warnings"]) == (True, 2)
 
 
 def test_a_hash_is_of_the_content():

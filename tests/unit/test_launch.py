@@ -5,7 +5,7 @@ import pickle
 
 import pytest
 
-from hvdkit import UsageError
+from hvdkit import UsageError, outcome
 from hvdkit.launch import binding, failures, hosts, link, options
 from hvdkit.launch.console import Console
 from hvdkit.launch.failures import Failure
@@ -208,21 +208,52 @@ def test_last_lines_begin_with_the_last_traceback():
     assert console.last_lines(2) == []
 
 
+def told(why, code, rank=None, lines=1):
+    return outcome.to_line(outcome.Failed(why, code, "it says", rank, rank and f"h{rank}", lines)).encode()
+
+
 def test_ranks_that_die_because_the_user_cancels_are_no_news(screen):
     console = Console()
     console.cancelled = True
-    console.feed(0, b"hvdkit: rank 1 on host h2 died (training). All ranks leave with exit code 75.\n", is_error=True)
-    assert screen() == ("", "")
+    console.feed(0, told("death", 75, 1, lines=2) + b"hvdkit: rank 1 died.\nand more\nelse\n", is_error=True)
+    console.feed(0, told("error", 1, 1) + b"hvdkit: rank 1 failed.\n", is_error=True)
+    assert screen() == ("", "else\nhvdkit: rank 1 failed.\n")
+
+
+@pytest.mark.parametrize("mode", ["all", "errors", "rank0"])
+def test_how_the_job_fails_is_shown_whichever_rank_says_it(screen, tmp_path, mode):
+    console = Console(mode, tmp_path)
+    line = told("stall", 75, lines=2)
+    console.feed(1, b" 50%|##" + line[:30], is_error=True)
+    console.feed(1, line[30:] + b"hvdkit: the job hangs.\nLikely cause: x\n", is_error=True)
+    console.feed(1, b"another line\n", is_error=True)
+    console.finish(1)
+    own = "" if mode == "rank0" else "[1] another line\n"
+    assert screen() == ("", f"[1]  50%|##hvdkit: the job hangs.\n[1] Likely cause: x\n{own}")
+    lines = (tmp_path / "rank-0001.log").read_text().splitlines()
+    assert lines[1:] == [" 50%|##hvdkit: the job hangs.", "Likely cause: x", "another line"], "logs are for people"
+    assert (console.cause, console.leaving) == (None, 75)
+
+
+def test_what_is_no_failure_is_told_on(screen, tmp_path, monkeypatch):
+    monkeypatch.setenv(outcome.VARIABLE, str(tmp_path / "told"))
+    console = Console()
+    console.feed(0, outcome.to_line(outcome.Unsaved(7, "full")).encode() + told("error", 1, 1), is_error=True)
+    console.feed(0, outcome.PREFIX.encode() + b'{"kind": "of another version"}\nnext\n', is_error=True)
+    assert outcome.heard(tmp_path / "told")[0] == outcome.Unsaved(7, "full")
+    assert outcome.failure(tmp_path / "told") is None, "the launcher tells it, when it knows all"
+    assert screen() == ("", "next\n")
 
 
 # ---- Failures ----------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("before", [b"", b"3/8 ---- 2s 1s/step - loss: 0.5\r"])
-@pytest.mark.parametrize(("what", "code"), [(b"failed: ValueError: a", 3), (b"died (training)", 137)])
-def test_the_watchdogs_sentence_names_the_rank_that_was_the_cause(screen, before, what, code):
+@pytest.mark.parametrize(("why", "code"), [("error", 3), ("death", 137), ("left", 137)])
+def test_the_watchdog_names_the_rank_that_was_the_cause(screen, before, why, code):
     console = Console()
-    console.feed(0, before + b"hvdkit: rank 1 on host h2 %b. All ranks leave with exit code 3.\n" % what, is_error=True)
+    console.feed(0, before + told(why, 3, 1), is_error=True)
+    console.feed(0, told("error", 1, 0), is_error=True)  # it follows
     known = [Failure(0, 3), Failure(1, -9)]
     first = failures.first(known, console.cause, 0, {0: 3, 1: -9})
     assert (first.rank, first.exit_code) == (1, code)
@@ -244,12 +275,6 @@ def test_the_watchdogs_sentence_names_the_rank_that_was_the_cause(screen, before
 def test_who_failed_first(known, cause, known_before, expected):
     first = failures.first([Failure(*one) for one in known], cause, known_before, {0: -15})
     assert first == (Failure(*expected) if expected else None)
-
-
-def test_the_exit_code_of_a_preempted_rank_is_that_of_the_checkpoint():
-    from hvdkit.checkpoint import preemption
-
-    assert failures.PREEMPTED == preemption.EXIT_CODE
 
 
 def test_failures_in_words():

@@ -242,7 +242,7 @@ def test_a_line_that_is_being_written_is_not_read(tmp_path):
 
 def test_a_log_says_what_went_wrong(tmp_path):
     log = tmp_path / "task.log"
-    log.write_text("$ python -m x\nhvdkit.train: A mistake. Mend it.\nI0000 00:00 port.cc] notice\nbye\n")
-    assert tasks.last_words(log) == "hvdkit.train: A mistake. Mend it."
+    log.write_text("$ python -m x\nbye\nI0000 00:00 port.cc] notice\n")
+    assert tasks.last_words(log) == "bye"
     log.write_text("Traceback\nValueError: no\n\n")
     assert tasks.last_words(log) == "ValueError: no"
