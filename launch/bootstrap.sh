@@ -9,6 +9,9 @@
 #   --mpi auto|yes|no    MPI in Horovod: auto (default) where mpicxx is there. Gloo is always built in.
 #   --help               prints this
 #
+# auto decides once. An environment that is set up keeps its Horovod when compilers, MPI or a GPU driver come or go; the
+# script then says what could be built in, and by which command. yes and no change the build, and are remembered.
+#
 # PYTHON=...           the Python for .venv (3.11 to 3.13); default: python3, or the newest python3.N that fits
 # HVDKIT_CACHE=...     where built Horovod wheels are kept; default: ~/.cache/hvdkit
 # HVDKIT_NO_APT=1      only name a missing system package, also where this could install it (as root, with apt-get)
@@ -26,8 +29,10 @@ readonly ROOT
 readonly CACHE=${HVDKIT_CACHE:-${XDG_CACHE_HOME:-$HOME/.cache}/hvdkit}/horovod
 
 mode=venv prefix=$ROOT/.venv gpu=auto mpi=auto       # what was asked for
-nccl=no driver=no mpicxx='' nvcc='' engines=gloo     # what this machine has: detect()
+here_mpicxx='' here_nvcc='' driver=no                # what this machine has: detect()
+engines=gloo nccl=no mpicxx='' nvcc='' cxx='' cuda=no  # what to build: decide()
 python='' py='' tf_dist='' tf_version='' tf_size=''  # what the environment has: find_python(), read_environment()
+declined='' pins='' wheel=''                         # what the note keeps: write_note()
 own_tf=no inputs='' entry='' tmp='' log=/dev/null job=''
 
 say() { printf '%s\n' "$*"; }
@@ -66,22 +71,59 @@ check_prefix() {
 # not; /proc/driver/nvidia also shows in containers that were given no GPU. /dev/dxg is the node on WSL.
 detect() {
   PATH=${CUDA_HOME:+$CUDA_HOME/bin:}$PATH
-  nvcc=$(command -v nvcc) || nvcc=''
-  if [[ $mpi != no ]]; then mpicxx=$(command -v mpicxx) || mpicxx=''; fi
+  here_nvcc=$(command -v nvcc) || here_nvcc=''
+  here_mpicxx=$(command -v mpicxx) || here_mpicxx=''
   if [[ -e /dev/nvidiactl || -e /dev/dxg ]]; then driver=yes; fi
-  [[ $gpu != yes || $nvcc ]] ||
+  [[ $gpu != yes || $here_nvcc ]] ||
     die "--gpu yes needs nvcc, the CUDA compiler, and it is neither on PATH nor in CUDA_HOME/bin; install a CUDA" \
       "toolkit of version 12 or newer (Debian/Ubuntu: nvidia-cuda-toolkit), or say --gpu no"
-  if [[ $gpu == yes || ($gpu == auto && $driver == yes && $nvcc) ]]; then nccl=yes; fi
-  engines=gloo${mpicxx:++mpi}
-  if [[ $nccl == yes ]]; then engines+=+nccl; fi
+}
+
+recorded() {  # WORD: prints the rest of the line that starts with WORD in the note that an earlier run left
+  if [[ -e $prefix/.hvdkit-bootstrap ]]; then sed -n "s/^$1 //p" "$prefix/.hvdkit-bootstrap"; fi
+}
+
+# What to build. What no option decides stays as it was built, so that a system package that comes or goes starts no
+# build that nobody asked for. Without an earlier build, it is what this machine has.
+decide() {
+  local built was_declined='' was_mpicxx=$here_mpicxx was_nvcc='' was_cxx=''
+  if [[ $driver == yes ]]; then was_nvcc=$here_nvcc; fi
+  cuda=$driver
+  built=$(recorded built)
+  if [[ $built ]]; then
+    IFS='|' read -r was_declined was_mpicxx was_nvcc was_cxx <<<"$built"
+    cuda=no
+    if compgen -G "$prefix/lib/python3.*/site-packages/nvidia/cudnn" >/dev/null; then cuda=yes; fi
+    if [[ $was_mpicxx && ! -x $was_mpicxx ]] && mpi_has_gone; then was_mpicxx=$here_mpicxx; fi
+  fi
+  case $mpi in auto) mpicxx=$was_mpicxx ;; yes) mpicxx=$here_mpicxx ;; no) mpicxx='' ;; esac
+  case $gpu in auto) nvcc=$was_nvcc ;; yes) nvcc=$here_nvcc cuda=yes ;; no) nvcc='' cuda=no ;; esac
+  cxx=${CXX:-$was_cxx}
+  declined=
+  if [[ $mpi == no || ($mpi == auto && $was_declined == *mpi*) ]]; then declined+=mpi; fi
+  if [[ $gpu == no || ($gpu == auto && $was_declined == *gpu*) ]]; then declined+=gpu; fi
+  name_engines
+}
+
+name_engines() {
+  nccl=no engines=gloo${mpicxx:++mpi}
+  if [[ $nvcc ]]; then nccl=yes engines+=+nccl; fi
+}
+
+use_compiler() {  # the one of the earlier build, unless CXX says otherwise or it has gone
+  if [[ ! ${CXX:-} && $cxx ]] && command -v "$cxx" >/dev/null; then export CXX=$cxx; fi
+  cxx=${CXX:-}
+}
+
+mpi_has_gone() {  # with the library that Horovod is linked against: without the compiler alone Horovod still loads
+  ldd "$prefix"/lib/python3.*/site-packages/horovod/tensorflow/mpi_lib.*.so 2>/dev/null | grep -q 'libmpi.*not found'
 }
 
 # What goes in, as one hash, taken once: a file that is edited during the run is then seen by the next. With --into
 # hvdkit is installed as a copy, so its sources count; in .venv it is editable.
 hash_inputs() {
   inputs=$({
-    say "$mode $engines $driver $mpicxx $nvcc ${CXX:-}"
+    say "$mode"
     cat "${BASH_SOURCE[0]}" "$ROOT/requirements.txt" "$ROOT/pyproject.toml" "$ROOT"/hvdkit/native/*.cc
     if [[ $mode == into ]]; then find "$ROOT/hvdkit" "$ROOT/models" -name '*.py' -print0 | sort -z | xargs -0 cat; fi
   } | sha256sum)
@@ -94,15 +136,77 @@ fingerprint() {
   shopt -s nullglob
   packages=("$prefix"/lib/python3.*/site-packages/{tensorflow,tensorflow_cpu,keras,numpy,horovod,hvdkit}-*.dist-info)
   shopt -u nullglob
-  printf '%s\n' "$inputs" "$(readlink -f "$prefix/bin/python")" "${packages[@]}" | sha256sum | cut -d' ' -f1
+  printf '%s\n' "$inputs" "$mpicxx|$nvcc|$cxx" "$(readlink -f "$prefix/bin/python")" "${packages[@]}" |
+    sha256sum | cut -d' ' -f1
 }
 
 is_ready() {
   local library stamp=
+  [[ $mpi != yes || $mpicxx ]] || return 1
   if [[ -e $prefix/.hvdkit-bootstrap ]]; then read -r stamp <"$prefix/.hvdkit-bootstrap" || true; fi
   for library in "$prefix"/lib/python3.*/site-packages/horovod/tensorflow/mpi_lib.*.so; do
     [[ -s $library && $stamp == "$(fingerprint)" ]] && return
   done
+  return 1
+}
+
+write_note() {  # STAMP
+  local note
+  note=$(
+    say "$1"
+    if [[ $pins ]]; then say "pins $pins"; fi
+    say "built $declined|$mpicxx|$nvcc|$cxx"
+    say "tensorflow $py|$tf_dist|$tf_version|$tf_size"
+    say "wheel $wheel"
+  )
+  say "$note" >"$prefix/.hvdkit-bootstrap"
+}
+
+read_note() {
+  pins=$(recorded pins) wheel=$(recorded wheel)
+  IFS='|' read -r py tf_dist tf_version tf_size <<<"$(recorded tensorflow)"
+}
+
+report_ready() {
+  local offers
+  if [[ $(recorded built) != "$declined|$mpicxx|$nvcc|$cxx" ]]; then
+    { write_note "$(fingerprint)"; } 2>/dev/null || true  # who may only read an environment can use it, too
+  fi
+  offers=$(offer_mpi; offer_gpu)
+  if [[ $offers ]]; then
+    say "==> $prefix is ready; it was built with $engines.$offers"
+  else
+    say "==> $prefix is ready: nothing has changed since it was set up"
+  fi
+}
+
+offer_mpi() {
+  if [[ $mpicxx || ! $here_mpicxx || $declined == *mpi* ]]; then return; fi
+  mpicxx=$here_mpicxx
+  printf ' MPI is there now (%s): %s builds it in (%s).' "$mpicxx" "$(command_with --mpi yes)" "$(time_to_build)"
+}
+
+offer_gpu() {
+  if [[ $nvcc || $driver == no || $declined == *gpu* ]]; then return; fi
+  if [[ $here_nvcc ]]; then
+    nvcc=$here_nvcc
+    printf ' An NVIDIA driver and nvcc are there now: %s builds NCCL in (about 6 min).' "$(command_with --gpu yes)"
+  elif [[ $pins && $cuda == no ]]; then
+    printf ' An NVIDIA driver is there now: %q -m pip install -c %q %s installs the CUDA libraries for one GPU.' \
+      "$prefix/bin/python" "$ROOT/requirements.txt" "'tensorflow[and-cuda]'"
+  fi
+}
+
+command_with() {  # OPTION...
+  local into=''
+  if [[ $mode == into ]]; then into=$(printf -- '--into %q ' "$prefix"); fi
+  say "launch/bootstrap.sh $into$*"
+}
+
+time_to_build() {
+  local CXX=$cxx
+  name_engines
+  if [[ -e $CACHE/$(wheel_key 2>/dev/null)/SHA256SUMS ]]; then say 'about 1 min: this Horovod is in the cache'; else say 'about 3 min'; fi
 }
 
 # ----------------------------------------------------------------------------------------------------- running a stage
@@ -152,7 +256,7 @@ known_causes() {  # a pattern in the log, a tab, what to tell
     'name resolution|NewConnectionError|Timeout|unreachable|versions: none' 'the package index cannot be reached.' \
     'ResolutionImpossible|conflicting dep' "the environment's versions are outside hvdkit's ranges (pyproject.toml)." \
     'CMAKE_CXX_COMPILER|cannot find -lstdc\+\+' 'the system package g++ (dnf: gcc-c++) is missing or broken.' \
-    'Could NOT find MPI' 'the system packages libopenmpi-dev openmpi-bin (dnf: openmpi-devel) are incomplete.' \
+    'Could NOT find MPI' 'the system packages libopenmpi-dev openmpi-bin (dnf: openmpi-devel) are incomplete; --mpi no goes without.' \
     'unsupported GNU version' 'nvcc does not take this g++: install an older one and name it, as in CXX=g++-12.'
 }
 
@@ -199,6 +303,7 @@ need_system_packages() {
       bash -c 'apt-get update && apt-get install -y --no-install-recommends $*' - $debs
     hash -r
     detect
+    decide
     find_python
     missing=$(missing_packages)
   fi
@@ -247,10 +352,9 @@ PY
 }
 
 check_environment() {
-  local oldest=10 ours=''
+  local oldest=10
   # A run that was interrupted leaves our TensorFlow behind: the note says that it is not the user's.
-  if [[ -e $prefix/.hvdkit-bootstrap ]]; then ours=$(sed -n 's/^pins //p' "$prefix/.hvdkit-bootstrap"); fi
-  if [[ $mode == into && $tf_version != "$ours" ]]; then own_tf=yes; fi
+  if [[ $mode == into && $tf_version != "$pins" ]]; then own_tf=yes; fi
   if [[ $own_tf == no ]]; then oldest=11; fi  # as in find_python()
   [[ $py == 3.* && ${py#3.} -ge $oldest && ${py#3.} -le 13 ]] ||
     die "'$prefix' has Python $py, and expected is 3.$oldest to 3.13; use another environment"
@@ -263,14 +367,15 @@ check_environment() {
 # -------------------------------------------------------------------------------------------------- TensorFlow, Horovod
 
 install_tensorflow() {
-  say unfinished >"$prefix/.hvdkit-bootstrap"
+  pins=
+  if [[ $own_tf == no ]]; then pins=$(sed -n 's/^tensorflow==//p' "$ROOT/requirements.txt"); fi
+  write_note unfinished
   if [[ $own_tf == no ]]; then
-    sed -n 's/^tensorflow==/pins /p' "$ROOT/requirements.txt" >>"$prefix/.hvdkit-bootstrap"
     # With a driver TensorFlow gets its CUDA libraries even where Horovod goes without NCCL: one GPU is of use, too.
-    local cuda=()
-    if [[ $nccl == yes || ($gpu == auto && $driver == yes) ]]; then cuda=('tensorflow[and-cuda]'); fi
+    local extra=()
+    if [[ $nccl == yes || $cuda == yes ]]; then extra=('tensorflow[and-cuda]'); fi
     stage "Installing TensorFlow, Keras and the rest of requirements.txt (about 2 min)" \
-      "$prefix/bin/python" -m pip install -r "$ROOT/requirements.txt" "${cuda[@]}"
+      "$prefix/bin/python" -m pip install -r "$ROOT/requirements.txt" "${extra[@]}"
   elif [[ $nccl == yes && ! $(nccl_home) ]]; then
     stage "Installing the CUDA libraries of TensorFlow $tf_version (about 3 min)" \
       "$prefix/bin/python" -m pip install -c "$tmp/own.txt" 'tensorflow[and-cuda]'
@@ -302,11 +407,38 @@ wheel_key() {
     } | sha256sum)"
 }
 
+# What an earlier wheel must have in common with what is wanted now, to be installed again. The compilers' versions are
+# not among it: they may be newer by now, or gone.
+ingredients() {
+  {
+    printf '%s\n' "$VERSION" "$py $tf_dist $tf_version $tf_size" "$mpicxx|$nvcc|$cxx" \
+      "${CFLAGS:-}" "${CXXFLAGS:-}" "${CPPFLAGS:-}" "${LDFLAGS:-}"
+    declare -f patch_source build_wheel
+  } | sha256sum | cut -d' ' -f1
+}
+
+is_whole() { (cd "$1" 2>/dev/null && sha256sum --status -c SHA256SUMS 2>/dev/null); }
+
+# An environment that was built with what has gone since, and whose wheel does not serve again, does without it.
+use_what_is_there() {
+  local was=$engines
+  if [[ $mpicxx && ! -x $mpicxx ]]; then mpicxx=$here_mpicxx; fi
+  if [[ $nvcc && ! -x $nvcc ]]; then nvcc=$here_nvcc; fi
+  name_engines
+  [[ $was == "$engines" ]] || say "==> Horovod was built with $was, whose compiler has gone; it is now built with $engines"
+}
+
 obtain_wheel() {  # sets $entry, the folder in the cache that holds the wheel
-  entry=$CACHE/$(wheel_key)
+  local name made_of
+  read -r name made_of <<<"$wheel"
+  if [[ $made_of != "$(ingredients)" ]] || ! is_whole "$CACHE/$name"; then
+    use_what_is_there
+    name=$(wheel_key)
+  fi
+  entry=$CACHE/$name wheel="$name $(ingredients)"
   exec 8>"$entry.lock"
   flock -n 8 || stage "Waiting for another bootstrap that builds the same Horovod" flock 8
-  if (cd "$entry" 2>/dev/null && sha256sum --status -c SHA256SUMS 2>/dev/null); then
+  if is_whole "$entry"; then
     say "==> Horovod is in the cache: $entry"
   else
     if [[ -e $entry ]]; then say "==> $entry is damaged, and is built anew"; fi
@@ -432,8 +564,10 @@ main() {
   parse_arguments "$@"
   check_prefix
   detect
+  decide
+  read_note
   hash_inputs
-  if is_ready; then say "==> $prefix is ready: nothing has changed since it was set up" && exit; fi
+  if is_ready; then report_ready; exit; fi
 
   # Whatever the caller's shell has set for Python, pip or Horovod must not decide what is built or where it goes.
   # shellcheck disable=SC2086  # a list of names
@@ -446,10 +580,14 @@ main() {
   log=$tmp/bootstrap.log
   mkdir -p "$CACHE" || die "the cache '$CACHE' cannot be made; name another folder in HVDKIT_CACHE"
 
+  use_compiler
   find_python
   need_system_packages
   exec 9>"$CACHE/environment-$(cksum <<<"$prefix" | cut -d' ' -f1).lock"
   flock -n 9 || stage "Waiting for another bootstrap of $prefix" flock 9
+  decide
+  read_note
+  use_compiler
   if is_ready; then say "==> $prefix is ready: another bootstrap has just set it up" && exit; fi
   make_environment
   read_environment
@@ -458,8 +596,9 @@ main() {
   obtain_wheel
   stage "Installing hvdkit and Horovod" "install_$mode"
   prove
-  sed -i "1s/.*/$(fingerprint)/" "$prefix/.hvdkit-bootstrap"
+  write_note "$(fingerprint)"
   say "==> Ready after $SECONDS s: source '$prefix/bin/activate'"
 }
 
-main "$@"
+# Tests source this file, to call its functions.
+if [[ ${BASH_SOURCE[0]} == "$0" ]]; then main "$@"; fi

@@ -43,7 +43,7 @@ class MpiJob(Job):
         if not self._mpirun:
             raise UsageError(
                 "--mpi needs mpirun. Install it with: apt-get install openmpi-bin libopenmpi-dev, on every host, and "
-                "run launch/bootstrap.sh again, which then builds Horovod with MPI."
+                "run launch/bootstrap.sh --mpi yes, which builds Horovod with MPI."
             )
         if self.settings.bind not in ("auto", "none"):
             raise UsageError(

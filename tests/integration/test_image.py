@@ -1,7 +1,8 @@
 """The image, built for real on a base that debootstrap makes, and what runs in it: training, MPI, sshd, health check.
 
-One test builds it once: what it costs is the building. Commands in the image have a network of their own, with nothing
-but loopback in it, so that its port 2222 is nobody else's.
+One test builds it once: what it costs is the building. It is skipped where the same image has passed before: see
+image_proof.py. Commands in the image have a network of their own, with nothing but loopback in it, so that its port
+2222 is nobody else's.
 """
 
 import ast
@@ -18,6 +19,7 @@ import pytest
 import tomllib
 
 from tests.conftest import ROOT, run_command
+from tests.integration.image_proof import Proof, sources
 
 PYTHON = "/opt/hvdkit/bin/python"
 LAUNCH = ["python", "-m", "hvdkit.launch", "-np", "2"]
@@ -78,14 +80,22 @@ class Container:
 
 
 @pytest.fixture
-def images(tmp_path):
-    """A place for images; skipped, with the reason, where none can be built."""
-    missing = [name for name in ("buildah", "debootstrap", "ip", "unshare") if not shutil.which(name)]
+def proof():
+    """The stamp that a passed test keeps; skips the test where it is kept already, and where no image can be built."""
+    missing = [name for name in ("buildah", "debootstrap", "apt-cache", "ip", "unshare") if not shutil.which(name)]
     reason = f"the commands {', '.join(missing)} are missing" if missing else "root is needed" if os.geteuid() else ""
     if reason:
         # Where the variable is set, as CI does, the image must be built: a skip would pass for a success.
         refuse = pytest.fail if os.environ.get("HVDKIT_TEST_HOSTS") else pytest.skip
         refuse(f"no image can be built: {reason}; install them with: apt-get install buildah debootstrap iproute2")
+    found = Proof(ROOT)
+    found.skip_if_proven()
+    return found
+
+
+@pytest.fixture
+def images(tmp_path):
+    """A place for images, which goes when the test ends."""
     place = Images(tmp_path / "images")
     yield place
     place.remove()
@@ -236,7 +246,7 @@ def _check_sshd(container, folder):
 @pytest.mark.slow
 @pytest.mark.image
 @pytest.mark.timeout(2400)
-def test_the_image_is_built_and_does_what_it_is_for(images, tmp_path):
+def test_the_image_is_built_and_does_what_it_is_for(proof, images, tmp_path):
     _make_base(images)
     assert "Horovod with gloo+mpi sums right" in _build(images, tmp_path)
     command = _check_labels(images)
@@ -246,3 +256,58 @@ def test_the_image_is_built_and_does_what_it_is_for(images, tmp_path):
     _check_sshd(container, tmp_path)
     _check_mpi(container)
     _check_training(container, command)
+    proof.keep()
+
+
+def _append(file, text):
+    with file.open("a") as opened:
+        opened.write(f"\n{text}\n")
+
+
+def test_what_counts_for_the_image(tmp_path):
+    parts = ["Dockerfile", ".dockerignore", "requirements.txt", "pyproject.toml", "launch", "hvdkit", "models"]
+    for part in [*parts, "tests/integration/test_image.py"]:
+        copy = shutil.copytree if (ROOT / part).is_dir() else shutil.copy
+        (tmp_path / part).parent.mkdir(parents=True, exist_ok=True)
+        copy(ROOT / part, tmp_path / part)
+    before = sources(tmp_path)
+    assert before == sources(ROOT)
+    for file, text in {
+        "hvdkit/reporting.py": "# more",
+        "pyproject.toml": "[tool.other]\n",
+        "README.md": "more",
+    }.items():
+        _append(tmp_path / file, text)
+    assert sources(tmp_path) == before
+    changes = {
+        "Dockerfile": "# more",
+        "requirements.txt": "# more",
+        "launch/image/slim.sh": "# more",
+        "launch/bootstrap.sh": "# more",
+        "hvdkit/launch/__main__.py": "# more",
+        "hvdkit/reporting.py": "import another_package",
+        "models/another.py": "",
+        "hvdkit/table.csv": "",
+        "pyproject.toml": '[tool.setuptools.other]\nx = "y"\n',
+    }
+    for file, text in changes.items():
+        _append(tmp_path / file, text)
+        after = sources(tmp_path)
+        assert after != before, file
+        before = after
+
+
+def test_an_image_is_proven_only_by_a_stamp(tmp_path, monkeypatch):
+    monkeypatch.setenv("HVDKIT_CACHE", str(tmp_path))
+    monkeypatch.delenv("HVDKIT_TEST_IMAGE", raising=False)
+    made = Proof(ROOT)
+    made.skip_if_proven()
+    made.keep()
+    assert [p.parent.name for p in tmp_path.rglob("image-*")] == ["proven"]
+    with pytest.raises(pytest.skip.Exception, match="proven before, 20.*: stamp .*/proven/image-"):
+        Proof(ROOT).skip_if_proven()
+    monkeypatch.setenv("HVDKIT_TEST_IMAGE", "always")
+    Proof(ROOT).skip_if_proven()
+    monkeypatch.setenv("HVDKIT_TEST_IMAGE", "yes")
+    with pytest.raises(pytest.fail.Exception, match="HVDKIT_TEST_IMAGE is 'yes'; expected is 'always'"):
+        Proof(ROOT).skip_if_proven()

@@ -270,7 +270,7 @@ ILL = {
         "h2",
         "launch/bootstrap.sh --into",
     ),
-    "other options": (built(mpi=1), "build", "h2", "Horovod has Gloo, MPI, and h1's has Gloo", "h2", "bootstrap.sh"),
+    "other options": (built(mpi=1), "build", "h2", "Horovod has Gloo, MPI, and h1's has Gloo", "h2", "--mpi no"),
     "other tensorflow": (
         put("build", "built_with", value="2.20.0"),
         "build",

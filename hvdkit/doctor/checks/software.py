@@ -98,8 +98,16 @@ def build(found: Findings) -> Iterator[Result]:
         elif not mine["built"]["gloo"] and not mine["built"]["mpi"]:
             yield failed(name, "Horovod was built with neither Gloo nor MPI", fix)
         elif _options(mine) != _options(known):
+            fix = rebuild(name, installed[name], *_differing(mine, known))
             yield failed(name, f"Horovod has {_options(mine)}, and {reference}'s has {_options(known)}", fix)
     yield fine(f"Horovod for TensorFlow {known['tensorflow']}, with {_options(known)}")
+
+
+def _differing(mine: dict[str, Any], known: dict[str, Any]) -> list[str]:
+    """The options that make bootstrap.sh build what the other host has; without them it keeps its build."""
+    pairs = (("mpi", "--mpi"), ("cuda", "--gpu"))
+    wanted = [(flag, known["built"][key]) for key, flag in pairs if mine["built"][key] != known["built"][key]]
+    return [part for flag, yes in wanted for part in (flag, "yes" if yes else "no")]
 
 
 def _options(mine: dict[str, Any]) -> str:
