@@ -1,1 +1,1 @@
-"""`python -m hvdkit.sweep`: many training runs over the ranks and hosts at hand (task parallelism)."""
+"""`python -m hvdkit.sweep`: hyperparameter sweeps that run many trainings in parallel (task parallelism)."""

@@ -1,7 +1,7 @@
-"""The loop that gives tasks to slots, watches them, and decides what happens when one ends.
+"""The sweep's main loop: assigns tasks to slots, watches them, and handles their ends.
 
-One thread; nothing else changes the sweep's state. What must not be lost is in the study and in the tries' folders
-before it counts: a coordinator that is killed at any instant is followed by one that goes on.
+Only this loop's thread changes the sweep's state. The study and the tries' folders record every step before it takes
+effect, so the same command resumes a sweep that was killed at any moment.
 """
 
 import math
@@ -22,30 +22,30 @@ from hvdkit.sweep.runs import Launched, Nursery, Run
 from hvdkit.sweep.study import Study, Trial
 from hvdkit.sweep.tasks import Task, Try
 
-_TICK = 0.1  # seconds: the coordinator must not take the cores that tasks compute on
-_LOOK_SECONDS = 0.5  # from one look at the files of tasks to the next
-_END_SECONDS = 15.0  # from the wish that a task ends to force
-_LEAVE_SECONDS = 40.0  # the same where it saves first
-_LOAD_SECONDS = 120.0  # for TensorFlow to be loaded, at least
-_ALONE_SECONDS = 600.0  # without any host
-_MOST_LOST_HOSTS = 10  # of a task, on top of its retries
+_TICK = 0.1  # seconds per loop; long enough to leave the cores to the tasks
+_LOOK_SECONDS = 0.5  # between two looks at the files of tasks
+_END_SECONDS = 15.0  # from the request to end a task to SIGKILL
+_LEAVE_SECONDS = 40.0  # for tasks to save and exit
+_LOAD_SECONDS = 120.0  # at least, for a task to load TensorFlow
+_ALONE_SECONDS = 600.0  # to wait while no host answers
+_MOST_LOST_HOSTS = 10  # lost hosts per task, in addition to its retries
 
 
 class Coordinator:
     """Runs a sweep.
 
     Args:
-        options: what was asked for.
-        study: its memory.
-        say: is given a line for each thing that happens.
+        options: the sweep's options.
+        study: the record of its trials.
+        say: called with one line per event.
 
     Attributes:
-        open: trials that have begun and are not over, with their tasks.
-        hosts: all, also those that do not answer.
-        number: of trials in the study.
+        open: running trials with their tasks.
+        hosts: all hosts, including those that do not answer.
+        number: the number of trials in the study.
         ended: how many of them are `done`, `ended early` and `failed`.
-        best: of those that are done.
-        stopped_by: the signal that told the sweep to leave; 0 for none.
+        best: the best trial that is done.
+        stopped_by: the signal that stopped the sweep; 0 for none.
     """
 
     def __init__(self, options: Options, study: Study, say: Callable[[str], None]) -> None:
@@ -58,7 +58,7 @@ class Coordinator:
         self.ended = {state: sum(t.state == state for t in before) for state in ("done", "ended early", "failed")}
         self.best = study.best()
         self._say = say
-        for stale in options.folder.glob(".seen-*"):  # of a sweep that was killed
+        for stale in options.folder.glob(".seen-*"):  # left by a sweep that was killed
             stale.rmdir()
         self._probe = options.folder / f".seen-{os.getpid()}-{time.time_ns()}"
         self._probe.mkdir()
@@ -69,14 +69,14 @@ class Coordinator:
         self._nursery: Nursery | None = None
         self._alone_since: float | None = None
         self._final: Task | None = None
-        self._left: list[Task] = []  # still running, though their trial is over
+        self._left: list[Task] = []  # running tasks of trials that are over
         self._all_begun = False
         self._watched = 0.0
 
     # ---- Start and end -----------------------------------------------------------------------------------------------
 
     def prepare(self) -> None:
-        """Asks all hosts, and loads TensorFlow meanwhile if a task may need it here.
+        """Checks all hosts. Meanwhile loads TensorFlow if tasks are forked on this host.
 
         Raises:
             UsageError: no host answers.
@@ -96,10 +96,10 @@ class Coordinator:
                 self._say(f"host {host.name} is left out until it answers. {host.why}")
 
     def run(self, draw: Callable[[], None]) -> int:
-        """Works until all trials are over, or a signal comes; returns the exit code. Calls `draw` all the while."""
-        self._mend_best()
+        """Runs all trials, or until a signal comes, and returns the exit code. Calls `draw` once per loop."""
+        self._restore_best()
         for trial in self.study.interrupted():
-            self._say(f"trial {trial.number} goes on")
+            self._say(f"resuming trial {trial.number}")
             self._open(trial)
         while True:
             self._hear_hosts()
@@ -116,7 +116,7 @@ class Coordinator:
             time.sleep(_TICK)
 
     def close(self) -> None:
-        """Ends what there still is."""
+        """Ends all remaining processes."""
         for task in self.running():
             if task.current:
                 task.current.run.kill()
@@ -125,24 +125,24 @@ class Coordinator:
         shutil.rmtree(self._probe, ignore_errors=True)
 
     def running(self) -> list[Task]:
-        """The tasks that have a slot now."""
+        """The tasks that occupy a slot."""
         return [task for task in [*self._tasks(), *self._left] if task.current]
 
     def slots(self) -> list[Slot]:
-        """All slots of hosts that answer."""
+        """All slots of the hosts that answer."""
         return [slot for host in self.hosts if host.is_up for slot in host.slots]
 
     def _tasks(self) -> list[Task]:
         return [task for _, each in self.open.values() for task in each]
 
     def _forks(self) -> bool:
-        """Whether tasks on this host need no launcher."""
+        """Whether tasks on this host are forked and need no launcher."""
         return "--strategy=single" in _defaults(self.options) and not self.options.launcher
 
     # ---- Trials ------------------------------------------------------------------------------------------------------
 
     def _open(self, trial: Trial) -> None:
-        """Begins a trial, or goes on with one: what its tasks have finished is not done again."""
+        """Starts or resumes a trial. Finished tasks do not run again."""
         folder = self.folder(trial.number)
         own = [*self.options.flags, *space.flags(trial.values), *_defaults(self.options)]
         if self.options.folds:
@@ -163,7 +163,7 @@ class Coordinator:
         return self.options.folder / "trials" / f"{number:04d}"
 
     def _conclude(self, number: int) -> None:
-        """A trial all of whose tasks are done: its value is their mean."""
+        """Ends a trial whose tasks are all done. Its value is their mean."""
         trial, each = self.open[number]
         values = [tasks.value(task.result or {}, self.options.goal) for task in each]
         value = sum(values) / len(values)
@@ -204,8 +204,8 @@ class Coordinator:
             for task in each:
                 task.clean(keep_model=False)
 
-    def _mend_best(self) -> None:
-        """A sweep may have been killed after it wrote down the best, and before `best` was that."""
+    def _restore_best(self) -> None:
+        """Points `best` to the best trial. A killed sweep may have recorded the trial without moving the link."""
         best = self.study.best()
         if best and not self.options.folds:
             task = Task(best.number, None, self.folder(best.number), [])
@@ -213,25 +213,25 @@ class Coordinator:
                 self._point_to(Path(task.result["folder"]))
 
     def _point_to(self, folder: Path) -> None:
-        """Makes `best` stand for a try's folder, in one step."""
+        """Points the link `best` to a try's folder, atomically."""
         aside = self.options.folder / ".best"
         aside.unlink(missing_ok=True)
         aside.symlink_to(folder.relative_to(self.options.folder))
         aside.replace(self.options.folder / "best")
 
     def _refit(self) -> bool:
-        """With folds, trains the best once more, on all of the training split; returns whether to wait for that."""
+        """With folds, trains the best trial again on the whole training split; returns whether to wait for it."""
         best = self.study.best()
         if not self.options.folds or best is None:
             return False
         if self._final is None:
             own = [*self.options.flags, *space.flags(best.values), *_defaults(self.options)]
             self._final = Task(best.number, None, self.folder(best.number) / "final", own)
-            self._say(f"trial {best.number} is the best, and is trained on the whole training split")
+            self._say(f"training the best trial, {best.number}, on the whole training split")
         task = self._final
         if not task.find_result():
             if task.failures > self.options.retries:
-                self._say(f"the best could not be trained on the whole training split: {task.last}")
+                self._say(f"training the best trial on the whole training split failed: {task.last}")
                 return False
             self.open[best.number] = (best, [task])
             return True
@@ -242,7 +242,7 @@ class Coordinator:
     # ---- Slots -------------------------------------------------------------------------------------------------------
 
     def _fill(self) -> None:
-        """Gives tasks to free slots."""
+        """Assigns tasks to free slots."""
         taken = [task.current.slot for task in self.running() if task.current]
         for slot in self.slots():
             if slot not in taken and (task := self._next(slot)):
@@ -260,7 +260,7 @@ class Coordinator:
                 self._all_begun = True
                 break
             self._open(trial)
-            if trial.number in self.open:  # else it was finished already
+            if trial.number in self.open:  # otherwise its tasks were already finished
                 return self.open[trial.number][1][0]
         return None
 
@@ -300,15 +300,15 @@ class Coordinator:
                 continue
             patience = self._patience(current)
             if patience and current.still_for() > patience:
-                self._end(task, f"hung: nothing was heard of it for {patience:g} s")
+                self._end(task, f"hung: none of its files changed for {patience:g} s")
             elif self.options.time_limit and current.seconds() > self.options.time_limit:
                 self._end(task, f"over its time limit of {self.options.time_limit:g} s")
             elif self.options.asha and self._falls_behind(task, current):
                 self._end(task, "ended early")
 
     def _patience(self, current: Try) -> float:
-        """Seconds without a sign of life after which a task is hung; 0 for no limit."""
-        # A job of several ranks has a watchdog, which knows more: it speaks first.
+        """Seconds without a change of its files after which a task counts as hung; 0 for no limit."""
+        # The watchdog of a job of several ranks knows more, so let it report first.
         limit = self.options.stall_limit * (2 if self.options.ranks_per_task > 1 else 1)
         return limit if current.run.has_begun() or not limit else max(limit, _LOAD_SECONDS)
 
@@ -358,7 +358,7 @@ class Coordinator:
         how = current.why or Failure(0, code).words()
         task.last = f"{how}: {said}" if said else how
         self._say(f"{task.name} failed on {current.slot.name}, {task.last} ({log})")
-        if code == outcome.USAGE and told and told.why == "usage":  # trying again would not fix it
+        if code == outcome.USAGE and told and told.why == "usage":  # a retry would fail in the same way
             task.failures = self.options.retries + 1
             self._judge(task)
             return
@@ -366,12 +366,12 @@ class Coordinator:
         if current.slot.host.is_here:
             task.failures += 1
             self._judge(task)
-        else:  # a host that has died is not the task's fault
+        else:  # if the host is down, the failure does not count against the task
             self._suspects[current.slot.host].append(task)
             current.slot.host.ask()
 
     def _judge(self, task: Task) -> None:
-        """Gives a task up that has failed too often, and its trial with it."""
+        """Ends the trial of a task that has failed too often."""
         lost = len(task.tries()) - task.failures
         if task.failures <= self.options.retries and lost <= _MOST_LOST_HOSTS:
             return
@@ -380,7 +380,7 @@ class Coordinator:
             return
         for other in self.open[task.trial][1]:
             if other.current:
-                self._end(other, "a fold beside it failed")
+                self._end(other, "another fold failed")
         self._say(f"trial {task.trial} failed for good: {task.last}")
         self._close_trial(task.trial, "failed", None, error=task.last)
 
@@ -390,7 +390,7 @@ class Coordinator:
             if not host.hear():
                 continue
             if not host.is_up and was_judging:
-                self._say(f"host {host.name} is given no tasks until it answers. {host.why}")
+                self._say(f"host {host.name} gets no tasks until it answers. {host.why}")
             elif host.is_up and not was_judging:
                 self._say(f"host {host.name} answers again")
             judged, self._suspects[host] = self._suspects[host], []
@@ -402,7 +402,7 @@ class Coordinator:
     # ---- Ends --------------------------------------------------------------------------------------------------------
 
     def _is_alone(self) -> bool:
-        """Whether no host has answered for long."""
+        """Whether no host has answered for `_ALONE_SECONDS`."""
         if any(host.is_up or host.is_asked for host in self.hosts) or self.running():
             self._alone_since = None
         elif self._alone_since is None:
@@ -411,9 +411,9 @@ class Coordinator:
         return self._alone_since is not None and time.monotonic() - self._alone_since > _ALONE_SECONDS
 
     def _leave(self) -> int:
-        """Lets tasks save, as far as there is time; the same command goes on with them."""
+        """Lets tasks save and exit, within `_LEAVE_SECONDS`. The same command resumes them."""
         running = self.running()
-        self._say(f"{signal.Signals(self.stopped_by).name}: {len(running)} task(s) save and leave")
+        self._say(f"{signal.Signals(self.stopped_by).name}: {len(running)} task(s) save and exit")
         for task in running:
             if task.current:
                 task.current.run.leave()
@@ -425,7 +425,7 @@ class Coordinator:
 
 
 def _defaults(options: Options) -> list[str]:
-    """Flags that the sweep sets where the user has set nothing."""
+    """The sweep's defaults for flags that the user does not set."""
     searched = [parameter.flag for parameter in options.parameters]
     wanted = {"tensorboard": "false"}
     if options.ranks_per_task == 1:

@@ -1,4 +1,4 @@
-"""The places where tasks run: which hosts answer, and which cores and GPUs are each place's own."""
+"""The slots in which tasks run: which hosts answer, and which cores and GPUs belong to each slot."""
 
 import contextlib
 import dataclasses
@@ -13,18 +13,18 @@ from hvdkit.errors import UsageError
 from hvdkit.launch import agent, binding, hosts, job
 from hvdkit.launch.link import GONE, Link, address_of, is_this_host, own_address_towards
 
-_AGAIN_SECONDS = 20.0  # from one look at a host that did not answer to the next
+_AGAIN_SECONDS = 20.0  # between two checks of a host that does not answer
 
 
 @dataclasses.dataclass(frozen=True)
 class Slot:
-    """A place for one task.
+    """A place for one task on a host.
 
     Attributes:
         host: its host.
-        number: on the host, from 0.
-        cores: those of the host that are its own; None where it shares all.
-        gpus: likewise, by CUDA's names.
+        number: its number on the host, from 0.
+        cores: its own cores; None if all slots share all cores.
+        gpus: its own GPUs, by CUDA's names; None without GPUs.
     """
 
     host: "SweepHost"
@@ -34,26 +34,26 @@ class Slot:
 
     @property
     def name(self) -> str:
-        """For people."""
+        """Its name in messages."""
         return f"{self.host.name}/{self.number}"
 
 
 class SweepHost:
-    """A host with its slots, as far as it answers.
+    """A host and its slots.
 
     Args:
-        given: its name and its places.
+        given: its name and its number of ranks.
         settings: how to reach it.
-        folder: a folder of the sweep, which the host must see, too.
-        ranks: of a task.
+        folder: a folder of the sweep, which the host must see.
+        ranks: the number of ranks per task.
 
     Attributes:
-        name: as the user gave it, or the host's own where he gave none.
+        name: the name that the user gave; for localhost, the host's own name.
         is_here: whether it is this host.
-        is_asked: its answer is waited for.
-        is_up: it answered when it was last asked, and may be given tasks.
-        slots: its places; none before it has answered for the first time.
-        why: what was wrong when it did not answer.
+        is_asked: whether a check of it is running.
+        is_up: whether it answered the last check and can run tasks.
+        slots: its slots; empty before its first answer.
+        why: why the last check failed.
     """
 
     def __init__(self, given: hosts.Host, settings: job.Settings, folder: Path, ranks: int) -> None:
@@ -71,7 +71,7 @@ class SweepHost:
         self._asked_at = 0.0
 
     def ask(self) -> None:
-        """Looks, on another thread, whether the host answers; until it has, it is given nothing."""
+        """Checks in another thread whether the host answers. It gets no tasks until it has answered."""
         if not self.is_asked:
             self.is_asked, self.is_up = True, False
             self._asked_at = time.monotonic()
@@ -84,7 +84,7 @@ class SweepHost:
             self._answers.put(error)
 
     def hear(self) -> bool:
-        """Takes the answer, if there is one; returns whether there was. A host that is down is asked again."""
+        """Handles the answer, if there is one, and returns whether there was. Checks a host that is down again."""
         if not self.is_asked and not self.is_up and time.monotonic() - self._asked_at > _AGAIN_SECONDS:
             self.ask()
         try:
@@ -110,18 +110,18 @@ class SweepHost:
 
 
 def divide(host: SweepHost, about: dict[str, Any], places: int, ranks: int) -> list[Slot]:
-    """Divides a host into slots of `ranks` places each: its cores and GPUs evenly, neighbours together.
+    """Divides a host into slots of `ranks` ranks each, with neighbouring cores and GPUs, evenly.
 
-    With fewer cores than places all slots share all cores.
+    With fewer cores than slots, all slots share all cores.
 
     Raises:
-        UsageError: the host has GPUs, but fewer than places.
+        UsageError: the host has GPUs, but fewer than ranks.
     """
     gpus = len(about["gpus"])
     if 0 < gpus < places:
         raise UsageError(
-            f"Host {about['hostname']} shows {gpus} GPU(s) for {places} places, and each rank needs one of its own. "
-            f"Give it {gpus} place(s), or hide the GPUs with CUDA_VISIBLE_DEVICES='' to train on the CPU."
+            f"Host {about['hostname']} shows {gpus} GPU(s) for {places} ranks, and each rank needs its own. Give it "
+            f"{gpus} rank(s), or hide the GPUs with CUDA_VISIBLE_DEVICES='' to train on the CPU."
         )
     number = places // ranks
     shares = binding.bindings({**about, "gpus": []}, number, "cores")
@@ -137,10 +137,10 @@ def divide(host: SweepHost, about: dict[str, Any], places: int, ranks: int) -> l
 
 
 def ask(name: str, settings: job.Settings, folder: Path) -> dict[str, Any]:
-    """What a host says of itself, and whether it `is_here`.
+    """A host's description of itself, and whether it `is_here`.
 
     Raises:
-        UsageError: it does not answer, or does not see the sweep's folder or the directory where tasks run.
+        UsageError: the host does not answer, or does not see the sweep's folder or the directory where tasks run.
     """
     address = address_of(name, settings.shell)
     is_here = is_this_host(name, address)
@@ -156,8 +156,8 @@ def ask(name: str, settings: job.Settings, folder: Path) -> dict[str, Any]:
     for what, answer in answers.items():
         if not answer["has_directory"]:
             raise UsageError(
-                f"Host {name} does not see the {what} {needed[what]}. All hosts of a sweep must share its folder "
-                f"(NFS, say), and have the directory where it is started at the same path."
+                f"Host {name} does not see the {what} {needed[what]}. All hosts of a sweep must share its folder (over "
+                f"NFS, for example), and have the directory where you start it at the same path."
             )
     return {**answer, "is_here": is_here}
 
@@ -179,7 +179,7 @@ def _answer(
 
 
 def words(found: Sequence[SweepHost]) -> str:
-    """The hosts and their slots, for people."""
+    """The hosts and their slots, in words."""
     parts = []
     for host in found:
         own = "" if not host.slots or host.slots[0].cores is None else f" of {len(host.slots[0].cores)} core(s)"

@@ -1,11 +1,12 @@
-"""Loads TensorFlow once, and forks a process for each task of one rank on this host: `python -m hvdkit.sweep.nursery`.
+"""The sweep's fork server: `python -m hvdkit.sweep.nursery` loads TensorFlow once and forks one process per task.
 
-Loading TensorFlow takes longer than many a training. Nothing is asked of TensorFlow before the fork, whose threads and
-GPU would not survive it. A task has a process, a session and cores of its own: it can crash or be killed, and neither
-this process nor another task notices. All tasks end with this process, and this process with the sweep.
+It serves tasks of one rank on this host, since loading TensorFlow often takes longer than the training. Do not call
+TensorFlow before the fork: its threads and GPU contexts do not survive it. Each task has its own process, session and
+cores. A task that crashes or is killed affects neither this process nor other tasks. All tasks end with this process,
+and this process ends with the sweep.
 
-In come lines of JSON, {"id", "argv", "cores", "env", "log"}; out go {"id", "pid"} when a task has begun, and
-{"id", "code"} when it has ended, as `subprocess` has codes.
+The input is lines of JSON, {"id", "argv", "cores", "env", "log"}. The output is {"id", "pid"} when a task has started,
+and {"id", "code"} when it has ended, with the exit code as in `subprocess`.
 """
 
 import ctypes
@@ -22,7 +23,7 @@ _libc = ctypes.CDLL(None, use_errno=True)
 
 
 def main() -> int:
-    """Serves until its input closes; then all tasks are killed."""
+    """Serves until its input closes, then kills all tasks."""
     from hvdkit.train.__main__ import main as train
 
     running: dict[int, int] = {}  # tasks, by process id
@@ -73,7 +74,7 @@ def _fork(train: Any, order: dict[str, Any]) -> int:
     finally:
         sys.stdout.flush()
         sys.stderr.flush()
-        os._exit(code)  # what the nursery would do at its end is not the task's to do
+        os._exit(code)  # skips the exit handlers of the fork server
 
 
 def _become_task(order: dict[str, Any]) -> None:
@@ -94,7 +95,7 @@ def _reap(running: dict[int, int]) -> None:
     for pid in list(running):
         ended, status = os.waitpid(pid, os.WNOHANG)
         if ended:
-            _kill({pid: 0})  # what it has left behind
+            _kill({pid: 0})  # its remaining processes
             _say({"id": running.pop(pid), "code": os.waitstatus_to_exitcode(status)})
 
 

@@ -1,4 +1,4 @@
-"""The processes of tasks: under the launcher; or, of one rank on this host, forked where TensorFlow is loaded."""
+"""The processes of tasks: started by the launcher, or forked by the fork server for one rank on this host."""
 
 import contextlib
 import ctypes
@@ -25,30 +25,30 @@ class Run(Protocol):
     """A task's process."""
 
     def poll(self) -> int | None:
-        """Its exit code, negative for a signal's number; None as long as it runs."""
+        """Its exit code, or the negative number of the signal that killed it; None while it runs."""
 
     def has_begun(self) -> bool:
-        """Whether it runs, and does not wait for TensorFlow to be loaded."""
+        """Whether it has started and no longer waits for TensorFlow to load."""
 
     def leave(self) -> None:
-        """Asks it to save and leave."""
+        """Asks it to save and exit."""
 
     def end(self) -> None:
-        """Ends it, and what it has started."""
+        """Ends it and all processes that it started."""
 
     def kill(self) -> None:
-        """The same by force."""
+        """Ends it by force."""
 
 
 class Launched:
-    """A task under `hvdkit.launch`, which watches the ranks and their host, and ends them if it ends itself.
+    """A task under `hvdkit.launch`, which watches the ranks and their host, and ends the ranks if it ends itself.
 
     Args:
-        options: the sweep's.
+        options: the sweep's options.
         slot: where it runs.
-        flags: of the training.
-        log: the file that takes what it prints.
-        told: the file in which it tells how it ends.
+        flags: the flags of the training.
+        log: the file for its output.
+        told: the file in which it records how it ended.
     """
 
     def __init__(self, options: Options, slot: Slot, flags: Sequence[str], log: Path, told: Path) -> None:
@@ -57,13 +57,11 @@ class Launched:
         for option, own in (("--cores", slot.cores), ("--gpus", slot.gpus)):
             where += [option, ",".join(map(str, own))] if own else []
         limits = ["--stall-timeout", f"{options.stall_limit:g}", "--host-timeout", f"{options.host_limit:g}"]
-        command = [
-            sys.executable, "-m", "hvdkit.launch", *where, *limits, *options.launcher, "--",
-            options.launch.python, "-m", "hvdkit.train", *flags,
-        ]  # fmt: skip
+        launcher = [sys.executable, "-m", "hvdkit.launch", *where, *limits, *options.launcher]
+        command = [*launcher, "--", options.launch.python, "-m", "hvdkit.train", *flags]
         me = os.getpid()
 
-        def prepare() -> None:  # the launcher ends its ranks when it is killed, on whichever host
+        def prepare() -> None:  # if the sweep dies, kill the launcher: its ranks then end on every host
             _libc.prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
             if os.getppid() != me:
                 os._exit(1)
@@ -103,10 +101,10 @@ class Launched:
 
 
 class Nursery:
-    """Where tasks of one rank are forked; see `hvdkit.sweep.nursery`. A new one is made when one has died.
+    """The fork server for tasks of one rank; see `hvdkit.sweep.nursery`. The coordinator replaces one that has died.
 
     Args:
-        log: the file that takes what it prints.
+        log: the file for its output.
     """
 
     def __init__(self, log: Path) -> None:
@@ -139,7 +137,7 @@ class Nursery:
         return self._process.poll() is None
 
     def start(self, slot: Slot, flags: Sequence[str], log: Path, told: Path) -> "Forked":
-        """Forks a task; it begins once TensorFlow is loaded. `log` and `told` as for `Launched`."""
+        """Forks a task, which starts once TensorFlow is loaded. For `log` and `told` see `Launched`."""
         number = next(self._ids)
         env = {outcome.VARIABLE: str(told)}
         if slot.gpus:
@@ -152,8 +150,8 @@ class Nursery:
         return Forked(self, number)
 
     def code(self, number: int) -> int | None:
-        """A task's exit code; that of SIGKILL where the nursery has died, and its tasks with it."""
-        is_alive = self.is_alive  # what it said is read after that: nothing comes later
+        """A task's exit code; that of SIGKILL if the fork server has died, and its tasks with it."""
+        is_alive = self.is_alive  # before reading its output, so that no output comes later
         self._hear()
         return self._codes.get(number, None if is_alive else -signal.SIGKILL)
 
@@ -163,14 +161,14 @@ class Nursery:
         return number in self._pids
 
     def signal(self, number: int, what: int) -> None:
-        """Sends a signal to a task and all that it has started."""
+        """Sends a signal to a task and all processes that it started."""
         self._hear()
         if number in self._pids and number not in self._codes:
             with contextlib.suppress(ProcessLookupError):
                 os.killpg(self._pids[number], what)
 
     def close(self) -> None:
-        """Ends it, and all tasks of it."""
+        """Ends the fork server and all its tasks."""
         self._process.kill()
         self._process.wait()
         for pipe in (self._process.stdin, self._process.stdout):
@@ -189,7 +187,7 @@ class Nursery:
 
 
 class Forked:
-    """A task that a nursery has forked."""
+    """A task that a fork server has forked."""
 
     def __init__(self, nursery: Nursery, number: int) -> None:
         self._nursery = nursery
@@ -208,9 +206,9 @@ class Forked:
         self._nursery.signal(self._number, signal.SIGTERM)
 
     def end(self) -> None:
-        """See `Run`; nobody else has to be told, so it can go at once."""
+        """See `Run`. It has no other ranks to end, so it is killed at once."""
         self._nursery.signal(self._number, signal.SIGKILL)
 
     def kill(self) -> None:
-        """See `Run`: if it does not end at that, it is the nursery that is frozen."""
+        """See `Run`. A task that survived `end` has an unresponsive fork server, so this ends the server."""
         self._nursery.close()

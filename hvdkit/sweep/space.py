@@ -1,4 +1,4 @@
-"""What is searched: flags of the training with the values that they may take, as written on the command line."""
+"""The search space: flags of the training and their possible values, as given on the command line."""
 
 import dataclasses
 import itertools
@@ -20,16 +20,17 @@ _RANGE = re.compile(rf"({_NUMBER})\.\.({_NUMBER})(?::(\d+))?(?:\s+(log))?")
 
 @dataclasses.dataclass(frozen=True)
 class Parameter:
-    """A flag of the training and the values that it may take.
+    """A flag of the training and its possible values.
 
     Attributes:
-        flag: its name, without dashes.
-        kind: `grid` (all values), `choice` (one of them), `random` (a number of a range) or `int` (a whole one).
-        values: of `grid` and `choice`.
-        low: the least value of a range; it belongs to it.
-        high: the largest; likewise.
-        step: between two whole numbers.
-        log: draw the logarithm evenly, not the number.
+        flag: its name without dashes.
+        kind: `grid` (all values), `choice` (one of the values), `random` (a number in a range) or `int` (an integer in
+            a range).
+        values: the values of `grid` and `choice`.
+        low: the least value of a range, inclusive.
+        high: the largest value of a range, inclusive.
+        step: the distance of two integers.
+        log: whether to draw on a logarithmic scale.
     """
 
     flag: str
@@ -41,11 +42,11 @@ class Parameter:
     log: bool = False
 
     def extremes(self) -> tuple[Any, ...]:
-        """Values to check the flag with: all that are listed, or a range's ends."""
+        """The values with which to check the flag: all listed values, or the ends of the range."""
         return self.values or (self.low, self.high)
 
     def suggest(self, trial: Any) -> Any:
-        """Its value in a trial of Optuna: the one set for the trial, or what the sampler draws."""
+        """Its value in an Optuna trial: the value enqueued for the trial, or one that the sampler draws."""
         if self.values:
             return trial.suggest_categorical(self.flag, self.values)
         if self.kind == "int":
@@ -54,26 +55,26 @@ class Parameter:
 
 
 def parse(kind: str, text: str) -> Parameter:
-    """The parameter behind one option of the command line.
+    """Parses one option of the command line.
 
-    Values are separated by commas, or by `|` where they have commas themselves
+    Separate values with commas, or with `|` if they contain commas
     (`--choice 'optimizer=adam|sgd:momentum=0.9,nesterov=True'`).
 
     Args:
         kind: the option's name: `grid`, `choice`, `random` or `int`.
-        text: what was given, `FLAG=...`.
+        text: its value, `FLAG=...`.
 
     Raises:
-        UsageError: it is not of the option's form, or a range is empty.
+        UsageError: the text does not have the option's form, or a range is empty.
     """
     flag, _, given = text.strip().lstrip("-").partition("=")
     if not flag.isidentifier() or not given.strip():
-        raise _misunderstood(kind, text, "a flag's name and its values are expected")
+        raise _misunderstood(kind, text, "expected a flag's name and its values")
     if kind in ("grid", "choice"):
         return Parameter(flag, kind, _listed(kind, text, given))
     match = _RANGE.fullmatch(given.strip())
     if not match or (kind == "random" and match[3]):
-        raise _misunderstood(kind, text, "two numbers with .. between them are expected")
+        raise _misunderstood(kind, text, "expected two numbers with .. between them")
     low, high = (_whole(kind, text, part) if kind == "int" else float(part) for part in match.group(1, 2))
     if not low < high:
         raise _misunderstood(kind, text, "the first number must be less than the second")
@@ -85,9 +86,9 @@ def parse(kind: str, text: str) -> Parameter:
 
 
 def points(parameters: Sequence[Parameter], repeats: int) -> list[dict[str, Any]]:
-    """What is set of each trial from the start: every combination of the grid, `repeats` times over.
+    """The preset values of all trials: every combination of the grid, `repeats` times.
 
-    More repeats only add points at the end, so that a sweep can be made longer.
+    More repeats only append points, so you can extend a sweep.
     """
     grid = [p for p in parameters if p.kind == "grid"]
     names = [parameter.flag for parameter in grid]
@@ -100,19 +101,19 @@ def flags(values: dict[str, Any]) -> list[str]:
 
 
 def words(values: dict[str, Any]) -> str:
-    """The same for people: short numbers."""
+    """The values of a trial in words, with short numbers."""
     return " ".join(f"{name}={short(value)}" for name, value in values.items())
 
 
 def short(value: Any) -> str:
-    """A value in few characters."""
+    """A value with at most four significant digits."""
     return f"{value:.4g}" if isinstance(value, float) else str(value)
 
 
 def _listed(kind: str, text: str, given: str) -> tuple[Any, ...]:
     parts = [part.strip() for part in given.split("|" if "|" in given else ",")]
     if not all(parts) or len(set(parts)) < len(parts):
-        raise _misunderstood(kind, text, "each value must be there, and once")
+        raise _misunderstood(kind, text, "values must be neither empty nor repeated")
     return tuple(_value(part) for part in parts)
 
 
@@ -127,7 +128,7 @@ def _value(text: str) -> int | float | str:
 
 def _whole(kind: str, text: str, number: str) -> int:
     if not re.fullmatch(r"[-+]?\d+", number):
-        raise _misunderstood(kind, text, f"{number} is no whole number; --random takes others")
+        raise _misunderstood(kind, text, f"{number} is not an integer; use --random for other numbers")
     return int(number)
 
 

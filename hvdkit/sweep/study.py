@@ -1,4 +1,4 @@
-"""The sweep's memory: Optuna's study, in which each trial is written down when it begins, moves and ends."""
+"""The sweep's record: an Optuna study that stores each trial's start, progress and end."""
 
 import contextlib
 import dataclasses
@@ -23,19 +23,19 @@ _STATES = {
     TrialState.PRUNED: "ended early",
     TrialState.FAIL: "failed",
 }
-_MOST_WORDS = 500  # characters of an error that are kept
+_MOST_WORDS = 500  # the most characters of an error that are stored
 
 
 @dataclasses.dataclass(frozen=True)
 class Trial:
-    """What is known of a trial.
+    """The record of a trial.
 
     Attributes:
         number: from 0, in the order of the study.
-        values: of the flags that are searched.
+        values: the values of the searched flags.
         state: `waiting`, `running`, `done`, `ended early` or `failed`.
-        value: what it reached; of one that ended early, the last.
-        notes: what the sweep wrote down with it: seconds, tries, hosts, folds, error.
+        value: its result; the last value if it ended early.
+        notes: the sweep's notes about it: seconds, tries, hosts, folds, error.
     """
 
     number: int
@@ -46,20 +46,20 @@ class Trial:
 
 
 class Study:
-    """A study in Optuna's storage; several sweeps may share one, in a database server.
+    """A study in Optuna's storage. Several sweeps can share a study in a database server.
 
     Args:
-        options: the sweep's.
+        options: the sweep's options.
 
     Raises:
-        UsageError: the storage cannot be opened.
+        UsageError: the storage cannot be opened, or its study has another direction.
     """
 
     def __init__(self, options: Options) -> None:
         optuna.logging.set_verbosity(optuna.logging.WARNING)
         self._options = options
-        self._trials: dict[int, optuna.Trial] = {}  # those that run here, by number
-        self._epochs: dict[int, int] = {}  # reported of each
+        self._trials: dict[int, optuna.Trial] = {}  # the trials that run here, by number
+        self._epochs: dict[int, int] = {}  # the last reported epoch of each
         try:
             self._study = optuna.create_study(
                 study_name=options.study,
@@ -68,21 +68,21 @@ class Study:
                 pruner=_pruner(options),
                 load_if_exists=True,
             )
-        except Exception as error:  # whatever a database's own driver raises
+        except Exception as error:  # database drivers raise their own exceptions
             reason = (str(error).splitlines() or [type(error).__name__])[0][:300]
             raise UsageError(
-                f"--storage={options.storage} cannot be opened ({reason}). Give a database that there is, its driver "
-                f"installed, as in postgresql://user@host/name, or leave it out for SQLite in the workdir."
+                f"--storage={options.storage} cannot be opened ({reason}). Give an existing database whose driver is "
+                f"installed, as in postgresql://user@host/name, or leave the option out for SQLite in the workdir."
             ) from None
         if self._study.direction.name.lower() != options.direction:
             raise UsageError(
-                f"The study {options.study} in {options.storage} is to {self._study.direction.name.lower()}, and "
-                f"--goal={options.goal} is to {options.direction}. Name another: --study=NAME."
+                f"The study {options.study} in {options.storage} is to {self._study.direction.name.lower()}, but "
+                f"--goal={options.goal} is to {options.direction}. Name another study: --study=NAME."
             )
         self._fill()
 
     def _fill(self) -> None:
-        """Writes down the trials that are to be; those that a sweep before this one wrote stay."""
+        """Enqueues the trials that the study does not contain yet."""
         there = {trial.user_attrs.get("point") for trial in self._study.get_trials(deepcopy=False)}
         for number, point in enumerate(space.points(self._options.parameters, self._options.repeats)):
             if number not in there:
@@ -91,20 +91,20 @@ class Study:
     # ---- Trials that begin, move and end -----------------------------------------------------------------------------
 
     def take(self) -> Trial | None:
-        """Begins the next trial, with all its values drawn; None if there is none left."""
+        """Starts the next trial and draws its values; None if no trial is left."""
         waiting = self._study.get_trials(deepcopy=False, states=(TrialState.WAITING,))
         return self._begin(self._study.ask()) if waiting else None
 
     def interrupted(self) -> list[Trial]:
-        """The trials of this workdir that were running when its sweep ended, to be gone on with."""
+        """The trials of this workdir that were running when its sweep ended, to resume them."""
         found = self._study.get_trials(deepcopy=False, states=(TrialState.RUNNING,))
-        # One without a note was taken by a sweep that was killed at once.
+        # The sweep that took a trial without a workdir was killed at once.
         mine = [t for t in found if t.user_attrs.get("workdir", self._where()) == self._where()]
         self._epochs = {trial.number: trial.last_step or 0 for trial in mine}
         return [self._begin(optuna.Trial(self._study, trial._trial_id)) for trial in mine]
 
     def _begin(self, trial: optuna.Trial) -> Trial:
-        # What is drawn is a function of the seed and the trial's number, however often the sweep was interrupted.
+        # Drawn values depend only on the seed and the trial's number, not on interruptions of the sweep.
         seed = int(np.random.SeedSequence([self._options.seed, trial.number]).generate_state(1)[0])
         samplers = {"random": optuna.samplers.RandomSampler, "tpe": optuna.samplers.TPESampler}
         self._study.sampler = samplers[self._options.search](seed=seed)
@@ -114,12 +114,12 @@ class Study:
         return Trial(trial.number, values, "running", None, {})
 
     def _where(self) -> str:
-        """Which sweep a running trial belongs to, where several share a storage. With one of its own, it may move."""
+        """The sweep that a trial belongs to, if several share a storage. A sweep with its own storage may move."""
         is_shared = not self._options.storage.startswith("sqlite:")
         return f"{os.uname().nodename}:{self._options.folder}" if is_shared else "here"
 
     def report(self, number: int, epoch: int, value: float) -> bool:
-        """Notes what a trial has reached after an epoch, counted from 1; returns whether it is to end early."""
+        """Records a trial's value after an epoch, counted from 1; returns whether to end the trial early."""
         if epoch <= self._epochs.get(number, 0):
             return False
         self._epochs[number] = epoch
@@ -128,7 +128,7 @@ class Study:
         return bool(trial.should_prune())
 
     def end(self, number: int, state: str, value: float | None, notes: dict[str, Any]) -> None:
-        """Writes down how a trial ended: `done` with its value, `ended early` or `failed`."""
+        """Records how a trial ended: `done` with its value, `ended early` or `failed`."""
         trial = self._trials.pop(number)
         if "error" in notes:
             notes = {**notes, "error": str(notes["error"])[:_MOST_WORDS]}
@@ -143,16 +143,16 @@ class Study:
         return [_known(trial) for trial in self._study.get_trials(deepcopy=False)]
 
     def best(self) -> Trial | None:
-        """The best of those that are done; of equals the first."""
+        """The best trial that is done; the first of equally good ones."""
         done = [trial for trial in self.trials() if trial.state == "done" and trial.value is not None]
         sign = -1 if self._options.direction == "maximize" else 1
         return min(done, key=lambda trial: (sign * (trial.value or 0.0), trial.number), default=None)
 
     def plot(self, folder: Path) -> list[str]:
-        """Draws what Optuna draws of a study, as far as there are trials enough, and returns the files' names."""
+        """Draws Optuna's plots of the study, if it has enough trials, and returns the names of the files."""
         import matplotlib
 
-        matplotlib.use("Agg")  # Optuna draws with pyplot, which asks for a screen
+        matplotlib.use("Agg")  # Optuna draws with pyplot, which would need a display
         from optuna.visualization import matplotlib as draw
 
         goal = self._options.goal
@@ -164,8 +164,8 @@ class Study:
         if self._options.parameters:
             plots["parallel_coordinate"] = lambda: draw.plot_parallel_coordinate(self._study, target_name=goal)
         if self._options.parameters and len({t.value for t in self.trials() if t.state == "done"}) > 1:
-            # F. Hutter et al., "An Efficient Approach for Assessing Hyperparameter Importance", ICML 2014. Of values
-            # that are all alike, nothing is important.
+            # F. Hutter et al., "An Efficient Approach for Assessing Hyperparameter Importance", ICML 2014. It needs at
+            # least two different values.
             evaluator = optuna.importance.FanovaImportanceEvaluator(seed=0)
             plots["importance"] = lambda: draw.plot_param_importances(
                 self._study, evaluator=evaluator, target_name=goal
@@ -196,7 +196,7 @@ def _storage(url: str) -> Any:
 
 
 def _pruner(options: Options) -> optuna.pruners.BasePruner:
-    """ASHA as Optuna has it (L. Li et al., "A System for Massively Parallel Hyperparameter Tuning", MLSys 2020)."""
+    """Optuna's ASHA (L. Li et al., "A System for Massively Parallel Hyperparameter Tuning", MLSys 2020)."""
     if options.asha is None:
         return optuna.pruners.NopPruner()
     eta, first = options.asha
@@ -205,7 +205,7 @@ def _pruner(options: Options) -> optuna.pruners.BasePruner:
 
 @contextlib.contextmanager
 def _quiet() -> Iterator[None]:
-    """Without the warnings that Optuna's plots are experimental."""
+    """Hides the warnings that Optuna's plots are experimental."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         yield

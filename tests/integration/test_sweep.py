@@ -127,7 +127,7 @@ def test_kills_and_hangs_lose_nothing(tmp_path, gate, start):
     frozen = next(pid for _, pid in gate.arrived() if (None, pid) not in first and pid != first[0][1])
     os.kill(frozen, signal.SIGSTOP)
     gate.open()
-    wait_until(lambda: "hung: nothing was heard of it for 20 s" in run.said(), "it is not found to hang", 120)
+    wait_until(lambda: "hung: none of its files changed for 20 s" in run.said(), "it is not found to hang", 120)
     run.kill()
     run.wait()
     wait_until(lambda: not remains(), "the tasks outlive their sweep")
@@ -201,7 +201,7 @@ def test_a_host_is_lost(cluster, tmp_path, gate, start, lose, find):
     cluster.change(lose, "h2")
     try:
         wait_until(
-            lambda: "host h2 is given no tasks until it answers" in run.said(), "it is not found to be lost", 120
+            lambda: "host h2 gets no tasks until it answers" in run.said(), "it is not found to be lost", 120
         )
         gate.open()
         assert run.wait(400) == 0, run.said()

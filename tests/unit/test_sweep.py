@@ -38,14 +38,14 @@ def test_a_parameter_is_read(kind, text, expected):
 @pytest.mark.parametrize(
     ("kind", "text", "why"),
     [
-        ("grid", "learning_rate", "a flag's name and its values are expected"),
-        ("grid", "learning_rate=1,1", "each value must be there, and once"),
-        ("choice", "optimizer=adam,", "each value must be there, and once"),
-        ("random", "learning_rate=0.1", "two numbers with .. between them are expected"),
-        ("random", "learning_rate=0..1:2", "two numbers with .. between them are expected"),
+        ("grid", "learning_rate", "expected a flag's name and its values"),
+        ("grid", "learning_rate=1,1", "values must be neither empty nor repeated"),
+        ("choice", "optimizer=adam,", "values must be neither empty nor repeated"),
+        ("random", "learning_rate=0.1", "expected two numbers with .. between them"),
+        ("random", "learning_rate=0..1:2", "expected two numbers with .. between them"),
         ("random", "learning_rate=1..0.1", "the first number must be less than the second"),
         ("random", "learning_rate=0..1 log", "a range on a logarithmic scale must begin above 0"),
-        ("int", "local_batch=1.5..3", "1.5 is no whole number"),
+        ("int", "local_batch=1.5..3", "1.5 is not an integer"),
         ("int", "local_batch=1..9:2 log", "a step and log exclude each other"),
     ],
 )
@@ -205,7 +205,7 @@ def test_a_host_is_divided_into_slots():
     assert [slot.cores for slot in divide(None, about, 5, 1)] == [None] * 5, "fewer cores than places"
     with_gpus = {**about, "gpus": ["0", "1", "2", "3"]}
     assert [slot.gpus for slot in divide(None, with_gpus, 4, 2)] == [("0", "1"), ("2", "3")]
-    with pytest.raises(UsageError, match=r"Host h1 shows 4 GPU\(s\) for 5 places"):
+    with pytest.raises(UsageError, match=r"Host h1 shows 4 GPU\(s\) for 5 ranks"):
         divide(None, with_gpus, 5, 1)
 
 
