@@ -1,20 +1,20 @@
-# hvdkit with everything it needs: `docker run IMAGE` trains two ranks on the embedded digits.
+# An image with hvdkit and all its dependencies. `docker run IMAGE` trains two ranks on the embedded digits.
 #
 #   docker build -t hvdkit .                                                             for CPUs
 #   docker build -t hvdkit-gpu --build-arg GPU=yes --build-arg FINAL_IMAGE=ubuntu:24.04 \
 #     --build-arg BASE_IMAGE=nvidia/cuda:12.5.1-devel-ubuntu24.04 .                      for GPUs, with NCCL
 #
-# The same script sets up this image and a checkout: launch/bootstrap.sh. Versions of Python packages are those of
-# requirements.txt. BASE_IMAGE needs apt-get and Python 3.11 to 3.13; a digest pins it: BASE_IMAGE=debian@sha256:...
-# FINAL_IMAGE, what the image stands on, is a system of the same release: the CUDA compiler is needed for building only,
-# the CUDA libraries come with TensorFlow.
-# Docker keeps no HEALTHCHECK in the OCI format: `buildah` and `podman` need `--format docker` for it.
+# launch/bootstrap.sh sets up this image as it sets up a checkout, with the package versions of requirements.txt.
+# BASE_IMAGE, for the build, needs apt-get and Python 3.11 to 3.13. A digest pins it: BASE_IMAGE=debian@sha256:...
+# FINAL_IMAGE, the base of the final image, must be of the same release. It needs no CUDA: only the build needs the
+# compiler, and TensorFlow brings the CUDA libraries.
+# The OCI format has no HEALTHCHECK: pass `--format docker` to `buildah` and `podman`.
 ARG BASE_IMAGE=debian:bookworm-slim
 ARG FINAL_IMAGE=${BASE_IMAGE}
 
 FROM ${BASE_IMAGE} AS build
 ARG GPU=no
-# The release decides the versions of its packages, and gives them security updates: none is pinned.
+# Versions are not pinned: the distribution's release fixes them and provides security updates.
 # hadolint ignore=DL3008
 RUN apt-get update \
  && DEBIAN_FRONTEND=noninteractive apt-get install -y --no-install-recommends \
@@ -24,9 +24,9 @@ COPY launch/bootstrap.sh launch/image/slim.sh /src/launch/
 COPY hvdkit /src/hvdkit
 COPY models /src/models
 COPY requirements.txt pyproject.toml README.md LICENSE /src/
-# Compiles Horovod, and ends with two ranks that prove it: an image whose Horovod does not work is not built.
-# What pip fetched and the built Horovod stay with the builder, for the next build; none of it is in the image.
-# (Builders without a network of their own leave the host's name unresolved; Gloo would crash on that.)
+# bootstrap.sh compiles Horovod and tests it with two ranks, so the build fails if Horovod does not work.
+# The cache mounts keep pip's downloads and the built Horovod for the next build, outside the image.
+# In builders without their own network the host's name does not resolve, and Gloo would crash: add it to /etc/hosts.
 RUN --mount=type=cache,id=hvdkit,target=/root/.cache/hvdkit --mount=type=cache,id=hvdkit-pip,target=/root/.cache/pip \
     { getent hosts "$(hostname)" || echo "127.0.0.1 $(hostname)" >>/etc/hosts; } \
  && python3 -m venv /opt/hvdkit \
@@ -44,8 +44,8 @@ LABEL org.opencontainers.image.title="hvdkit" \
       org.opencontainers.image.version="${VERSION}" \
       org.opencontainers.image.source="${SOURCE}" \
       org.opencontainers.image.revision="${REVISION}"
-# Debian's openssh-server makes host keys when it is installed, the same for all who have the image: they go again.
-# The user has no password, and is not locked (an sshd that root starts would turn it away).
+# Debian's openssh-server creates host keys at installation. Remove them, since all users of the image would share them.
+# The user has no password but is not locked: an sshd that root starts would refuse a locked user.
 # hadolint ignore=DL3008
 RUN apt-get update \
  && DEBIAN_FRONTEND=noninteractive apt-get install -y --no-install-recommends \
@@ -58,13 +58,13 @@ COPY launch/image/healthcheck.py launch/image/exchange.py /opt/hvdkit/
 COPY launch/image/ssh_config /etc/ssh/ssh_config.d/hvdkit.conf
 COPY launch/image/sshd_config /home/hvdkit/.sshd_config
 ENV PATH=/opt/hvdkit/bin:$PATH PYTHONUNBUFFERED=1 NVIDIA_DRIVER_CAPABILITIES=compute,utility
-# The check is of what is left, as the image's user, over Gloo and over MPI.
+# Test the final image as its user, over Gloo and over MPI.
 RUN { getent hosts "$(hostname)" || echo "127.0.0.1 $(hostname)" >>/etc/hosts; } \
  && export HOME=/home/hvdkit \
  && runuser -u hvdkit -- python -I /opt/hvdkit/healthcheck.py \
  && runuser -u hvdkit -- python -m hvdkit.launch -np 2 -- python /opt/hvdkit/exchange.py \
  && runuser -u hvdkit -- python -m hvdkit.launch -np 2 --mpi -- python /opt/hvdkit/exchange.py
-# A number: Kubernetes' runAsNonRoot does not take a name for one who is not root.
+# Give a number: Kubernetes' runAsNonRoot cannot verify a user name.
 USER 10001:10001
 WORKDIR /home/hvdkit
 EXPOSE 2222

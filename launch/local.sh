@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Trains on this host: sets up what is missing, checks the flags, and starts the ranks under hvdkit.launch.
+# Trains on this host: installs what is missing, checks the flags, and starts the ranks with hvdkit.launch.
 #
 #   launch/local.sh                                     two ranks, mnist_mlp on the embedded digits
 #   launch/local.sh -np 4 --model=cifar_cnn --dataset=cifar10 --data_dir=DIR
@@ -23,7 +23,7 @@ while (($#)); do
   esac
   shift
 done
-for flag in ${flags[@]+"${flags[@]}"}; do  # what ranks print is kept where the run writes
+for flag in ${flags[@]+"${flags[@]}"}; do  # keep the ranks' logs in the run's workdir
   case $flag in --workdir=*) launcher+=(--workdir "${flag#*=}") ;; esac
 done
 if [[ $np ]]; then launcher+=(-np "$np"); fi
@@ -36,6 +36,6 @@ fi
 
 "$root/launch/bootstrap.sh"
 case " ${flags[*]-} " in *' --help '*|*' -h '*) exec "$python" -m hvdkit.train.flags --help ;; esac
-# A wrong flag ends here, before any rank has started.
+# Report wrong flags before any rank starts.
 "$python" -m hvdkit.train.flags ${flags[@]+"${flags[@]}"}
 exec "$python" -m hvdkit.launch "${launcher[@]}" -- "$python" -m hvdkit.train ${flags[@]+"${flags[@]}"}

@@ -1,15 +1,16 @@
 #!/usr/bin/env bash
-# Hosts to try a cluster on, made of this one machine: network and host name of their own, an sshd each, a bridge between.
+# Local test cluster: simulates several hosts on this machine. Each has its own network, host name and sshd. A bridge
+# connects them.
 #
-#   launch/testhosts.sh up 3 [--rate 100mbit]    makes h1, h2 and h3; each reaches the others by name and by ssh
+#   launch/testhosts.sh up 3 [--rate 100mbit]    creates h1, h2 and h3; each reaches the others by name and by ssh
 #   launch/testhosts.sh run h1 command...        runs a command on h1, in this directory
-#   launch/testhosts.sh cut h2                   takes h2's cable out, and `mend h2` puts it in again; also from a host
-#   launch/testhosts.sh halt h2                  kills all that runs on h2, its sshd too, and `boot h2` starts that again
-#   launch/testhosts.sh down                     ends all that runs on them, and removes every trace
+#   launch/testhosts.sh cut h2                   disconnects h2's cable; `mend h2` reconnects it; also from a host
+#   launch/testhosts.sh halt h2                  kills all processes on h2, with its sshd; `boot h2` starts sshd again
+#   launch/testhosts.sh down                     ends all processes on the hosts, and removes the hosts and their files
 #
-# Files, users and processes are this machine's own; only the network and the name differ. Root is needed. Nothing of
-# this machine's ssh set-up is touched: keys and known hosts are made anew and lie in /etc/netns/, which `ip netns exec`
-# puts in place of /etc/. HVDKIT_TESTHOSTS names a set of hosts other than the first.
+# The hosts share this machine's files, users and processes; only network and host name differ. You need root. The
+# script does not change this machine's ssh configuration: it creates new keys and known hosts in /etc/netns/, which
+# `ip netns exec` mounts over /etc/. Set HVDKIT_TESTHOSTS to a name to create another set of hosts.
 set -euo pipefail
 
 name=${HVDKIT_TESTHOSTS:-hvdkit}
@@ -20,7 +21,7 @@ die() { printf 'testhosts.sh: %s\n' "$*" >&2; exit 2; }
 
 check_machine() {
   [[ $EUID == 0 ]] || die "root is needed to make network namespaces; run it with sudo"
-  [[ $name =~ ^[a-z0-9]{1,10}$ ]] || die "HVDKIT_TESTHOSTS=$name is not a name of 1 to 10 small letters and digits"
+  [[ $name =~ ^[a-z0-9]{1,10}$ ]] || die "HVDKIT_TESTHOSTS=$name is not a name of 1 to 10 lower-case letters and digits"
   local command missing=()
   for command in ip:iproute2 tc:iproute2 sshd:openssh-server ssh:openssh-client nsenter:util-linux; do
     PATH=$PATH:/usr/sbin:/sbin command -v "${command%:*}" >/dev/null || missing+=("${command#*:}")
@@ -33,16 +34,16 @@ up() {
   [[ $count =~ ^[1-9][0-9]?$ ]] || die "'up' needs a number of hosts from 1 to 99, as in: up 2"
   shift
   if (($#)); then
-    [[ $1 == --rate && ${2:-} && $# == 2 ]] || die "'$*' is not understood; expected is --rate RATE, as in --rate 100mbit"
+    [[ $1 == --rate && ${2:-} && $# == 2 ]] || die "'$*' is not understood; expected --rate RATE, as in --rate 100mbit"
     rate=$2
   fi
   down
-  trap 'failed=$?; ((failed == 0)) || down; exit "$failed"' EXIT  # half a cluster is of no use
+  trap 'failed=$?; ((failed == 0)) || down; exit "$failed"' EXIT  # remove a partly created cluster
   mkdir -p "$state" /run/sshd
   chmod 700 "$state"
   ssh-keygen -q -t ed25519 -N '' -C "$name" -f "$state/key"
   touch "$state/network"
-  mount --bind /proc/self/ns/net "$state/network"  # this machine's own, for hosts that are to reach it
+  mount --bind /proc/self/ns/net "$state/network"  # lets commands on the hosts change this machine's end of a cable
   ip link add "$name" type bridge
   ip link set "$name" up
   for ((i = 1; i <= count; i++)); do make_files "$i" "$count"; done
@@ -50,7 +51,7 @@ up() {
   echo "h1 to h$count are up: $0 run h1 ssh h$count hostname"
 }
 
-make_files() {  # HOST COUNT: what the host sees in place of the files of /etc
+make_files() {  # HOST COUNT: the files that the host sees in place of those in /etc
   local etc=/etc/netns/$name-h$1 i
   mkdir -p "$etc/ssh"
   ssh-keygen -q -t ed25519 -N '' -C "h$1" -f "$etc/ssh/ssh_host_ed25519_key"
@@ -88,7 +89,7 @@ make_host() {  # HOST RATE
   ip -n "$space" address add "$network.$1/24" dev eth0
   ip -n "$space" link set lo up
   ip -n "$space" link set eth0 up
-  if [[ $2 ]]; then  # both ways
+  if [[ $2 ]]; then  # limit both directions
     tc qdisc add dev "$space" root tbf rate "$2" burst 128kb latency 400ms
     tc -n "$space" qdisc add dev eth0 root tbf rate "$2" burst 128kb latency 400ms
   fi
@@ -99,7 +100,7 @@ boot() {  # HOST
   local host=${1:-} space=$name-${1:-}
   [[ -d /etc/netns/$space ]] || die "there is no host '$host'; make hosts with: $0 up 2"
   [[ ! -e $state/$host.pid ]] || die "$host is up; to end what runs on it: $0 halt $host"
-  # What starts here keeps the host's name for as long as it runs; `run` and ssh enter where sshd is.
+  # sshd keeps the host's name as long as it runs; `run` enters sshd's namespaces, and ssh sessions inherit them.
   # shellcheck disable=SC2016  # the inner shell expands it
   ip netns exec "$space" unshare --uts bash -c 'hostname "$1" && exec "$(PATH=$PATH:/usr/sbin command -v sshd)" -f /etc/ssh/sshd_config' - "$host"
   for _ in {1..100}; do [[ -s $state/$host.pid ]] && return; sleep 0.05; done
@@ -132,7 +133,7 @@ down() {
   for space in $(ip netns list | awk -v name="$name-h" 'index($1, name) == 1 { print $1 }'); do
     for pid in $(ip netns pids "$space"); do kill -9 "$pid" 2>/dev/null || true; done
     ip netns delete "$space"
-    ip link delete "$space" 2>/dev/null || true  # gone with the namespace, a moment later
+    ip link delete "$space" 2>/dev/null || true  # the kernel removes it with the namespace, slightly later
   done
   ip link delete "$name" 2>/dev/null || true
   umount "$state/network" 2>/dev/null || true
@@ -150,5 +151,5 @@ case ${1:-} in
   halt) shift; halt "$@" ;;
   boot) shift; boot "$@" ;;
   down) down ;;
-  *)    die "'${1:-}' is not understood; expected is up N [--rate RATE], run HOST COMMAND..., cut HOST, mend HOST, halt HOST, boot HOST or down" ;;
+  *)    die "'${1:-}' is not understood; expected up N [--rate RATE], run HOST COMMAND..., cut HOST, mend HOST, halt HOST, boot HOST or down" ;;
 esac

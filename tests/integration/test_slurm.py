@@ -144,7 +144,7 @@ def test_a_job_that_is_told_to_leave_is_queued_again_and_goes_on(submit, slurm, 
     job = submit(ROOT / "launch" / "slurm.sh", *flags)
     job.wait_for("epoch 3/60")
     slurm.run("scancel", "--signal=USR1", "--batch", job.id)  # as --signal=B:USR1@120 does near the time limit
-    job.wait_for("slurm.sh: told to leave; the run is queued again")
+    job.wait_for("slurm.sh: stop requested; the run is queued again")
     slurm.wait(lambda: job.about()["JobState"] == "PENDING", "the job to be queued", 60)
     # Slurm itself waits two minutes before it starts a job again. Its nodes need one second: a node does not tell the
     # job's new credential from the one that was revoked in the same second, and the job fails.
@@ -194,7 +194,7 @@ def _sleepers():
 @pytest.mark.slow
 def test_mistakes(cluster, submit, tmp_path):
     ended = run_command([ROOT / "launch" / "slurm.sh"], timeout=60, env={"SLURM_JOB_ID": ""})
-    assert (ended.code, ended.output.startswith("slurm.sh: this runs inside of a Slurm job")) == (2, True)
+    assert (ended.code, ended.output.startswith("slurm.sh: this script runs inside a Slurm job")) == (2, True)
     launcher = [sys.executable, "-m", "hvdkit.launch", "--remote-shell", "srun", "-np", "1", "--", "true"]
     ended = run_command(launcher, timeout=60)
     assert ended.code == 2
