@@ -200,9 +200,7 @@ def test_a_host_is_lost(cluster, tmp_path, gate, start, lose, find):
     assert where == {"h1", "h2"}, run.said()
     cluster.change(lose, "h2")
     try:
-        wait_until(
-            lambda: "host h2 gets no tasks until it answers" in run.said(), "it is not found to be lost", 120
-        )
+        wait_until(lambda: "host h2 gets no tasks until it answers" in run.said(), "it is not found to be lost", 120)
         gate.open()
         assert run.wait(400) == 0, run.said()
     finally:
