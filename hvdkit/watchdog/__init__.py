@@ -34,8 +34,8 @@ from hvdkit.errors import UsageError
 from hvdkit.outcome import STALLED, USAGE
 from hvdkit.watchdog.channel import listen, own_address
 from hvdkit.watchdog.progress import Progress, Waiting
-from hvdkit.watchdog.states import Failure
-from hvdkit.watchdog.watchman import Job, Watchman
+from hvdkit.watchdog.states import Failure, Job
+from hvdkit.watchdog.watchman import Watchman
 from hvdkit.world.introduction import introduce
 
 __all__ = [
@@ -233,11 +233,12 @@ def explain(error: BaseException, wait_seconds: float = 6.0) -> str | None:
     """
     if not _watchman or "Mismatched " not in str(error):
         return None
-    if not _watchman.explanation:
-        _watchman.explained.clear()
+    ending = _watchman.ending
+    if not ending.explanation:
+        ending.explained.clear()
         _watchman.ask_to_explain()
-        _watchman.explained.wait(wait_seconds)
-    text, _watchman.explanation = _watchman.explanation, None
+        ending.explained.wait(wait_seconds)
+    text, ending.explanation = ending.explanation, None
     return text
 
 

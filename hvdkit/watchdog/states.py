@@ -1,9 +1,31 @@
-"""What is known of each rank when a job stands still, and the failure that ends it."""
+"""The job that is watched, what is known of each rank when it hangs, and the failure that ends it."""
 
 import dataclasses
+from collections.abc import Sequence
 from typing import Any
 
 from hvdkit.watchdog.progress import BUSY, Signature
+
+
+@dataclasses.dataclass(frozen=True)
+class Job:
+    """What all watchdogs of a job have in common.
+
+    Attributes:
+        token: the secret that every connection must prove.
+        hosts: the ranks' host names.
+        doors: the ranks' addresses and ports.
+        limit: seconds that a rank may stand still; 0 for no limit.
+        aborts: whether a stall ends the job.
+        elastic: whether the job goes on without a rank that was lost.
+    """
+
+    token: bytes
+    hosts: Sequence[str]
+    doors: Sequence[tuple[str, int]]
+    limit: float
+    aborts: bool
+    elastic: bool
 
 
 @dataclasses.dataclass(frozen=True)

@@ -19,8 +19,8 @@ from hvdkit.watchdog import causes, stacks
 from hvdkit.watchdog.channel import MOST_BYTES, Gone, call, listen
 from hvdkit.watchdog.progress import Progress, Waiting
 from hvdkit.watchdog.report import failure_sentence, stall_report
-from hvdkit.watchdog.states import Failure, RankState
-from hvdkit.watchdog.watchman import Job, Watchman
+from hvdkit.watchdog.states import Failure, Job, RankState
+from hvdkit.watchdog.watchman import Watchman
 from hvdkit.world import limits
 
 
@@ -225,7 +225,7 @@ class Ranks:
         ]
         for man in self.men:
             man.start()
-        self.until(lambda: len(self.men[0]._members) == number - 1)
+        self.until(lambda: len(self.men[0]._links.callers) == number - 1)
 
     def until(self, condition, seconds=30):
         end = time.monotonic() + seconds
@@ -242,8 +242,8 @@ class Ranks:
     def cut(self, rank, *, seen_by=None):
         """As the kernel does when a process dies: its connections end without a goodbye, all or to one other rank."""
         man = self.men[rank]
-        connected = [c.sock for c in man._everyone() if seen_by in (None, c.rank)]
-        man._door.close()
+        connected = [c.sock for c in man._links.everyone() if seen_by in (None, c.rank)]
+        man._links.door.close()
         man._on_lost = man._on_beat = lambda *_: None
         for sock in connected:
             sock.shutdown(socket.SHUT_RDWR)
@@ -372,7 +372,7 @@ def test_ranks_that_wait_for_one_that_moves_on_do_not_stand_still(started, capfd
         for _ in range(6):
             time.sleep(1)
             ranks.progress[0].marks += 1
-        assert ranks.men[1]._asked, "it has asked, and got no report"
+        assert ranks.men[1]._own.asked, "it has asked, and got no report"
         assert capfd.readouterr().err == ""
         assert ranks.codes == [[], [], []]
         ranks.until(lambda: ranks.codes == [[75], [75], [75]])
@@ -383,7 +383,7 @@ def test_ranks_that_wait_for_one_that_moves_on_do_not_stand_still(started, capfd
 def test_a_rank_that_may_be_busy_has_three_times_the_limit(started, capfd, waiting):
     ranks = started(2, limit=1.5)
     with Waiting(ranks.progress[waiting], "digest"):
-        ranks.until(lambda: ranks.men[0]._reported)
+        ranks.until(lambda: ranks.men[0]._hub.reported)
         assert ranks.codes == [[], []]
         ranks.until(lambda: ranks.codes == [[75], [75]])
     said = capfd.readouterr().err
@@ -430,7 +430,7 @@ def test_a_rank_that_is_ahead_of_a_slower_one_is_left_alone(started):
     ranks = started(2)
     enter_and_leave(ranks.progress[0], "weights")
     with Waiting(ranks.progress[0], "digest", everyone=True), Waiting(ranks.progress[1], "weights", everyone=True):
-        ranks.until(lambda: ranks.men[0]._compare_after)
+        ranks.until(lambda: ranks.men[0]._hub.compare_after)
         assert not ranks.men[0].known.wait(5)
 
 

@@ -1,0 +1,99 @@
+"""How this process ends when the job fails: it learns of the failure, has a moment to exit by itself, and is ended."""
+
+import contextlib
+import sys
+import threading
+import time
+from collections.abc import Callable
+from typing import Any
+
+from hvdkit.watchdog.states import Failure
+
+_GRACE = 5.0  # seconds for a rank to exit by itself when another has failed
+_LAST_WORDS = 2.0  # seconds to show them
+
+
+class Ending:
+    """What this rank knows of the job's failure, and what follows for its process.
+
+    Args:
+        rank: this rank.
+        elastic: whether the job goes on without a rank that was lost.
+        end_process: ends this process with an exit code, whatever its other threads do.
+        flush: sends what other ranks must still get.
+
+    Attributes:
+        failure: the first one; what follows from it is not looked at.
+        known: set with `failure`.
+        explanation: what the ranks brought to an exchange that was refused.
+        explained: set with `explanation`.
+    """
+
+    def __init__(self, rank: int, elastic: bool, end_process: Callable[[int], Any], flush: Callable[[], None]) -> None:
+        self.failure: Failure | None = None
+        self.known = threading.Event()
+        self.explanation: str | None = None
+        self.explained = threading.Event()
+        self._rank = rank
+        self._elastic = elastic
+        self._end_process = end_process
+        self._flush = flush
+        self._exit_at: tuple[float, int] | None = None  # by the monotonic clock, and the exit code
+        self._deadline: threading.Timer | None = None
+
+    @property
+    def seconds_left(self) -> float:
+        """Until the process is to exit; infinite where it is not."""
+        return self._exit_at[0] - time.monotonic() if self._exit_at else float("inf")
+
+    def take(self, failure: Failure, at_once: bool) -> None:
+        """Learns of a failure; `at_once` if no rank can exit by itself."""
+        if self.failure:
+            return
+        self.failure = failure
+        self.known.set()
+        self.explain(None)
+        if not self._lets_alone(failure, at_once):
+            self._exit_at = (time.monotonic() + (0.0 if at_once else _GRACE), failure.code)
+
+    def explain(self, text: str | None) -> None:
+        """Learns why an exchange was refused."""
+        self.explanation = text
+        self.explained.set()
+
+    def make_sure(self, failure: Failure, at_once: bool) -> None:
+        """Ends the process in time even if showing the failure blocks: a program may not read what it writes."""
+        if not self._lets_alone(failure, at_once):
+            self._end_within(_LAST_WORDS + (0.0 if at_once else _GRACE), failure.code)
+
+    def keep_time(self) -> None:
+        """Ends the process when it is time: a main thread inside an exchange cannot be interrupted."""
+        if self._exit_at is None or time.monotonic() < self._exit_at[0]:
+            return
+        _, code = self._exit_at
+        self._end_within(_LAST_WORDS, code)
+        self._flush()
+        for stream in (sys.stdout, sys.stderr):
+            with contextlib.suppress(Exception):
+                stream.flush()
+        self._exit_at = None
+        if self._deadline:
+            self._deadline.cancel()
+        self._end_process(code)
+
+    def release(self) -> None:
+        """Lets go whoever waits: nothing more will be known."""
+        self.known.set()
+        self.explained.set()
+
+    def _lets_alone(self, failure: Failure, at_once: bool) -> bool:
+        return failure.rank == self._rank or (self._elastic and not at_once)
+
+    def _end_within(self, seconds: float, code: int) -> None:
+        """Ends the process also if another thread holds the lock of a stream."""
+        if self._deadline:
+            self._deadline.cancel()
+        self._deadline = threading.Timer(seconds, self._end_process, [code])
+        self._deadline.daemon = True
+        with contextlib.suppress(RuntimeError):  # Python 3.12 starts no thread any more while it shuts down
+            self._deadline.start()

@@ -1,0 +1,228 @@
+"""The hub: hears from every rank, asks all for their stacks when one hangs, decides why, prints, and tells everyone."""
+
+import contextlib
+import os
+import time
+from collections.abc import Mapping, Sequence
+
+from hvdkit import outcome
+from hvdkit.outcome import STALLED, Failed
+from hvdkit.watchdog import causes
+from hvdkit.watchdog.channel import Message
+from hvdkit.watchdog.member import Context, Role, death, ended
+from hvdkit.watchdog.report import failure_sentence, stall_report
+from hvdkit.watchdog.states import Failure, RankState, from_message
+
+_ANSWER = 3.0  # seconds for a rank to tell where it is
+_CROSSED = 2.0  # seconds that ranks are in different collectives, after which their calls are compared
+_AGAIN = 5.0  # seconds between two such comparisons
+_PATIENCE = 3  # times the limit, where a rank that the others wait for may be busy with code of the user's
+_SETTLE = 1.0  # seconds for the news of a first cause to arrive, when a rank was thrown out of an exchange
+
+
+class _Inquiry:
+    """The question to all ranks where they are: for a stall, for ranks in different collectives, or for ranks whose
+    exchange was refused.
+    """
+
+    def __init__(self, limit: float | None, explains: bool) -> None:
+        self.limit = limit  # None: not about a stall
+        self.explains = explains  # somebody waits for the answer
+        self.until = time.monotonic() + _ANSWER
+        self.answers: dict[int, RankState] = {}
+
+
+class Hub(Role):
+    """This rank, while it is the hub.
+
+    Args:
+        context: see `Role`.
+
+    Attributes:
+        reported: the ranks' marks when a stall was reported.
+        compare_after: when ranks in different collectives are compared again.
+    """
+
+    def __init__(self, context: Context) -> None:
+        super().__init__(context)
+        self.reported: dict[int, int] = {}
+        self.compare_after = 0.0
+        self._inquiry: _Inquiry | None = None
+
+    def welcome(self, rank: int) -> None:
+        """Tells a rank that has joined what it has missed."""
+        if self.ending.failure:
+            self.links.callers[rank].send(ended(self.ending.failure, at_once=False))
+        elif self._inquiry:
+            self.links.callers[rank].send(self._question())
+
+    def ask(self, message: Message) -> None:
+        """See `Role`: there is nobody to ask."""
+
+    # ---- This rank's own wishes -----------------------------------------------------------------------------------
+
+    def fail(self, failure: Failure) -> None:
+        """See `Role`."""
+        self.settle(failure)
+
+    def explain(self) -> None:
+        """See `Role`."""
+        self.inquire(explains=True)
+
+    def trace(self, fields: Message) -> None:
+        """See `Role`."""
+        self.on_traced(self.own.rank, fields)
+
+    def hang(self, now: float) -> None:
+        """See `Role`."""
+        self.look_for_stall()
+
+    # ---- What happens to others -----------------------------------------------------------------------------------
+
+    def set_status(self, rank: int, status: str) -> None:
+        """See `Role`: the members hear of it."""
+        if self.peers.set_status(rank, status):
+            self.links.send_to_callers({"type": "status", "rank": rank, "status": status})
+
+    def make_way(self, statuses: Mapping[int, str]) -> None:
+        """See `Role`: this is the hub, and has seen for itself."""
+
+    def lose(self, rank: int) -> None:
+        """See `Role`."""
+        if self.peers[rank].there:
+            self.set_status(rank, "dead")
+        self.links.drop_caller(rank)
+        self.judge_death(rank)
+
+    def forget(self, rank: int) -> None:
+        """See `Role`."""
+        self.links.drop_caller(rank)
+
+    def on_moved(self, rank: int, to: int) -> None:
+        """See `Role`: this rank has slept, and the others have turned to another one."""
+        if to != self.own.rank:
+            self._inquiry = None  # their answers go to the new one
+            self.turn_to(to)
+
+    # ---- Inquiries ------------------------------------------------------------------------------------------------
+
+    def look_for_crossing(self, now: float) -> None:
+        """Are main threads in different collectives? Horovod would let them wait, without a word, for ever."""
+        inside = {p.state.inside for p in self.peers.values() if p.there and p.still >= _CROSSED}
+        if len(inside - {None}) > 1 and now > self.compare_after:
+            self.compare_after = now + _AGAIN
+            self.inquire()
+
+    def look_for_stall(self) -> None:
+        """Some rank waits; that is a stall only if none has moved on within the limit, and is reported once."""
+        still, limit = self.peers.still(), self.job.limit
+        again = self.reported != self.peers.marks()
+        if still > limit and (again or (self.job.aborts and still > _PATIENCE * limit)):
+            self.inquire(limit)
+
+    def inquire(self, limit: float | None = None, explains: bool = False) -> None:
+        """See `Role`; one inquiry at a time serves all who want to know."""
+        if self.ending.failure:
+            return
+        if self._inquiry:
+            self._inquiry.limit = self._inquiry.limit or limit
+            self._inquiry.explains = self._inquiry.explains or explains
+            return
+        self._inquiry = _Inquiry(limit, explains)
+        question = self._question()
+        self._inquiry.answers[self.own.rank] = from_message(self.own.full_state(question["names"]))
+        self.links.send_to_callers(question)
+
+    def _question(self) -> Message:
+        """Asks for a rank's whole state, and how often it has called what others are in."""
+        return {"type": "collect", "names": sorted({p.state.inside for p in self.peers.values() if p.state.inside})}
+
+    def on_answer(self, rank: int, message: Message) -> None:
+        """See `Role`."""
+        super().on_answer(rank, message)
+        if self._inquiry:
+            self._inquiry.answers[rank] = from_message(message["state"], rank=rank)
+
+    def look_around(self) -> None:
+        """See `Role`."""
+        inquiry = self._inquiry
+        if inquiry and (self.peers.living() <= inquiry.answers.keys() or time.monotonic() > inquiry.until):
+            self._inquiry = None
+            self._conclude(inquiry)
+        self._look_for_cause()
+
+    def _conclude(self, inquiry: _Inquiry) -> None:
+        for rank in self.peers.keys() - inquiry.answers.keys():
+            if self.peers[rank].there:
+                self.set_status(rank, "frozen")
+        states = [inquiry.answers.get(state.rank, state) for state in self.peers.states()]
+        if inquiry.explains:
+            text = causes.mismatch(states)
+            self.ending.explain(text)
+            self.links.send_to_callers({"type": "explanation", "text": text})
+        crossing = causes.crossed(states)
+        if crossing:
+            self.settle(Failure(None, None, "mismatch", crossing, 1))
+        elif inquiry.limit is not None:
+            self._conclude_stall(inquiry.limit, states)
+
+    def _conclude_stall(self, limit: float, states: Sequence[RankState]) -> None:
+        still = self.peers.still()
+        if still <= limit:  # somebody has moved on while the ranks were asked
+            return
+        self.reported = self.peers.marks()
+        may_be_busy = any(s.status == "living" and not s.busy for s in states)
+        seconds = limit * (_PATIENCE if may_be_busy else 1)
+        aborts = self.job.aborts and still > seconds
+        report = stall_report(states, limit, self.job.aborts, STALLED, seconds if aborts else limit, seconds)
+        if not aborts:
+            _say(report)
+            return
+        cause = causes.likely_cause(states)
+        failure = Failure(None, None, "stall", f"the job has stood still for {seconds:g} s: {cause}", STALLED)
+        self.settle(failure, report)
+
+    def on_traced(self, rank: int, message: Message) -> None:
+        """Compares at once: Horovod's grouped exchange answers tensors of different shape with garbage, no error."""
+        super().on_traced(rank, message)
+        text = causes.mismatch_of_signatures(self.peers.states(there=True))
+        if text and not self.ending.failure:
+            self.settle(Failure(None, None, "mismatch", text, 1))
+
+    def _look_for_cause(self) -> None:
+        """Somebody was thrown out of an exchange: who is missing?"""
+        if self.own.thrown is None or self.ending.failure:
+            return
+        states = self.peers.states()
+        dead = next((s for s in states if s.status == "dead"), None)
+        left = next((s for s in states if s.status == "left"), None)
+        if dead:
+            self.settle(death(dead))
+        elif left and time.monotonic() > self.own.thrown + _SETTLE:
+            why = self.peers[left.rank].why
+            text = f"ended its program after {left.place}, while other ranks were still exchanging with it"
+            failure = Failure(left.rank, left.host, "left", text, STALLED)
+            self.settle(Failure(left.rank, left.host, "error", f"failed: {why}", 1) if why else failure)
+
+    # ---- The end --------------------------------------------------------------------------------------------------
+
+    def settle(self, failure: Failure, report: str = "") -> None:
+        """See `Role`.
+
+        The others know before anything is shown, and the end is sure: nobody may read what this process writes.
+        """
+        if self.ending.failure:
+            return
+        at_once = failure.kind in ("stall", "mismatch")
+        self.links.send_to_callers(ended(failure, at_once))
+        self.ending.make_sure(failure, at_once)
+        text = report or ("" if self.job.elastic else failure_sentence(failure))
+        if text:
+            outcome.tell(Failed(failure.kind, failure.code, failure.message, failure.rank, failure.host), text)
+        self.ending.take(failure, at_once)
+
+
+def _say(text: str) -> None:
+    """Writes in one piece and past Python's buffers, whose locks the main thread may hold."""
+    with contextlib.suppress(OSError):
+        os.write(2, f"{text}\n".encode(errors="backslashreplace"))  # a file's name may hold surrogates
