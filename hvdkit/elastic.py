@@ -1,4 +1,4 @@
-"""`hvdkit.elastic`: training that goes on when ranks come and go.
+"""`hvdkit.elastic`: training that continues when ranks are lost or hosts are added.
 
     state = hvd.elastic.KerasState(model, epoch=0, batch=0)
 
@@ -12,15 +12,15 @@
 
     train(state)
 
-started with `python -m hvdkit.launch --elastic -H h1:2,h2:2 --workdir DIR -- python train.py`, or with Horovod's
-`horovodrun -np 2 --min-np 1 --host-discovery-script ./hosts.sh python train.py`. When a rank is lost, the others go
-back to the last commit; when hosts are added, they go on from where they are, with other ranks and another size: all
-take rank 0's state, and `train` is called again. It must not hold on to what depends on the size, such as this rank's
-share of the data.
+Start it with `python -m hvdkit.launch --elastic -H h1:2,h2:2 --workdir DIR -- python train.py`, or with Horovod's
+`horovodrun -np 2 --min-np 1 --host-discovery-script ./hosts.sh python train.py`. When a rank is lost, the others return
+to the last commit. When hosts are added, training continues from its current state. In both cases ranks and size may
+change, all ranks take rank 0's state, and `train` is called again. Create inside `train` everything that depends on the
+size, such as this rank's shard of the data.
 
-The two launchers differ in how. Horovod's keeps the processes of ranks that are left, and starts Horovod anew in them.
-hvdkit's starts all processes anew, which no state of a broken exchange can survive; there rank 0 keeps its commits in
-the launcher's `--workdir`.
+The two launchers work differently. Horovod's keeps the processes of the remaining ranks and restarts Horovod in them.
+hvdkit's restarts all processes: this discards any state of a failed collective. There, rank 0 keeps its commits in the
+launcher's `--workdir`.
 """
 
 import contextlib
@@ -43,13 +43,13 @@ from hvdkit.optimizers import heartbeat
 from hvdkit.optimizers.sharded import ShardedOptimizer
 from hvdkit.optimizers.state import tell_seeds_apart
 
-world.horovod()  # says how to get Horovod where it is missing
+world.horovod()  # raises an error with instructions if Horovod is missing
 from horovod.common.elastic import ObjectState, run_fn  # noqa: E402
 from horovod.common.exceptions import HorovodInternalError  # noqa: E402
 
 __all__ = ["CommitStateCallback", "KerasState", "UpdateBatchStateCallback", "UpdateEpochStateCallback", "run"]
 
-# What TensorFlow raises where an operation of Horovod fails, and what then stands in the text.
+# The errors that TensorFlow raises if an operation of Horovod fails, and a pattern for their text.
 _BROKEN = (
     tf.errors.AbortedError,
     tf.errors.FailedPreconditionError,
@@ -57,25 +57,26 @@ _BROKEN = (
     tf.errors.UnavailableError,
     tf.errors.UnknownError,
 )
-_FOLDER = "HVDKIT_ELASTIC"  # set by a launcher that starts ranks anew: where rank 0 keeps what it has committed
+_FOLDER = "HVDKIT_ELASTIC"  # variable for rank 0's commit folder; set by a launcher that restarts the ranks
 _OF_HOROVOD = re.compile(r"horovod|gloo|nccl|hvdkit\.", re.IGNORECASE)
 
 
 class KerasState(ObjectState):
-    """All that a training run must not lose, in memory: committed, restored, and common to all ranks after `sync`.
+    """The state of a training run in memory, with `commit`, `restore`, and `sync` over all ranks.
 
-    These are the model's weights and random seeds, the optimizer's slots, iterations and learning rate, and the
+    It contains the model's weights and random seeds, the optimizer's slots, iterations and learning rate, and the
     keyword arguments, which become attributes.
 
     Args:
         model: a built Keras model.
-        optimizer: by default the one that the model is compiled with.
-        **kwargs: further values, such as `epoch=0` and `batch=0`: what can be pickled, under Horovod's launcher;
-            numbers, texts, arrays, and lists, tuples and dicts of these, under hvdkit's, which pickles nothing.
+        optimizer: by default the optimizer of the compiled model.
+        **kwargs: further values, such as `epoch=0` and `batch=0`. With Horovod's launcher: anything that can be
+            pickled. With hvdkit's launcher, which does not pickle: numbers, strings, arrays, and lists, tuples and
+            dicts of these.
 
     Raises:
         ValueError: the model is not built, or has no optimizer and none is given.
-        UsageError: it is a `ShardedOptimizer`.
+        UsageError: the optimizer is a `ShardedOptimizer`.
     """
 
     def __init__(self, model: keras.Model, optimizer: Any = None, **kwargs: Any) -> None:
@@ -86,12 +87,11 @@ class KerasState(ObjectState):
             )
         optimizer = optimizer if optimizer is not None else getattr(model, "optimizer", None)
         if optimizer is None:
-            raise ValueError(f"The model {model.name!r} has no optimizer: compile it, or pass KerasState one.")
+            raise ValueError(f"The model {model.name!r} has no optimizer: compile it, or pass one to KerasState.")
         if isinstance(optimizer, ShardedOptimizer):
             raise UsageError(
-                "KerasState keeps what each rank has, but a ShardedOptimizer's state is divided over the ranks, and a "
-                "rank that is lost takes its part along. Use hvdkit.callbacks.CheckpointCallback, or "
-                "DistributedOptimizer."
+                "KerasState cannot keep the state of a ShardedOptimizer: it is divided over the ranks, and the part of "
+                "a lost rank is lost, too. Use hvdkit.callbacks.CheckpointCallback, or DistributedOptimizer."
             )
         if not optimizer.built:
             optimizer.build(model.trainable_variables)
@@ -104,18 +104,18 @@ class KerasState(ObjectState):
         super().__init__(bcast_object=broadcast, get_rank=world.rank, **kwargs)
 
     def save(self) -> None:
-        """Copies the state: this is what `restore` goes back to. Part of `commit`."""
+        """Copies the state, for `restore`. Part of `commit`."""
         self._committed = self._values()
         super().save()
 
     def restore(self) -> None:
-        """Goes back to the last commit."""
+        """Restores the last commit."""
         for variable, value in zip(self._variables(), self._committed, strict=True):
             variable.assign(value)
         super().restore()
 
     def sync(self) -> None:
-        """Gives all ranks rank 0's state, and makes it the committed one. Random seeds are told apart afterwards."""
+        """Broadcasts rank 0's state to all ranks and commits it; then makes random seeds differ between ranks."""
         with broken_exchanges_as_horovods():
             collectives.broadcast_variables(self._variables())
             super().sync()
@@ -123,10 +123,11 @@ class KerasState(ObjectState):
         self.save()
 
     def commit(self) -> None:
-        """Saves, and looks whether hosts were added or are leaving; a collective call.
+        """Saves the state, and checks whether hosts were added or will be removed; a collective call.
 
         Raises:
-            Preempted: a rank was told to leave (SIGTERM, SIGUSR1): all leave, and the next start goes on from here.
+            Preempted: a rank received a stop request (SIGTERM, SIGUSR1). All ranks stop, and the next start resumes
+                from this commit.
         """
         if not os.environ.get(_FOLDER):
             super().commit()
@@ -140,7 +141,7 @@ class KerasState(ObjectState):
 
     @contextlib.contextmanager
     def kept_in(self, folder: Path) -> Iterator[None]:
-        """Goes on from the last commit that rank 0 finds in a folder, and keeps more there; for `run`."""
+        """Restores the last commit that rank 0 finds in a folder, and keeps later commits there; for `run`."""
         if world.rank() == 0:
             self._commits = Commits(folder)
             if found := self._commits.newest(self._committed):
@@ -158,20 +159,20 @@ class KerasState(ObjectState):
                 self._commits.wait()
 
     def forget_commits(self) -> None:
-        """Removes what is kept on disk, when all ranks are done."""
+        """Waits until all ranks are done, then deletes the commits on disk."""
         collectives.barrier()
         if self._commits:
             self._commits.forget()
 
     def _leave(self) -> None:
         error = self._commits.wait() if self._commits else ""
-        # Nobody leaves before it is written: a launcher ends the job with the first to go.
+        # No rank may stop before the commit is written: a launcher ends the job with the first rank that exits.
         error = collectives.broadcast_object(error, name="elastic.leave")
-        outcome = f"it could not be kept ({error}), an older one is" if error else "it is kept"
-        raise Preempted(f"A rank was told to leave after a commit; {outcome}. All ranks leave; start the job again.")
+        outcome = f"could not be written ({error}), but an older one is kept" if error else "is written"
+        raise Preempted(f"A rank received a stop request. The commit {outcome}. All ranks stop; start the job again.")
 
     def reset(self) -> None:
-        """Drops the graphs that were made for another number of ranks."""
+        """Discards the graphs that were traced for a different number of ranks."""
         if self.model.compiled:
             self.model.make_train_function(force=True)
             self.model.make_test_function(force=True)
@@ -185,13 +186,13 @@ class KerasState(ObjectState):
 
 
 def run(func: Callable[..., Any]) -> Callable[..., Any]:
-    """Makes a function `func(state, ...)` elastic: it is called again whenever ranks were lost or added.
+    """Makes a function `func(state, ...)` elastic: it is called again whenever ranks are lost or added.
 
     Args:
-        func: trains from `state`; the first statement must not be an exchange between ranks.
+        func: trains from `state`; its first statement must not be a collective.
 
     Returns:
-        A function of the same arguments that returns what `func` returns in the end.
+        A function with the same arguments. It returns what the last call of `func` returns.
     """
 
     @functools.wraps(func)
@@ -208,8 +209,8 @@ def run(func: Callable[..., Any]) -> Callable[..., Any]:
             return under_horovod(state, *args, **kwargs)
         if not isinstance(state, KerasState):
             raise UsageError(
-                f"{type(state).__name__} cannot be kept for the job's next start. Use hvd.elastic.KerasState, or start "
-                f"the job with Horovod's own launcher, horovodrun."
+                f"hvdkit's launcher needs a hvd.elastic.KerasState, but was given {type(state).__name__}, which it "
+                f"cannot keep for the next start. Use KerasState, or Horovod's own launcher, horovodrun."
             )
         with state.kept_in(Path(folder)):
             state.sync()
@@ -222,9 +223,9 @@ def run(func: Callable[..., Any]) -> Callable[..., Any]:
 
 @contextlib.contextmanager
 def broken_exchanges_as_horovods() -> Iterator[None]:
-    """Turns TensorFlow's error out of a broken exchange into the `HorovodInternalError` that a rank can recover from.
+    """Turns TensorFlow's error from a failed collective into a `HorovodInternalError`, from which a rank can recover.
 
-    Horovod's own `run` knows it by the name of the failed node, and drops all other errors of this kind.
+    Horovod's own `run` recognizes such an error only by the name of the failed node, and ignores all others.
     """
     try:
         yield
@@ -235,7 +236,7 @@ def broken_exchanges_as_horovods() -> Iterator[None]:
 
 
 def _reset() -> None:
-    """Starts Horovod anew; again, if one more rank is lost meanwhile."""
+    """Restarts Horovod, and retries if another rank is lost meanwhile."""
     while True:
         runtime.shutdown()
         try:
@@ -249,12 +250,12 @@ def _reset() -> None:
 class CommitStateCallback(keras.callbacks.Callback):
     """Commits the state every `batches_per_commit` batches and at the end of each epoch.
 
-    A commit copies the state, and looks whether hosts were added or are leaving. Put it behind the callbacks that
-    update the state.
+    A commit copies the state, and checks whether hosts were added or will be removed. Put this callback after the
+    callbacks that update the state.
 
     Args:
         state: the `KerasState`.
-        batches_per_commit: how many batches may be lost with a rank.
+        batches_per_commit: batches from one commit to the next; at most so many are lost with a rank.
     """
 
     def __init__(self, state: Any, batches_per_commit: int = 1) -> None:
@@ -264,11 +265,11 @@ class CommitStateCallback(keras.callbacks.Callback):
         self._since = 0
 
     def on_train_begin(self, logs: dict | None = None) -> None:
-        """Begins to count at 0, as a rank that has just joined does."""
+        """Resets the count to 0, as on a rank that has just joined."""
         self._since = 0
 
     def on_train_batch_end(self, batch: int, logs: dict | None = None) -> None:
-        """Counts, and commits."""
+        """Counts batches, and commits after `batches_per_commit`."""
         self._since += 1
         if self._since >= self.batches_per_commit:
             self._since = 0
@@ -280,13 +281,14 @@ class CommitStateCallback(keras.callbacks.Callback):
 
 
 class UpdateBatchStateCallback(keras.callbacks.Callback):
-    """Keeps `state.batch`, the number of batches done in this epoch, and shortens the epoch after a reset by them.
+    """Updates `state.batch`, the number of batches done in this epoch; after a reset, shortens the epoch by it.
 
-    Horovod's callback of this name stores the number of the last batch, one less, and forgets at a second reset what
-    was done before the first. Put it before callbacks that stop the training by themselves, such as `EarlyStopping`.
+    Horovod's callback of this name stores the index of the last batch, which is one less. At a second reset it also
+    loses the batches before the first reset. Put this callback before callbacks that stop the training, such as
+    `EarlyStopping`.
 
     Args:
-        state: the `KerasState`, made with `batch=0`.
+        state: the `KerasState`, created with `batch=0`.
     """
 
     def __init__(self, state: Any) -> None:
@@ -296,33 +298,33 @@ class UpdateBatchStateCallback(keras.callbacks.Callback):
         self._cut = False
 
     def on_epoch_begin(self, epoch: int, logs: dict | None = None) -> None:
-        """Takes what was done before a reset; 0 in all other epochs."""
+        """Reads the number of batches done before a reset; 0 in all other epochs."""
         self._before = self.state.batch
         self._cut = False
 
     def on_train_batch_end(self, batch: int, logs: dict | None = None) -> None:
-        """Counts, and ends the first epoch after a reset where the epoch before the reset would have ended."""
+        """Counts batches; ends the first epoch after a reset where the interrupted epoch would have ended."""
         self.state.batch = self._before + batch + 1
         steps = self.params.get("steps")
         if self._before and steps and self.state.batch >= steps:
             self._cut = True
-            self.model.stop_training = True  # the only way out of an epoch that Keras has
+            self.model.stop_training = True  # Keras has no other way to end an epoch early
             heartbeat.current().all_stop = True
 
     def on_epoch_end(self, epoch: int, logs: dict | None = None) -> None:
-        """The next epoch begins at 0."""
+        """Resets the count for the next epoch."""
         self.state.batch = 0
         if self._cut:
             self.model.stop_training = False
 
 
 class UpdateEpochStateCallback(keras.callbacks.Callback):
-    """Keeps `state.epoch`, the number of epochs done, over all resets.
+    """Updates `state.epoch`, the number of epochs done, counted over all resets.
 
-    `fit` may be called with `epochs=N - state.epoch`, or with `epochs=N, initial_epoch=state.epoch`.
+    Call `fit` with `epochs=N - state.epoch`, or with `epochs=N, initial_epoch=state.epoch`.
 
     Args:
-        state: the `KerasState`, made with `epoch=0`.
+        state: the `KerasState`, created with `epoch=0`.
     """
 
     def __init__(self, state: Any) -> None:
@@ -331,14 +333,14 @@ class UpdateEpochStateCallback(keras.callbacks.Callback):
         self._offset: int | None = None
 
     def on_train_begin(self, logs: dict | None = None) -> None:
-        """Forgets the last `fit`."""
+        """Discards the offset of the last `fit`."""
         self._offset = None
 
     def on_epoch_begin(self, epoch: int, logs: dict | None = None) -> None:
-        """Learns at the first epoch from which number Keras counts."""
+        """Computes at the first epoch the offset between Keras' epoch number and `state.epoch`."""
         if self._offset is None:
             self._offset = self.state.epoch - epoch
 
     def on_epoch_end(self, epoch: int, logs: dict | None = None) -> None:
-        """Counts."""
+        """Counts epochs."""
         self.state.epoch = (self._offset or 0) + epoch + 1

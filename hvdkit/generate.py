@@ -1,11 +1,11 @@
-"""Text from a model that a run has trained to predict the next byte.
+"""Generates text with a trained model that predicts the next byte.
 
     python -m hvdkit.generate RUN_FOLDER --prompt "The with statement" --length 200 --temperature 0.8 --top_k 40
 
-RUN_FOLDER is the `--workdir` of `hvdkit.train`, or a `.keras` file. One process; the model is opened by plain Keras.
-The same seed gives the same text on the same machine.
+RUN_FOLDER is the `--workdir` of `hvdkit.train`, or a `.keras` file. The command runs in one process and loads the model
+with plain Keras. The same seed gives the same text on the same machine.
 
-Exit code: 0 done, 2 something is wrong that one sentence tells how to mend.
+Exit codes: 0 success, 2 wrong usage; the message says how to fix it.
 """
 
 import argparse
@@ -28,15 +28,13 @@ from hvdkit.errors import UsageError
 
 
 def main(argv: list[str]) -> int:
-    """Prints the prompt and what the model goes on with, as it comes; returns the exit code."""
+    """Prints the prompt and the generated text byte by byte; returns the exit code."""
     try:
         arguments = _parse(argv[1:])
         model = open_model(Path(arguments.run).expanduser())
-        prompt = arguments.prompt.encode("utf-8", "surrogateescape")  # bytes that the shell gave stay as they are
-        tokens = generate(
-            model, prompt, arguments.length,
-            temperature=arguments.temperature, top_k=arguments.top_k, seed=arguments.seed,
-        )  # fmt: skip
+        prompt = arguments.prompt.encode("utf-8", "surrogateescape")  # keep bytes that are not valid UTF-8
+        draw = {"temperature": arguments.temperature, "top_k": arguments.top_k, "seed": arguments.seed}
+        tokens = generate(model, prompt, arguments.length, **draw)
         _show(prompt)
         for token in tokens:
             _show(bytes([token]))
@@ -54,21 +52,21 @@ def open_model(run: Path) -> keras.Model:
         run: the run's folder, or a `.keras` file.
 
     Raises:
-        UsageError: there is none, it cannot be opened, or it does not predict bytes.
+        UsageError: there is no model, it cannot be opened, or it does not predict bytes.
     """
     file = run if run.suffix == ".keras" else run / "model.keras"
     if not file.is_file():
-        unfinished = " (the run is not finished: the same command goes on with it)" if run.is_dir() else ""
-        raise UsageError(f"{file} is not there{unfinished}. Give the folder that hvdkit.train has written (--workdir).")
+        unfinished = " (the run is not finished: run the same command again to resume it)" if run.is_dir() else ""
+        raise UsageError(f"{file} does not exist{unfinished}. Give the folder that hvdkit.train wrote (--workdir).")
     try:
         model = keras.saving.load_model(file, compile=False)
-    except Exception as error:  # whatever a file that is no model, or a user's own layers, make Keras raise
+    except Exception as error:  # any error that Keras raises for an invalid file or for a user's own layers
         reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
-        raise UsageError(f"{file} cannot be opened ({reason}). Train it anew, or give another.") from error
+        raise UsageError(f"{file} cannot be opened ({reason}). Train it again, or give another file.") from error
     window, output = model.input_shape, model.output_shape
     if not (isinstance(window, tuple) and len(window) == 2 and output == (None, window[1], VOCABULARY_SIZE)):
         raise UsageError(
-            f"{file} is a model from {window} to {output}, and text needs one from (None, length) to (None, length, "
+            f"{file} is a model from {window} to {output}, but text needs one from (None, length) to (None, length, "
             f"{VOCABULARY_SIZE}), which predicts the next byte. Give the folder of a run with --model=gpt."
         )
     return model
@@ -83,30 +81,30 @@ def generate(
     top_k: int | None = None,
     seed: int = 0,
 ) -> Iterator[int]:
-    """Draws one token after another, each from what the model expects after those before it.
+    """Samples tokens one after another from the model's prediction of the next token.
 
-    The model looks back as far as its window is long: of a longer text, at its end alone.
+    The model sees only the last `window` tokens of a longer text.
 
     Args:
-        model: from tokens (int [batch, window]) to logits [batch, window, vocabulary], where no place sees a later one.
-        prompt: what comes before; one token at least.
-        length: tokens to draw.
-        temperature: the logits are divided by it; 0 takes the likeliest token each time.
-        top_k: draw from so many of the likeliest tokens; all by default.
-        seed: makes the draws the same again.
+        model: a causal model from tokens (int [batch, window]) to logits [batch, window, vocabulary].
+        prompt: the text to continue; at least one token.
+        length: number of tokens to sample.
+        temperature: divisor of the logits; 0 always takes the most likely token.
+        top_k: sample from the k most likely tokens; from all by default.
+        seed: seed of the samples.
 
     Returns:
-        The tokens, as they are drawn.
+        An iterator over the sampled tokens.
 
     Raises:
-        UsageError: an argument is out of its range.
+        UsageError: an argument is out of range.
     """
     if not prompt:
-        raise UsageError("The prompt is empty, and a model goes on from something. Give a word, or a line's end.")
+        raise UsageError("The prompt is empty, but the model needs a text to continue. Give a word, or a newline.")
     if length < 0 or temperature < 0 or (top_k is not None and top_k < 1) or seed < 0:
         raise UsageError(
-            f"length={length}, temperature={temperature}, top_k={top_k}, seed={seed}: expected are a top_k of 1 or "
-            f"more, and otherwise 0 or more. Correct the one that is not."
+            f"length={length}, temperature={temperature}, top_k={top_k}, seed={seed}: top_k must be 1 or more, the "
+            f"others 0 or more. Correct the one that is not."
         )
     return _draw(model, list(prompt), length, temperature, top_k, np.random.default_rng(seed))
 
@@ -127,7 +125,7 @@ def _draw(
 
     for _ in range(length):
         seen = tokens[-window:]
-        padded = seen + [0] * (window - len(seen))  # places behind the last one do not count: the model is causal
+        padded = seen + [0] * (window - len(seen))  # a causal model ignores tokens after the last one
         logits = logits_at(tf.constant(padded, tf.int32), tf.constant(len(seen) - 1)).numpy().astype(np.float64)
         token = _choose(logits, temperature, top_k, generator)
         tokens.append(token)
@@ -144,7 +142,7 @@ def _choose(logits: np.ndarray, temperature: float, top_k: int | None, generator
 
 
 def _show(text: bytes) -> None:
-    """Writes bytes as they are: a character of several is whole once the last of them has come."""
+    """Writes bytes unchanged: a multi-byte character is complete after its last byte."""
     sys.stdout.buffer.write(text)
     sys.stdout.buffer.flush()
 
@@ -154,17 +152,17 @@ def _parse(argv: list[str]) -> argparse.Namespace:
         prog="python -m hvdkit.generate", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     add: Any = parser.add_argument
-    add("run", metavar="RUN_FOLDER", help="what hvdkit.train has written, or a .keras file")
-    add("--prompt", default="\n", help="what the text begins with [a line's end]")
-    add("--length", type=int, default=200, metavar="N", help="bytes to write [200]")
+    add("run", metavar="RUN_FOLDER", help="the --workdir of hvdkit.train, or a .keras file")
+    add("--prompt", default="\n", help="beginning of the text [a newline]")
+    add("--length", type=int, default=200, metavar="N", help="number of bytes to generate [200]")
     add(
         "--temperature",
         type=float,
         default=0.8,
-        help="0: the likeliest byte; 1: as the model expects [0.8]",
+        help="0: the most likely byte; 1: the model's own probabilities [0.8]",
     )
-    add("--top_k", type=int, metavar="K", help="draw from the K likeliest bytes [all]")
-    add("--seed", type=int, default=0, help="another one gives another text [0]")
+    add("--top_k", type=int, metavar="K", help="sample from the K most likely bytes [all]")
+    add("--seed", type=int, default=0, help="seed of the random samples [0]")
     return parser.parse_args(argv)
 
 

@@ -1,6 +1,6 @@
-"""Plain Keras models, one a file, each with the recipes that train it. No model here knows of ranks or of hvdkit.
+"""Plain Keras models, one per file, each with the recipes to train it. Models do not use ranks or import hvdkit.
 
-Installed as `hvdkit_models`. A file that defines `build` and `RECIPES` is found by its name; nothing is registered.
+Installed as `hvdkit_models`. `load` finds a file that defines `build` and `RECIPES` by its name, without registration.
 """
 
 import importlib
@@ -11,10 +11,10 @@ _NOT_MODELS = ("recipe",)
 
 
 def names() -> list[str]:
-    """The models' names, sorted."""
+    """Returns the models' names, sorted."""
     return sorted(m.name for m in pkgutil.iter_modules(__path__) if m.name not in _NOT_MODELS)
 
 
 def load(name: str) -> ModuleType:
-    """The module of a model: its `build` function and its `RECIPES`."""
+    """Returns the module of a model, with its `build` function and its `RECIPES`."""
     return importlib.import_module(f"{__name__}.{name}")

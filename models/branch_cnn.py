@@ -2,8 +2,8 @@
 
     launch/local.sh -np 2 --model=branch_cnn --dataset=mnist --data_dir=DIR         99.1 to 99.2 % in about a minute
 
-The branches have the same form and different weights. They share nothing but the input and the last layer, so that each
-can be computed on a processor of its own.
+The branches have the same form and different weights. They share only the input and the last layer, so each branch can
+run on a different processor.
 """
 
 import keras

@@ -1,4 +1,4 @@
-"""A small convolutional network of LeNet-5's shape: conv 6@5×5, pool, conv 16@5×5, pool, 120, 84, 10.
+"""A small convolutional network with the layers of LeNet-5: conv 6@5×5, pool, conv 16@5×5, pool, 120, 84, 10.
 
     launch/local.sh -np 2 --model=cifar_cnn --dataset=cifar10 --data_dir=DIR        65.5 to 66.5 % in about a minute
 
@@ -28,7 +28,7 @@ def build(input_shape: tuple[int, int, int], num_classes: int) -> keras.Model:
     return keras.Sequential(
         [
             keras.layers.Input(input_shape),
-            keras.layers.Rescaling(1 / 64, offset=-1.875),  # (pixel - 120) / 64: CIFAR-10's mean and deviation, nearly
+            keras.layers.Rescaling(1 / 64, offset=-1.875),  # (pixel - 120) / 64: about CIFAR-10's mean and deviation
             keras.layers.Conv2D(6, 5, padding="same", activation="relu"),
             keras.layers.MaxPooling2D(2),
             keras.layers.Conv2D(16, 5, padding="same", activation="relu"),

@@ -1,11 +1,11 @@
 """A decoder-only Transformer that predicts the next byte of a text.
 
-    launch/local.sh -np 2 --model=gpt                                   2.00 to 2.03 bits a byte in about a minute
+    launch/local.sh -np 2 --model=gpt                                   2.00 to 2.03 bits per byte in about a minute
     launch/local.sh -np 2 --model=gpt --dataset=text:PATH --sequence_length=256 --model_args=width=256,depth=6
 
-A. Vaswani et al., "Attention is all you need", 2017, https://arxiv.org/abs/1706.03762; in the form of A. Radford et
-al., "Language models are unsupervised multitask learners", 2019 (GPT-2): learnt positions, normalisation before each
-part, GELU. Tokens are bytes, so that any text will do and no vocabulary has to be learnt.
+A. Vaswani et al., "Attention is all you need", 2017, https://arxiv.org/abs/1706.03762, in the form of A. Radford et
+al., "Language models are unsupervised multitask learners", 2019 (GPT-2): learned positions, normalization before each
+part, GELU. Tokens are bytes: any text works, without a learned vocabulary.
 """
 
 import keras
@@ -39,20 +39,20 @@ def build(
 ) -> keras.Model:
     """Returns the model from tokens (int [batch, sequence_length]) to logits [batch, sequence_length, vocabulary_size].
 
-    The logits at a place are those of the token after it, and depend on no later token. One tensor alone, [batch,
-    sequence_length, width], goes from a block to the next: the output of `block0_mlp_add`, `block1_mlp_add` and so on.
+    The logits at a position predict the next token and do not depend on later tokens. A single tensor, [batch,
+    sequence_length, width], connects a block to the next: the output of `block0_mlp_add`, `block1_mlp_add` and so on.
 
     Args:
-        sequence_length: tokens of a window; no more are looked back at.
-        vocabulary_size: different tokens; 256 for bytes.
-        width: numbers that stand for a token between blocks.
-        depth: blocks, each of attention and a perceptron.
-        heads: parts of the width that attend on their own.
+        sequence_length: tokens per window; the model does not see earlier tokens.
+        vocabulary_size: number of different tokens; 256 for bytes.
+        width: size of a token's vector between blocks.
+        depth: number of blocks, each with attention and a perceptron.
+        heads: number of attention heads.
         expansion: the perceptron's width, in multiples of `width`.
-        dropout: share of what each part adds that is left out in training.
+        dropout: dropout rate at the end of each attention and each perceptron.
 
     Raises:
-        ValueError: the width cannot be divided over the heads.
+        ValueError: the width is not a multiple of the number of heads.
     """
     if width % heads:
         raise ValueError(f"a width of {width} cannot be divided over {heads} heads; use a multiple of {heads}")
@@ -69,11 +69,11 @@ def build(
 
 
 def _positions(tokens: keras.KerasTensor, length: int) -> keras.KerasTensor:
-    """The places 0, 1, 2, ... one-hot, [1, length, length], computed from the tokens as a Functional model wants it.
+    """Returns the positions 0, 1, 2, ... one-hot, [1, length, length]; a Functional model needs them as an operation.
 
-    Multiplied by a matrix they are an embedding with a dense gradient. From `layers.Embedding` each replica would send
-    rows for the same places, which Keras' Adam squares one by one, as if they were different tokens, and not their sum:
-    two replicas would train another model than one.
+    Multiplied by a matrix, they are an embedding with a dense gradient. Do not use `layers.Embedding`: each replica
+    would send gradient rows for the same positions, and Keras' Adam squares each row, not their sum. So two replicas
+    would train a different model than one.
     """
     one_row = ops.max(tokens, axis=0, keepdims=True)
     return ops.one_hot(ops.cumsum(ops.ones_like(one_row), axis=1) - 1, length)
@@ -81,8 +81,8 @@ def _positions(tokens: keras.KerasTensor, length: int) -> keras.KerasTensor:
 
 def _attention(x: keras.KerasTensor, heads: int, dropout: float, name: str) -> keras.KerasTensor:
     y = layers.LayerNormalization(epsilon=1e-5, name=f"{name}_norm")(x)
-    # Without biases: that of the keys shifts all places alike, which the softmax undoes, so that its gradient is but
-    # rounding, and Adam would make whole steps of that.
+    # No biases: a key bias shifts all positions equally, which the softmax cancels. Its gradient is rounding error,
+    # from which Adam would take full steps.
     attention = layers.MultiHeadAttention(heads, x.shape[-1] // heads, use_bias=False, name=name)
     return _add(x, attention(y, y, use_causal_mask=True), dropout, name)
 

@@ -21,7 +21,7 @@ RECIPES = (
 def build(input_shape: tuple[int, int, int], num_classes: int, hidden: tuple[int, ...] = (128, 64)) -> keras.Model:
     """Returns the model from raw pixels (0 to 255, [batch, height, width, channels]) to logits [batch, num_classes].
 
-    `hidden` gives the widths of the layers in between.
+    `hidden` gives the widths of the hidden layers.
     """
     return keras.Sequential(
         [

@@ -1,24 +1,24 @@
-"""A recipe: a model's defaults, and what they were seen to reach."""
+"""A recipe: a model's default settings, and the accuracy that they reach."""
 
 import dataclasses
 
 
 @dataclasses.dataclass(frozen=True)
 class Recipe:
-    """How a model is trained on a data set unless a flag says otherwise.
+    """Default settings to train a model on a data set; flags override them.
 
     Attributes:
         dataset: the data set's name.
-        global_batch: examples a step, over all replicas.
+        global_batch: examples per step, over all replicas.
         optimizer: a Keras optimizer by name, with arguments: `adam`, `sgd:momentum=0.9`.
-        learning_rate: for that global batch.
+        learning_rate: the learning rate for this global batch.
         epochs: passes over the training split.
         lr_schedule: `constant`, or `cosine` (to zero over the run).
-        warmup_epochs: over which the rate is raised from 1/replicas of it.
+        warmup_epochs: epochs in which the rate rises from 1/replicas of its value.
         max_tokens: for texts, the size of the vocabulary.
-        sequence_length: for texts, tokens a text; for models of the next token, tokens of a window.
-        accuracy: the test accuracy that it reaches with two ranks, as CI checks; None where nothing is claimed.
-        bits_per_byte: likewise for models of the next byte: the test loss in bits that it stays below.
+        sequence_length: for texts, tokens per text; for models that predict the next token, tokens per window.
+        accuracy: the test accuracy that two ranks reach, which CI checks; None if there is no claim.
+        bits_per_byte: for models that predict the next byte, the upper limit of the test loss in bits, which CI checks.
     """
 
     dataset: str = "digits"

@@ -1,4 +1,4 @@
-"""Residual networks: ResNet-20 for small images (32×32), ResNet-50 of `keras.applications` from 64×64 on.
+"""Residual networks: ResNet-20 for small images (32×32), ResNet-50 of `keras.applications` for 64×64 and larger.
 
     launch/local.sh -np 2 --model=resnet --dataset=cifar10 --data_dir=DIR --steps=200
     launch/local.sh -np 2 --model=resnet --dataset=synthetic:224x224x3:1000:64 --local_batch=4 --steps=4
@@ -22,13 +22,13 @@ RECIPES = (
 def build(input_shape: tuple[int, int, int], num_classes: int) -> keras.Model:
     """Returns the model from raw pixels (0 to 255, [batch, height, width, channels]) to logits [batch, num_classes].
 
-    Images of less than 64 pixels in height get ResNet-20, all others ResNet-50.
+    Images with a height of less than 64 pixels get ResNet-20, all others ResNet-50.
     """
     return resnet20(input_shape, num_classes) if input_shape[0] < 64 else resnet50(input_shape, num_classes)
 
 
 def resnet20(input_shape: tuple[int, int, int], num_classes: int) -> keras.Model:
-    """ResNet-20: three stages of three blocks with 16, 32 and 64 filters; 0.27 million parameters."""
+    """Returns ResNet-20: three stages of three blocks with 16, 32 and 64 filters; 0.27 million parameters."""
     image = layers.Input(input_shape)
     x = layers.ReLU()(_conv(layers.Rescaling(1 / 64, offset=-1.875)(image), 16, 3))
     for stage, filters in enumerate((16, 32, 64)):
@@ -39,7 +39,7 @@ def resnet20(input_shape: tuple[int, int, int], num_classes: int) -> keras.Model
 
 
 def resnet50(input_shape: tuple[int, int, int], num_classes: int) -> keras.Model:
-    """ResNet-50 with random weights, 25.6 million parameters for 1,000 classes; pixels are centred as Keras does."""
+    """Returns ResNet-50 with random weights, 25.6 million parameters for 1,000 classes; centers pixels as Keras."""
     image = layers.Input(input_shape)
     centred = layers.Rescaling(1.0, offset=[-123.68, -116.779, -103.939][: input_shape[-1]])(image)
     body = keras.applications.ResNet50(include_top=False, weights=None, input_shape=input_shape, pooling="avg")

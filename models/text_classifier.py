@@ -3,7 +3,7 @@
     launch/local.sh -np 2 --model=text_classifier --dataset=sentence_polarity --data_dir=DIR        77 to 78 % in 20 s
 
 Y. Kim, "Convolutional neural networks for sentence classification", 2014, https://arxiv.org/abs/1408.5882, with an
-embedding learnt from scratch.
+embedding learned from scratch.
 """
 
 import keras

@@ -258,7 +258,7 @@ def test_state_is_taken_over_and_one_rank_is_as_without(ranks):
         assert difference < 1e-5
         assert same
         assert [r.split(",")[0] for r in refusals] == [
-            "KerasState keeps what each rank has",
+            "KerasState cannot keep the state of a ShardedOptimizer: it is divided over the ranks",
             "A ShardedOptimizer is inside a LossScaleOptimizer",
             "ShardedOptimizer divides the state of a model that all ranks hold whole",
         ]

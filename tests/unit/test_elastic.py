@@ -56,7 +56,7 @@ def test_a_reset_makes_new_graphs(model):
 def test_states_that_cannot_be_kept_are_refused():
     with pytest.raises(ValueError, match=r"has no variables yet.*model.build\(input_shape\)"):
         elastic.KerasState(keras.Sequential([keras.layers.Dense(1)]))
-    with pytest.raises(ValueError, match="has no optimizer: compile it, or pass KerasState one"):
+    with pytest.raises(ValueError, match="has no optimizer: compile it, or pass one to KerasState"):
         elastic.KerasState(keras.Sequential([keras.layers.Input([2]), keras.layers.Dense(1)]))
 
 
@@ -162,7 +162,7 @@ def _model():
 def test_a_job_that_is_told_to_leave_goes_on_at_its_next_start(monkeypatch, tmp_path):
     monkeypatch.setenv("HVDKIT_ELASTIC", str(tmp_path))
     before = signal.getsignal(signal.SIGTERM)  # of an earlier test, perhaps, whose `fit` ended by an exception
-    with pytest.raises(SystemExit, match="told to leave after a commit; it is kept") as left:
+    with pytest.raises(SystemExit, match="received a stop request. The commit is written") as left:
         _train_until(_model(), step=9)
     assert left.value.code == 85
     assert signal.getsignal(signal.SIGTERM) == before, "who listened has stopped"
@@ -208,5 +208,5 @@ def test_commits_of_another_model_and_values_that_cannot_be_kept_are_refused(mon
     commits = Commits(tmp_path / "other")
     with pytest.raises(hvd.UsageError, match="holds a value of type object, which is not kept on disk"):
         commits.keep([], {"epoch": object()}, may_drop=False)
-    with pytest.raises(hvd.UsageError, match="int cannot be kept for the job's next start"):
+    with pytest.raises(hvd.UsageError, match="needs a hvd.elastic.KerasState, but was given int"):
         elastic.run(lambda state: None)(0)

@@ -192,12 +192,12 @@ def test_text_is_the_same_by_seed(alphabet):
 
 @pytest.mark.parametrize("wrong", [{"length": -1}, {"temperature": -0.1}, {"top_k": 0}, {"seed": -1}])
 def test_what_cannot_be_drawn_is_refused(wrong):
-    with pytest.raises(UsageError, match="expected are a top_k of 1 or more, and otherwise 0 or more"):
+    with pytest.raises(UsageError, match="top_k must be 1 or more, the others 0 or more"):
         generate.generate(tiny(), **{"prompt": b"x", "length": 1, **wrong})
 
 
 def test_models_that_write_no_text_are_refused(tmp_path):
-    with pytest.raises(UsageError, match=r"model\.keras is not there \(the run is not finished"):
+    with pytest.raises(UsageError, match=r"model\.keras does not exist \(the run is not finished"):
         generate.open_model(tmp_path)
     with pytest.raises(UsageError, match="The prompt is empty"):
         generate.generate(tiny(), b"", 3)
@@ -205,5 +205,5 @@ def test_models_that_write_no_text_are_refused(tmp_path):
     with pytest.raises(UsageError, match="cannot be opened"):
         generate.open_model(tmp_path)
     hvdkit_models.load("mnist_mlp").build((8, 8, 1), 10).save(tmp_path / "digits.keras")
-    with pytest.raises(UsageError, match=r"from \(None, 8, 8, 1\) to \(None, 10\), and text needs one from"):
+    with pytest.raises(UsageError, match=r"from \(None, 8, 8, 1\) to \(None, 10\), but text needs one from"):
         generate.open_model(tmp_path / "digits.keras")
