@@ -11,6 +11,7 @@ from hvdkit import reporting
 
 _DRAW_SECONDS = 0.5
 _BAR = 20  # columns
+_ERASE = "\r\x1b[2K"  # the terminal's line
 
 
 class ProgressCallback(keras.callbacks.Callback):
@@ -80,7 +81,8 @@ class ProgressCallback(keras.callbacks.Callback):
             self._rate()
         if self._line and self._line.is_due():
             told = f"{self._rate_and_time_left(steps)}, {_format(logs)}"
-            self._line.draw(steps, f"epoch {self._epoch + 1}/{self._epochs}", told)
+            self._line.update(steps, f"epoch {self._epoch + 1}/{self._epochs}", told)
+            self._line.draw()
 
     def on_epoch_end(self, epoch: int, logs: dict | None = None) -> None:
         """Writes the finished epoch's metrics above the line."""
@@ -90,7 +92,8 @@ class ProgressCallback(keras.callbacks.Callback):
         name = f"epoch {epoch + 1}/{self._epochs}"
         said = self._rate_and_time_left(steps)
         if self._line:
-            self._line.draw(steps, name, f"{said}, {_format(logs)}", above=f"{name}: {_format(logs)}, {said}")
+            self._line.update(steps, name, f"{said}, {_format(logs)}")
+            self._line.write_above(f"{name}: {_format(logs)}, {said}")
         else:
             print(f"{name}: {_format(logs)}, {said}", file=sys.stderr, flush=True)
 
@@ -138,24 +141,33 @@ class _Line:
         self._console.show_cursor = lambda show=True: False  # type: ignore[method-assign]
         self._progress.start()
         self._is_piped = not sys.stderr.isatty()
-        self._drawn = 0.0
+        self._drawn = self._written = time.perf_counter()
 
     def is_due(self) -> bool:
+        """Whether the line is to be drawn: that takes 1 ms, too much for each of many short steps."""
         return time.perf_counter() - self._drawn >= _DRAW_SECONDS
 
-    def draw(self, steps: int, name: str, said: str, above: str = "") -> None:
-        """Draws the line anew, and writes another one above it."""
+    def update(self, steps: int, name: str, said: str) -> None:
+        self._progress.update(self._task, completed=steps, description=name, said=said)
+
+    def draw(self) -> None:
         from rich.control import Control
         from rich.segment import ControlType
 
         self._drawn = time.perf_counter()
-        self._progress.update(self._task, completed=steps, description=name, said=said)
-        if above:
-            self._console.print(above, soft_wrap=True)
         self._progress.refresh()
         if self._is_piped:
             # The launcher passes on what ends in a carriage return, and knows that it is not a line of a log.
             self._console.control(Control(ControlType.CARRIAGE_RETURN))
+
+    def write_above(self, text: str) -> None:
+        """Writes a line in the place of this one, which moves down: after a short epoch when it is due, else now."""
+        self._console.file.write(f"{_ERASE}{text}\n")
+        self._console.file.flush()
+        is_short = time.perf_counter() - self._written < _DRAW_SECONDS
+        self._written = time.perf_counter()
+        if not is_short:
+            self.draw()
 
     def end(self) -> None:
         self._progress.stop()
