@@ -12,6 +12,7 @@ import os
 import platform
 import re
 import sys
+import warnings
 from importlib import metadata
 from pathlib import Path
 
@@ -26,6 +27,7 @@ OLDEST_KERAS: dict[tuple[int, ...], tuple[int, ...]] = {
     (2, 21): (3, 12, 0),
 }
 NEXT_KERAS = (4,)
+NEWEST_KERAS = (3, 15)  # the newest minor version that tests/versions.py has tried
 HOROVOD = (0, 28)
 OLDEST_PYTHON, NEWEST_PYTHON = (3, 10), (3, 13)
 
@@ -41,6 +43,10 @@ def check() -> None:
     """Refuses versions and settings that hvdkit is not proven with.
 
     A development version counts as the version that it is to become: 2.21.0rc1 and 2.21.0.dev20260101 are 2.21.
+
+    Warns:
+        UserWarning: Keras is newer than the newest that hvdkit is proven with. It may work: Keras' public interface
+            is stable, and `hvdkit.compat` says in a sentence which private name has gone.
 
     Raises:
         ImportError: Python, TensorFlow, Keras or Horovod has a version out of range, TensorFlow is there without Keras
@@ -93,12 +99,24 @@ def _check_keras(found: dict[str, str], tensorflow: tuple[int, ...]) -> None:
         if importlib.machinery.PathFinder.find_spec("keras"):  # a checkout of Keras: nothing says which version it is
             return
     elif all(oldest <= _release(version) < NEXT_KERAS for version in found.values()):
+        _warn_of_newer_keras(found)
         return
     raise ImportError(
         f"hvdkit is proven with Keras {_dotted(oldest)} or newer, below {NEXT_KERAS[0]}, on TensorFlow "
         f"{_dotted(tensorflow)}, and {sys.prefix} has {_listed(found) or 'none'}: "
         f"pip install 'keras>={_dotted(oldest)},<{NEXT_KERAS[0]}'."
     )
+
+
+def _warn_of_newer_keras(found: dict[str, str]) -> None:
+    if any(_release(version)[:2] > NEWEST_KERAS for version in found.values()):
+        major, minor = NEWEST_KERAS
+        warnings.warn(
+            f"hvdkit is proven with Keras up to {_dotted(NEWEST_KERAS)}, and {sys.prefix} has {_listed(found)}, with "
+            f"which nobody has tried it: compare a short run with one process's, or pip install "
+            f"'keras<{major}.{minor + 1}'.",
+            stacklevel=5,  # of `import hvdkit`
+        )
 
 
 def _check_horovod(found: dict[str, str]) -> None:

@@ -3,12 +3,11 @@
 import os
 from typing import Any
 
-import keras
-
 from hvdkit import world
+from hvdkit.compat.keras3 import ModelCheckpoint
 
 
-class BestModelCheckpoint(keras.callbacks.ModelCheckpoint):
+class BestModelCheckpoint(ModelCheckpoint):
     """Saves the model whenever `monitor` improves, and overwrites the file.
 
     Put it after `MetricAverageCallback` (or `standard()`): then it monitors the metric of all ranks together.
@@ -58,6 +57,6 @@ class BestModelCheckpoint(keras.callbacks.ModelCheckpoint):
         self.filepath = os.fspath(self.filepath)
         super().on_train_begin(logs)
 
-    def _save_model(self, *args: Any, **kwargs: Any) -> None:
-        if world.rank() == 0:
-            super()._save_model(*args, **kwargs)
+    def may_write(self) -> bool:
+        """Rank 0 alone."""
+        return world.rank() == 0

@@ -5,6 +5,8 @@ from typing import Any
 
 import keras
 
+from hvdkit.compat.keras3 import learning_rate_source, momentum_slots
+
 
 class LearningRateScheduleCallback(keras.callbacks.Callback):
     """Sets the learning rate to `initial_lr * multiplier(epoch)` from `start_epoch` to `end_epoch`.
@@ -87,7 +89,7 @@ class LearningRateScheduleCallback(keras.callbacks.Callback):
         new = float((self.initial_lr or 0.0) * multiple)
         optimizer.learning_rate = new
         if self.momentum_correction and old > 0 and new != old:
-            for velocity in _velocities(optimizer):
+            for velocity in momentum_slots(getattr(optimizer, "inner_optimizer", optimizer)):
                 velocity.assign(velocity * (new / old))
 
 
@@ -96,17 +98,9 @@ def learning_rate_of(optimizer: Any) -> float:
     return float(keras.ops.convert_to_numpy(optimizer.learning_rate))
 
 
-def _velocities(optimizer: Any) -> list[Any]:
-    """Returns the slots in which SGD and RMSprop sum up `learning_rate * gradient`; none without momentum."""
-    optimizer = getattr(optimizer, "inner_optimizer", optimizer)
-    if not optimizer.built or not getattr(optimizer, "momentum", 0):
-        return []
-    return [v for v in optimizer.variables if v.path.endswith("momentum")]
-
-
 def _refuse_schedule(optimizer: Any) -> None:
     inner = getattr(optimizer, "inner_optimizer", optimizer)
-    rate = getattr(inner, "_learning_rate", None)
+    rate = learning_rate_source(inner)
     if isinstance(rate, keras.optimizers.schedules.LearningRateSchedule):
         raise ValueError(
             f"The optimizer's learning rate is a {type(rate).__name__}, which sets itself at every step, so a callback "

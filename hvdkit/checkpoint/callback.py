@@ -17,6 +17,7 @@ from hvdkit.checkpoint.preemption import SIGNALS, Listener, Preempted
 from hvdkit.checkpoint.running_fit import RunningFit
 from hvdkit.checkpoint.store import Checkpoint
 from hvdkit.checkpoint.writer import Writer
+from hvdkit.compat.keras3 import set_first_epoch
 from hvdkit.errors import UsageError
 from hvdkit.optimizers.parts import optimizers_of
 from hvdkit.optimizers.state import kept_of
@@ -254,7 +255,7 @@ class _Keeper(keras.callbacks.Callback):
         """Waits until the last checkpoint is written."""
         self._listener.stop()
         self._writer.wait()
-        self.model._initial_epoch = None
+        set_first_epoch(self.model, None)
         self._stop_on_error()
         if self._writer.count:
             _log.info(
@@ -350,7 +351,7 @@ class _Keeper(keras.callbacks.Callback):
         # Nobody leaves before it is written: a launcher ends the job with the first to go.
         message = collectives.broadcast_object(message, name="checkpoint.leave")
         self._listener.stop()
-        self.model._initial_epoch = None
+        set_first_epoch(self.model, None)
         raise Preempted(message)
 
 

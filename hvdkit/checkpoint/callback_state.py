@@ -18,10 +18,10 @@ import keras
 import numpy as np
 
 from hvdkit.checkpoint.plain import NotPlain, pack, unpack
+from hvdkit.compat import keras3
 
 _log = logging.getLogger(__name__)
 
-_NOT_ITS_OWN = {"model", "_model", "params", "validation_data"}
 _COMPARED_BYTES = 1 << 20
 
 
@@ -66,11 +66,11 @@ class CallbackStates:
         if hasattr(callback, "checkpoint_state"):
             return callback.checkpoint_state()
         if isinstance(callback, keras.callbacks.CSVLogger):
-            return _csv_state(callback)
+            return keras3.csv_state(callback)
         if isinstance(callback, keras.callbacks.TensorBoard):  # it measures times, too, which are this run's
-            return {n: v for n, v in _plain(callback).items() if n.startswith("_global_")}
+            return keras3.tensorboard_counters(callback)
         changed = {n: v for n, v in _plain(callback).items() if n not in at_begin or at_begin[n].differs(v)}
-        if callable(getattr(callback, "monitor_op", None)) and hasattr(callback, "_set_monitor_op"):
+        if keras3.chooses_direction_late(callback) and callable(callback.monitor_op):
             changed["monitor_op"] = True
         return changed
 
@@ -80,11 +80,10 @@ def _give(callback: Any, state: dict[str, Any]) -> None:
         callback.restore_state(state)
         return
     if isinstance(callback, keras.callbacks.CSVLogger):
-        _restore_csv(callback, state)
+        keras3.restore_csv(callback, state)
         return
-    # Keras chooses it at the first epoch's end, and turns min_delta's sign then: it must not do so once more.
-    if state.pop("monitor_op", False) and callback.monitor_op is None:
-        callback._set_monitor_op()
+    if state.pop("monitor_op", False):
+        keras3.choose_direction(callback)
     for name, value in state.items():
         setattr(callback, name, value)
 
@@ -92,11 +91,10 @@ def _give(callback: Any, state: dict[str, Any]) -> None:
 def _plain(callback: Any) -> dict[str, Any]:
     """A callback's attributes that can be stored."""
     found = {}
-    for name, value in vars(callback).items():
+    for name, value in keras3.attributes_of_callback(callback).items():
         try:
-            if name not in _NOT_ITS_OWN:
-                pack(value, {}, "")
-                found[name] = value
+            pack(value, {}, "")
+            found[name] = value
         except NotPlain:
             continue
     return found
@@ -132,18 +130,3 @@ def _names(callbacks: Sequence[Any]) -> list[str]:
 
 def _is_progress_bar(callback: Any) -> bool:
     return isinstance(callback, keras.callbacks.ProgbarLogger)
-
-
-def _csv_state(callback: Any) -> dict[str, Any]:
-    """The file itself: what later epochs have added to it is then gone."""
-    if callback.csv_file is None or callback.keys is None:
-        return {}
-    with open(callback.filename, encoding="utf-8", newline="") as file:  # noqa: PTH123 - as Keras opens it
-        return {"text": file.read(), "keys": list(callback.keys)}
-
-
-def _restore_csv(callback: Any, state: dict[str, Any]) -> None:
-    with open(callback.filename, "w", encoding="utf-8", newline="") as file:  # noqa: PTH123
-        file.write(state["text"])
-    callback.csv_file.seek(0, 2)  # Keras has it open, and writes on
-    callback.keys, callback.append_header = state["keys"], False

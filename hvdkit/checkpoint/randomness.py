@@ -10,12 +10,14 @@ from typing import Any
 import keras
 import numpy as np
 
+from hvdkit.compat.keras3 import global_seed_generator
+
 
 def state() -> dict[str, Any]:
     """The generators' states, of plain values."""
     version, numbers, gauss = random.getstate()
     name, keys, *rest = np.random.get_state(legacy=True)
-    generator = _of_keras()
+    generator = global_seed_generator()
     return {
         "python": [version, np.array(numbers, np.uint32), gauss],
         "numpy": [name, np.asarray(keys), *rest],
@@ -29,16 +31,4 @@ def restore(saved: dict[str, Any]) -> None:
     random.setstate((version, tuple(int(n) for n in numbers), gauss))
     np.random.set_state(tuple(saved["numpy"]))
     if saved["keras"] is not None:
-        generator = _of_keras(make=True)
-        if generator is not None:
-            generator.state.assign(saved["keras"])
-
-
-def _of_keras(make: bool = False) -> Any:
-    """Keras' own generator, if it has been used; there is no public way to ask."""
-    try:
-        from keras.src.backend.common import global_state
-        from keras.src.random.seed_generator import GLOBAL_SEED_GENERATOR, global_seed_generator
-    except ImportError:
-        return None
-    return global_seed_generator() if make else global_state.get_global_attribute(GLOBAL_SEED_GENERATOR)
+        global_seed_generator(make=True).state.assign(saved["keras"])

@@ -17,6 +17,7 @@ from typing import Any
 import keras
 
 from hvdkit import collectives, world
+from hvdkit.compat.keras3 import native_variable
 from hvdkit.errors import UsageError
 
 
@@ -157,9 +158,7 @@ class Shard:
 def mark(variable: Any, shard: Shard) -> None:
     """Says that a Keras variable is a shard."""
     variable._hvdkit_shard = shard
-    native = getattr(variable, "_value", None)
-    if native is not None:  # gradients may be asked for by either
-        native._hvdkit_shard = shard
+    native_variable(variable)._hvdkit_shard = shard  # gradients may be asked for by either
 
 
 def shard_of(variable: Any) -> Shard | None:

@@ -4,12 +4,16 @@ An outer optimizer leaves no mark on the inner one, and a `tf.function` none on 
 something is built or traced, never in a step.
 """
 
+import functools
 import sys
 from collections.abc import Iterator, Sequence
 from types import FrameType
 from typing import Any
 
+import keras
 import tensorflow as tf
+
+from hvdkit.compat.lookup import missing_in_tensorflow, private
 
 
 def caller(kind: type, method: str) -> Any | None:
@@ -27,12 +31,40 @@ def locals_of(method: str, owner: Any, names: Sequence[str]) -> dict[str, Any] |
     return None
 
 
+def loss_scale_in_build() -> Any | None:
+    """The `LossScaleOptimizer` in whose `build` this call happens, if any."""
+    return caller(keras.optimizers.LossScaleOptimizer, "build")
+
+
+def loss_scale_in_branch() -> Any | None:
+    """The `LossScaleOptimizer` in whose branch "all gradients are finite" this call happens, if any.
+
+    Raises:
+        MissingNameError: Keras has no such branch.
+    """
+    method = private(keras.optimizers.LossScaleOptimizer, "_stateful_handle_finite_grads").__name__
+    return caller(keras.optimizers.LossScaleOptimizer, method)
+
+
 def is_in_xla() -> bool:
-    """Whether this is traced inside of a `tf.function(jit_compile=True)`."""
+    """Whether this is traced inside of a `tf.function(jit_compile=True)`.
+
+    Raises:
+        MissingNameError: this TensorFlow does not tell.
+    """
     if tf.executing_eagerly():
         return False
-    functions = (f.f_locals.get("self") for f in _frames() if "polymorphic_function" in f.f_code.co_filename)
-    return any(getattr(function, "_jit_compile", None) is True for function in functions)
+    kind: Any = _kind_of_function()
+    functions: list[Any] = [f.f_locals.get("self") for f in _frames()]
+    return any(type(function) is kind and function._jit_compile is True for function in functions)
+
+
+@functools.cache
+def _kind_of_function() -> type:
+    function = tf.function(lambda: None)
+    if not hasattr(function, "_jit_compile"):
+        raise missing_in_tensorflow("attribute _jit_compile of a tf.function")
+    return type(function)
 
 
 def refuse_xla() -> None:

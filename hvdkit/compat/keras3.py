@@ -1,21 +1,373 @@
-"""Private names of Keras 3 and TensorFlow, each behind one function."""
+"""Private names of Keras 3, each behind one function that says what it means in Keras 3.5 to 3.16.
 
+A name that is read raises `MissingNameError` where Keras lacks it. So does one that is replaced: Keras would never call
+the replacement, and training would silently be another one.
+"""
+
+import functools
+from collections.abc import Callable
 from typing import Any
 
 import keras
 import tensorflow as tf
 
+from hvdkit.compat.lookup import missing_in_keras, private
+
+# ---- Variables ------------------------------------------------------------------------------------------------------
+
 
 def native_variable(variable: Any) -> tf.Variable:
     """The `tf.Variable` behind a Keras variable: gradients may be asked for by either."""
-    return getattr(variable, "_value", variable) if isinstance(variable, keras.Variable) else variable
+    return private(variable, "_value") if isinstance(variable, keras.Variable) else variable
+
+
+class VectorVariable(keras.Variable):
+    """A trainable variable that begins empty, [0], and takes vectors of any length, [n].
+
+    Args:
+        length: the length that `shape` tells to whoever makes slots for it.
+        dtype: of its elements.
+        name: as of any variable.
+    """
+
+    def __init__(self, length: int, dtype: str, name: str) -> None:
+        super().__init__("zeros", shape=[length], dtype=dtype, name=name)
+        if native_variable(self).shape.as_list() != [None]:
+            raise missing_in_keras("method Variable._initialize that makes the tf.Variable")
+
+    def _initialize(self, value: Any) -> None:
+        nothing = tf.zeros([0], self._dtype)
+        self._value = tf.Variable(nothing, trainable=True, shape=tf.TensorShape([None]), name=self.name)
 
 
 def is_seed(variable: Any) -> bool:
-    """Whether a variable is the state of a `keras.random.SeedGenerator`, which Keras tells by its path alone."""
-    return variable.path.endswith("seed_generator_state")
+    """Whether a variable is the state of a `keras.random.SeedGenerator`, which only its path tells."""
+    return variable.path.rpartition("/")[2] == _seed_name()
 
 
-def is_gradient_accumulator(variable: Any) -> bool:
-    """Whether an optimizer's variable sums up gradients between two updates (`gradient_accumulation_steps`)."""
-    return "gradient_accumulator" in variable.path
+@functools.cache
+def _seed_name() -> str:
+    with tf.init_scope():
+        return keras.random.SeedGenerator(seed=0, name="hvdkit_probe").state.path.rpartition("/")[2]
+
+
+def global_seed_generator(make: bool = False) -> Any:
+    """The generator behind `keras.random` where no seed is given; None if it was not used yet and `make` is false.
+
+    Raises:
+        MissingNameError: this Keras keeps it elsewhere.
+    """
+    try:
+        from keras.src.backend.common import global_state
+        from keras.src.random import seed_generator
+    except ImportError as error:
+        raise missing_in_keras("keras.src.random.seed_generator") from error
+    if make:
+        return private(seed_generator, "global_seed_generator")()
+    name = getattr(seed_generator, "GLOBAL_SEED_GENERATOR", "global_seed_generator")  # a constant from Keras 3.13 on
+    return private(global_state, "get_global_attribute")(name)
+
+
+# ---- Optimizers -----------------------------------------------------------------------------------------------------
+
+
+def trained_variables(optimizer: Any) -> list[Any]:
+    """The variables that an optimizer was built for, in that order."""
+    return private(optimizer, "_trainable_variables")
+
+
+def own_variables(optimizer: Any) -> list[Any]:
+    """An optimizer's variables without those of the optimizers inside of it."""
+    return private(optimizer, "_variables")
+
+
+def calls_of_apply(optimizer: Any) -> Any:
+    """The variable that counts calls of `apply`. With gradient accumulation `iterations` counts updates instead."""
+    return private(optimizer, "_iterations")
+
+
+def learning_rate_source(optimizer: Any) -> Any:
+    """What an optimizer takes its learning rate from: a variable, a schedule or a function."""
+    return private(optimizer, "_learning_rate")
+
+
+def gradient_accumulators(optimizer: Any) -> list[Any]:
+    """The variables in which an optimizer sums up gradients between two updates (`gradient_accumulation_steps`)."""
+    if not optimizer.gradient_accumulation_steps or not optimizer.built:
+        return []
+    return [v for v in private(optimizer, "_accumulated_gradients") if v is not None]
+
+
+def moving_averages(optimizer: Any) -> list[Any]:
+    """The variables with the moving averages of the weights, of an optimizer with `use_ema` that is built."""
+    return private(optimizer, "_model_variables_moving_average")
+
+
+def without_empty_gradients(optimizer: Any, grads: list[Any], variables: list[Any]) -> tuple[list[Any], list[Any]]:
+    """Leaves out None, with its variable, and warns of it as Keras does."""
+    return private(optimizer, "_filter_empty_gradients")(grads, variables)
+
+
+def decays(optimizer: Any, variable: tf.Variable) -> bool:
+    """Whether weight decay applies to a variable, or `exclude_from_weight_decay` has named it."""
+    return private(optimizer, "_use_weight_decay")(variable)
+
+
+def copy_decay_exclusions(source: Any, target: Any) -> None:
+    """Gives an optimizer what another one's `exclude_from_weight_decay` was told, which no configuration holds."""
+    for name in ("_exclude_from_weight_decay", "_exclude_from_weight_decay_pattern"):
+        if hasattr(source, name):  # made by `exclude_from_weight_decay`
+            setattr(target, name, getattr(source, name))
+    vars(target).pop("_exclude_from_weight_decay_cache", None)  # what Keras 3.6 and later have found out before
+
+
+def replace_clipping(optimizer: Any, make: Callable[[Callable], Callable]) -> None:
+    """Replaces an optimizer's function `clip(grads) -> grads`.
+
+    Keras calls it once an update, between gradient accumulation and the update, with every clipping option and without
+    any.
+
+    Args:
+        optimizer: one that takes steps itself.
+        make: gets Keras' function and returns the new one.
+    """
+    optimizer._clip_gradients = make(private(optimizer, "_clip_gradients"))
+
+
+def leave_out_reduction(optimizer: Any) -> None:
+    """Stops an optimizer from summing gradients over the replicas of `tf.distribute` after clipping."""
+    private(optimizer, "_all_reduce_sum_gradients")
+    optimizer._all_reduce_sum_gradients = list
+
+
+def update_of(kind: type) -> Callable:
+    """The function `update(optimizer, gradient, variable, learning_rate)` by which a class updates one variable."""
+    return private(kind, "update_step")
+
+
+def has_own_update(optimizer: Any) -> bool:
+    """Whether this very object, not its class, has an update."""
+    return "update_step" in vars(optimizer)
+
+
+def replace_update(optimizer: Any, update: Callable) -> None:
+    """Replaces an optimizer's `update(gradient, variable, learning_rate)`, which Keras calls once a variable."""
+    private(optimizer, "update_step")
+    optimizer.update_step = update
+
+
+def adam_slots(optimizer: keras.optimizers.Adam, variable: Any) -> tuple[Any, Any]:
+    """A variable's slots for the mean of the gradient and of its square."""
+    place = _place(optimizer, variable)
+    return private(optimizer, "_momentums")[place], private(optimizer, "_velocities")[place]
+
+
+def sgd_slot(optimizer: keras.optimizers.SGD, variable: Any) -> Any:
+    """A variable's slot for the momentum."""
+    return optimizer.momentums[_place(optimizer, variable)]
+
+
+def _place(optimizer: Any, variable: Any) -> int:
+    return private(optimizer, "_get_variable_index")(variable)
+
+
+def momentum_slots(optimizer: Any) -> list[Any]:
+    """The slots in which SGD and RMSprop sum up `learning_rate * gradient`, if they have momentum at all.
+
+    Raises:
+        MissingNameError: there are none where there must be.
+    """
+    if not optimizer.built or not getattr(optimizer, "momentum", 0):
+        return []
+    found = [v for v in optimizer.variables if v.path.endswith("momentum")]
+    if not found and isinstance(optimizer, (keras.optimizers.SGD, keras.optimizers.RMSprop)):
+        raise missing_in_keras(f"slot named momentum in {type(optimizer).__name__}")
+    return found
+
+
+def role_of_slot(slot: Any, variable: Any) -> str | None:
+    """What a slot is to a variable (momentum, velocity, ...), which only its name tells; None if it is another's."""
+    mark = f"{variable.path.replace('/', '_')}_"
+    return slot.name.removeprefix(mark) if slot.name.startswith(mark) else None
+
+
+# ---- Models ---------------------------------------------------------------------------------------------------------
+
+
+def layers_of(model: Any, include_self: bool = True) -> list[Any]:
+    """A model or layer and all layers inside of it, at whatever depth."""
+    return private(model, "_flatten_layers")(include_self=include_self)
+
+
+def strategy_of(model: keras.Model) -> tf.distribute.Strategy | None:
+    """The `tf.distribute` strategy in whose scope a model was made."""
+    return private(model, "_distribute_strategy")
+
+
+def first_epoch(model: keras.Model) -> int | None:
+    """The epoch that `fit` begins with, where a callback has set it; it goes before `initial_epoch`."""
+    return private(model, "_initial_epoch")
+
+
+def set_first_epoch(model: keras.Model, epoch: int | None) -> None:
+    """Makes `fit` begin with `epoch`, if called in `on_train_begin`; None leaves it to `initial_epoch`."""
+    first_epoch(model)
+    model._initial_epoch = epoch
+
+
+def build_on(model: keras.Model, batch: Any) -> None:
+    """Builds layers, optimizer and the metrics' states, for a batch of `keras.KerasTensor`."""
+    private(model, "_symbolic_build")(data_batch=batch)
+
+
+def replace_next_epoch_logs(model: keras.Model, make: Callable[[dict[str, Any]], dict[str, Any]]) -> None:
+    """Replaces the logs of the next epoch that ends in `fit`.
+
+    Args:
+        model: the model that is trained.
+        make: gets the last step's logs, empty if the epoch had no step, and returns those that are taken for them.
+    """
+    original = private(model, "_get_metrics_result_or_logs")
+
+    def result(logs: dict[str, Any]) -> dict[str, Any]:
+        del model.__dict__["_get_metrics_result_or_logs"]
+        return original(make(logs))
+
+    model.__dict__["_get_metrics_result_or_logs"] = result
+
+
+def results_in_order(model: keras.Model, results: dict[str, Any]) -> list[Any] | Any:
+    """What `evaluate` returns for results by name: a list in the order of the metrics, or the only result."""
+    return private(model, "_flatten_metrics_in_order")(results)
+
+
+def loss_tracker(model: keras.Model) -> keras.metrics.Metric:
+    """The metric that a compiled model takes the mean of its loss with."""
+    return private(model, "_loss_tracker")
+
+
+def clear_losses(model: keras.Model) -> None:
+    """Forgets what layers have added to a model's losses. Keras does so whenever the whole model is called."""
+    private(model, "_clear_losses")()
+
+
+def graph_of(model: keras.Model) -> Any | None:
+    """The functional model behind a functional or sequential one; None for a model of another kind, or not built."""
+    graph = private(model, "_functional") if isinstance(model, keras.Sequential) else model
+    return graph if isinstance(graph, keras.Function) else None
+
+
+def has_mask(tensor: Any) -> bool:
+    """Whether a mask goes with a symbolic tensor, as of `Embedding(mask_zero=True)`."""
+    _check_masks()
+    return getattr(tensor, "_keras_mask", None) is not None
+
+
+@functools.cache
+def _check_masks() -> None:
+    if getattr(keras.layers.Masking(name="hvdkit_probe")(keras.Input([1, 1])), "_keras_mask", None) is None:
+        raise missing_in_keras("KerasTensor._keras_mask")
+
+
+def operation_of(tensor: Any) -> Any:
+    """The layer or operation that a symbolic tensor comes from."""
+    return private(tensor, "_keras_history").operation
+
+
+def consumers_of(operation: Any) -> list[Any]:
+    """The layers and operations that take an operation's outputs, once for each call."""
+    return [node.operation for node in private(operation, "_outbound_nodes")]
+
+
+# ---- Layers ---------------------------------------------------------------------------------------------------------
+
+
+def moments_of_keras() -> Callable:
+    """BatchNormalization's function `moments(layer, inputs, mask) -> (mean, variance)`."""
+    return private(keras.layers.BatchNormalization, "_moments")
+
+
+def replace_moments(moments: Callable) -> None:
+    """Replaces that function, in all layers; it is called in training only."""
+    moments_of_keras()
+    keras.layers.BatchNormalization._moments = moments
+
+
+def reduction_axes(layer: keras.layers.BatchNormalization) -> list[int]:
+    """The axes of the inputs over which a built layer takes its moments."""
+    return private(layer, "_reduction_axes")
+
+
+class MultiHeadAttention(keras.layers.MultiHeadAttention):
+    """Keras' layer, of which a subclass may replace the output projection by overriding `output_projection`."""
+
+    def __init__(self, *args: Any, **config: Any) -> None:
+        private(keras.layers.MultiHeadAttention, "_make_output_dense")
+        super().__init__(*args, **config)
+
+    def output_projection(self, keras_own: keras.layers.EinsumDense) -> keras.layers.EinsumDense:
+        """Returns the layer that takes the place of Keras' own."""
+        return keras_own
+
+    def _make_output_dense(self, *args: Any, **kwargs: Any) -> keras.layers.EinsumDense:
+        return self.output_projection(super()._make_output_dense(*args, **kwargs))
+
+
+# ---- Callbacks ------------------------------------------------------------------------------------------------------
+
+
+class ModelCheckpoint(keras.callbacks.ModelCheckpoint):
+    """Keras' callback, which a subclass may keep from writing by overriding `may_write`."""
+
+    def __init__(self, *args: Any, **options: Any) -> None:
+        private(keras.callbacks.ModelCheckpoint, "_save_model")
+        super().__init__(*args, **options)
+
+    def may_write(self) -> bool:
+        """Whether this process writes."""
+        return True
+
+    def _save_model(self, *args: Any, **kwargs: Any) -> None:
+        if self.may_write():
+            super()._save_model(*args, **kwargs)
+
+
+def attributes_of_callback(callback: Any) -> dict[str, Any]:
+    """A callback's attributes without those that Keras gives to all callbacks."""
+    given = {"model", "_model", "params", "validation_data"}
+    return {name: value for name, value in vars(callback).items() if name not in given}
+
+
+def chooses_direction_late(callback: Any) -> bool:
+    """Whether a callback that monitors a metric decides at the first epoch's end if less is better, or has done so."""
+    return hasattr(callback, "_set_monitor_op") and hasattr(callback, "monitor_op")
+
+
+def choose_direction(callback: Any) -> None:
+    """Lets it decide now, unless it has: Keras turns the sign of `min_delta` each time."""
+    if callback.monitor_op is None:
+        private(callback, "_set_monitor_op")()
+
+
+def tensorboard_counters(callback: keras.callbacks.TensorBoard) -> dict[str, int]:
+    """The counters of batches and epochs by which TensorBoard numbers what it writes, by attribute."""
+    found = {name: value for name, value in vars(callback).items() if name.startswith("_global_")}
+    if "_global_train_batch" not in found:
+        raise missing_in_keras("TensorBoard._global_train_batch")
+    return found
+
+
+def csv_state(callback: keras.callbacks.CSVLogger) -> dict[str, Any]:
+    """What a `CSVLogger` has written: the file's text and its columns; empty before the first epoch's end."""
+    if callback.csv_file is None or callback.keys is None:
+        return {}
+    with open(callback.filename, encoding="utf-8", newline="") as file:  # noqa: PTH123 - as Keras opens it
+        return {"text": file.read(), "keys": list(callback.keys)}
+
+
+def restore_csv(callback: keras.callbacks.CSVLogger, state: dict[str, Any]) -> None:
+    """Undoes what was written since `csv_state`."""
+    with open(callback.filename, "w", encoding="utf-8", newline="") as file:  # noqa: PTH123
+        file.write(state["text"])
+    callback.csv_file.seek(0, 2)  # Keras has it open, and writes on
+    callback.keys, callback.append_header = state["keys"], False

@@ -13,10 +13,11 @@ import tensorflow as tf
 
 from hvdkit import world
 from hvdkit.collectives import wire
+from hvdkit.compat import keras3
 
 _log = logging.getLogger(__name__)
 
-_keras_moments = keras.layers.BatchNormalization._moments
+_keras_moments = keras3.moments_of_keras()
 
 
 def SyncBatchNormalization(fused: bool = False, **arguments: Any) -> keras.layers.BatchNormalization:  # noqa: N802 - Horovod's
@@ -59,7 +60,7 @@ def synchronize_batch_normalization(model: keras.Model) -> keras.Model:
         The model.
     """
     honour_flag()
-    layers = [layer for layer in model._flatten_layers() if isinstance(layer, keras.layers.BatchNormalization)]
+    layers = [layer for layer in keras3.layers_of(model) if isinstance(layer, keras.layers.BatchNormalization)]
     for layer in layers:
         layer.synchronized = True
         layer.supports_jit = False
@@ -72,14 +73,14 @@ def synchronize_batch_normalization(model: keras.Model) -> keras.Model:
 
 def honour_flag() -> None:
     """Makes Keras' `BatchNormalization(synchronized=True)` mean "over all ranks" in a job of several ranks."""
-    keras.layers.BatchNormalization._moments = _moments
+    keras3.replace_moments(_moments)
 
 
 def _moments(self: Any, inputs: tf.Tensor, mask: tf.Tensor | None) -> tuple[tf.Tensor, tf.Tensor]:
     """Mean and variance of each channel, in the place of Keras' method of this name."""
     if not (self.synchronized and world.is_initialized() and world.size() > 1):
         return _keras_moments(self, inputs, mask)
-    axes, shape = self._reduction_axes, tf.shape(inputs)
+    axes, shape = keras3.reduction_axes(self), tf.shape(inputs)
     if mask is None:
         mean, variance = keras.ops.moments(inputs, axes=axes)
         counted = tf.fill(tf.shape(mean), tf.size(inputs, tf.int64) // tf.size(mean, tf.int64))

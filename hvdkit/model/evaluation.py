@@ -15,6 +15,7 @@ from hvdkit.callbacks import AverageStateCallback, MetricAverageCallback
 from hvdkit.callbacks.average_state import average_state
 from hvdkit.collectives.agreement import together
 from hvdkit.collectives.mesh import copies_of, mesh_of
+from hvdkit.compat.keras3 import results_in_order
 from hvdkit.data.shard import array_length, even_share, length_of, take_rows
 from hvdkit.errors import UsageError
 
@@ -62,7 +63,7 @@ def evaluate(
         callbacks=keras.tree.flatten(callbacks),
         **part.options,
     )
-    return results if return_dict else model._flatten_metrics_in_order(results)
+    return results if return_dict else results_in_order(model, results)
 
 
 def evaluate_part(

@@ -7,6 +7,7 @@ import keras
 import tensorflow as tf
 
 from hvdkit import world
+from hvdkit.compat.keras3 import strategy_of
 
 
 def make_train_function(make: Callable, model: keras.Model, args: tuple, kwargs: dict[str, Any]) -> Any:
@@ -15,7 +16,7 @@ def make_train_function(make: Callable, model: keras.Model, args: tuple, kwargs:
     XLA's clustering does the dividing. It compiles what it can of the nodes that are marked for it, so operations that
     XLA does not know are left to TensorFlow instead of failing.
     """
-    if world.size() == 1 or not model.jit_compile or getattr(model, "_distribute_strategy", None) is not None:
+    if world.size() == 1 or not model.jit_compile or strategy_of(model) is not None:
         return make(*args, **kwargs)
     step, own = model.train_step, vars(model).get("train_step")
 

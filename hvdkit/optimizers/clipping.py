@@ -15,28 +15,24 @@ from hvdkit.collectives import wire
 from hvdkit.collectives.mesh import Shard, mesh_of, shard_of
 
 
-def clip_over_shards(optimizer: keras.optimizers.Optimizer, variables: Callable[[], Sequence[Any] | None]) -> None:
-    """Makes an optimizer clip by the norms of whole gradients, where its variables are shards.
-
-    There is no public place: Keras clips between the exchange and the update, in a function of its own.
+def clip_over_shards(
+    optimizer: keras.optimizers.Optimizer, variables: Sequence[Any], grads: list[Any], keras_clip: Callable
+) -> list[Any]:
+    """Clips by the norms of whole gradients where variables are shards, and as Keras does elsewhere.
 
     Args:
-        optimizer: the one that clips.
-        variables: returns those whose gradients are on their way.
+        optimizer: the one that says how to clip.
+        variables: those whose gradients these are.
+        grads: a gradient each.
+        keras_clip: Keras' own function of `grads`.
     """
-    clip = optimizer._clip_gradients
-
-    def clip_by_whole_norms(grads: list[Any]) -> list[Any]:
-        shards = [shard_of(v) for v in variables() or []]
-        mesh = mesh_of(variables() or [])
-        by_norm = optimizer.clipnorm or optimizer.global_clipnorm
-        if mesh is None or mesh.model == 1 or not by_norm or len(shards) != len(grads):
-            return clip(grads)
-        if optimizer.clipnorm:
-            return _clip_each(grads, shards, mesh, optimizer.clipnorm)
-        return _clip_all(grads, shards, mesh, optimizer.global_clipnorm)
-
-    optimizer._clip_gradients = clip_by_whole_norms
+    shards, mesh = [shard_of(v) for v in variables], mesh_of(variables)
+    by_norm = optimizer.clipnorm or optimizer.global_clipnorm
+    if mesh is None or mesh.model == 1 or not by_norm or len(shards) != len(grads):
+        return keras_clip(grads)
+    if optimizer.clipnorm:
+        return _clip_each(grads, shards, mesh, optimizer.clipnorm)
+    return _clip_all(grads, shards, mesh, optimizer.global_clipnorm)
 
 
 def _clip_each(grads: list[Any], shards: Sequence[Shard | None], mesh: Any, limit: float) -> list[Any]:

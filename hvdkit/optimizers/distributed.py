@@ -10,6 +10,7 @@ its configuration and its state are the inner one's. So `model.save` writes a pl
 learning-rate callbacks and attribute access work as before.
 """
 
+import functools
 import warnings
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -21,9 +22,10 @@ from hvdkit import world
 from hvdkit.collectives.mesh import mesh_of, shard_of
 from hvdkit.collectives.traffic import elements, ring_bytes
 from hvdkit.compat import call_stack
+from hvdkit.compat.keras3 import trained_variables
 from hvdkit.compression import Compression, ErrorFeedback
 from hvdkit.errors import UsageError
-from hvdkit.optimizers import clipping, loss_scale
+from hvdkit.optimizers import before_update, clipping, loss_scale
 from hvdkit.optimizers.exchanging import ExchangingOptimizer
 from hvdkit.optimizers.gradients import Gradient, GradientExchange, weights_of
 from hvdkit.optimizers.parts import parts_of
@@ -103,11 +105,8 @@ class DistributedOptimizer(ExchangingOptimizer):
         factor = 1 if average_aggregated_gradients else backward_passes_per_step
         _accumulate(optimizer, backward_passes_per_step)
         self._self_variables: list[Any] | None = None
-        for part in parts_of(optimizer):
-            clipping.clip_over_shards(part, lambda: self._self_variables)
         self._self_exchanges_inside = self._exchanges_where_accumulated()
-        if self._self_exchanges_inside:
-            self._exchange_where_accumulated(optimizer, factor)
+        self._hook_into_updates(factor)
 
     def apply(self, grads: Sequence[Gradient], trainable_variables: Sequence[Any] | None = None) -> None:
         """Exchanges `grads` with the other ranks and applies the result.
@@ -123,7 +122,7 @@ class DistributedOptimizer(ExchangingOptimizer):
         call_stack.refuse_xla()
         loss_scale.refuse_a_branch_of_this_rank(self.__wrapped__, exchange)
         if trainable_variables is None:
-            trainable_variables = self.__wrapped__._trainable_variables
+            trainable_variables = trained_variables(self.__wrapped__)
         variables = list(trainable_variables)
         self._self_variables = [v for g, v in zip(grads, variables, strict=True) if g is not None]
         if exchange.is_adasum():
@@ -139,7 +138,7 @@ class DistributedOptimizer(ExchangingOptimizer):
         Raises:
             UsageError: the variables are shards of a divided model, and the optimizer looks at whole ones.
         """
-        outer = call_stack.caller(keras.optimizers.LossScaleOptimizer, "build")
+        outer = call_stack.loss_scale_in_build()
         if outer is not None:
             loss_scale.judge_overflow_together(outer, self._self_gradients)
         self.__wrapped__.build(variables)
@@ -194,27 +193,34 @@ class DistributedOptimizer(ExchangingOptimizer):
     def _exchanges_where_accumulated(self) -> bool:
         return _accumulates(self.__wrapped__) and not self._self_gradients.is_adasum()
 
-    def _exchange_where_accumulated(self, optimizer: keras.optimizers.Optimizer, factor: float) -> None:
-        """Moves the exchange behind Keras' accumulation: into the branch that is taken every N calls, by all ranks.
+    def _hook_into_updates(self, factor: float) -> None:
+        """Puts what must happen between accumulation and update there.
 
-        There Keras clips the accumulated gradients, which comes first and must see those of all ranks; there is no
-        public place.
+        With gradient accumulation that is the gradient allreduce, too: in the branch that all ranks take every N calls.
+
+        Args:
+            factor: what accumulated gradients are multiplied by.
         """
-        for part in parts_of(optimizer):
+        for part in parts_of(self.__wrapped__):
             if isinstance(part, keras.optimizers.LossScaleOptimizer):
-                # It decides at each call whether the branch is reached at all.
-                loss_scale.judge_overflow_together(part, self._self_gradients)
+                if self._self_exchanges_inside:  # it decides at each call whether the branch is reached at all
+                    loss_scale.judge_overflow_together(part, self._self_gradients)
                 continue
-            clip = part._clip_gradients
+            before_update.hook(
+                part,
+                exchange=functools.partial(self._exchange_accumulated, factor) if self._self_exchanges_inside else None,
+                clip=functools.partial(self._clip_over_shards, part),
+            )
 
-            def exchange_and_clip(grads: list[Gradient], clip: Callable = clip) -> list[Gradient]:
-                variables = self._self_variables
-                if variables is not None and len(variables) != len(grads):  # a part of a MultiOptimizer's
-                    variables = None
-                grads = self._self_gradients(grads, variables)
-                return clip([g if g is None else g * tf.cast(factor, g.dtype) for g in grads])
+    def _exchange_accumulated(self, factor: float, grads: list[Gradient]) -> list[Gradient]:
+        variables = self._self_variables
+        if variables is not None and len(variables) != len(grads):  # a part of a MultiOptimizer's
+            variables = None
+        grads = self._self_gradients(grads, variables)
+        return [g if g is None else g * tf.cast(factor, g.dtype) for g in grads]
 
-            part._clip_gradients = exchange_and_clip
+    def _clip_over_shards(self, part: Any, grads: list[Gradient], keras_clip: Callable) -> list[Gradient]:
+        return clipping.clip_over_shards(part, self._self_variables or [], grads, keras_clip)
 
     def _apply_by_adasum(self, grads: list[Gradient], variables: list[Any]) -> None:
         """Takes this rank's own step and replaces it by the combination of all ranks' steps."""
@@ -299,6 +305,12 @@ def keeps_local(optimizer: Any, variable: Any) -> bool:
         return optimizer.keeps_local(variable)
     inner = getattr(optimizer, "inner_optimizer", None)
     return inner is not None and keeps_local(inner, variable)
+
+
+def all_ranks_train(optimizers: Sequence[ExchangingOptimizer]) -> bool:
+    """Whether all ranks of the job train this model; otherwise some may not even call `fit`."""
+    sets = [o._self_gradients.process_set for o in optimizers if isinstance(o, DistributedOptimizer)]
+    return bool(optimizers) and all(s.process_set_id == 0 for s in sets)
 
 
 def _refuse_what_is_no_optimizer(optimizer: Any) -> None:

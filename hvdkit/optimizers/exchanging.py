@@ -9,6 +9,7 @@ import wrapt
 from hvdkit.compat.keras2 import REMOVED_FROM_OPTIMIZERS
 from hvdkit.optimizers.fused_update import fuse_updates
 from hvdkit.optimizers.gradients import Gradient
+from hvdkit.optimizers.parts import optimizers_of
 
 
 class ExchangingOptimizer(wrapt.ObjectProxy):
@@ -50,3 +51,16 @@ class ExchangingOptimizer(wrapt.ObjectProxy):
         if name in REMOVED_FROM_OPTIMIZERS:
             raise AttributeError(REMOVED_FROM_OPTIMIZERS[name])
         super().__setattr__(name, value)
+
+
+def exchanging_optimizers_of(model: keras.Model) -> list[ExchangingOptimizer]:
+    """The model's optimizers that exchange, at whatever depth; those of its own attributes (GANs have two), too."""
+    found = {id(o): o for optimizer in optimizers_of(model) for o in _exchanging(optimizer)}
+    return list(found.values())
+
+
+def _exchanging(optimizer: Any) -> Iterable[ExchangingOptimizer]:
+    if isinstance(optimizer, ExchangingOptimizer):
+        yield optimizer
+    elif getattr(optimizer, "inner_optimizer", None) is not None:
+        yield from _exchanging(optimizer.inner_optimizer)

@@ -14,8 +14,7 @@ import keras
 import tensorflow as tf
 
 from hvdkit import native
-from hvdkit.compat import call_stack
-from hvdkit.compat.keras3 import native_variable
+from hvdkit.compat import call_stack, keras3
 from hvdkit.optimizers.parts import parts_of
 
 
@@ -29,36 +28,37 @@ def fuse(optimizer: keras.optimizers.Optimizer) -> None:
     """
     kind, keras_own = type(optimizer), keras.optimizers.Optimizer
     # None where a subclass, a proxy or this very optimizer has an update of its own, or one of the parts of Keras'.
-    fused = _FUSED.get(getattr(kind, "update_step", None))
-    if fused is None or "update_step" in vars(optimizer):
+    if not issubclass(kind, keras_own):
+        return
+    fused = _FUSED.get(keras3.update_of(kind))
+    if fused is None or keras3.has_own_update(optimizer):
         return
     if all(getattr(kind, part) is getattr(keras_own, part) for part in ("assign", "assign_add", "assign_sub")):
-        optimizer.update_step = functools.partial(_update, *fused, optimizer)
+        keras3.replace_update(optimizer, functools.partial(_update, *fused, optimizer))
 
 
 def _update(fits: Callable, update: Callable, optimizer: Any, gradient: Any, variable: Any, learning_rate: Any) -> None:
     """Takes the place of `update_step`, which has the last three arguments."""
-    inner = native_variable(variable)
+    inner = keras3.native_variable(variable)
     is_on_host = "CPU" in inner.device or not tf.config.list_logical_devices("GPU")
     has_its_shape = tf.TensorShape(gradient.shape).is_compatible_with(inner.shape)  # Keras would stretch it
     if is_on_host and has_its_shape and fits(optimizer, gradient, inner) and not call_stack.is_in_xla():
         update(optimizer, gradient, inner, learning_rate)
     else:
-        type(optimizer).update_step(optimizer, gradient, variable, learning_rate)
+        keras3.update_of(type(optimizer))(optimizer, gradient, variable, learning_rate)
 
 
 def _fits_adam(optimizer: Any, gradient: Any, variable: tf.Variable) -> bool:
     if isinstance(gradient, tf.IndexedSlices) and gradient.indices.dtype not in (tf.int32, tf.int64):
         return False
-    place = optimizer._get_variable_index(variable)
-    dtypes = {tf.as_dtype(v.dtype) for v in (variable, optimizer._momentums[place], optimizer._velocities[place])}
+    dtypes = {tf.as_dtype(v.dtype) for v in (variable, *keras3.adam_slots(optimizer, variable))}
     return dtypes in ({tf.float32}, {tf.float64}) and not optimizer.amsgrad and native.is_built()
 
 
 def _adam(optimizer: Any, gradient: Any, variable: tf.Variable, learning_rate: Any) -> None:
     """D. P. Kingma and J. Ba, "Adam", 2015, in the form at the end of its section 2."""
-    place, dtype = optimizer._get_variable_index(variable), variable.dtype
-    slots = [slots[place].value.handle for slots in (optimizer._momentums, optimizer._velocities)]
+    dtype = variable.dtype
+    slots = [slot.value.handle for slot in keras3.adam_slots(optimizer, variable)]
     step = tf.cast(optimizer.iterations + 1, dtype)
     power_1, power_2 = (tf.pow(tf.cast(beta, dtype), step) for beta in (optimizer.beta_1, optimizer.beta_2))
     scalars = {
@@ -87,7 +87,7 @@ def _sgd(optimizer: Any, gradient: Any, variable: tf.Variable, learning_rate: An
         return
     tf.raw_ops.ResourceApplyKerasMomentum(
         var=variable.handle,
-        accum=optimizer.momentums[optimizer._get_variable_index(variable)].value.handle,
+        accum=keras3.sgd_slot(optimizer, variable).value.handle,
         lr=rate,
         grad=gradient,
         momentum=tf.cast(optimizer.momentum, dtype),
@@ -96,8 +96,8 @@ def _sgd(optimizer: Any, gradient: Any, variable: tf.Variable, learning_rate: An
 
 
 _FUSED = {
-    keras.optimizers.Adam.update_step: (_fits_adam, _adam),
-    keras.optimizers.SGD.update_step: (_fits_sgd, _sgd),
+    keras3.update_of(keras.optimizers.Adam): (_fits_adam, _adam),
+    keras3.update_of(keras.optimizers.SGD): (_fits_sgd, _sgd),
 }
 
 

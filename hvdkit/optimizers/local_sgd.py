@@ -18,6 +18,7 @@ import numpy as np
 import tensorflow as tf
 
 from hvdkit import collectives, world
+from hvdkit.compat.keras3 import learning_rate_source
 from hvdkit.compression import Compression
 from hvdkit.optimizers.distributed import DistributedOptimizer
 from hvdkit.optimizers.gradients import Gradient
@@ -77,7 +78,7 @@ class LocalSGD(DistributedOptimizer):
         if self._self_outer or self._self_gradients.is_alone():
             return
         self._self_weights = list(variables)
-        common = {id(v) for p in parts_of(self.__wrapped__) for v in (p.iterations, getattr(p, "_learning_rate", None))}
+        common = {id(v) for p in parts_of(self.__wrapped__) for v in (p.iterations, learning_rate_source(p))}
         self._self_own = [*variables, *(v for v in self.__wrapped__.variables if id(v) not in common)]
         with tf.init_scope():
             self._self_since = keras.Variable(0, trainable=False, dtype="int32", name="local_steps")

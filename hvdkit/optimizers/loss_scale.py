@@ -51,7 +51,7 @@ def refuse_a_branch_of_this_rank(wrapped: keras.optimizers.Optimizer, exchange: 
     Raises:
         RuntimeError: there is such a one around; it was not met when the optimizer was built.
     """
-    outer = call_stack.caller(keras.optimizers.LossScaleOptimizer, "_stateful_handle_finite_grads")
+    outer = call_stack.loss_scale_in_branch()
     if outer is not None and outer is not wrapped and not hasattr(outer, _MARK):
         raise RuntimeError(
             "A DistributedOptimizer that was built by itself is inside a LossScaleOptimizer, where ranks would wait "

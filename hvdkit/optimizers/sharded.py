@@ -24,9 +24,20 @@ from hvdkit.collectives import shared_memory, wire
 from hvdkit.collectives.mesh import mesh_of
 from hvdkit.collectives.traffic import elements, ring_bytes
 from hvdkit.compat import call_stack
-from hvdkit.compat.keras3 import native_variable
+from hvdkit.compat.keras3 import (
+    VectorVariable,
+    calls_of_apply,
+    copy_decay_exclusions,
+    decays,
+    moving_averages,
+    native_variable,
+    own_variables,
+    role_of_slot,
+    update_of,
+    without_empty_gradients,
+)
 from hvdkit.errors import UsageError
-from hvdkit.optimizers import heartbeat, loss_scale
+from hvdkit.optimizers import before_update, heartbeat, loss_scale
 from hvdkit.optimizers.distributed import DistributedOptimizer
 from hvdkit.optimizers.flat import Flat
 from hvdkit.optimizers.fused_update import fuse_updates
@@ -101,7 +112,7 @@ class ShardedOptimizer(DistributedOptimizer):
             return
         if self._self_flats:
             return
-        if call_stack.caller(keras.optimizers.LossScaleOptimizer, "build") is not None:
+        if call_stack.loss_scale_in_build() is not None:
             raise UsageError(
                 "A ShardedOptimizer is inside a LossScaleOptimizer, which would be asked for state that no rank has. "
                 "Put it outside: hvdkit.ShardedOptimizer(keras.optimizers.LossScaleOptimizer(optimizer))."
@@ -136,9 +147,12 @@ class ShardedOptimizer(DistributedOptimizer):
         for part in parts_of(self.__wrapped__)[:-1]:
             loss_scale.judge_overflow_together(part, self._self_gradients)
         if leaf.clipnorm or leaf.global_clipnorm:
-            leaf._clip_gradients = self._clip  # there is no public place
+            before_update.hook(leaf, clip=lambda grads, keras_clip: self._clip(grads))
         if leaf is not self.__wrapped__:  # Keras saves the optimizer within once more, by itself
             leaf.save_own_variables = lambda store: self._save(store, inner=True)
+
+    def _hook_into_updates(self, factor: float) -> None:
+        """`_take_over` does, once it is known which optimizer is wrapped."""
 
     def _exchanges_where_accumulated(self) -> bool:
         """What is accumulated is divided: gradients are reduced before."""
@@ -149,26 +163,26 @@ class ShardedOptimizer(DistributedOptimizer):
         leaf, process_set = self._self_leaf, self._self_gradients.process_set
         groups: dict[tuple[bool, str], list[int]] = {}
         for place, variable in enumerate(self._self_model):
-            decays = not leaf.weight_decay or leaf._use_weight_decay(native_variable(variable))
-            groups.setdefault((decays, tf.as_dtype(variable.dtype).name), []).append(place)
+            has_decay = not leaf.weight_decay or decays(leaf, native_variable(variable))
+            groups.setdefault((has_decay, tf.as_dtype(variable.dtype).name), []).append(place)
         ranks = heartbeat.members(process_set)
         kept = []
-        for (decays, dtype), places in groups.items():
+        for (has_decay, dtype), places in groups.items():
             flat = Flat([self._self_model[p] for p in places], places, len(ranks), ranks.index(world.rank()))
             name = f"sharded_part_{len(self._self_flats)}"
-            part = _Part("zeros", shape=[flat.part], dtype=dtype, name=name)
+            part = _Part(flat.part, dtype, name)
             self._self_flats.append(flat)
             self._self_parts.append(part)
-            kept += [] if decays else [part]
+            kept += [] if has_decay else [part]
         if leaf.weight_decay:
             leaf.exclude_from_weight_decay(var_list=kept)  # and no longer by the names of the model's variables
 
     def _find_slots(self) -> None:
         for number, part in enumerate(self._self_parts):
-            mark = f"{part.path.replace('/', '_')}_"
             for variable in self._self_leaf.variables:
-                if variable.name.startswith(mark):
-                    self._self_slots[id(variable)] = number, variable.name.removeprefix(mark)
+                role = role_of_slot(variable, part)
+                if role is not None:
+                    self._self_slots[id(variable)] = number, role
 
     # ---- A step ---------------------------------------------------------------------------------------------------
     def apply(self, grads: Sequence[Gradient], trainable_variables: Sequence[Any] | None = None) -> None:
@@ -196,7 +210,8 @@ class ShardedOptimizer(DistributedOptimizer):
         leaf = self._self_leaf
         steps = leaf.gradient_accumulation_steps
         if steps and not (leaf.use_ema and leaf.ema_overwrite_frequency):
-            due = leaf._iterations.value % tf.cast(steps, leaf._iterations.value.dtype) == 0
+            calls = calls_of_apply(leaf).value
+            due = calls % tf.cast(steps, calls.dtype) == 0
             tf.cond(due, lambda: self._update_weights(moved), lambda: None)
         else:
             self._update_weights(moved)
@@ -212,14 +227,14 @@ class ShardedOptimizer(DistributedOptimizer):
         if self._self_gradients.is_alone() or not self._self_flats:
             self.__wrapped__.finalize_variable_values(var_list)
         elif leaf.use_ema:
-            averages = self._gather(leaf._model_variables_moving_average, "averages")
+            averages = self._gather(moving_averages(leaf), "averages")
             for variable, average in zip(self._self_model, averages, strict=True):
                 variable.assign(average)
 
     def _in_order(self, grads: Sequence[Gradient], variables: Sequence[Any] | None) -> list[Any]:
         """The gradients as dense tensors, one for each variable of the optimizer, None where there is none."""
         given = list(self._self_model if variables is None else variables)
-        grads, given = self._self_leaf._filter_empty_gradients(list(grads), given)  # warns as Keras does
+        grads, given = without_empty_gradients(self._self_leaf, list(grads), given)
         place_of = {id(native_variable(v)): place for place, v in enumerate(self._self_model)}
         dense: list[Any] = [None] * len(self._self_model)
         for grad, variable in zip(grads, given, strict=True):
@@ -398,7 +413,7 @@ class ShardedOptimizer(DistributedOptimizer):
         if world.rank():
             return []
         values = [next(arrays) if isinstance(v, WholeSlot) else v.numpy() for v in variables]
-        self._self_whole = int(self._self_leaf._iterations.numpy()), values
+        self._self_whole = int(calls_of_apply(self._self_leaf).numpy()), values
         return values
 
     def save_own_variables(self, store: Any) -> None:
@@ -417,7 +432,7 @@ class ShardedOptimizer(DistributedOptimizer):
 
     def _save(self, store: Any, inner: bool = False) -> None:
         whole = self._self_whole
-        if whole is None or whole[0] != int(self._self_leaf._iterations.numpy()):
+        if whole is None or whole[0] != int(calls_of_apply(self._self_leaf).numpy()):
             if not inner:
                 warnings.warn(
                     "The file has the weights, but none of the optimizer's state: each rank has a part of it. To save "
@@ -426,7 +441,7 @@ class ShardedOptimizer(DistributedOptimizer):
                     stacklevel=2,
                 )
             return
-        around = len(self.__wrapped__._variables) if inner else 0  # a LossScaleOptimizer's own
+        around = len(own_variables(self.__wrapped__)) if inner else 0  # a LossScaleOptimizer's own
         for place, value in enumerate(whole[1][around:]):
             store[str(place)] = value
 
@@ -441,16 +456,13 @@ class ShardedOptimizer(DistributedOptimizer):
             held.assign(vector[flat.rank * flat.part : (flat.rank + 1) * flat.part])
 
 
-class _Part(keras.Variable):
+class _Part(VectorVariable):
     """This rank's part of some weights, while the optimizer updates it: between steps it takes no memory."""
-
-    def _initialize(self, value: Any) -> None:
-        nothing = tf.zeros([0], self._dtype)
-        self._value = tf.Variable(nothing, trainable=True, shape=tf.TensorShape([None]), name=self.name)
 
     def release(self) -> None:
         """Gives the memory back; the next step begins with an assignment."""
-        self.value.assign(tf.zeros([0], self._dtype))
+        native = native_variable(self)
+        native.assign(tf.zeros([0], native.dtype))
 
 
 def _refuse_what_looks_at_more(parts: Sequence[keras.optimizers.Optimizer]) -> None:
@@ -460,7 +472,7 @@ def _refuse_what_looks_at_more(parts: Sequence[keras.optimizers.Optimizer]) -> N
     else:
         leaf = parts[-1]
     known = [getattr(keras.optimizers, name) for name in _ELEMENTWISE]
-    if any(type(leaf).update_step is cls.update_step for cls in known):
+    if any(update_of(type(leaf)) is update_of(cls) for cls in known):
         return
     name = next((c.__name__ for c in type(leaf).__mro__ if c.__name__ in _WHY_NOT), "")
     why = _WHY_NOT.get(name, "has an update of its own, which may look at more than one weight at a time")
@@ -474,9 +486,7 @@ def _unbuilt(optimizer: keras.optimizers.Optimizer) -> keras.optimizers.Optimize
     """The same optimizer, before it was built."""
     fresh = type(optimizer).from_config(optimizer.get_config())
     for one, other in zip(parts_of(optimizer), parts_of(fresh), strict=True):
-        for name in ("_exclude_from_weight_decay", "_exclude_from_weight_decay_pattern"):
-            if hasattr(one, name):
-                setattr(other, name, getattr(one, name))
+        copy_decay_exclusions(one, other)
     return fresh
 
 

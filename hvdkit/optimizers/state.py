@@ -7,9 +7,9 @@ import keras
 import tensorflow as tf
 
 from hvdkit.collectives.mesh import copy_index, mesh_of
-from hvdkit.compat.keras3 import is_gradient_accumulator, is_seed
+from hvdkit.compat.keras3 import gradient_accumulators, is_seed, layers_of
 from hvdkit.optimizers.distributed import keeps_local
-from hvdkit.optimizers.parts import optimizers_of
+from hvdkit.optimizers.parts import optimizers_of, parts_of
 from hvdkit.optimizers.sharded import ShardedOptimizer
 from hvdkit.optimizers.whole_slots import WholeSlot
 
@@ -40,8 +40,9 @@ class Kept:
 def kept_of(model: keras.Model) -> list[Kept]:
     """All variables that training changes, each once, in an order that is the same in each run of a program."""
     optimizers = optimizers_of(model)
-    frozen = {id(v) for layer in model._flatten_layers() if not layer.trainable for v in layer.weights}
+    frozen = {id(v) for layer in layers_of(model) if not layer.trainable for v in layer.weights}
     gathered = {id(v) for v in model.non_trainable_weights if "float" in str(v.dtype)} - frozen
+    accumulators = {id(v) for o in optimizers for part in parts_of(o) for v in gradient_accumulators(part)}
     metrics = {id(v): v for metric in model.metrics for v in metric.variables}
     slots = [v for optimizer in optimizers for v in _slots(optimizer)]
     everything = {id(v): v for v in [*model.variables, *slots]}
@@ -52,7 +53,7 @@ def kept_of(model: keras.Model) -> list[Kept]:
         if is_seed(variable):
             return SEED
         own = (
-            is_gradient_accumulator(variable)
+            id(variable) in accumulators
             or id(variable) in gathered
             or any(keeps_local(o, variable) for o in optimizers)
         )

@@ -13,6 +13,7 @@ import tensorflow as tf
 
 from hvdkit import collectives
 from hvdkit.collectives.mesh import Mesh, Shard, mark
+from hvdkit.compat.keras3 import consumers_of, operation_of
 from hvdkit.errors import UsageError
 from hvdkit.parallel import graph, mappings, whole_model
 
@@ -135,8 +136,8 @@ def _chains(model: keras.Model) -> list[tuple[Any, Any]]:
 def _begin(tensor: Any) -> Any:
     """Returns the tensor at the start of the chain of layers that ends in `tensor`."""
     while True:
-        layer = tensor._keras_history.operation
-        alone = len(layer._outbound_nodes) == 1 and not isinstance(layer, keras.layers.InputLayer)
+        layer = operation_of(tensor)
+        alone = len(consumers_of(layer)) == 1 and not isinstance(layer, keras.layers.InputLayer)
         if not alone or len(keras.tree.flatten(layer.input)) != 1:
             return tensor
         tensor = keras.tree.flatten(layer.input)[0]

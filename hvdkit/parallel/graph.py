@@ -5,6 +5,7 @@ from typing import Any
 
 import keras
 
+from hvdkit.compat import keras3
 from hvdkit.errors import UsageError
 from hvdkit.parallel import whole_model
 
@@ -15,8 +16,8 @@ def functional(model: keras.Model) -> keras.Model:
     Raises:
         UsageError: the model is not functional or sequential, or not built.
     """
-    graph = getattr(model, "_functional", None) if isinstance(model, keras.Sequential) else model
-    if not hasattr(graph, "_run_through_graph"):
+    graph = keras3.graph_of(model)
+    if graph is None:
         raise UsageError(
             f"The model {model.name!r} is a {type(model).__name__}, whose layer graph is not known. Give a functional "
             f"or sequential model that is built."
@@ -90,7 +91,7 @@ def refuse_masks(model: keras.Model, tensors: Sequence[Any]) -> None:
         UsageError: a tensor has a mask.
     """
     for tensor in tensors:
-        if getattr(tensor, "_keras_mask", None) is not None:
+        if keras3.has_mask(tensor):
             raise UsageError(
                 f"The model {model.name!r} would be divided at {tensor.name!r}, which has a mask (for example from "
                 f"Embedding(mask_zero=True)), but ranks do not send masks. Divide it elsewhere."

@@ -12,6 +12,7 @@ import tensorflow as tf
 from keras import ops
 
 from hvdkit.collectives.mesh import Mesh
+from hvdkit.compat.keras3 import MultiHeadAttention
 from hvdkit.errors import UsageError
 from hvdkit.parallel import mappings
 
@@ -117,19 +118,19 @@ class RowEinsumDense(_Part, keras.layers.EinsumDense):
         return _after_the_sum(self, ops.einsum(self.equation, inputs, self.kernel))
 
 
-class HeadsAttention(_Part, keras.layers.MultiHeadAttention):
+class HeadsAttention(_Part, MultiHeadAttention):
     """Some of a `MultiHeadAttention`'s heads; the output projection sums over the heads of all ranks."""
 
     def __init__(self, mesh: Mesh, num_heads: int, **config: Any) -> None:
-        keras.layers.MultiHeadAttention.__init__(self, part(num_heads, mesh, "num_heads", config.get("name")), **config)
+        MultiHeadAttention.__init__(self, part(num_heads, mesh, "num_heads", config.get("name")), **config)
         self.mesh = mesh
         projections = ("query", "key", "value", "gate")
         self.split_axes = {f"{p}/kernel": 1 for p in projections} | {f"{p}/bias": 0 for p in projections}
         self.split_axes["attention_output/kernel"] = 0
 
-    def _make_output_dense(self, query_shape: Any, common_kwargs: Any, name: str | None = None) -> Any:
-        whole = super()._make_output_dense(query_shape, common_kwargs, name)
-        return RowEinsumDense(self.mesh, 0, **whole.get_config())
+    def output_projection(self, keras_own: keras.layers.EinsumDense) -> RowEinsumDense:
+        """Adds up what the ranks' heads give."""
+        return RowEinsumDense(self.mesh, 0, **keras_own.get_config())
 
     def call(
         self,

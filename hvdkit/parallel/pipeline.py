@@ -27,6 +27,7 @@ import tensorflow as tf
 from hvdkit import collectives, world
 from hvdkit.collectives import wire
 from hvdkit.collectives.mesh import Mesh, Shard, mark
+from hvdkit.compat.keras3 import clear_losses, consumers_of, loss_tracker
 from hvdkit.errors import UsageError
 from hvdkit.parallel import graph, whole_model
 from hvdkit.parallel.transfer import Outbox, receive, send
@@ -128,7 +129,7 @@ class PipelinedModel(keras.Model):
             raise UsageError(
                 "In a step that is no graph, stages of a pipeline would wait for each other: leave out run_eagerly."
             )
-        self._clear_losses()  # of an evaluation's graph: Keras does this only in a call of the whole model
+        clear_losses(self)  # of an evaluation's graph: Keras does this only in a call of the whole model
         x, y, weights = keras.utils.unpack_x_y_sample_weight(data)
         batches = list(zip(*(self._divided(part) for part in (x, y, weights)), strict=True))
         step = _Step(self, batches)
@@ -172,7 +173,7 @@ class PipelinedModel(keras.Model):
         states = [v for metric in self.metrics for v in metric.variables]
         mine = [v.value if self._is_last else wire.zeros(tf.shape(v.value), v.dtype) for v in states]
         if penalty is not None:
-            place = next(i for i, v in enumerate(states) if v is self._loss_tracker.total)
+            place = next(i for i, v in enumerate(states) if v is loss_tracker(self).total)
             mine[place] = tf.cast(penalty, mine[place].dtype)
         for variable, value in zip(states, self._sum(mine, "hvdkit.pipeline.metrics"), strict=True):
             variable.assign(value)
@@ -210,7 +211,7 @@ class _Step:
             penalty = tf.add_n(model.stage.losses) if model.stage.losses else None
             if model._is_last:
                 loss = model.compute_loss(x, y, output, weights, training=True)  # includes the stage's own losses
-                model._loss_tracker.update_state(loss, sample_weight=tf.shape(output)[0])
+                loss_tracker(model).update_state(loss, sample_weight=tf.shape(output)[0])
                 target = model.optimizer.scale_loss(loss / len(self._batches))
             else:
                 target = output
@@ -308,7 +309,7 @@ def _narrow(model: keras.Model) -> list[str]:
     operations = model.operations  # layers, and operations between them, such as x + y
     place = {operation.name: number for number, operation in enumerate(operations)}
     last_use = [
-        max((place[n.operation.name] for n in operation._outbound_nodes if n.operation.name in place), default=-1)
+        max((place[taker.name] for taker in consumers_of(operation) if taker.name in place), default=-1)
         for operation in operations
     ]
     narrow = []

@@ -16,6 +16,7 @@ import keras
 
 from hvdkit import world
 from hvdkit.collectives.mesh import Mesh, Shard, mark
+from hvdkit.compat.keras3 import consumers_of, operation_of
 from hvdkit.errors import UsageError
 from hvdkit.parallel import graph, whole_model
 from hvdkit.parallel import layers as parts
@@ -106,7 +107,7 @@ class _Builder:
     def __init__(self, model: keras.Model, mesh: Mesh, plan: dict[str, int]) -> None:
         self._mesh, self._plan = mesh, plan
         self._axes: dict[int, tuple[Any, int]] = {}  # from a tensor's id to the tensor and the axis of its division
-        self._last = {t._keras_history.operation.name for t in keras.tree.flatten(model.outputs)}
+        self._last = {operation_of(t).name for t in keras.tree.flatten(model.outputs)}
 
     def layer(self, layer: keras.layers.Layer) -> keras.layers.Layer:
         """Returns the layer that replaces `layer`."""
@@ -156,7 +157,7 @@ class _Builder:
         if id(x) not in self._axes:
             return x
         axis = self._axes[id(x)][1]
-        return parts.JoinParts(self._mesh, axis, name=f"{x._keras_history.operation.name}_joined_for_{layer}")(x)
+        return parts.JoinParts(self._mesh, axis, name=f"{operation_of(x).name}_joined_for_{layer}")(x)
 
     def _part(self, x: Any, axis: int, layer: str) -> Any:
         if id(x) in self._axes and self._axes[id(x)][1] % len(x.shape) == axis % len(x.shape):
@@ -246,8 +247,8 @@ def _is_dense(layer: Any, mesh: Mesh) -> bool:
 
 def _dense_behind(layer: Any) -> Any:
     """Returns the Dense layer that is the only consumer of a layer's output, skipping elementwise layers."""
-    while len(layer._outbound_nodes) == 1:
-        layer = layer._outbound_nodes[0].operation
+    while len(takers := consumers_of(layer)) == 1:
+        layer = takers[0]
         if type(layer) is keras.layers.Dense:
             return layer
         if not isinstance(layer, _PASS_THROUGH):

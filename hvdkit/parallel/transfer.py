@@ -13,6 +13,7 @@ import tensorflow as tf
 from hvdkit import collectives, world
 from hvdkit.collectives import shared_memory, wire
 from hvdkit.collectives.mesh import Mesh
+from hvdkit.compat.tensorflow import run_out_of_order
 
 
 def send(mesh: Mesh, stage: int, x: tf.Tensor, name: str) -> tf.Tensor:
@@ -77,7 +78,6 @@ def _gather(rows: tf.Tensor, name: str, pair: Any) -> tf.Tensor:
     its first transfer for the other side: a deadlock. So these operations run outside this order.
     """
     (both,) = wire.run_shared("gather", [rows], name, pair)
-    manager = getattr(tf.compat.v1.get_default_graph(), "experimental_acd_manager", None)
-    if manager is not None:
-        manager.run_independently(both.op)
+    if not tf.executing_eagerly():
+        run_out_of_order(both.op)
     return both

@@ -11,6 +11,7 @@ import numpy as np
 
 from hvdkit import collectives, world
 from hvdkit.collectives.mesh import mesh_of, shard_of
+from hvdkit.compat.keras3 import layers_of
 from hvdkit.errors import UsageError
 
 
@@ -80,7 +81,7 @@ def custom_classes(layer: Any) -> dict[str, type]:
     """Returns the user's own layer classes in a layer or model, by name; they are needed to rebuild it."""
     if not isinstance(layer, keras.layers.Layer):  # an operation, such as x + y
         return {}
-    classes = {type(inner) for inner in layer._flatten_layers(include_self=False)}
+    classes = {type(inner) for inner in layers_of(layer, include_self=False)}
     # Leave out Keras' own classes: it knows them, and some layers and operations have the same name.
     return {cls.__name__: cls for cls in classes if not cls.__module__.startswith("keras.")}
 

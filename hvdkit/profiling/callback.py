@@ -15,6 +15,7 @@ import numpy as np
 import tensorflow as tf
 
 from hvdkit import collectives, world
+from hvdkit.compat.keras3 import strategy_of
 from hvdkit.errors import UsageError
 from hvdkit.profiling import marks, shares, trace
 
@@ -56,7 +57,7 @@ class ProfileCallback(keras.callbacks.Callback):
     def on_train_begin(self, logs: dict | None = None) -> None:
         """Asks for marks, before the step is traced."""
         model = self.model
-        if getattr(model, "_distribute_strategy", None) is not None:
+        if strategy_of(model) is not None:
             raise UsageError("ProfileCallback does not see inside tf.distribute: leave it out under such a strategy.")
         self._marks = marks.start(self._stop - self._start + 256)
         self._own = vars(model).get("train_step")

@@ -8,6 +8,7 @@ import keras
 import tensorflow as tf
 
 from hvdkit import world
+from hvdkit.compat.keras3 import leave_out_reduction
 from hvdkit.errors import UsageError
 from hvdkit.optimizers.exchanging import ExchangingOptimizer
 from hvdkit.optimizers.loss_scale import with_loss_scale
@@ -61,7 +62,7 @@ class MirroredStrategy(Strategy):
                 )
         optimizer = with_loss_scale(optimizer)
         for part in parts_of(optimizer):
-            part._all_reduce_sum_gradients = list  # the sum is done before Keras calls this
+            leave_out_reduction(part)  # the sum is done before Keras calls this
         # Keras has already divided the loss by the number of replicas, so the sum of the gradients is their average.
         return ExchangingOptimizer(optimizer, sum_over_replicas)
 

@@ -20,6 +20,7 @@ import keras
 import tensorflow as tf
 
 from hvdkit import world
+from hvdkit.compat.tensorflow import number_collectives_when_traced
 from hvdkit.errors import UsageError
 from hvdkit.optimizers.exchanging import ExchangingOptimizer
 from hvdkit.optimizers.gradients import Gradient
@@ -54,7 +55,7 @@ class MultiWorkerStrategy(HorovodStrategy):
                 raise
             mistake = error
         resolver = cluster.join(mistake)
-        _number_collectives_when_traced()
+        number_collectives_when_traced()
         self._strategy = tf.distribute.MultiWorkerMirroredStrategy(resolver)
 
     def distribute(self, optimizer: keras.optimizers.Optimizer, **options: Any) -> keras.optimizers.Optimizer:
@@ -75,8 +76,8 @@ class _Exchange:
     """Averages gradients over the workers, in a separate graph.
 
     Workers match their collectives by numbers that are assigned when a graph is traced (see
-    `_number_collectives_when_traced`). A single worker may trace a training step again, for a batch of a different
-    size. This graph depends only on the variables, so all workers trace it equally often.
+    `hvdkit.compat.tensorflow.number_collectives_when_traced`). A single worker may trace a training step again, for a
+    batch of a different size. This graph depends only on the variables, so all workers trace it equally often.
     """
 
     def __init__(self, strategy: tf.distribute.Strategy) -> None:
@@ -126,27 +127,6 @@ def _take_cpu() -> None:
             f"The strategy multiworker must be made once, and before TensorFlow makes its first tensor ({error}). Call "
             f"hvdkit.strategies.create('multiworker') at the start of the script."
         ) from error
-
-
-def _number_collectives_when_traced() -> None:
-    """Makes TensorFlow number collectives when it traces a graph, not feed the numbers into the graph at each call.
-
-    Numbers that are fed do not reach a function inside a condition. Keras calls the training step in such a condition
-    if `steps_per_execution` is above 1 ("You must feed a value for placeholder tensor ...").
-
-    Raises:
-        RuntimeError: TensorFlow has no such switch.
-    """
-    try:  # a private module, needed by this strategy only
-        from tensorflow.python.distribute.cross_device_utils import CollectiveReplicaLauncher as Launcher
-    except ImportError:
-        Launcher = None  # noqa: N806
-    if not hasattr(Launcher, "_prefer_unique_instance_key"):
-        raise RuntimeError(
-            f"--strategy=multiworker supports TensorFlow 2.16 to 2.21, whose CollectiveReplicaLauncher has the "
-            f"attribute _prefer_unique_instance_key; TensorFlow {tf.__version__} lacks it. Use --strategy=horovod."
-        )
-    Launcher._prefer_unique_instance_key = False
 
 
 def _spec(grad: tf.Tensor | tf.IndexedSlices) -> Any:

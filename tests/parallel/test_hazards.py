@@ -223,7 +223,7 @@ def deciding_callbacks(folder):
     found["nan"]["last"] = watch.seen[-1]
     leaving = {"at a step": Leave(1, 2), "at the last step": Leave(1, 7), "at an epoch's end": Leave(2)}
     for name, callback in leaving.items():
-        with _warnings("hvdkit.model.fit") as said:
+        with _warnings("hvdkit.model.guard") as said:
             found[name] = {**train([callback]), "last": callback.seen[-1]}
         found[name, "said"] = said
     path = os.path.join(folder, "best.weights.h5")  # noqa: PTH118
@@ -368,7 +368,7 @@ def what_is_forgotten(case):
     if case == "not a sum":  # as if Horovod gave each rank its own back
         hvd.collectives.reduce_dense = lambda tensors, *args, **kwargs: list(tensors)
     rows = slice(0, 24 if case == "fewer steps" and world.rank == 1 else 32)
-    with _warnings("hvdkit.model.fit") as said:
+    with _warnings("hvdkit.model.guard") as said:
         try:
             model.fit(inputs[rows], labels[rows], batch_size=8, verbose=0)
         except (RuntimeError, ValueError, hvd.UsageError) as error:

@@ -34,6 +34,10 @@ class Environment:
 
     def import_hvdkit(self, **environment):
         """Imports hvdkit with these packages alone, and returns the last line printed: 'ok' or the error."""
+        return self.all_that_is_said(**environment)[-1]
+
+    def all_that_is_said(self, **environment):
+        """Likewise; returns all lines, errors and warnings last but for 'ok'."""
         program = f"import sys; sys.path[:0] = [{str(ROOT)!r}, {str(self.packages)!r}]; import hvdkit; print('ok')"
         ended = subprocess.run(
             [sys.executable, "-I", "-S", "-c", program],  # -S: nothing of the environment that runs this test
@@ -41,7 +45,7 @@ class Environment:
             capture_output=True,
             text=True,
         )
-        return (ended.stdout + ended.stderr).strip().splitlines()[-1]
+        return (ended.stderr + ended.stdout).strip().splitlines()
 
 
 @pytest.fixture
@@ -140,6 +144,29 @@ def test_a_keras_that_nothing_proves_is_refused(environment, version):
     said = refused(environment, {**FITTING, "keras": version})
     assert "proven with Keras 3.12.0 or newer, below 4, on TensorFlow 2.21, and" in said
     assert said.endswith(f"has keras {version}: pip install 'keras>=3.12.0,<4'.")
+
+
+@pytest.mark.parametrize("version", ["3.16.0", "3.16.0.dev2026080103", "3.20.1"])
+def test_a_keras_newer_than_proven_is_warned_of_and_nothing_is_loaded(environment, version):
+    environment.install("tensorflow", "2.21.0", module="tensorflow")  # which ends the process when it is imported
+    environment.install("keras", version, module="keras")
+    warning, last = environment.all_that_is_said()
+    assert last == "ok"
+    assert warning.startswith("<string>:1: UserWarning: hvdkit is proven with Keras up to 3.15, and /")  # the importer
+    assert f" has keras {version}, with which" in warning
+    assert warning.endswith("or pip install 'keras<3.16'.")
+
+
+def test_the_newest_keras_that_is_proven_is_not_warned_of(environment):
+    for name, version in {**FITTING, "keras": f"{'.'.join(map(str, versions.NEWEST_KERAS))}.9"}.items():
+        environment.install(name, version)
+    assert environment.all_that_is_said() == ["ok"]
+
+
+def test_the_newest_keras_is_that_of_the_requirements():
+    """tests/versions.py tries it, so this is what is proven."""
+    pinned = re.search(r"^keras==(\d+)\.(\d+)\.", (ROOT / "requirements.txt").read_text(), re.MULTILINE)
+    assert tuple(map(int, pinned.groups())) == versions.NEWEST_KERAS
 
 
 def test_tensorflow_without_keras_is_refused(environment):

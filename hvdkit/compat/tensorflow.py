@@ -1,0 +1,40 @@
+"""Private names of TensorFlow, each behind one function. Those that the call stack shows are in `call_stack`."""
+
+from typing import Any
+
+import tensorflow as tf
+
+from hvdkit.compat.lookup import missing_in_tensorflow
+
+
+def number_collectives_when_traced() -> None:
+    """Turns off how `tf.distribute` numbers collectives: by numbers that are fed into a graph at each of its calls.
+
+    Those do not reach a function that is called inside a condition, and this is how Keras calls the training step when
+    `steps_per_execution` is above 1 ("You must feed a value for placeholder tensor ...").
+
+    Raises:
+        MissingNameError: TensorFlow has no such switch.
+    """
+    name = "CollectiveReplicaLauncher._prefer_unique_instance_key"
+    try:
+        from tensorflow.python.distribute.cross_device_utils import CollectiveReplicaLauncher
+    except ImportError as error:
+        raise missing_in_tensorflow(name) from error
+    if not hasattr(CollectiveReplicaLauncher, "_prefer_unique_instance_key"):
+        raise missing_in_tensorflow(name)
+    CollectiveReplicaLauncher._prefer_unique_instance_key = False
+
+
+def run_out_of_order(operation: tf.Operation) -> None:
+    """Takes an operation out of the order in which a `tf.function` runs stateful operations. Call it when traced.
+
+    Raises:
+        MissingNameError: TensorFlow's graphs have nothing that keeps that order.
+    """
+    graph = operation.graph
+    if not hasattr(graph, "experimental_acd_manager"):
+        raise missing_in_tensorflow("Graph.experimental_acd_manager")
+    manager: Any = graph.experimental_acd_manager
+    if manager is not None:  # None: not inside of a tf.function, or one that keeps no order
+        manager.run_independently(operation)

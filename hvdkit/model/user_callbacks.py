@@ -1,0 +1,47 @@
+"""The user's callbacks, made to fit a job of several ranks."""
+
+import os
+from collections.abc import Iterable
+from typing import Any
+
+import keras
+
+from hvdkit import collectives, world
+from hvdkit.callbacks import AverageStateCallback, CheckpointCallback, MetricAverageCallback
+from hvdkit.errors import UsageError
+
+_BY_METRICS = (keras.callbacks.EarlyStopping, keras.callbacks.ReduceLROnPlateau, keras.callbacks.ModelCheckpoint)
+# Callbacks that write files, and the attribute that says where.
+_WRITERS = {
+    keras.callbacks.ModelCheckpoint: "filepath",
+    keras.callbacks.CSVLogger: "filename",
+    keras.callbacks.TensorBoard: "log_dir",
+    keras.callbacks.BackupAndRestore: "backup_dir",
+}
+
+
+def for_all_ranks(callbacks: list[Any]) -> list[Any]:
+    """The user's callbacks, with exact metrics and averaged statistics before them, and each file written once."""
+    paths = [p for c in callbacks for p in _paths(c)]
+    needs = any(isinstance(c, (*_BY_METRICS, MetricAverageCallback)) for c in callbacks)
+    saves = any(isinstance(c, CheckpointCallback) for c in callbacks)
+    everyone = collectives.allgather_object((paths, needs, saves), name="callbacks")
+    if len({saves for *_, saves in everyone}) > 1:
+        without = ", ".join(str(rank) for rank, (*_, saves) in enumerate(everyone) if not saves)
+        raise UsageError(
+            f"CheckpointCallback is not among the callbacks of rank(s) {without}, and would wait for them for ever. "
+            f"Give it to all ranks: it writes on rank 0 alone."
+        )
+    if any(needs for _, needs, _ in everyone):  # one rank may have a callback that others have not
+        callbacks = [MetricAverageCallback(), *(c for c in callbacks if not isinstance(c, MetricAverageCallback))]
+    if not any(isinstance(c, AverageStateCallback) for c in callbacks):
+        callbacks = [AverageStateCallback(), *callbacks]
+    written = {path for lower, *_ in everyone[: world.rank()] for path in lower}
+    return [c for c in callbacks if not written.intersection(_paths(c))]
+
+
+def _paths(callback: Any) -> Iterable[str]:
+    """Where a callback of Keras' own writes; a subclass may do more than write."""
+    path = getattr(callback, _WRITERS.get(type(callback), ""), None)
+    if path is not None:
+        yield f"{type(callback).__name__}:{os.path.abspath(os.fspath(path))}"  # noqa: PTH100 - gs:// and the like, too

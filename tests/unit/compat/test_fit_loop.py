@@ -1,0 +1,112 @@
+"""The local variables of a running `Model.fit`: what each must mean."""
+
+import keras
+import numpy as np
+import pytest
+import tensorflow as tf
+
+from hvdkit.compat import fit_loop
+from hvdkit.compat.lookup import MissingNameError
+
+
+class At(keras.callbacks.Callback):
+    """Calls a function with the loop of the fit when training begins."""
+
+    def __init__(self, do):
+        super().__init__()
+        self.do = do
+
+    def on_train_begin(self, logs=None):
+        self.do(*fit_loop.of(self.model))
+
+
+class Watch(keras.callbacks.Callback):
+    """Notes epoch and step of each call, and what the model has seen."""
+
+    def __init__(self):
+        super().__init__()
+        self.steps = []
+
+    def on_epoch_begin(self, epoch, logs=None):
+        self.epoch = epoch
+
+    def on_train_batch_begin(self, batch, logs=None):
+        self.steps.append((self.epoch, batch))
+
+
+def fit(do, epochs=2, known=True, **options):
+    """Two epochs of four steps; returns what `Watch` noted, and the inputs' sums of each step."""
+    seen, watch = [], Watch()
+
+    class Summing(keras.Sequential):
+        def train_step(self, data):
+            tf.numpy_function(lambda x: seen.append(float(x.sum())), [data[0]], [])
+            return super().train_step(data)
+
+    model = Summing([keras.Input([1]), keras.layers.Dense(1)])
+    model.compile("sgd", loss="mse", **options)
+    data = tf.data.Dataset.from_tensor_slices((np.arange(4.0)[:, None], np.ones([4, 1]))).batch(1)
+    data = data if known else data.filter(lambda x, y: True)
+    model.fit(data, epochs=epochs, verbose=0, callbacks=[At(do), watch])
+    return watch.steps, seen
+
+
+def test_the_iterator_and_the_callbacks_are_those_of_the_fit():
+    found = []
+    fit(lambda iterator, callbacks: found.append((iterator, callbacks)))
+    ((iterator, callbacks),) = found
+    assert [type(c).__name__ for c in callbacks][:2] == ["At", "Watch"]
+    assert iterator.num_batches == 4
+    assert iterator.steps_per_epoch is None
+    assert iterator.steps_per_execution == 1
+    x, y = fit_loop.element_spec(iterator)
+    assert (x.shape.as_list(), y.dtype) == ([None, 1], tf.float64)
+
+
+def test_outside_of_fit_there_is_none():
+    model = keras.Sequential([keras.Input([1]), keras.layers.Dense(1)], name="lonely")
+    with pytest.raises(RuntimeError, match="no fit of the model 'lonely' was found around it"):
+        fit_loop.of(model)
+
+
+def test_a_fit_that_is_written_otherwise_is_said_in_a_sentence():
+    class Other(keras.Sequential):
+        def fit(self):
+            return fit_loop.of(self)
+
+    with pytest.raises(MissingNameError, match="no local variables epoch_iterator and callbacks in Model.fit"):
+        Other().fit()
+
+
+@pytest.mark.parametrize("executed", [1, 2])
+def test_the_next_epoch_is_replaced_and_no_other(executed):
+    items = []
+
+    def skip(original):
+        for item in original():
+            items.append(fit_loop.step_of(item))
+            if fit_loop.step_of(item) < 2:
+                for _ in range(executed):
+                    next(fit_loop.data_of(item))
+            else:
+                yield item
+
+    steps, seen = fit(lambda loop, _: fit_loop.replace_next_epoch(loop, skip), steps_per_execution=executed)
+    every = range(0, 4, executed)
+    assert items == list(every)
+    assert steps == [(0, n) for n in every if n >= 2] + [(1, n) for n in every]
+    assert seen == [2, 3, 0, 1, 2, 3]
+
+
+def test_an_epoch_of_unknown_length_ends_where_it_is_told():
+    def leave_out(original, iterator):
+        for item in original():
+            next(fit_loop.data_of(item))
+            fit_loop.end_epoch_after(iterator, 4)
+            break
+        yield from original()
+
+    steps, _ = fit(
+        lambda loop, _: fit_loop.replace_next_epoch(loop, lambda original: leave_out(original, loop)), known=False
+    )
+    assert steps == [(epoch, n) for epoch in range(2) for n in range(4)]
