@@ -7,8 +7,8 @@
 
 For each TensorFlow: an environment of its own, outside of the checkout; `pip install tensorflow`; `launch/bootstrap.sh
 --into`, which compiles Horovod for it (its wheel is kept); then, with each Keras in a folder of its own in front of
-that environment, the tests of two ranks, of parity and of the optimizer, on the sources of this checkout. Prints a
-Markdown table. A version that fails does not hold up the next one.
+that environment, the tests of `SUITES`, on the sources of this checkout: what each private name of Keras means, and
+what depends on them most. Prints a Markdown table. A version that fails does not hold up the next one.
 
 Needs Python 3.10 to 3.13, and what launch/bootstrap.sh needs. Exit code: 0 all is proven; 1 something failed, and the
 table says what and in which log; 2 the command line is wrong.
@@ -32,9 +32,21 @@ sys.path.insert(0, str(ROOT))
 from hvdkit.versions import OLDEST_KERAS  # noqa: E402 - of this checkout, without TensorFlow
 
 SUITES = {
-    "two ranks": "tests/parallel/test_replicas.py",
-    "parity": "tests/parallel/test_parity.py",
-    "optimizer": "tests/unit/test_optimizer.py",
+    "private names": ("tests/unit/compat",),
+    "two ranks": ("tests/parallel/test_replicas.py",),
+    "parity": ("tests/parallel/test_parity.py",),
+    "optimizer": ("tests/unit/test_optimizer.py", "tests/unit/test_fused_update.py"),
+    "accumulation": (
+        "tests/parallel/test_optimizer_options.py::test_accumulated_gradients_are_exchanged_once_and_right",
+    ),
+    "sharding": ("tests/parallel/test_sharded.py::test_n_ranks_equal_one_process", "tests/unit/test_sharded.py"),
+    "batch normalization": ("tests/parallel/test_batch_normalization.py::test_it_trains_the_model_of_one_process",),
+    "checkpoints": (
+        "tests/unit/test_checkpoint.py::test_fit_goes_on_bit_for_bit",
+        "tests/unit/test_checkpoint.py::test_a_raised_patience_stays_raised",
+        "tests/unit/test_checkpoint.py::test_the_learning_rate_and_mixed_precision_go_on",
+        "tests/parallel/test_checkpoint.py::test_every_ranks_own_state_goes_on",
+    ),
 }
 _PROBE = """
 import json, sys, keras, numpy, tensorflow as tf
@@ -120,7 +132,11 @@ def parse_arguments():
     parser.add_argument("--keep", action="store_true", help="keep the environments")
     parser.add_argument("--cache", type=Path, default=cache, help="where they are made; default: %(default)s")
     parser.add_argument("--python", default=sys.executable, help="the Python they get; default: the one that runs this")
-    parser.add_argument("--keras", action="append", help="try this Keras instead (repeatable): to look for the oldest")
+    parser.add_argument(
+        "--keras",
+        action="append",
+        help="try this version instead, or the keras/ of this folder",
+    )
     parser.add_argument("-k", metavar="EXPRESSION", help="only these tests, as pytest's -k: for a quicker look")
     parser.add_argument("--json", type=Path, help="also write the result here, as JSON")
     parser.add_argument("--markdown", type=Path, help="also write the table here")
@@ -140,7 +156,8 @@ def prove(row, prefix, options):
     for keras in options.keras or [oldest, newest_keras()]:
         try:
             overlay = install_keras(python, keras, options.cache)
-            row.tested.append(run_tests(python, overlay, options.cache / f"{prefix.name}-keras{keras}", options.k))
+            results = options.cache / f"{prefix.name}-keras{Path(keras).name}"
+            row.tested.append(run_tests(python, overlay, results, options.k))
         except StepError as error:  # the other Keras is tried all the same
             row.error = f"Keras {keras}: {error}"
 
@@ -181,6 +198,8 @@ def newest_keras():
 
 def install_keras(python, version, cache):
     """Returns a folder with this Keras alone: in front of an environment's own it is the one that is imported."""
+    if Path(version).is_dir():
+        return Path(version).resolve()
     overlay = cache / "keras" / version
     if not overlay.exists():
         aside = overlay.with_name(f"{version}.new")
@@ -198,6 +217,7 @@ def run_tests(python, overlay, results, selected):
         "TF_CPP_MIN_LOG_LEVEL": "3",
     }
     log, report = Path(f"{results}.log"), Path(f"{results}.xml")
+    targets = [target for of_suite in SUITES.values() for target in of_suite]
     run([python, "-c", _PROBE], log, environment)
     versions = json.loads(log.read_text().splitlines()[-1])
     say(f"TensorFlow {versions['tensorflow']}, Keras {versions['keras']}, NumPy {versions['numpy']}: the tests")
@@ -206,7 +226,7 @@ def run_tests(python, overlay, results, selected):
     try:
         options = ["-q", "-p", "no:cacheprovider", "--timeout=1200", f"--junitxml={report}"]
         options += ["-k", selected] if selected else []
-        run([python, "-m", "pytest", *options, *SUITES.values()], log, environment)
+        run([python, "-m", "pytest", *options, *targets], log, environment)
     except StepError:
         if not report.exists():  # otherwise it says which tests have failed
             raise
@@ -216,9 +236,8 @@ def run_tests(python, overlay, results, selected):
 def count(report, log, versions, seconds):
     """A test counts as passed if it ran and nothing failed: a skip or an expected failure does not."""
     passed, total, failed = dict.fromkeys(SUITES, 0), dict.fromkeys(SUITES, 0), []
-    modules = {file.removesuffix(".py").replace("/", "."): suite for suite, file in SUITES.items()}
     for case in ElementTree.parse(report).iter("testcase"):
-        suite = modules.get(case.get("classname"))
+        suite = next((s for s, targets in SUITES.items() if any(is_of(case, target) for target in targets)), None)
         bad = any(child.tag in ("failure", "error", "skipped") for child in case)
         if bad or not suite:
             failed.append(case.get("name"))
@@ -226,6 +245,14 @@ def count(report, log, versions, seconds):
             total[suite] += 1
             passed[suite] += not bad
     return Tested(**versions, passed=passed, total=total, failed=failed, seconds=seconds, log=str(log))
+
+
+def is_of(case, target):
+    """Whether a test case is of a folder, a file or a test function, as they are told to pytest."""
+    path, _, function = target.partition("::")
+    module = path.removesuffix(".py").replace("/", ".")
+    there = case.get("classname") == module or case.get("classname").startswith(f"{module}.")
+    return there and function in ("", case.get("name").partition("[")[0])
 
 
 def report(rows, options):

@@ -27,8 +27,11 @@ def test_the_loss_scale_around_is_found_when_building_and_in_its_branch(compiled
     variable = keras.Variable(1.0)
     outer.build([variable])
     assert inner.around_build == (outer, None)
-    apply = tf.function(outer.apply) if compiled else outer.apply
-    apply([tf.constant(outer.initial_scale)], [variable])
+
+    def step():
+        outer.apply([tf.constant(outer.initial_scale)], [variable])
+
+    (tf.function(step) if compiled else step)()
     assert inner.around_apply == (None, outer)
     assert variable.numpy() == 0.5
 

@@ -546,24 +546,17 @@ def test_attributes_that_all_callbacks_have_are_left_out():
     assert keras3.attributes_of_callback(callback) == {"count": 3}
 
 
-@pytest.mark.parametrize("kind", [keras.callbacks.EarlyStopping, keras.callbacks.ReduceLROnPlateau])
-def test_the_direction_of_a_monitor_is_chosen_once(kind):
-    callback = kind(monitor="loss", min_delta=0.1)
-    if not keras3.chooses_direction_late(callback):
-        pytest.skip("this Keras chooses when training begins")
-    if callback.monitor_op is not None:
-        pytest.skip("this Keras chooses when the callback is made")
+def test_early_stopping_chooses_its_direction_once():
+    callback = keras.callbacks.EarlyStopping(monitor="loss", min_delta=0.1)
+    assert keras3.chooses_direction_late(callback)
+    assert callback.monitor_op is None
     callback.set_model(dense())
     keras3.choose_direction(callback)
     assert callback.monitor_op(1.0, 2.0)  # less is better
-    delta = callback.min_delta
+    assert callback.min_delta == -0.1
     keras3.choose_direction(callback)
-    assert callback.min_delta == delta
+    assert callback.min_delta == -0.1
     assert not keras3.chooses_direction_late(keras.callbacks.Callback())
-
-
-def test_early_stopping_chooses_late():
-    assert keras3.chooses_direction_late(keras.callbacks.EarlyStopping(monitor="loss"))
 
 
 def test_counters_of_tensorboard_count_batches(tmp_path):
@@ -588,5 +581,5 @@ def test_a_csv_file_goes_back_to_what_it_was(tmp_path):
     logger = keras.callbacks.CSVLogger(path)
     assert keras3.csv_state(keras.callbacks.CSVLogger(path)) == {} if hasattr(logger, "csv_file") else True
     dense().fit(np.ones([4, 3]), np.ones([4, 1]), epochs=4, verbose=0, callbacks=[logger, Keep()])
-    assert states[0]["keys"] == ["loss"]
+    assert "loss" in states[0]["keys"]
     assert [line.split(",")[0] for line in path.read_text().splitlines()] == ["epoch", "0", "3"]
