@@ -1,36 +1,36 @@
 """Generates text with a trained model that predicts the next byte.
 
-    python -m hvdkit.generate RUN_FOLDER --prompt "The with statement" --length 200 --temperature 0.8 --top_k 40
+    hvdkit generate RUN_FOLDER --prompt "The with statement" --length 200 --temperature 0.8 --top-k 40
 
-RUN_FOLDER is the `--workdir` of `hvdkit.train`, or a `.keras` file. The command runs in one process and loads the model
+RUN_FOLDER is the `--workdir` of `hvdkit train`, or a `.keras` file. The command runs in one process and loads the model
 with plain Keras. The same seed gives the same text on the same machine.
 
 Exit codes: 0 success, 2 wrong usage; the message says how to fix it.
 """
 
-import argparse
 import os
 import sys
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
 os.environ.setdefault("TF_ENABLE_ONEDNN_OPTS", "1")  # as in training
 
-import keras
 import numpy as np
-import tensorflow as tf
 
 from hvdkit import outcome
-from hvdkit.data.sources.tokens import VOCABULARY_SIZE
+from hvdkit.command.arguments import Parser
 from hvdkit.errors import UsageError
+
+if TYPE_CHECKING:  # they load for seconds, and a wrong command line is told at once
+    import keras
 
 
 def main(argv: list[str]) -> int:
     """Prints the prompt and the generated text byte by byte; returns the exit code."""
     try:
-        arguments = _parse(argv[1:])
+        arguments = parser().parse_args(argv[1:])
         model = open_model(Path(arguments.run).expanduser())
         prompt = arguments.prompt.encode("utf-8", "surrogateescape")  # keep bytes that are not valid UTF-8
         draw = {"temperature": arguments.temperature, "top_k": arguments.top_k, "seed": arguments.seed}
@@ -45,7 +45,7 @@ def main(argv: list[str]) -> int:
     return 0
 
 
-def open_model(run: Path) -> keras.Model:
+def open_model(run: Path) -> "keras.Model":
     """Opens the model of a run.
 
     Args:
@@ -54,6 +54,10 @@ def open_model(run: Path) -> keras.Model:
     Raises:
         UsageError: there is no model, it cannot be opened, or it does not predict bytes.
     """
+    import keras
+
+    from hvdkit.data.sources.tokens import VOCABULARY_SIZE
+
     file = run if run.suffix == ".keras" else run / "model.keras"
     if not file.is_file():
         unfinished = " (the run is not finished: run the same command again to resume it)" if run.is_dir() else ""
@@ -73,7 +77,7 @@ def open_model(run: Path) -> keras.Model:
 
 
 def generate(
-    model: keras.Model,
+    model: "keras.Model",
     prompt: bytes,
     length: int,
     *,
@@ -110,13 +114,15 @@ def generate(
 
 
 def _draw(
-    model: keras.Model,
+    model: "keras.Model",
     tokens: list[int],
     length: int,
     temperature: float,
     top_k: int | None,
     generator: np.random.Generator,
 ) -> Iterator[int]:
+    import tensorflow as tf
+
     window = model.input_shape[1]
 
     @tf.function(jit_compile=False)
@@ -147,12 +153,11 @@ def _show(text: bytes) -> None:
     sys.stdout.buffer.flush()
 
 
-def _parse(argv: list[str]) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
-        prog="python -m hvdkit.generate", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    add: Any = parser.add_argument
-    add("run", metavar="RUN_FOLDER", help="the --workdir of hvdkit.train, or a .keras file")
+def parser() -> Parser:
+    """Returns the command's parser."""
+    made = Parser("generate", description=__doc__)
+    add: Any = made.add_argument
+    add("run", metavar="RUN_FOLDER", help="the --workdir of hvdkit train, or a .keras file")
     add("--prompt", default="\n", help="beginning of the text [a newline]")
     add("--length", type=int, default=200, metavar="N", help="number of bytes to generate [200]")
     add(
@@ -161,9 +166,9 @@ def _parse(argv: list[str]) -> argparse.Namespace:
         default=0.8,
         help="0: the most likely byte; 1: the model's own probabilities [0.8]",
     )
-    add("--top_k", type=int, metavar="K", help="sample from the K most likely bytes [all]")
+    add("--top-k", type=int, metavar="K", help="sample from the K most likely bytes [all]")
     add("--seed", type=int, default=0, help="seed of the random samples [0]")
-    return parser.parse_args(argv)
+    return made
 
 
 if __name__ == "__main__":

@@ -1,9 +1,9 @@
 """Proves exact resume: trains once undisturbed, once killed at random steps and resumed, and compares, bit for bit.
 
-    python -m hvdkit.verify_resume -np 2 --kills=3 --model=mnist_mlp --epochs=5
-    python -m hvdkit.verify_resume -np 1 --strategy=mirrored
+    hvdkit verify-resume -np 2 --kills=3 --model=mnist_mlp --epochs=5
+    hvdkit verify-resume -np 1 --strategy=mirrored
 
-All flags but the first few are those of `hvdkit.train`. Each kill is a SIGKILL of one rank, drawn by chance, at a step
+All flags but the first few are those of `hvdkit train`. Each kill is a SIGKILL of one rank, drawn by chance, at a step
 drawn by chance; the launcher ends the others. Compared are the final weights, the history and the losses of all steps.
 
 Exit code: 0 all is equal, 1 it is not, or a run failed; 2 the command line is wrong.
@@ -23,6 +23,8 @@ from pathlib import Path
 from typing import Any
 
 from hvdkit import outcome, reporting
+from hvdkit.command.arguments import Parser
+from hvdkit.train import flags as train_flags
 
 _CHILD = "--kill-in-this-process"
 
@@ -65,21 +67,23 @@ def main(argv: list[str]) -> int:
         return _report(reference, runs, _compare(undisturbed, killed), arguments.json)
 
 
+def parser() -> Parser:
+    """The job's parser; what it does not know are flags of the training."""
+    made = Parser("verify_resume", description=__doc__)
+    made.add_argument("-np", type=int, default=2, metavar="N", help="number of ranks [2]")
+    made.add_argument("--kills", type=int, default=3, help="how often the job is killed [3]")
+    made.add_argument("--kill-seed", type=int, default=None, help="makes the draws the same again [the clock]")
+    made.add_argument("--workdir", help="where the two runs write, and stay [a temporary folder]")
+    made.add_argument("--json", type=Path, help="write the outcome to this file, too")
+    return made
+
+
 def _parse(argv: list[str]) -> tuple[argparse.Namespace, list[str]]:
-    parser = argparse.ArgumentParser(
-        prog="python -m hvdkit.verify_resume",
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-        allow_abbrev=False,
-    )
-    parser.add_argument("-np", type=int, default=2, metavar="N", help="number of ranks [2]")
-    parser.add_argument("--kills", type=int, default=3, help="how often the job is killed [3]")
-    parser.add_argument("--kill_seed", type=int, default=None, help="makes the draws the same again [the clock]")
-    parser.add_argument("--workdir", help="where the two runs write, and stay [a temporary folder]")
-    parser.add_argument("--json", type=Path, help="write the outcome to this file, too")
-    arguments, flags = parser.parse_known_args(argv[1:])
+    made = parser()
+    arguments, flags = made.parse_known_args(argv[1:])
+    flags = train_flags.spelled(flags)
     if arguments.np < 1 or arguments.kills < 1:
-        parser.error(f"-np and --kills must be 1 or more, but are {arguments.np} and {arguments.kills}")
+        made.error(f"-np and --kills must be 1 or more, but are {arguments.np} and {arguments.kills}")
     given = " ".join(flags)
     for flag, default in (("checkpoint_every", "10"), ("tensorboard", "false")):
         if f"--{flag}" not in given:

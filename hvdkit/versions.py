@@ -36,6 +36,7 @@ _TENSORFLOW = (
     "tensorflow", "tensorflow-cpu", "tensorflow-cpu-aws", "tensorflow-gpu", "tensorflow-intel", "tensorflow-macos",
     "tensorflow-rocm", "tf-nightly", "tf-nightly-cpu",
 )  # fmt: skip
+MISSING = "not installed"  # in place of a version
 _KERAS = ("keras", "keras-nightly")
 
 
@@ -189,6 +190,12 @@ def _listed(found: dict[str, str]) -> str:
     return " and ".join(f"{name} {version}" for name, version in found.items())
 
 
+def of(module: str) -> str:
+    """The version of `tensorflow`, `keras` or `horovod`, under whatever name it was installed."""
+    names = {"tensorflow": _TENSORFLOW, "keras": _KERAS}.get(module, (module,))
+    return ", ".join(_installed(module, names).values()) or MISSING
+
+
 def installed() -> dict[str, str]:
     """Versions of everything that decides a run's numbers."""
     packages = ("hvdkit", "horovod", "tensorflow", "keras", "numpy", "tensorflow-datasets", "scikit-learn")
@@ -197,5 +204,5 @@ def installed() -> dict[str, str]:
         try:
             found[package] = metadata.version(package)
         except metadata.PackageNotFoundError:
-            found[package] = "not installed"
+            found[package] = MISSING
     return found

@@ -9,7 +9,7 @@
 # Trains on the nodes of a Slurm job, with one rank per task. srun starts the ranks, so no node needs an ssh key. Submit
 # from the checkout, which all nodes must see at the same path:
 #
-#   sbatch launch/slurm.sh --model=resnet --dataset=cifar10 --data_dir=DIR --workdir=DIR
+#   sbatch launch/slurm.sh --model=resnet --dataset=cifar10 --data-dir=DIR --workdir=DIR
 #   sbatch --nodes=4 --ntasks-per-node=8 --gpus-per-node=8 --time=4:00:00 launch/slurm.sh ...
 #
 # Two minutes before the time limit, or when preempted, the run saves, is queued again, and resumes from where it was.

@@ -1,6 +1,6 @@
 """N parallel convolutional branches ("computing nodes") over one image, concatenated and classified.
 
-    launch/local.sh -np 2 --model=branch_cnn --dataset=mnist --data_dir=DIR         99.1 to 99.2 % in about a minute
+    launch/local.sh -np 2 --model=branch_cnn --dataset=mnist --data-dir=DIR         99.1 to 99.2 % in about a minute
 
 The branches have the same form and different weights. They share only the input and the last layer, so each branch can
 run on a different processor.

@@ -1,6 +1,6 @@
 """A small convolutional network with the layers of LeNet-5: conv 6@5×5, pool, conv 16@5×5, pool, 120, 84, 10.
 
-    launch/local.sh -np 2 --model=cifar_cnn --dataset=cifar10 --data_dir=DIR        65.5 to 66.5 % in about a minute
+    launch/local.sh -np 2 --model=cifar_cnn --dataset=cifar10 --data-dir=DIR        65.5 to 66.5 % in about a minute
 
 Y. LeCun et al., "Gradient-based learning applied to document recognition", 1998; with ReLU, maximum pooling and "same"
 padding, which is worth 3 points on CIFAR-10.

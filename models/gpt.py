@@ -1,7 +1,7 @@
 """A decoder-only Transformer that predicts the next byte of a text.
 
     launch/local.sh -np 2 --model=gpt                                   2.00 to 2.03 bits per byte in about a minute
-    launch/local.sh -np 2 --model=gpt --dataset=text:PATH --sequence_length=256 --model_args=width=256,depth=6
+    launch/local.sh -np 2 --model=gpt --dataset=text:PATH --sequence-length=256 --model-args=width=256,depth=6
 
 A. Vaswani et al., "Attention is all you need", 2017, https://arxiv.org/abs/1706.03762, in the form of A. Radford et
 al., "Language models are unsupervised multitask learners", 2019 (GPT-2): learned positions, normalization before each

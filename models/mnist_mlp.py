@@ -1,7 +1,7 @@
 """A multilayer perceptron: 784 -> 128 ReLU -> 64 ReLU -> 10.
 
 launch/local.sh -np 2 --model=mnist_mlp                                         96 to 98 % in 2 s on two cores
-launch/local.sh -np 2 --model=mnist_mlp --dataset=mnist --data_dir=DIR          97.9 to 98.2 % in 10 s
+launch/local.sh -np 2 --model=mnist_mlp --dataset=mnist --data-dir=DIR          97.9 to 98.2 % in 10 s
 """
 
 import keras

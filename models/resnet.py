@@ -1,7 +1,7 @@
 """Residual networks: ResNet-20 for small images (32×32), ResNet-50 of `keras.applications` for 64×64 and larger.
 
-    launch/local.sh -np 2 --model=resnet --dataset=cifar10 --data_dir=DIR --steps=200
-    launch/local.sh -np 2 --model=resnet --dataset=synthetic:224x224x3:1000:64 --local_batch=4 --steps=4
+    launch/local.sh -np 2 --model=resnet --dataset=cifar10 --data-dir=DIR --steps=200
+    launch/local.sh -np 2 --model=resnet --dataset=synthetic:224x224x3:1000:64 --local-batch=4 --steps=4
 
 K. He et al., "Deep residual learning for image recognition", 2015, https://arxiv.org/abs/1512.03385; section 4.2 for
 ResNet-20, here with projection shortcuts (option B).

@@ -1,6 +1,6 @@
 """Sentences: token numbers, embedding, convolutions of widths 3, 4 and 5, maximum over time, dropout, dense.
 
-    launch/local.sh -np 2 --model=text_classifier --dataset=sentence_polarity --data_dir=DIR        77 to 78 % in 20 s
+    launch/local.sh -np 2 --model=text_classifier --dataset=sentence_polarity --data-dir=DIR        77 to 78 % in 20 s
 
 Y. Kim, "Convolutional neural networks for sentence classification", 2014, https://arxiv.org/abs/1408.5882, with an
 embedding learned from scratch.

@@ -1,4 +1,4 @@
-"""`python -m hvdkit.bench COMMAND`: how fast training is, and against what.
+"""`hvdkit bench COMMAND`: how fast training is, and against what.
 
     throughput    samples a second, start-up and memory
     collectives   latency and bandwidth of exchanges, against what network and memory can do
@@ -9,11 +9,11 @@
 Cases are measured in turn, round after round, since a machine's speed changes; compare within a table, not across.
 """
 
-import argparse
 import sys
 
 from hvdkit import outcome, reporting
 from hvdkit.bench import accuracy, collectives, peers, scaling, throughput
+from hvdkit.command.arguments import Parser
 from hvdkit.errors import UsageError
 
 _COMMANDS = {
@@ -25,20 +25,24 @@ _COMMANDS = {
 }
 
 
-def main(argv: list[str]) -> int:
-    """Measures, shows, and returns the exit code: 2 if something that the user gave is wrong."""
-    parser = argparse.ArgumentParser(
-        prog="python -m hvdkit.bench", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
+def parser() -> Parser:
+    """The parser, with one for each command."""
+    made = Parser("bench", description=__doc__)
+    commands = made.add_subparsers(dest="command", required=True, metavar="COMMAND")
     for name, module in _COMMANDS.items():
-        one = commands.add_parser(name, help=(module.__doc__ or "").partition("\n")[0].partition(": ")[2])
+        summary = (module.__doc__ or "").partition("\n")[0].partition(": ")[2]
+        one = commands.add_parser(name, prog=f"{made.prog} {name}", help=summary)
         one.add_argument("--seconds", type=float, default=4.0, help="of each measurement [4]")
         one.add_argument("--rounds", type=int, default=3, help="how often each case is measured [3]")
         one.add_argument("--json", metavar="FILE", help="write the numbers there")
         one.add_argument("--plot", metavar="FILE.png", help="draw them there")
         module.add_arguments(one)
-    arguments = parser.parse_args(argv[1:])
+    return made
+
+
+def main(argv: list[str]) -> int:
+    """Measures, shows, and returns the exit code: 2 if something that the user gave is wrong."""
+    arguments = parser().parse_args(argv[1:])
     module = _COMMANDS[arguments.command]
     try:
         if arguments.seconds <= 0 or arguments.rounds < 1:

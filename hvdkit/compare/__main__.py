@@ -1,6 +1,6 @@
-"""`python -m hvdkit.compare`: the same task in every way to use several processors, side by side.
+"""`hvdkit compare`: the same task in every way to use several processors, side by side.
 
-    python -m hvdkit.compare -np 2 --json found.json --plot found.png -- --model=gpt --steps=200
+    hvdkit compare -np 2 --json found.json --plot found.png -- --model=gpt --steps=200
 
 Trains it in one process that has all cores (single), data parallel (horovod), with the model's tensors, branches or
 layers (pipeline) divided over the ranks, or, with a number, over so many of them: `pipeline:2` on four ranks has two
@@ -8,7 +8,6 @@ copies of the model, which read different data. Then lets the planner say what i
 does not have are named with the reason.
 """
 
-import argparse
 import json
 import sys
 import tempfile
@@ -18,7 +17,9 @@ from typing import Any
 
 from hvdkit import outcome, reporting
 from hvdkit.bench import jobs
+from hvdkit.command.arguments import Parser
 from hvdkit.errors import UsageError
+from hvdkit.train import flags as train_flags
 
 _DIVIDING = ("tensor", "branches", "pipeline")
 WAYS = ("single", "horovod", *_DIVIDING)
@@ -27,7 +28,8 @@ _LIMIT = 3600.0  # seconds for one training
 
 def main(argv: list[str]) -> int:
     """Compares, shows, and returns the exit code: 2 if something that the user gave is wrong."""
-    arguments = _parse(argv[1:])
+    arguments = parser().parse_args(argv[1:])
+    arguments.flags = train_flags.spelled(arguments.flags)
     try:
         found = compare(arguments.ways.split(","), arguments.number, arguments.flags)
     except UsageError as error:
@@ -43,19 +45,18 @@ def main(argv: list[str]) -> int:
     return 0
 
 
-def _parse(argv: Sequence[str]) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
-        prog="python -m hvdkit.compare", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument("-np", dest="number", type=int, default=2, help="ranks [2]")
-    parser.add_argument(
+def parser() -> Parser:
+    """The parser of the comparison."""
+    made = Parser("compare", description=__doc__)
+    made.add_argument("-np", dest="number", type=int, default=2, help="ranks [2]")
+    made.add_argument(
         "--ways", default=",".join(WAYS), help=f"of {', '.join(WAYS)}; also NAME:RANKS, as tensor:2 [all, on all ranks]"
     )
-    parser.add_argument("--no-plan", action="store_true", help="do not ask the planner")
-    parser.add_argument("--json", metavar="FILE", help="write the numbers there")
-    parser.add_argument("--plot", metavar="FILE.png", help="draw them there")
-    parser.add_argument("flags", nargs="*", help="after --: flags of hvdkit.train")
-    return parser.parse_args(argv)
+    made.add_argument("--no-plan", action="store_true", help="do not ask the planner")
+    made.add_argument("--json", metavar="FILE", help="write the numbers there")
+    made.add_argument("--plot", metavar="FILE.png", help="draw them there")
+    made.add_argument("flags", nargs="*", help="after --: flags of hvdkit train")
+    return made
 
 
 def compare(ways: Sequence[str], number: int, flags: Sequence[str]) -> dict[str, Any]:

@@ -149,7 +149,7 @@ def unreadable(split: str, start: int, stop: int, error: Exception) -> UsageErro
     reason = next((line for line in str(error).splitlines() if line.strip()), type(error).__name__).split("[Op:")[0]
     return UsageError(
         f"An example of split {split!r}, between number {start} and {stop}, cannot be read ({reason.strip()[:200]}). "
-        f"Repair or remove it; images of differing size need --image_size."
+        f"Repair or remove it; images of differing size need --image-size."
     )
 
 

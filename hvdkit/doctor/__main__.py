@@ -1,6 +1,6 @@
 """Examines the hosts of a job before the job does: connects from each to each, and says what to mend.
 
-    python -m hvdkit.doctor -H h1:2,h2:2
+    hvdkit doctor -H h1:2,h2:2
 
 The exit code is 0 if all is well, 1 if something failed, 2 if the command line is wrong. Hosts are left as they were.
 """
@@ -16,6 +16,7 @@ import sys
 from pathlib import Path
 
 from hvdkit import outcome, reporting
+from hvdkit.command.arguments import Parser
 from hvdkit.doctor import report
 from hvdkit.doctor.checks import CHECKS, judge
 from hvdkit.doctor.checks.registry import FAILED
@@ -29,7 +30,7 @@ _SSH_SECONDS = 5
 
 def main(argv: list[str]) -> int:
     """Examines what the command line names, shows what was found, and returns the exit code."""
-    arguments = _parse(argv)
+    arguments = parser().parse_args(argv[1:])
     if arguments.list:
         print(reporting.fields([(check.name, check.title) for check in CHECKS]))
         return 0
@@ -85,27 +86,24 @@ def _try_to_write(file: Path) -> None:
         ) from None
 
 
-def _parse(argv: list[str]) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
-        prog="python -m hvdkit.doctor", description=__doc__.partition("\n")[0], allow_abbrev=False
-    )
-    one = parser.add_mutually_exclusive_group(required=True)
+def parser() -> Parser:
+    """The doctor's parser."""
+    made = Parser("doctor", description=__doc__)
+    one = made.add_mutually_exclusive_group(required=True)
     one.add_argument("-H", dest="hosts", metavar="h1:2,h2:2", help="hosts, and how many ranks each is to take")
     one.add_argument("--hostfile", metavar="FILE", help="a file with lines like: h1 slots=2")
     one.add_argument("--list", action="store_true", help="list the checks")
-    parser.add_argument("--workdir", default="runs", metavar="DIR", help="where the job is to write [%(default)s]")
-    parser.add_argument("--dataset", help="what the job is to read, as for hvdkit.train")
-    parser.add_argument(
-        "--data_dir", "--data-dir", metavar="DIR", help="where TFDS data sets lie [~/tensorflow_datasets]"
-    )
-    parser.add_argument(
+    made.add_argument("--workdir", default="runs", metavar="DIR", help="where the job is to write [%(default)s]")
+    made.add_argument("--dataset", help="what the job is to read, as for hvdkit train")
+    made.add_argument("--data-dir", metavar="DIR", help="where TFDS data sets lie [~/tensorflow_datasets]")
+    made.add_argument(
         "--python", default=sys.executable, metavar="PATH", help="the job's Python, on every host [this one]"
     )
-    parser.add_argument("--ssh-args", default="", metavar="ARGS", help="more arguments for ssh, as in: '-p 2222'")
-    parser.add_argument("--skip", default="", metavar="CHECKS", help="leave these out, as in: ssh,bandwidth; without "
+    made.add_argument("--ssh-args", default="", metavar="ARGS", help="more arguments for ssh, as in: '-p 2222'")
+    made.add_argument("--skip", default="", metavar="CHECKS", help="leave these out, as in: ssh,bandwidth; without "
                         "build, TensorFlow is not loaded, and no data set is read and no rank started")  # fmt: skip
-    parser.add_argument("--json", metavar="FILE", help="write results and findings there, too")
-    return parser.parse_args(argv[1:])
+    made.add_argument("--json", metavar="FILE", help="write results and findings there, too")
+    return made
 
 
 if __name__ == "__main__":

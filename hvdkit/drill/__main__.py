@@ -1,13 +1,13 @@
 """Runs the training job through a fault, on real ranks and hosts, and reports what it cost.
 
-    python -m hvdkit.drill kill --rank 1 --step 60 -np 2
-    python -m hvdkit.drill partition --rank 1 --step 60 -H h1:1,h2:1 --model=mnist_mlp --dataset=mnist --data_dir=DIR
+    hvdkit drill kill --rank 1 --step 60 -np 2
+    hvdkit drill partition --rank 1 --step 60 -H h1:1,h2:1 --model=mnist_mlp --dataset=mnist --data-dir=DIR
 
     kill        SIGKILL of a rank                         slow        a rank waits 0.2 s before each step
     freeze      SIGSTOP of a rank                         partition   a rank's host is cut off: --cut and --mend say how
     term        SIGTERM to a rank, as a scheduler does    disk-full   the checkpoints' disk is full for a while (root)
 
-What else is given goes to `hvdkit.train`. Each rank writes down which examples it trained on, by a hash of their
+What else is given goes to `hvdkit train`. Each rank writes down which examples it trained on, by a hash of their
 content, so that it can be told afterwards whether each epoch had each example once. Exit code: 0 if the job ended well
 and no example was lost or trained twice, 1 if not, 2 if the command line is wrong.
 """
@@ -25,7 +25,9 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from hvdkit import outcome
+from hvdkit.command.arguments import Parser
 from hvdkit.drill import report
+from hvdkit.train import flags as train_flags
 
 FAULTS = ("kill", "freeze", "slow", "partition", "disk-full", "term")
 _CHILD = "--in-this-process"
@@ -59,31 +61,33 @@ def main(argv: list[str]) -> int:
     return 0 if summary["is_well"] else 1
 
 
+def parser() -> Parser:
+    """The drill's parser; what it does not know are flags of the training."""
+    made = Parser("drill", description=__doc__)
+    made.add_argument("fault", choices=FAULTS)
+    made.add_argument("--rank", type=int, default=1, metavar="K", help="whom it happens to [1; disk-full: 0]")
+    made.add_argument("--step", type=int, default=60, metavar="S", help="at which step [60]")
+    made.add_argument("-np", type=int, metavar="N", help="number of ranks [all places of -H, or 2]")
+    made.add_argument("-H", dest="hosts", metavar="h1:1,h2:1", help="on which hosts [this one]")
+    made.add_argument("--mpi", action="store_true", help="ranks meet over MPI, and all start again [Gloo, elastic]")
+    made.add_argument("--launcher", default="", metavar="ARGS", help="more options for hvdkit.launch")
+    made.add_argument("--cut", metavar="COMMAND", help="cuts the host {host} off [launch/testhosts.sh cut {host}]")
+    made.add_argument("--mend", metavar="COMMAND", help="undoes it, at the end [launch/testhosts.sh mend {host}]")
+    made.add_argument("--workdir", metavar="DIR", help="where the job writes; shared by all hosts [a temporary one]")
+    made.add_argument("--json", type=Path, metavar="FILE", help="write the report to this file, too")
+    return made
+
+
 def _parse(argv: list[str]) -> tuple[argparse.Namespace, list[str]]:
-    parser = argparse.ArgumentParser(
-        prog="python -m hvdkit.drill",
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-        allow_abbrev=False,
-    )
-    parser.add_argument("fault", choices=FAULTS)
-    parser.add_argument("--rank", type=int, default=1, metavar="K", help="whom it happens to [1; disk-full: 0]")
-    parser.add_argument("--step", type=int, default=60, metavar="S", help="at which step [60]")
-    parser.add_argument("-np", type=int, metavar="N", help="number of ranks [all places of -H, or 2]")
-    parser.add_argument("-H", dest="hosts", metavar="h1:1,h2:1", help="on which hosts [this one]")
-    parser.add_argument("--mpi", action="store_true", help="ranks meet over MPI, and all start again [Gloo, elastic]")
-    parser.add_argument("--launcher", default="", metavar="ARGS", help="more options for hvdkit.launch")
-    parser.add_argument("--cut", metavar="COMMAND", help="cuts the host {host} off [launch/testhosts.sh cut {host}]")
-    parser.add_argument("--mend", metavar="COMMAND", help="undoes it, at the end [launch/testhosts.sh mend {host}]")
-    parser.add_argument("--workdir", metavar="DIR", help="where the job writes; shared by all hosts [a temporary one]")
-    parser.add_argument("--json", type=Path, metavar="FILE", help="write the report to this file, too")
-    arguments, flags = parser.parse_known_args(argv[1:])
+    made = parser()
+    arguments, flags = made.parse_known_args(argv[1:])
+    flags = train_flags.spelled(flags)
     if arguments.rank < 0 or arguments.step < 1:
-        parser.error(f"--rank {arguments.rank} --step {arguments.step}: expected are 0 or more, and 1 or more")
+        made.error(f"--rank {arguments.rank} --step {arguments.step}: expected are 0 or more, and 1 or more")
     if arguments.fault == "disk-full" and os.geteuid() != 0:
-        parser.error("disk-full mounts a small disk for the checkpoints, and needs root for that; run it with sudo")
+        made.error("disk-full mounts a small disk for the checkpoints, and needs root for that; run it with sudo")
     if arguments.fault == "partition" and not arguments.hosts:
-        parser.error("partition cuts one of several hosts off; name them: -H h1:1,h2:1")
+        made.error("partition cuts one of several hosts off; name them: -H h1:1,h2:1")
     given = " ".join(flags)
     for flag, default in (("checkpoint_every", "20"), ("tensorboard", "false")):
         if f"--{flag}" not in given:

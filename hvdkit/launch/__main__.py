@@ -14,12 +14,17 @@ from hvdkit.errors import UsageError
 from hvdkit.launch import options
 from hvdkit.launch.job import Job, Settings
 from hvdkit.launch.mpi import MpiJob
+from hvdkit.launch.options import parser as parser
 from hvdkit.launch.restarts import ElasticJob, Roster
 
 
 def main(argv: list[str]) -> int:
     """Launches, waits, and returns the exit code: that of the first rank that failed, 0 if none did."""
-    arguments = options.parse(argv, (__doc__ or "").partition("\n")[0])
+    return launch(options.parse(argv))
+
+
+def launch(arguments: options.argparse.Namespace) -> int:
+    """Launches what was parsed, and returns the exit code."""
     try:
         return _launch(arguments)
     except UsageError as error:

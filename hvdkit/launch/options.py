@@ -8,6 +8,7 @@ import sys
 from collections.abc import Callable
 from pathlib import Path
 
+from hvdkit.command.arguments import Parser
 from hvdkit.errors import UsageError
 from hvdkit.launch import hosts
 from hvdkit.launch.console import MODES, Console
@@ -16,15 +17,47 @@ from hvdkit.launch.job import Settings
 from hvdkit.launch.restarts import Policy, run_script
 from hvdkit.launch.shells import Shell, Srun, Ssh
 
+_DESCRIPTION = "Runs a command on N ranks, on this host or on many; exits with the code of the first rank that failed."
 
-def parse(argv: list[str], description: str) -> argparse.Namespace:
+
+def parser() -> Parser:
+    """The launcher's parser, with the command that ranks run."""
+    made = Parser("launch", description=_DESCRIPTION, usage="%(prog)s [-np N] [options] -- command")
+    _add_options(made)
+    made.add_argument("command", nargs=argparse.REMAINDER, help="-- and the command that every rank runs")
+    return made
+
+
+def parse(argv: list[str]) -> argparse.Namespace:
     """Parses the command line; leaves with 0 for `--help`, with 2 and a sentence for a mistake."""
-    parser = argparse.ArgumentParser(
-        prog="python -m hvdkit.launch",
-        description=description,
-        usage="%(prog)s [-np N] [options] -- command",
-        allow_abbrev=False,
-    )
+    made = parser()
+    arguments = made.parse_args(argv[1:])
+    if arguments.command[:1] == ["--"]:
+        del arguments.command[0]
+    if not arguments.command:
+        made.error("no command was given; write it behind --, as in: -np 2 -- python train.py")
+    _check(made, arguments)
+    return arguments
+
+
+def divide(argv: list[str], prog: str) -> tuple[argparse.Namespace, list[str]]:
+    """Divides a command line on which the launcher's options and flags of a training stand in any order.
+
+    Args:
+        argv: the command line.
+        prog: what the user called, for messages.
+
+    Returns:
+        What the launcher's options say, without a command; and all the rest, in its order, `--help` included.
+    """
+    made = Parser(prog=prog, usage=f"{prog} [-np N] [options of hvdkit launch] [flags of hvdkit train]", add_help=False)
+    _add_options(made)
+    arguments, rest = made.parse_known_args(argv[1:])
+    _check(made, arguments)
+    return arguments, rest
+
+
+def _add_options(parser: Parser) -> None:
     where = parser.add_argument_group("where")
     where.add_argument("-np", type=int, metavar="N", help="number of ranks [all places that the hosts have]")
     one = where.add_mutually_exclusive_group()
@@ -76,22 +109,18 @@ def parse(argv: list[str], description: str) -> argparse.Namespace:
     output.add_argument("--output", choices=MODES, help="on the screen: rank 0's; with the other ranks' standard "
                         "error; all [errors with --workdir, else all]")  # fmt: skip
     output.add_argument("--dry-run", action="store_true", help="ask the hosts, and show what would be started on them")
-    parser.add_argument("command", nargs=argparse.REMAINDER, help="-- and the command that every rank runs")
-    arguments = parser.parse_args(argv[1:])
-    if arguments.command[:1] == ["--"]:
-        del arguments.command[0]
-    if not arguments.command:
-        parser.error("no command was given; write it behind --, as in: -np 2 -- python train.py")
+
+
+def _check(parser: Parser, arguments: argparse.Namespace) -> None:
     if arguments.np is not None and arguments.np < 1:
         parser.error(f"-np {arguments.np}: at least one rank is needed")
     for name in ("start_timeout", "stall_timeout", "host_timeout", "elastic_timeout"):
         if (getattr(arguments, name) or 0) < 0:
             parser.error(f"--{name.replace('_', '-')} {getattr(arguments, name)}: seconds cannot be negative")
     _check_elastic(parser, arguments)
-    return arguments
 
 
-def _check_elastic(parser: argparse.ArgumentParser, arguments: argparse.Namespace) -> None:
+def _check_elastic(parser: Parser, arguments: argparse.Namespace) -> None:
     for name in ("min_np", "max_np", "host_discovery_script"):
         if getattr(arguments, name) is not None and not arguments.elastic:
             parser.error(f"--{name.replace('_', '-')} was given without --elastic; add it")

@@ -1,12 +1,11 @@
 """Finds mistakes in Keras training scripts that only show on several ranks.
 
-    python -m hvdkit.lint train_mine.py
+    hvdkit lint train_mine.py
 
 The exit code is 0 without findings, 1 with findings, and 2 if a file cannot be read. `# noqa: HVD202` at the end of a
 line suppresses a finding there.
 """
 
-import argparse
 import dataclasses
 import json
 import sys
@@ -15,6 +14,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from hvdkit import outcome
+from hvdkit.command.arguments import Parser
 from hvdkit.errors import UsageError
 from hvdkit.lint.finding import Finding, Rule, findings
 from hvdkit.lint.rules import RULES
@@ -23,7 +23,9 @@ from hvdkit.lint.script import Script
 
 def main(argv: list[str]) -> int:
     """Checks the files on the command line, prints the findings, and returns the exit code."""
-    arguments = _parse(argv)
+    arguments = parser().parse_args(argv[1:])
+    if not (arguments.paths or arguments.explain or arguments.list):
+        parser().error("no script was given, as in: hvdkit lint train.py")
     if arguments.list:
         print("\n".join(f"{rule.code}  {rule.title}" for rule in RULES))
         return 0
@@ -112,20 +114,18 @@ def _chosen(codes: str) -> list[Rule]:
     return [rule for rule in RULES if rule in chosen]
 
 
-def _parse(argv: list[str]) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(prog="python -m hvdkit.lint", description=__doc__.partition("\n")[0])
-    parser.add_argument("paths", nargs="*", metavar="PATH", help="scripts, or folders of scripts")
-    parser.add_argument(
+def parser() -> Parser:
+    """Returns the linter's parser."""
+    made = Parser("lint", description=__doc__)
+    made.add_argument("paths", nargs="*", metavar="PATH", help="scripts, or folders of scripts")
+    made.add_argument(
         "--select", default="HVD", metavar="CODES", help="check only these rules, for example HVD301,HVD5"
     )
-    parser.add_argument("--ignore", metavar="CODES", help="skip these rules")
-    parser.add_argument("--json", action="store_true", help="print one JSON object")
-    parser.add_argument("--explain", metavar="CODES", help="explain rules, with wrong and right code")
-    parser.add_argument("--list", action="store_true", help="list the rules")
-    arguments = parser.parse_args(argv[1:])
-    if not (arguments.paths or arguments.explain or arguments.list):
-        parser.error("no script was given, as in: python -m hvdkit.lint train.py")
-    return arguments
+    made.add_argument("--ignore", metavar="CODES", help="skip these rules")
+    made.add_argument("--json", action="store_true", help="print one JSON object")
+    made.add_argument("--explain", metavar="CODES", help="explain rules, with wrong and right code")
+    made.add_argument("--list", action="store_true", help="list the rules")
+    return made
 
 
 if __name__ == "__main__":

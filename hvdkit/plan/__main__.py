@@ -1,13 +1,13 @@
-"""`python -m hvdkit.plan`: how a training will scale, and whether it should.
+"""`hvdkit plan`: how a training will scale, and whether it should.
 
-    python -m hvdkit.plan --batch 64 --ranks 1,2,4,8 --links links.json -- --model=cifar_cnn --dataset=cifar10
-    python -m hvdkit.plan --batch 64 --ranks 1,16,1024 --latency 20us --bandwidth 25Gbit/s -- --model=mine.py:build
-    python -m hvdkit.plan measure -H h1:1,h2:1 ...     the same for these hosts, and each mode tried on them
-    python -m hvdkit.plan score FILE.json...           all that `measure --json` found: the median error
-    python -m hvdkit.plan published FILE.png           ResNet-50 to 1,024 GPUs, beside what others measured
+    hvdkit plan --batch 64 --ranks 1,2,4,8 --links links.json -- --model=cifar_cnn --dataset=cifar10
+    hvdkit plan --batch 64 --ranks 1,16,1024 --latency 20us --bandwidth 25Gbit/s -- --model=mine.py:build
+    hvdkit plan measure -H h1:1,h2:1 ...     the same for these hosts, and each mode tried on them
+    hvdkit plan score FILE.json...           all that `measure --json` found: the median error
+    hvdkit plan published FILE.png           ResNet-50 to 1,024 GPUs, beside what others measured
 
-The model is measured here for some seconds, by as many processes as a host has ranks. links.json comes from `python -m
-hvdkit.bench collectives -H ... --json links.json`, run where the training is to run. What was measured of a model is in
+The model is measured here for some seconds, by as many processes as a host has ranks. links.json comes from `hvdkit
+bench collectives -H ... --json links.json`, run where the training is to run. What was measured of a model is in
 the file that --json writes, and --model-from takes it from there.
 """
 
@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from hvdkit import outcome, reporting
+from hvdkit.command.arguments import Parser
 from hvdkit.errors import UsageError
 from hvdkit.plan import advice, facts, links, measure, modes, published, report
 from hvdkit.plan import score as scoring
@@ -35,36 +36,35 @@ def main(argv: list[str]) -> int:
         if argv[1:2] == ["published"]:
             return _published(argv[2:])
         if argv[1:2] == ["measure"]:
-            return _measure(_parse(argv[2:]))
-        return _plan(_parse(argv[1:]))
+            return _measure(parser().parse_args(argv[2:]))
+        return _plan(parser().parse_args(argv[1:]))
     except UsageError as error:
         print(f"hvdkit.plan: {error}", file=sys.stderr)
         return outcome.USAGE
 
 
-def _parse(argv: list[str]) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
-        prog="python -m hvdkit.plan", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument("--batch", type=int, default=64, help="samples a step of each rank [64]")
-    parser.add_argument("--ranks", default="1,2,4,8", help="numbers of ranks, to thousands [1,2,4,8]")
-    parser.add_argument("--ranks-per-host", type=int, default=1, metavar="N", help="at most [1]")
-    parser.add_argument("--links", metavar="FILE", help="measured exchanges between hosts")
-    parser.add_argument("--inside", metavar="FILE", help="measured exchanges between ranks of one host")
-    parser.add_argument("--latency", default="50us", help="of a message between hosts, without --links [50us]")
-    parser.add_argument("--bandwidth", default="10Gbit/s", help="between hosts, without --links [10Gbit/s]")
-    parser.add_argument("--agreeing", default="1ms", help="Horovod's negotiation between two ranks [1ms]")
-    parser.add_argument("--model-from", metavar="FILE", help="of an earlier --json, instead of measuring the model")
-    parser.add_argument("--threads", type=int, help="cores that each rank has [its share of this machine's]")
-    parser.add_argument("--shared-machine", action="store_true", help="the hosts are parts of this one machine")
-    parser.add_argument("--modes", default="", help="only these, by name, separated by commas [all]")
-    parser.add_argument("-H", dest="hosts", default="", help="hosts to name in the command that is recommended")
-    parser.add_argument("--price", type=float, help="of a rank for an hour")
-    parser.add_argument("--seconds", type=float, default=4.0, help="of each measurement [4]")
-    parser.add_argument("--json", metavar="FILE", help="write the numbers there")
-    parser.add_argument("--plot", metavar="FILE.png", help="draw them there")
-    parser.add_argument("flags", nargs="*", help="after --: flags of hvdkit.train, without a batch")
-    return parser.parse_args(argv)
+def parser() -> Parser:
+    """The planner's parser."""
+    made = Parser("plan", description=__doc__)
+    made.add_argument("--batch", type=int, default=64, help="samples a step of each rank [64]")
+    made.add_argument("--ranks", default="1,2,4,8", help="numbers of ranks, to thousands [1,2,4,8]")
+    made.add_argument("--ranks-per-host", type=int, default=1, metavar="N", help="at most [1]")
+    made.add_argument("--links", metavar="FILE", help="measured exchanges between hosts")
+    made.add_argument("--inside", metavar="FILE", help="measured exchanges between ranks of one host")
+    made.add_argument("--latency", default="50us", help="of a message between hosts, without --links [50us]")
+    made.add_argument("--bandwidth", default="10Gbit/s", help="between hosts, without --links [10Gbit/s]")
+    made.add_argument("--agreeing", default="1ms", help="Horovod's negotiation between two ranks [1ms]")
+    made.add_argument("--model-from", metavar="FILE", help="of an earlier --json, instead of measuring the model")
+    made.add_argument("--threads", type=int, help="cores that each rank has [its share of this machine's]")
+    made.add_argument("--shared-machine", action="store_true", help="the hosts are parts of this one machine")
+    made.add_argument("--modes", default="", help="only these, by name, separated by commas [all]")
+    made.add_argument("-H", dest="hosts", default="", help="hosts to name in the command that is recommended")
+    made.add_argument("--price", type=float, help="of a rank for an hour")
+    made.add_argument("--seconds", type=float, default=4.0, help="of each measurement [4]")
+    made.add_argument("--json", metavar="FILE", help="write the numbers there")
+    made.add_argument("--plot", metavar="FILE.png", help="draw them there")
+    made.add_argument("flags", nargs="*", help="after --: flags of hvdkit train, without a batch")
+    return made
 
 
 def _plan(arguments: argparse.Namespace) -> int:

@@ -26,14 +26,14 @@ def all_modes(
     """
     colon = "," if ":" in optimizer else ":"
     accumulate = f"--optimizer={optimizer}{colon}gradient_accumulation_steps={ACCUMULATED}"
-    mean = "--outer_learning_rate=1 --outer_momentum=0"
+    mean = "--outer-learning-rate=1 --outer-momentum=0"
     modes = [
         Mode("data parallel"),
         Mode("fp16", "--compression=fp16", share=0.5, exact=False),
         *(_with_feedback(name, shapes, compression_seconds[name]) for name in FEEDBACK),
         Mode("accumulation", accumulate, every=ACCUMULATED, exact=False),
-        Mode("local SGD", f"--local_steps={LOCAL_STEPS} {mean}", every=LOCAL_STEPS, exact=False),
-        Mode("DiLoCo", f"--local_steps={DILOCO_STEPS}", every=DILOCO_STEPS, exact=False),
+        Mode("local SGD", f"--local-steps={LOCAL_STEPS} {mean}", every=LOCAL_STEPS, exact=False),
+        Mode("DiLoCo", f"--local-steps={DILOCO_STEPS}", every=DILOCO_STEPS, exact=False),
         Mode("mirrored", "--strategy=mirrored", one_host=True),
         *(
             Mode(f"{name} parallel", f"--strategy={name}", division=Division(**division))

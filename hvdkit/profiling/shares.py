@@ -87,11 +87,11 @@ def advice(profile: Profile) -> list[str]:
     """What to change, each with the share that says so."""
     share = dict(zip(PARTS, profile.seconds.mean(axis=0) / max(profile.step, 1e-12), strict=True))
     mends = {
-        "exchange": "send less (--compression=bf16, int8, topk, powersgd), or less often (--local_steps, a larger "
-        "--local_batch); `python -m hvdkit.plan` says what each would bring",
+        "exchange": "send less (--compression=bf16, int8, topk, powersgd), or less often (--local-steps, a larger "
+        "--local-batch); `python -m hvdkit.plan` says what each would bring",
         "waiting": "find what holds the slow rank up (the verdict above): other work on its host, a slower device, a "
         "share of data that takes longer",
-        "input": "keep examples in memory (--cache_gb), decode less, or raise --steps_per_execution",
+        "input": "keep examples in memory (--cache-gb), decode less, or raise --steps-per-execution",
     }
     found = [
         f"{name} takes {share[name]:.0%} of a step: {mend}." for name, mend in mends.items() if share[name] >= _MUCH

@@ -52,7 +52,7 @@ class DividedStrategy(HorovodStrategy):
 
     def distribute(self, optimizer: keras.optimizers.Optimizer, **options: Any) -> keras.optimizers.Optimizer:
         """Returns a `DistributedOptimizer`, which knows which weights are shards."""
-        flags = {"local_steps": "--local_steps", "shard": "--shard_optimizer"}
+        flags = {"local_steps": "--local-steps", "shard": "--shard-optimizer"}
         unfit = [flag for name, flag in flags.items() if options.get(name)]
         if isinstance(options.get("compression"), ErrorFeedback):
             unfit.append("--compression (fp16 and bf16 work)")

@@ -1,15 +1,4 @@
-"""Runs many trainings over the places at hand, one task a place, and keeps the best model.
-
-    python -m hvdkit.sweep -np 2 --workdir=runs/sweep --grid learning_rate=0.01,0.003 --grid optimizer=adam,sgd -- \\
-        --model=mnist_mlp --epochs=3
-    python -m hvdkit.sweep -H h1:4,h2:4 --workdir=DIR --random "learning_rate=1e-4..1e-1 log" \\
-        --int local_batch=16..128:16 --trials=40 --asha -- --model=cifar_cnn --dataset=cifar10
-    python -m hvdkit.sweep -np 2 --workdir=DIR --folds=5 -- --model=mnist_mlp
-
-Behind -- are flags of hvdkit.train. A task that crashes or hangs, or whose host dies, is tried again elsewhere, from
-its last checkpoint. The same command goes on with a sweep that was interrupted, however it was. Exit code: 0 if all
-trials are over and one is done, 1 if none is, 2 if the command line is wrong, 75 if no host answers, 85 after SIGTERM.
-"""
+"""Runs many trainings over the places at hand, one task a place, and keeps the best model. See `options`."""
 
 import fcntl
 import json
@@ -25,12 +14,13 @@ from hvdkit import outcome, reporting, versions
 from hvdkit.errors import UsageError
 from hvdkit.sweep import hosts, options, space
 from hvdkit.sweep.options import Options
+from hvdkit.sweep.options import parser as parser
 
 
 def main(argv: list[str]) -> int:
     """Runs the sweep, and returns the exit code."""
     try:
-        chosen = options.parse(argv, __doc__ or "")
+        chosen = options.parse(argv)
         with _own_folder(chosen):
             return _sweep(chosen)
     except UsageError as error:

@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Literal
 
+from hvdkit.command.arguments import Parser, dashed
 from hvdkit.errors import UsageError
 from hvdkit.launch import job
 from hvdkit.launch import options as launch_options
@@ -15,6 +16,19 @@ from hvdkit.sweep import space
 from hvdkit.sweep.space import Parameter
 from hvdkit.train import flags as train_flags
 
+_DESCRIPTION = """\
+Runs many trainings over the places at hand, one task a place, and keeps the best model.
+
+    hvdkit sweep -np 2 --workdir=runs/sweep --grid learning-rate=0.01,0.003 --grid optimizer=adam,sgd -- \\
+        --model=mnist_mlp --epochs=3
+    hvdkit sweep -H h1:4,h2:4 --workdir=DIR --random "learning-rate=1e-4..1e-1 log" \\
+        --int local-batch=16..128:16 --trials=40 --asha -- --model=cifar_cnn --dataset=cifar10
+    hvdkit sweep -np 2 --workdir=DIR --folds=5 -- --model=mnist_mlp
+
+Behind -- are flags of hvdkit train. A task that crashes or hangs, or whose host dies, is tried again elsewhere, from
+its last checkpoint. The same command resumes a sweep that was interrupted. Exit code: 0 if all trials are over and one
+is done, 1 if none is, 2 if the command line is wrong, 75 if no host answers, 85 after SIGTERM.
+"""
 _OURS = ("workdir", "overwrite", "resume", "fold")  # flags of the training that the sweep sets itself
 Direction = Literal["maximize", "minimize"]
 _GOALS: dict[str, Direction] = {"accuracy": "maximize", "loss": "minimize"}
@@ -85,26 +99,26 @@ class Options:
         }
 
 
-def parse(argv: list[str], description: str) -> Options:
+def parse(argv: list[str]) -> Options:
     """Parses the command line; leaves with 0 for `--help`, with 2 and a sentence where argparse finds a mistake.
 
     Raises:
         UsageError: what was given is wrong, a flag of the training included.
     """
-    given = _parser(description).parse_args(argv[1:])
+    given = parser().parse_args(argv[1:])
     parameters = tuple(space.parse(kind, text) for kind in space.FORMS for text in getattr(given, kind))
-    flags = given.flags[1:] if given.flags[:1] == ["--"] else given.flags
+    flags = train_flags.spelled(given.flags[1:] if given.flags[:1] == ["--"] else given.flags)
     _check_search(given, parameters)
     _check_flags(parameters, flags)
     asha = _asha(given.asha) if given.asha else None
     folder = Path(given.workdir).expanduser().resolve()
     launcher = shlex.split(given.launcher)
     where = [*(["-np", str(given.np)] if given.np else []), *(["-H", given.hosts] if given.hosts else [])]
-    launch = launch_options.settings(launch_options.parse(["", *where, *launcher, "--", "a task"], description))
+    launch = launch_options.settings(launch_options.parse(["", *where, *launcher, "--", "a task"]))
     for host in launch.hosts:
         if host.slots < given.ranks_per_task:
             raise UsageError(
-                f"--ranks_per_task={given.ranks_per_task} does not fit {host.name}, which has {host.slots} place(s): a "
+                f"--ranks-per-task={given.ranks_per_task} does not fit {host.name}, which has {host.slots} place(s): a "
                 f"task's ranks are all on one host. Give the host more places, or a task fewer ranks."
             )
     return Options(
@@ -130,15 +144,14 @@ def parse(argv: list[str], description: str) -> Options:
     )
 
 
-def _parser(description: str) -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
-        prog="python -m hvdkit.sweep",
-        description=description,
-        usage="%(prog)s [-np N | -H h1:2,h2:2] --workdir=DIR [options] -- [flags of hvdkit.train]",
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-        allow_abbrev=False,
+def parser() -> Parser:
+    """The sweep's parser."""
+    made = Parser(
+        "sweep",
+        description=_DESCRIPTION,
+        usage="%(prog)s [-np N | -H h1:2,h2:2] --workdir=DIR [options] -- [flags of hvdkit train]",
     )
-    what = parser.add_argument_group("what is searched: flags of hvdkit.train")
+    what = made.add_argument_group("what is searched: flags of hvdkit.train")
     what.add_argument("--grid", action="append", default=[], metavar="FLAG=A,B", help="all values, with all of other "
                       "grids; | separates values that have commas")  # fmt: skip
     what.add_argument("--choice", action="append", default=[], metavar="FLAG=A,B", help="one of these, drawn")
@@ -155,27 +168,27 @@ def _parser(description: str) -> argparse.ArgumentParser:
                       "[%(default)s]")  # fmt: skip
     what.add_argument("--asha", nargs="?", const="3:1", metavar="ETA:FIRST", help="end bad trials early: after FIRST, "
                       "FIRST·ETA, FIRST·ETA² ... epochs only the best of ETA goes on [3:1]")  # fmt: skip
-    where = parser.add_argument_group("where")
+    where = made.add_argument_group("where")
     where.add_argument("-np", type=int, metavar="N", help="places for ranks on this host")
     where.add_argument("-H", dest="hosts", metavar="h1:2,h2:2", help="hosts and their places [this host]")
-    where.add_argument("--ranks_per_task", type=int, default=1, metavar="K", help="ranks of each task, on one host [1]")
+    where.add_argument("--ranks-per-task", type=int, default=1, metavar="K", help="ranks of each task, on one host [1]")
     where.add_argument("--launcher", default="", metavar="ARGS", help="more options for hvdkit.launch")
-    output = parser.add_argument_group("what is kept")
+    output = made.add_argument_group("what is kept")
     output.add_argument("--workdir", required=True, metavar="DIR", help="where the sweep writes; a sweep that is there "
                         "is gone on with. All hosts must share it")  # fmt: skip
     output.add_argument("--storage", metavar="URL", help="Optuna's: a database by URL, or journal:FILE for network "
                         "file systems [SQLite in the workdir]")  # fmt: skip
     output.add_argument("--study", metavar="NAME", help="the study's name there [the workdir's]")
-    output.add_argument("--keep_models", action="store_true", help="of all trials, not only of the best")
-    limits = parser.add_argument_group("when tasks fail")
+    output.add_argument("--keep-models", action="store_true", help="of all trials, not only of the best")
+    limits = made.add_argument_group("when tasks fail")
     limits.add_argument("--retries", type=int, default=2, metavar="N", help="of a task that crashed or hung [2]")
-    limits.add_argument("--stall_timeout", type=float, default=600.0, metavar="S", help="seconds without a step or a "
+    limits.add_argument("--stall-timeout", type=float, default=600.0, metavar="S", help="seconds without a step or a "
                         "line in the log, after which a task is hung [%(default)g; 0: none]")  # fmt: skip
-    limits.add_argument("--time_limit", type=float, default=0.0, metavar="S", help="seconds of a task in all [none]")
-    limits.add_argument("--host_timeout", type=float, default=30.0, metavar="S", help="seconds that a host may be "
+    limits.add_argument("--time-limit", type=float, default=0.0, metavar="S", help="seconds of a task in all [none]")
+    limits.add_argument("--host-timeout", type=float, default=30.0, metavar="S", help="seconds that a host may be "
                         "silent [%(default)g]")  # fmt: skip
-    parser.add_argument("flags", nargs=argparse.REMAINDER, help="-- and the flags that all tasks have")
-    return parser
+    made.add_argument("flags", nargs=argparse.REMAINDER, help="-- and the flags that all tasks have")
+    return made
 
 
 def _check_search(given: argparse.Namespace, parameters: Sequence[Parameter]) -> None:
@@ -186,7 +199,9 @@ def _check_search(given: argparse.Namespace, parameters: Sequence[Parameter]) ->
             "with --folds=5."
         )
     if drawn and given.trials is None:
-        raise UsageError(f"How many values of --{drawn[0].flag} are to be drawn? Give their number, as in --trials=20.")
+        raise UsageError(
+            f"How many values of --{dashed(drawn[0].flag)} are to be drawn? Give their number, as in --trials=20."
+        )
     if given.asha and given.folds:
         raise UsageError(
             "--asha and --folds exclude each other: a trial's folds train one after the other, and their mean is known "
@@ -196,7 +211,7 @@ def _check_search(given: argparse.Namespace, parameters: Sequence[Parameter]) ->
     for name, lowest in least.items():
         value = getattr(given, name)
         if value is not None and value < lowest:
-            raise UsageError(f"--{name}={value} must be {lowest} or more.")
+            raise UsageError(f"--{dashed(name)}={value} must be {lowest} or more.")
     if given.folds < 0 or given.folds == 1:
         raise UsageError(f"--folds={given.folds} must be 2 or more: a fold is tested on by what the others trained.")
 
@@ -206,15 +221,15 @@ def _check_flags(parameters: Sequence[Parameter], flags: Sequence[str]) -> None:
     names = [p.flag for p in parameters]
     twice = next((name for name in names if names.count(name) > 1), None)
     if twice:
-        raise UsageError(f"--{twice} is searched twice. Give all of its values at once.")
+        raise UsageError(f"--{dashed(twice)} is searched twice. Give all of its values at once.")
     fixed = [flag.lstrip("-").partition("=")[0].removeprefix("no") for flag in flags if flag.startswith("-")]
     for name in [*names, *fixed]:
         if name in _OURS:
             own = "--folds=K of the sweep" if name == "fold" else "the sweep's own --workdir"
-            raise UsageError(f"--{name} is set for each task by the sweep itself. Leave it out, and use {own}.")
+            raise UsageError(f"--{dashed(name)} is set for each task by the sweep itself. Leave it out, and use {own}.")
     both = next((name for name in names if name in fixed), None)
     if both:
-        raise UsageError(f"--{both} is searched, and fixed behind --, too. Leave one of them out.")
+        raise UsageError(f"--{dashed(both)} is searched, and fixed behind --, too. Leave one of them out.")
     first = {p.flag: p.extremes()[0] for p in parameters}
     for parameter in parameters:
         for value in parameter.extremes():

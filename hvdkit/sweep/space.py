@@ -6,6 +6,7 @@ import re
 from collections.abc import Sequence
 from typing import Any
 
+from hvdkit.command.arguments import underscored
 from hvdkit.errors import UsageError
 
 FORMS = {
@@ -68,6 +69,7 @@ def parse(kind: str, text: str) -> Parameter:
         UsageError: the text does not have the option's form, or a range is empty.
     """
     flag, _, given = text.strip().lstrip("-").partition("=")
+    flag = underscored(flag)
     if not flag.isidentifier() or not given.strip():
         raise _misunderstood(kind, text, "expected a flag's name and its values")
     if kind in ("grid", "choice"):

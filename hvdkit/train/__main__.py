@@ -4,17 +4,20 @@ import logging
 import os
 import sys
 from collections.abc import Sequence
+from typing import TYPE_CHECKING
 
-import keras
-
-from hvdkit import outcome, runtime, watchdog, world
-from hvdkit.checkpoint import preemption
+from hvdkit import outcome, world
 from hvdkit.errors import ReplicasDiverged, UnfitSizeError, UsageError
 from hvdkit.train import flags
-from hvdkit.train.run import Tap, run
+from hvdkit.train.flags import parser as parser  # for completion in shells
+
+if TYPE_CHECKING:
+    import keras
+
+    from hvdkit.train.run import Tap
 
 
-def main(argv: list[str], more_callbacks: Sequence[keras.callbacks.Callback] = (), tap: Tap | None = None) -> int:
+def main(argv: list[str], more_callbacks: Sequence["keras.callbacks.Callback"] = (), tap: "Tap | None" = None) -> int:
     """Runs the job; `more_callbacks` and `tap` as for `run`.
 
     Returns:
@@ -22,19 +25,27 @@ def main(argv: list[str], more_callbacks: Sequence[keras.callbacks.Callback] = (
         leave: then the same command goes on; in an elastic job 86 if it needs another number of ranks.
     """
     try:
+        config = flags.parse(argv)
+    except UsageError as error:
+        return _fail(error)
+    return _train(config, more_callbacks, tap)
+
+
+def _train(config: flags.Config, more_callbacks: Sequence["keras.callbacks.Callback"], tap: "Tap | None") -> int:
+    # These load TensorFlow, for seconds: help and a wrong flag do not wait for it.
+    from hvdkit import runtime, watchdog
+    from hvdkit.checkpoint import preemption
+    from hvdkit.train.run import run
+
+    try:
         with preemption.leaving_at_once():
-            run(flags.parse(argv), more_callbacks, tap)
+            run(config, more_callbacks, tap)
     except preemption.Preempted as left:
         if not left.agreed:
             watchdog.fail(left, outcome.PREEMPTED)
         return outcome.PREEMPTED
     except (UsageError, ReplicasDiverged) as error:
-        logging.getLogger("hvdkit").debug("left with", exc_info=True)
-        code = _exit_code(error)
-        if world.launched_rank() == 0:  # all ranks exit with the same sentence; one is enough
-            print(f"hvdkit.train: {error}", file=sys.stderr, flush=True)
-            outcome.tell(outcome.Failed("usage" if code != 1 else "diverged", code, str(error), rank=0))
-        return code
+        return _fail(error)
     except Exception as error:
         if world.launched_size() == 1:  # where there are more, the watchdog tells
             outcome.tell(outcome.Failed("error", 1, f"{type(error).__name__}: {error}", rank=0))
@@ -42,6 +53,15 @@ def main(argv: list[str], more_callbacks: Sequence[keras.callbacks.Callback] = (
     finally:
         runtime.shutdown()
     return 0
+
+
+def _fail(error: UsageError | ReplicasDiverged) -> int:
+    logging.getLogger("hvdkit").debug("left with", exc_info=True)
+    code = _exit_code(error)
+    if world.launched_rank() == 0:  # all ranks exit with the same sentence; one is enough
+        print(f"hvdkit.train: {error}", file=sys.stderr, flush=True)
+        outcome.tell(outcome.Failed("usage" if code != 1 else "diverged", code, str(error), rank=0))
+    return code
 
 
 def _exit_code(error: UsageError | ReplicasDiverged) -> int:

@@ -114,12 +114,12 @@ def _check_chosen(source: ModelSource, given: Mapping[str, Any], chosen: Mapping
     for name in chosen:
         if name in given:
             raise UsageError(
-                f"--model_args was given {name}, which the data decide ({name} is {given[name]}). Leave it out; texts "
-                f"are cut by --sequence_length, images resized by --image_size."
+                f"--model-args was given {name}, which the data decide ({name} is {given[name]}). Leave it out; texts "
+                f"are cut by --sequence-length, images resized by --image-size."
             )
         if name not in own and not takes_all:
             raise UsageError(
-                f"--model_args was given {name}, and the model {source.name} takes {', '.join(own) or 'none'}. Correct "
+                f"--model-args was given {name}, and the model {source.name} takes {', '.join(own) or 'none'}. Correct "
                 f"the name, or leave it out."
             )
 
@@ -169,7 +169,7 @@ def check_output(
     except Exception as error:  # whatever a user's layers raise on a shape that they were not made for
         raise UsageError(
             f"The model {name} cannot take examples of shape {tuple(spec.shape)} "
-            f"({str(error).strip().splitlines()[0]}). Choose another data set, resize images with --image_size, or "
+            f"({str(error).strip().splitlines()[0]}). Choose another data set, resize images with --image-size, or "
             f"build the model with the argument input_shape."
         ) from error
     shape = getattr(output, "shape", None)

@@ -97,7 +97,7 @@ def steps_per_execution(
     if common % chosen:
         fitting = ", ".join(str(n) for n in range(1, common + 1) if common % n == 0)
         raise UsageError(
-            f"--steps_per_execution={wanted} does not divide an epoch of {steps_per_epoch} steps in a training of "
+            f"--steps-per-execution={wanted} does not divide an epoch of {steps_per_epoch} steps in a training of "
             f"{steps}. Use one of {fitting}, or leave it out."
         )
     return chosen

@@ -42,7 +42,7 @@ def _windows(source: TokenSource, settings: Settings) -> TokenSource:
         UsageError: it is too short, or classes are to be balanced, which it has not.
     """
     if settings.sampling != "none" or settings.class_weights:
-        flag = "--class_weights" if settings.class_weights else f"--sampling={settings.sampling}"
+        flag = "--class-weights" if settings.class_weights else f"--sampling={settings.sampling}"
         raise UsageError(f"{flag} balances classes, and the windows of {source.name} have none. Leave it out.")
     return source.cut(settings.sequence_length)
 

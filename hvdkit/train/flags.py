@@ -1,21 +1,25 @@
 """The flags of the main job: their groups, their help, and what can be checked without loading TensorFlow."""
 
+import argparse
 import ast
 import dataclasses
 import re
 import sys
+from collections.abc import Sequence
 from typing import Any
 
 from absl import flags
 from hvdkit_models.recipe import Recipe
 
 from hvdkit import outcome
+from hvdkit.command.arguments import Parser, as_absl_has_them, dashed
 from hvdkit.errors import UnfitSizeError, UsageError
 
 STRATEGIES = ("single", "horovod", "mirrored", "multiworker", "tensor", "branches", "pipeline")
 COMPRESSIONS = ("none", "fp16", "bf16", "int8", "onebit", "topk", "powersgd")
 _WHAT, _HOW, _MACHINE, _OUTPUT = "What to train", "How to train it", "On which machine", "What to write"
 _RESUME = "Checkpoints"
+_GROUPS = (_WHAT, _HOW, _MACHINE, _OUTPUT, _RESUME)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -164,10 +168,53 @@ def define() -> None:
         "one; never begins anew; or the path of a checkpoint, or of another run's workdir")  # fmt: skip
     add(string, _RESUME, "checkpoint_every", "epoch", "a number of steps, epoch, or never")
     add(integer, _RESUME, "keep", 3, "how many of the newest checkpoints stay", lower_bound=1)
-    add(integer, _RESUME, "keep_best", 0, "how many of the best stay besides, by the test loss (--eval_every) or else "
+    add(integer, _RESUME, "keep_best", 0, "how many of the best stay besides, by the test loss (--eval-every) or else "
         "the training loss", lower_bound=0)  # fmt: skip
     add(enum, _RESUME, "checkpoint_error", "warn", "when a checkpoint cannot be written: train on, or stop",
         ("warn", "stop"))  # fmt: skip
+
+
+def _define_once() -> None:
+    if not flags.FLAGS.find_module_defining_flag("model"):
+        define()
+
+
+def spelled(arguments: Sequence[str]) -> list[str]:
+    """The same flags as absl spells them: with underscores, and nothing between `no` and a switch's name."""
+    _define_once()
+    return as_absl_has_them(arguments, _known)
+
+
+def _known(name: str) -> tuple[str, bool] | None:
+    if name in flags.FLAGS:
+        return name, not flags.FLAGS[name].boolean
+    positive = name.removeprefix("no").lstrip("_")
+    if name.startswith("no") and positive in flags.FLAGS and flags.FLAGS[positive].boolean:
+        return f"no{positive}", False
+    return None
+
+
+def _with_dashes(message: str) -> str:
+    return re.sub(r"--\w+", lambda flag: dashed(flag[0]), message)
+
+
+def parser() -> Parser:
+    """The flags as argparse has them: for completion in shells."""
+    _define_once()
+    made = Parser("train")
+    for title in _GROUPS:
+        group = made.add_argument_group(title)
+        for flag in flags.FLAGS.get_flags_for_module(title):
+            # argparse reads % in a help text as a format.
+            given: dict[str, Any] = {"help": flag.help.replace("%", "%%")}
+            if flag.boolean:
+                given["action"] = argparse.BooleanOptionalAction
+            elif hasattr(flag.parser, "enum_values"):
+                given["choices"] = flag.parser.enum_values
+            elif flag.name in ("workdir", "data_dir"):
+                given["metavar"] = "DIR"
+            group.add_argument(f"--{dashed(flag.name)}", **given)
+    return made
 
 
 def parse(argv: list[str]) -> Config:
@@ -176,17 +223,16 @@ def parse(argv: list[str]) -> Config:
     Raises:
         UsageError: a flag or a value is wrong, or two exclude each other.
     """
-    if not flags.FLAGS.find_module_defining_flag("model"):
-        define()
+    _define_once()
     for name in flags.FLAGS:
         flags.FLAGS[name].unparse()  # nothing stays of a command line before this one
     if any(a in ("--help", "-h", "-help", "--helpfull") for a in argv[1:]):
         print(help_text())
         sys.exit(0)
     try:
-        rest = flags.FLAGS(argv)[1:]
+        rest = flags.FLAGS([*argv[:1], *spelled(argv[1:])])[1:]
     except flags.Error as error:
-        raise UsageError(f"{str(error).rstrip('.')}. `--help` lists all flags.") from None
+        raise UsageError(f"{_with_dashes(str(error)).rstrip('.')}. `--help` lists all flags.") from None
     if rest:
         raise UsageError(f"{rest[0]!r} is not a flag; flags have the form --name=value. `--help` lists all.")
     config = Config(**{field.name: flags.FLAGS[field.name].value for field in dataclasses.fields(Config)})
@@ -198,7 +244,7 @@ def _check(config: Config) -> None:
     """Raises a `UsageError` if flags exclude each other, or have a form that their kind does not refuse."""
     for one, other in (("epochs", "steps"), ("global_batch", "local_batch")):
         if getattr(config, one) is not None and getattr(config, other) is not None:
-            raise UsageError(f"--{one} and --{other} exclude each other: give one of them.")
+            raise UsageError(f"--{dashed(one)} and --{dashed(other)} exclude each other: give one of them.")
     _model_arguments(config.model_args or "")
     name, _, arguments = config.compression.partition(":")
     if name not in COMPRESSIONS or (arguments and not re.fullmatch(r"\w+=[\d.e-]+", arguments)):
@@ -207,10 +253,10 @@ def _check(config: Config) -> None:
             f"a fraction and powersgd a rank: topk:fraction=0.01, powersgd:rank=4."
         )
     if config.compression_guard and name in COMPRESSIONS[:3]:
-        raise UsageError(f"--compression_guard has nothing to switch off with --compression={config.compression}.")
+        raise UsageError(f"--compression-guard has nothing to switch off with --compression={config.compression}.")
     if config.shard_optimizer and (name != "none" or config.local_steps):
-        other = "--local_steps" if config.local_steps else "--compression"
-        raise UsageError(f"--shard_optimizer and {other} exclude each other: give one of them.")
+        other = "--local-steps" if config.local_steps else "--compression"
+        raise UsageError(f"--shard-optimizer and {other} exclude each other: give one of them.")
     if config.fold is not None and not config.folding:
         raise UsageError(
             f"--fold={config.fold} is not FOLD/FOLDS with two folds or more, numbered from 0: the first of five is "
@@ -229,7 +275,7 @@ def _check(config: Config) -> None:
         isinstance(config.checkpoint_steps, int) and config.checkpoint_steps
     ):
         raise UsageError(
-            f"--checkpoint_every={config.checkpoint_every} is neither a number of steps, 1 or more, nor epoch or never."
+            f"--checkpoint-every={config.checkpoint_every} is neither a number of steps, 1 or more, nor epoch or never."
         )
 
 
@@ -248,7 +294,7 @@ def _model_arguments(text: str) -> dict[str, Any]:
     except (SyntaxError, ValueError) as error:
         reason = error.msg if isinstance(error, SyntaxError) else str(error).partition(":")[0]
         raise UsageError(
-            f"--model_args={text} cannot be read ({reason}). The form is name=value,name=value, as in "
+            f"--model-args={text} cannot be read ({reason}). The form is name=value,name=value, as in "
             f"width=256,depth=6, with numbers, names, or Python's tuples, as in hidden=(128,64)."
         ) from None
 
@@ -279,8 +325,8 @@ def resolve(config: Config, recipe: Recipe, replicas: int) -> Settings:
     if global_batch % replicas:
         below = global_batch - global_batch % replicas
         raise UnfitSizeError(
-            f"A global batch of {global_batch} cannot be divided evenly over {replicas} replicas. Use --global_batch="
-            f"{below or replicas} or {below + replicas}, or give --local_batch instead."
+            f"A global batch of {global_batch} cannot be divided evenly over {replicas} replicas. Use --global-batch="
+            f"{below or replicas} or {below + replicas}, or give --local-batch instead."
         )
     scale = 1.0 if config.learning_rate is not None else global_batch / recipe.global_batch
     rate = recipe.learning_rate * scale if config.learning_rate is None else config.learning_rate
@@ -315,8 +361,8 @@ def leave_optimizer_to_model(config: Config, settings: Settings, model: str, rat
     given = [name for name in names if getattr(config, name) is not None]
     if given:
         raise UsageError(
-            f"--{given[0]} was given, but the model {model} is compiled by its function, with an optimizer of its own. "
-            f"Leave the flag out, or return the model uncompiled."
+            f"--{dashed(given[0])} was given, but the model {model} is compiled by its function, with an optimizer of "
+            f"its own. Leave the flag out, or return the model uncompiled."
         )
     return dataclasses.replace(
         settings, optimizer="the model's", learning_rate=rate, lr_schedule="constant", warmup_epochs=0.0
@@ -326,15 +372,16 @@ def leave_optimizer_to_model(config: Config, settings: Settings, model: str, rat
 def help_text() -> str:
     """All flags by group, with their defaults."""
     lines = [
-        "Trains a Keras 3 model on real data: python -m hvdkit.train [flags], or launch/local.sh -np N [flags]",
+        "Trains a Keras 3 model on real data: hvdkit train [flags], or on N ranks: launch/local.sh -np N [flags]",
         "",
     ]
-    for group in (_WHAT, _HOW, _MACHINE, _OUTPUT, _RESUME):
+    for group in _GROUPS:
         lines += [f"{group}:"]
         for flag in flags.FLAGS.get_flags_for_module(group):
             default = "" if flag.default is None else f" [{flag.default_as_str.strip(chr(39))}]"
             choices = f" ({'|'.join(flag.parser.enum_values)})" if hasattr(flag.parser, "enum_values") else ""
-            lines += [f"  --{flag.name}{choices}", f"      {flag.help}{default}"]
+            switch = "[no-]" if flag.boolean else ""
+            lines += [f"  --{switch}{dashed(flag.name)}{choices}", f"      {flag.help}{default}"]
         lines += [""]
     return "\n".join(lines)
 

@@ -1,7 +1,7 @@
 """The main job: trains a Keras model on real data, on any number of ranks.
 
     python -m hvdkit.train --strategy=single --model=mnist_mlp --dataset=digits
-    launch/local.sh -np 2 --model=cifar_cnn --dataset=cifar10 --data_dir=DIR --workdir=DIR
+    launch/local.sh -np 2 --model=cifar_cnn --dataset=cifar10 --data-dir=DIR --workdir=DIR
 
 `--help` lists all flags. The training code is the same for every strategy: what differs is behind `strategies`.
 """
@@ -205,7 +205,7 @@ def _go_on(config: Config, settings: Settings, recipe: Recipe, found: Checkpoint
     resuming.refuse_another_job(found, identity)
     before = found.state["job"]
     if config.local_batch and settings.global_batch != before["global_batch"]:
-        _log.info("the global batch stays %d, so --local_batch is left out", before["global_batch"])
+        _log.info("the global batch stays %d, so --local-batch is left out", before["global_batch"])
         kept = dataclasses.replace(config, local_batch=None, global_batch=before["global_batch"])
         settings = flags.resolve(kept, recipe, settings.replicas)
     resuming.refuse_another_job(found, _identity(settings))

@@ -204,4 +204,4 @@ def test_the_launch_script_checks_flags_before_any_rank_starts():
 def test_the_launch_script_shows_the_flags():
     ended = run_command([ROOT / "launch" / "local.sh", "--help"], timeout=60)
     assert ended.code == 0
-    assert "--global_batch" in ended.output
+    assert "--global-batch" in ended.output

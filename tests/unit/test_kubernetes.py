@@ -156,7 +156,7 @@ def test_the_launchers_command_is_understood(name):
     job = read(name)
     (launcher,) = pods(job)[0]["containers"]
     assert launcher["command"] == ["python", "-m", "hvdkit.launch"]
-    arguments = options.parse(["launch", *launcher["args"]], "")
+    arguments = options.parse(["launch", *launcher["args"]])
     assert arguments.command[:3] == ["python", "-m", "hvdkit.train"]
     flags = train_flags.parse(arguments.command[2:])
     assert flags.workdir == arguments.workdir

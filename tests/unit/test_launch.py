@@ -306,7 +306,7 @@ def test_what_ssh_says_is_explained(said, message):
 
 
 def parsed(*flags):
-    return options.settings(options.parse(["launch", *flags, "--", "true"], ""))
+    return options.settings(options.parse(["launch", *flags, "--", "true"]))
 
 
 def test_the_number_of_ranks_comes_from_the_hosts():

@@ -168,13 +168,13 @@ def _advice(link, modes):
 
 
 def test_the_advice_changes_with_the_link():
-    modes = {m.name: m for m in (DENSE, Mode("DiLoCo", "--local_steps=100", every=100, exact=False))}
+    modes = {m.name: m for m in (DENSE, Mode("DiLoCo", "--local-steps=100", every=100, exact=False))}
     fast = _advice(Link(1e-6, 1e-10), modes)
     assert fast.startswith("Use data parallel on 4 ranks, 3.")
     assert fast.endswith("launch/hosts.sh -H h1:1,h2:1 -np 4 --model=m")
     slow = _advice(Link(1e-2, 1e-7), modes)
     assert slow.startswith("Dense data parallelism does not pay here; DiLoCo on 4 ranks")
-    assert slow.endswith("--model=m --local_steps=100")
+    assert slow.endswith("--model=m --local-steps=100")
     none = _advice(Link(1e-2, 1e-6), {"data parallel": DENSE})
     assert none.startswith("Not at all: train in one process (the best, data parallel on 4 ranks, makes 0.0")
 

@@ -44,7 +44,7 @@ def test_a_folder_of_images(tmp_path):
     write_images(tmp_path, "train", ["cat", "dog"], count=3)
     assert open_source(str(tmp_path)).shape == (4, 4, 3)
     write_images(tmp_path, "test", ["cat", "dog"], size=(9, 7), count=1)
-    with pytest.raises(UsageError, match="differ in size, but a batch needs one size: .* --image_size"):
+    with pytest.raises(UsageError, match="differ in size, but a batch needs one size: .* --image-size"):
         open_source(str(tmp_path))
     source = open_source(str(tmp_path), image_size=5)
     assert (source.label_names, source.size("train"), source.size("test")) == (["cat", "dog"], 6, 2)

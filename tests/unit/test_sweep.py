@@ -68,7 +68,7 @@ def test_a_grid_is_the_product_and_repeats_come_behind():
 
 
 def parse(tmp_path, *arguments):
-    return options.parse(["hvdkit.sweep", f"--workdir={tmp_path / 'sweep'}", *arguments], "")
+    return options.parse(["hvdkit.sweep", f"--workdir={tmp_path / 'sweep'}", *arguments])
 
 
 @pytest.mark.parametrize(
@@ -77,12 +77,12 @@ def parse(tmp_path, *arguments):
         (["-np", "1"], "Nothing is to be searched"),
         (["-np", "1", "--grid", "lerning_rate=1,2"], "Unknown command line flag 'lerning_rate'"),
         (["-np", "1", "--grid", "epochs=1,x"], "flag --epochs=x"),
-        (["-np", "1", "--random", "learning_rate=-1..1", "--trials=2"], "flag --learning_rate=-1.0"),
+        (["-np", "1", "--random", "learning_rate=-1..1", "--trials=2"], "flag --learning-rate=-1.0"),
         (["-np", "1", "--grid", "epochs=1,2", "--", "--steps=3"], "--epochs and --steps exclude each other"),
         (["-np", "1", "--grid", "epochs=1,2", "--", "--epochs=3"], "--epochs is searched, and fixed behind --, too"),
         (["-np", "1", "--grid", "epochs=1,2", "--int", "epochs=1..2", "--trials=1"], "--epochs is searched twice"),
         (["-np", "1", "--folds=3", "--", "--fold=0/3"], "--fold is set for each task by the sweep itself"),
-        (["-np", "1", "--random", "learning_rate=0..1"], "How many values of --learning_rate are to be drawn"),
+        (["-np", "1", "--random", "learning_rate=0..1"], "How many values of --learning-rate are to be drawn"),
         (["-np", "1", "--folds=1"], "--folds=1 must be 2 or more"),
         (["-np", "1", "--folds=3", "--asha"], "--asha and --folds exclude each other"),
         (["-np", "1", "--grid", "epochs=1,2", "--asha=1"], "--asha=1 is not understood"),

@@ -30,8 +30,8 @@ def parse(*flags):
         (["--epochs=0"], "flag --epochs=0: 0 is not"),
         (["--strategy=magic"], "single|horovod|mirrored|multiworker"),
         (["--epochs=1", "--steps=3"], "--epochs and --steps exclude each other"),
-        (["--global_batch=8", "--local_batch=3"], "--global_batch and --local_batch exclude each other"),
-        (["--shard_optimizer", "--compression=fp16"], "--shard_optimizer and --compression exclude each other"),
+        (["--global_batch=8", "--local_batch=3"], "--global-batch and --local-batch exclude each other"),
+        (["--shard_optimizer", "--compression=fp16"], "--shard-optimizer and --compression exclude each other"),
     ],
 )
 def test_wrong_flags(flags, message):
@@ -61,7 +61,7 @@ def _with(**changes):
 
 def test_a_batch_that_cannot_be_divided():
     with pytest.raises(
-        UsageError, match="global batch of 127 cannot be divided evenly over 2 replicas. Use --global_batch=126 or 128"
+        UsageError, match="global batch of 127 cannot be divided evenly over 2 replicas. Use --global-batch=126 or 128"
     ):
         train_flags.resolve(_with(global_batch=127), Recipe(), 2)
 
@@ -71,7 +71,10 @@ def test_the_help_groups_all_flags():
     assert [line for line in text.splitlines() if line.endswith(":") and not line.startswith(" ")] == [
         "What to train:", "How to train it:", "On which machine:", "What to write:", "Checkpoints:",
     ]  # fmt: skip
-    assert all(f"--{field.name}" in text for field in dataclasses.fields(train_flags.Config))
+    assert all(
+        f"--{name}" in text or f"--[no-]{name}" in text
+        for name in (field.name.replace("_", "-") for field in dataclasses.fields(train_flags.Config))
+    )
 
 
 @pytest.mark.parametrize("name", hvdkit_models.names())
@@ -186,7 +189,7 @@ def test_arguments_of_the_model(tmp_path):
 
 @pytest.mark.parametrize("wrong", ["width", "width=", "width=256;depth=6", "256", "width=2*x", "a=1,a=2", "**x"])
 def test_arguments_of_the_model_that_cannot_be_read(wrong):
-    with pytest.raises(UsageError, match=r"^--model_args=.* cannot be read \(.*\)\. The form is name=value,name=value"):
+    with pytest.raises(UsageError, match=r"^--model-args=.* cannot be read \(.*\)\. The form is name=value,name=value"):
         train_flags._check(_with(model_args=wrong))
 
 
@@ -240,7 +243,7 @@ def test_too_few_test_examples_for_the_devices_are_refused():
 def test_steps_per_execution_that_would_run_over_an_epochs_end_are_refused():
     assert callbacks.steps_per_execution(4, 220, 44, None) == 4
     with pytest.raises(
-        UsageError, match="--steps_per_execution=16 does not divide an epoch of 44 .* 1, 2, 4, 11, 22, 44"
+        UsageError, match="--steps-per-execution=16 does not divide an epoch of 44 .* 1, 2, 4, 11, 22, 44"
     ):
         callbacks.steps_per_execution(16, 220, 44, None)
 
@@ -254,7 +257,7 @@ def test_a_compiled_models_optimizer_is_its_own():
         "constant",
         0,
     )
-    with pytest.raises(UsageError, match="--learning_rate was given, but the model mine is compiled by its function"):
+    with pytest.raises(UsageError, match="--learning-rate was given, but the model mine is compiled by its function"):
         train_flags.leave_optimizer_to_model(_with(learning_rate=0.1), settings, "mine", 0.25)
 
 

@@ -81,7 +81,7 @@ def _common_shape(path: Path, splits: dict[str, tuple[np.ndarray, np.ndarray]]) 
     sizes = {Image.open(file).size for file in files}
     if len(sizes) > 1:
         raise UsageError(
-            f"The images of {path} differ in size, but a batch needs one size: set it, for example --image_size=224."
+            f"The images of {path} differ in size, but a batch needs one size: set it, for example --image-size=224."
         )
     width, height = sizes.pop()
     return height, width, 3

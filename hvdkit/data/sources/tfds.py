@@ -72,7 +72,7 @@ class TfdsSource:
         if height is None or width is None:
             raise UsageError(
                 f"The images of {self.name} differ in size, but a batch needs one size: set it, for example "
-                f"--image_size=224."
+                f"--image-size=224."
             )
         return height, width, channels or 3
 
@@ -136,7 +136,7 @@ def _find(name: str, data_dir: str | None, *, download: bool) -> Any:
         there = sorted({p.relative_to(root).parts[0] for p in root.glob("*/**/dataset_info.json")}) or ["none"]
         raise UsageError(
             f"The data set {name!r} is not in {root} (found: {', '.join(there)}). Give its folder with "
-            f"--data_dir=DIR, download it with --download, or use --dataset=digits, which needs no download."
+            f"--data-dir=DIR, download it with --download, or use --dataset=digits, which needs no download."
         )
     return tfds.builder_from_directory(str(directory)) if directory else _download(name, root)
 
@@ -164,7 +164,7 @@ def _download(name: str, root: Path) -> Any:
         reason = (str(error).splitlines() or ["no message"])[0][:200]
         raise UsageError(
             f"TFDS could not download and prepare {name!r} in {root} ({type(error).__name__}: {reason}). Check the "
-            f"network and the disk space, or prepare it elsewhere and give its directory with --data_dir."
+            f"network and the disk space, or prepare it elsewhere and give its directory with --data-dir."
         ) from error
     return builder
 

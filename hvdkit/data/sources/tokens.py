@@ -46,7 +46,7 @@ class TokenSource:
             if len(text) <= sequence_length:
                 raise UsageError(
                     f"The {split} part of {name} has {len(text)} bytes, and a window of {sequence_length} needs "
-                    f"{sequence_length + 1}. Give a longer text, or a smaller --sequence_length."
+                    f"{sequence_length + 1}. Give a longer text, or a smaller --sequence-length."
                 )
 
     def cut(self, sequence_length: int) -> "TokenSource":

@@ -36,7 +36,7 @@ def _fetch(found: Findings, name: str, reference: str | None) -> Fix:
         path = shlex.quote(data_dir.rstrip("/") if data_dir else wanted.rstrip("/"))
         # tar creates missing folders, and also works if the data set is a single file.
         return Fix(f"tar -C / -cf - {path.lstrip('/')} | ssh {name} tar -C / -xf -", reference)
-    place = f" --data_dir={shlex.quote(data_dir)}" if data_dir else ""
+    place = f" --data-dir={shlex.quote(data_dir)}" if data_dir else ""
     python = shlex.quote(found.settings["python"])
     return Fix(f"{python} -m hvdkit.train --dataset={shlex.quote(wanted)}{place} --download --steps=1", name)
 

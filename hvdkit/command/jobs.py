@@ -1,0 +1,54 @@
+"""The jobs of the command `hvdkit`, by what you want to do. Each is also `python -m hvdkit.<job>`."""
+
+import sys
+from pathlib import Path
+
+from hvdkit.command.arguments import underscored
+
+GROUPS = {
+    "Train": {
+        "train": "train a Keras model in this process: a model of models/, or your own file",
+        "generate": "write text with a model that was trained to",
+        "sweep": "search hyperparameters, cross-validate: many trainings, the best model",
+    },
+    "Run on several GPUs and hosts": {
+        "launch": "run a command on N ranks, here or on many hosts; elastic if you like",
+    },
+    "Find out what is wrong": {
+        "lint": "find in a Keras script what makes it wrong on many ranks",
+        "doctor": "examine the hosts of a job before the job does",
+        "drill": "run a training through a fault, and audit it",
+        "verify_resume": "show that training resumes bit for bit after kills",
+    },
+    "Measure and plan": {
+        "bench": "throughput, collectives, scaling, other frameworks, time to accuracy",
+        "compare": "one task under each parallelism strategy, side by side",
+        "plan": "predict how training scales, and what to use",
+    },
+}
+JOBS = {name: summary for jobs in GROUPS.values() for name, summary in jobs.items()}
+
+
+def run(job: str, arguments: list[str]) -> int:
+    """Does what `python -m hvdkit.JOB ARGUMENTS` does. Where the job ends the process itself, its exit code stays."""
+    # `python -m` finds modules in the current folder, such as those that a user's model imports; a script does not.
+    import runpy
+
+    here = str(Path.cwd())
+    if here not in sys.path and "" not in sys.path and not getattr(sys.flags, "safe_path", False):
+        sys.path.insert(0, here)
+    sys.argv = ["", *arguments]
+    runpy.run_module(f"hvdkit.{job}", run_name="__main__", alter_sys=True)
+    return 0
+
+
+def named(name: str) -> str | None:
+    """The job of this name, with dashes or underscores; None if there is none."""
+    return underscored(name) if underscored(name) in JOBS else None
+
+
+def nearest(name: str) -> str | None:
+    """The job whose name is most like this one."""
+    import difflib
+
+    return next(iter(difflib.get_close_matches(underscored(name), JOBS, n=1, cutoff=0.5)), None)
