@@ -9,6 +9,7 @@ The launcher's own parser takes its options; the rest are flags of the training,
 import argparse
 import sys
 
+from hvdkit import outcome
 from hvdkit.errors import UsageError
 from hvdkit.launch import options
 from hvdkit.launch.__main__ import launch
@@ -24,7 +25,7 @@ def main(argv: list[str]) -> int:
         config = flags.parse(["", *given])
     except UsageError as error:
         print(f"hvdkit.train: {error}", file=sys.stderr)
-        return 2
+        return outcome.USAGE
     arguments.np = arguments.np or _ranks(arguments, config)
     arguments.command = [sys.executable, "-m", "hvdkit.train", *given]
     return launch(arguments)
