@@ -62,11 +62,13 @@ def test_help_of_a_job_loads_no_tensorflow_and_shows_dashes(job):
 
 @pytest.mark.parametrize("arguments", [["--help"], ["launch", "--help"]])
 def test_help_starts_at_once(arguments):
-    before = resource.getrusage(resource.RUSAGE_CHILDREN)
-    assert hvdkit(*arguments).returncode == 0
-    after = resource.getrusage(resource.RUSAGE_CHILDREN)
-    # 0.2 s on a machine that does nothing else; on a crowded one the caches are others'. TensorFlow takes 10 s.
-    assert after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime < 0.8
+    seconds = []
+    for _ in range(3):  # others on a crowded machine cost caches, and so CPU time
+        before = resource.getrusage(resource.RUSAGE_CHILDREN)
+        assert hvdkit(*arguments).returncode == 0
+        after = resource.getrusage(resource.RUSAGE_CHILDREN)
+        seconds.append(after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime)
+    assert min(seconds) < 1  # 0.2 on a machine that does nothing else; TensorFlow takes 10
 
 
 def test_a_command_does_what_the_module_does(tmp_path):
