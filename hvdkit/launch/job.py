@@ -463,7 +463,7 @@ class Job:
         return code
 
     def _outcome(self, first: Failure) -> Failed:
-        """What the first to fail, or the watchdog, said of its failure; how it ended where nothing was said."""
+        """The failure as its rank or the watchdog reported it; without a report, as the launcher saw it."""
         for told in self.console.failures:
             if told.rank in (None, first.rank) and told.code == first.exit_code:
                 return dataclasses.replace(told, lines=0)
