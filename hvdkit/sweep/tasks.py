@@ -133,7 +133,8 @@ def history(folder: Path, column: str) -> list[float]:
     except FileNotFoundError:
         return []
     rows = csv.DictReader(text[: text.rfind("\n") + 1].splitlines())
-    return [float(row[column]) for row in rows if row.get(column)]
+    # Keras' CSVLogger writes NA where an epoch lacks a column that others have.
+    return [float(row[column]) for row in rows if row.get(column) not in (None, "", "NA")]
 
 
 def value(result: dict[str, Any], goal: str) -> float:

@@ -240,6 +240,12 @@ def test_a_line_that_is_being_written_is_not_read(tmp_path):
     assert tasks.history(tmp_path, "val_loss") == [2.5, 2.0]
 
 
+def test_an_epoch_without_a_value_is_left_out(tmp_path):
+    (tmp_path / "history.csv").write_text("epoch,loss,val_loss\n0,1.5,NA\n1,1.0,2.0\n")
+    assert tasks.history(tmp_path, "val_loss") == [2.0]
+    assert tasks.history(tmp_path, "loss") == [1.5, 1.0]
+
+
 def test_a_log_says_what_went_wrong(tmp_path):
     log = tmp_path / "task.log"
     log.write_text("$ python -m x\nbye\nI0000 00:00 port.cc] notice\n")
