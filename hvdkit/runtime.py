@@ -3,7 +3,7 @@
 from typing import Any
 
 from hvdkit import watchdog, world
-from hvdkit.collectives import shared_memory, wire
+from hvdkit.collectives import transports, wire
 from hvdkit.collectives.mesh import Mesh
 from hvdkit.compat import keras2
 from hvdkit.model import batch_normalization, fit
@@ -39,7 +39,7 @@ def init(*args: Any, mesh: Mesh | None = None, **kwargs: Any) -> World:
     if first and me.size > 1:
         try:
             watchdog.start(me)
-            shared_memory.start(me)
+            transports.start(me)
         except BaseException:
             world.shutdown()  # so that a second `init` starts all of it
             raise
@@ -53,6 +53,6 @@ def shutdown() -> None:
     fit.uninstall()
     keras2.leave_keras_alone()
     watchdog.stop()
-    shared_memory.stop()
+    transports.stop()
     wire.forget()
     world.shutdown()

@@ -1,4 +1,4 @@
-"""The rank of `collectives`: times Horovod's operations, and sums through shared memory, inside a TensorFlow graph.
+"""The rank of `collectives`: times Horovod's operations, and those of other transports, inside a TensorFlow graph.
 
 python -m hvdkit.launch -np 2 -- python -m hvdkit.bench.collectives_rank RESULT.json BYTES,BYTES,... SECONDS
 """
@@ -15,7 +15,8 @@ import tensorflow as tf
 
 import hvdkit as hvd
 from hvdkit import collectives, world
-from hvdkit.collectives import shared_memory, wire
+from hvdkit.collectives import transports, wire
+from hvdkit.collectives.transports import Kind
 
 _FEWEST = 5  # timings of one size
 
@@ -29,13 +30,19 @@ def operations(elements: int) -> dict[str, Callable[[tf.Tensor], tf.Tensor]]:
         "allgather": lambda x: wire.run("allgather", [x], f"bench.allgather.{elements}")[0],
         "broadcast": lambda x: wire.run("broadcast", [x], f"bench.broadcast.{elements}", root_rank=0)[0],
     }
-    if shared_memory.is_used():
-        found["shared_allreduce"] = lambda x: collectives.reduce_dense(
-            [x], f"bench.shared.{elements}", process_set=everyone, **sums
+    if own := _own_transport("allreduce"):
+        found[f"{own.key}_allreduce"] = lambda x: collectives.reduce_dense(
+            [x], f"bench.{own.key}.{elements}", process_set=everyone, **sums
         )[0]
     if world.size() == 2:
         found |= _transfers(elements)
     return found
+
+
+def _own_transport(kind: Kind) -> transports.Transport | None:
+    """The transport that takes Horovod's place, if there is one."""
+    chosen = transports.choose(kind, tf.float32, world.horovod().global_process_set)
+    return None if isinstance(chosen, transports.Horovod) else chosen
 
 
 def _transfers(elements: int) -> dict[str, Callable[[tf.Tensor], tf.Tensor]]:
@@ -50,11 +57,12 @@ def _transfers(elements: int) -> dict[str, Callable[[tf.Tensor], tf.Tensor]]:
     def allgather(x: tf.Tensor) -> tf.Tensor:
         return wire.run("allgather", [x if sends else x[:0]], f"bench.send.allgather.{elements}")[0]
 
-    def shared(x: tf.Tensor) -> tf.Tensor:
-        return collectives.gather_rows(x if sends else x[:0], f"bench.send.shared.{elements}", everyone)
+    def by_own_transport(x: tf.Tensor) -> tf.Tensor:
+        return collectives.gather_rows(x if sends else x[:0], f"bench.send.own.{elements}", everyone)
 
     found = {"send_by_alltoall": alltoall, "send_by_allgather": allgather}
-    return found | ({"send_by_shared_memory": shared} if shared_memory.is_used() else {})
+    own = _own_transport("allgather")
+    return found | ({f"send_by_{own.name.replace(' ', '_')}": by_own_transport} if own else {})
 
 
 def timings(operation: Callable[[tf.Tensor], tf.Tensor], elements: int, seconds: float) -> list[float]:

@@ -24,8 +24,8 @@ import keras  # noqa: E402
 import numpy as np  # noqa: E402
 import tensorflow as tf  # noqa: E402
 
-from hvdkit import collectives, native, parallel, runtime, world  # noqa: E402
-from hvdkit.collectives import shared_memory  # noqa: E402
+from hvdkit import collectives, parallel, runtime, world  # noqa: E402
+from hvdkit.collectives import transports  # noqa: E402
 from hvdkit.optimizers import local_sgd  # noqa: E402
 from hvdkit.train import flags as train_flags  # noqa: E402
 from hvdkit.train.run import run  # noqa: E402
@@ -144,10 +144,6 @@ def measure(seconds: float, flags: list[str]) -> dict[str, Any]:
         "data_and_model": clock.began - _LOADED,
         "first_step": clock.first_step - clock.began,
     }
-    waiting = {}
-    if shared_memory.is_used():
-        in_all, waited, number, _ = native.exchange_times()
-        waiting = {"exchange_seconds": in_all / number / 1e9, "waiting_seconds": waited / number / 1e9}
     return {
         "ranks": world.size(),
         "replicas": result["size"],
@@ -159,8 +155,22 @@ def measure(seconds: float, flags: list[str]) -> dict[str, Any]:
         "peak_bytes": [whole for whole, _ in peaks],
         "training_peak_bytes": [training for _, training in peaks],
         "facts": clock.facts(),
-        "exchange": "shared memory" if shared_memory.is_used() else "horovod" if world.size() > 1 else "none",
-        **waiting,
+        **_exchange(),
+    }
+
+
+def _exchange() -> dict[str, Any]:
+    """How the gradients travelled and, where that is counted, what an exchange took."""
+    if world.size() == 1:
+        return {"exchange": "none"}
+    transport = transports.choose("allreduce", tf.float32, world.horovod().global_process_set)
+    usage = transport.usage()
+    if usage is None:
+        return {"exchange": transport.name}
+    return {
+        "exchange": transport.name,
+        "exchange_seconds": usage.seconds / usage.collectives,
+        "waiting_seconds": usage.waiting_seconds / usage.collectives,
     }
 
 

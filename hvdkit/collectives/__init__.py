@@ -1,7 +1,8 @@
 """All that moves tensors between ranks.
 
-`wire` runs one operation under a name that all ranks share; `tensors`, `variables` and `objects` are the collectives
-that the rest of hvdkit is built from, and are handed on here; `operations` are the public ones, with Horovod's names.
+`transports` are the ways between ranks, and `wire` runs one operation over them under a name that all ranks share;
+`tensors`, `variables` and `objects` are the collectives that the rest of hvdkit is built from, and are handed on here;
+`operations` are the public ones, with Horovod's names.
 """
 
 from hvdkit.collectives.objects import allgather_object, broadcast_object, gather_object, scatter_object
@@ -9,13 +10,12 @@ from hvdkit.collectives.tensors import (
     allreduce_sum,
     barrier,
     check_root,
-    from_wire,
     gather_rows,
     reduce_dense,
     size_of,
     takes_part,
-    to_wire,
 )
+from hvdkit.collectives.transports.horovod import from_wire, to_wire
 from hvdkit.collectives.variables import average_variables, broadcast_variables, digest
 
 __all__ = [

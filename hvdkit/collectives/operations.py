@@ -18,7 +18,7 @@ from typing import Any
 import tensorflow as tf
 
 from hvdkit import collectives, watchdog, world
-from hvdkit.collectives import shared_memory, wire
+from hvdkit.collectives import transports, wire
 from hvdkit.collectives.adasum import adasum
 from hvdkit.collectives.casting import NoneCompressor
 
@@ -273,7 +273,7 @@ def join() -> Any:
     """
     if world.size() == 1:
         return tf.constant(0)
-    shared_memory.refuse_to_join()
+    transports.refuse_to_join()
     with watchdog.waiting("hvdkit.join"):
         last = world.horovod().join()
     watchdog.count_anew()

@@ -11,10 +11,8 @@ import numpy as np
 import tensorflow as tf
 
 from hvdkit import world
-from hvdkit.collectives import shared_memory, wire
-
-# Horovod moves these; anything else (uint32 seeds, bfloat16 weights, ...) travels as bytes.
-_HOROVOD_DTYPES = {"uint8", "int8", "uint16", "int16", "int32", "int64", "float16", "float32", "float64", "bool"}
+from hvdkit.collectives import wire
+from hvdkit.collectives.transports import Scale
 
 
 def allreduce_sum(values: np.ndarray, name: str, process_set: Any = None) -> np.ndarray:
@@ -91,39 +89,21 @@ def reduce_dense(
 ) -> list[tf.Tensor]:
     """Averages or sums tensors over the ranks of a process set; in a graph or eagerly.
 
-    All tensors of one dtype travel as one group, so that Horovod starts on them together and fuses them. Between ranks
-    of one host they go through its memory instead, where that can be done (see `hvdkit.collectives.shared_memory`).
+    All tensors of one dtype travel together, by the transport that serves them (see `hvdkit.collectives.transports`).
 
     Args:
         tensors: dense tensors, in the same order and of the same shapes on all ranks.
         name: prefix of the exchange's name, the same on all ranks.
         op: Horovod's `Average` or `Sum`.
         process_set: the Horovod process set that takes part.
-        prescale: factor before the sum; Horovod does not use it for bfloat16, whose sums are taken in float32.
-        postscale: factor after the sum; likewise.
+        prescale: factor before the sum; after it for Horovod's bfloat16, whose sums are taken in float32.
+        postscale: factor after the sum.
     """
-    hvd = world.horovod()
+    scale = Scale(prescale, postscale, average=op == world.horovod().Average)
     results: list[tf.Tensor | None] = [None] * len(tensors)
     for dtype in sorted({t.dtype.name for t in tensors}):
         places = [i for i, t in enumerate(tensors) if t.dtype.name == dtype]
-        group = [tensors[i] for i in places]
-        if shared_memory.sums(group[0].dtype):
-            divisor = process_set.size() if op == hvd.Average else 1
-            factors = {"before": prescale, "after": postscale, "divisor": divisor}
-            reduced = wire.run_shared("sum", group, f"{name}.{dtype}", process_set, **factors)
-        elif dtype == "bfloat16":
-            average = op == hvd.Average
-            reduced = _sum_bfloat16(group, f"{name}.bfloat16", average=average, process_set=process_set)
-        else:
-            reduced = wire.run(
-                "grouped_allreduce",
-                group,
-                f"{name}.{dtype}",
-                process_set,
-                op=op,
-                prescale_factor=prescale,
-                postscale_factor=postscale,
-            )
+        reduced = wire.allreduce([tensors[i] for i in places], f"{name}.{dtype}", process_set, scale)
         for place, tensor in zip(places, reduced, strict=True):
             results[place] = tf.ensure_shape(tensor, tensors[place].shape)
     return results
@@ -131,41 +111,5 @@ def reduce_dense(
 
 def gather_rows(tensor: tf.Tensor, name: str, process_set: Any) -> tf.Tensor:
     """Concatenates the ranks' tensors along the first dimension, whose length may differ from rank to rank."""
-    if shared_memory.gathers(tensor.dtype):
-        (rows,) = wire.run_shared("gather", [tensor], name, process_set)
-    else:
-        (rows,) = wire.run("allgather", [to_wire(tensor)], name, process_set)
-        rows = from_wire(rows, tensor.dtype)
+    rows = wire.allgather(tensor, name, process_set)
     return tf.ensure_shape(rows, [None, *tensor.shape[1:]])
-
-
-def _sum_bfloat16(tensors: list[tf.Tensor], name: str, *, average: bool, process_set: Any) -> list[tf.Tensor]:
-    """A ring's traffic without a bfloat16 allreduce: scatter the parts, sum each in float32, gather the sums.
-
-    Each rank sends and receives 2 (N - 1) / N times the buffer, as a ring allreduce does, and every rank ends with
-    the same bits, because each part is summed and rounded in one place.
-    """
-    ranks = process_set.size()
-    flat = tf.concat([tf.reshape(t, [-1]) for t in tensors], axis=0)
-    length = tf.size(flat)
-    part = (length + ranks - 1) // ranks
-    padded = tf.reshape(tf.pad(flat, [[0, part * ranks - length]]), [ranks, part])
-    even = tf.constant([], tf.int32)
-    received, _ = wire.run("alltoall", [to_wire(padded), even], f"{name}.scatter", process_set)
-    summed = tf.reduce_sum(tf.cast(from_wire(received, tf.bfloat16), tf.float32), axis=0)
-    mine = tf.cast(summed / ranks if average else summed, tf.bfloat16)
-    total = gather_rows(mine[tf.newaxis], f"{name}.gather", process_set)
-    parts = tf.split(tf.reshape(total, [-1])[:length], [tf.size(t) for t in tensors])
-    return [tf.reshape(p, tf.shape(t)) for p, t in zip(parts, tensors, strict=True)]
-
-
-def to_wire(tensor: tf.Tensor) -> tf.Tensor:
-    """Returns what Horovod can move: the tensor itself or, of dtypes that it lacks, its bytes."""
-    if tensor.dtype.name in _HOROVOD_DTYPES:
-        return tensor
-    return tf.bitcast(tensor, tf.uint8)  # adds a last dimension of the dtype's size in bytes
-
-
-def from_wire(tensor: tf.Tensor, dtype: tf.DType) -> tf.Tensor:
-    """Undoes `to_wire`."""
-    return tensor if dtype.name in _HOROVOD_DTYPES else tf.bitcast(tensor, dtype)

@@ -10,7 +10,8 @@ import tensorflow as tf
 from hvdkit import watchdog
 from hvdkit.collectives import wire
 from hvdkit.collectives.objects import allgather_object
-from hvdkit.collectives.tensors import allreduce_sum, check_root, from_wire, size_of, takes_part, to_wire
+from hvdkit.collectives.tensors import allreduce_sum, check_root, size_of, takes_part
+from hvdkit.collectives.transports.horovod import from_wire, to_wire
 
 
 def broadcast_variables(

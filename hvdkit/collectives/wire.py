@@ -1,4 +1,7 @@
-"""One Horovod operation, under a name that all ranks agree on: what every exchange of tensors goes through.
+"""One collective, under a name that all ranks agree on: what every exchange of tensors goes through.
+
+`run` is an operation of Horovod's. `allreduce`, `allgather`, `send` and `receive` go by whichever transport serves them
+best (see `hvdkit.collectives.transports`).
 
 Horovod matches the ranks' operations by name. It takes the name from the operation's node in a graph: outside of a
 graph it sees none, and pairs whatever operation of that kind each rank comes to next, without an error. So an eager
@@ -11,14 +14,15 @@ import functools
 import re
 import sys
 import weakref
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import PurePath
 from typing import Any
 
 import tensorflow as tf
 
 from hvdkit import watchdog, world
-from hvdkit.collectives import shared_memory
+from hvdkit.collectives import transports
+from hvdkit.collectives.transports import Scale, horovod
 
 _OURS = ("hvdkit", "tensorflow", "keras")  # packages in which the user's line is not to be found
 # How often each name is used in each graph: a second node of one name would be taken for the first.
@@ -48,39 +52,73 @@ def run(
         The operation's outputs; for "alltoall" the rows and the received splits.
     """
     process_set = process_set or world.horovod().global_process_set
-    name = _clean(name)
-    options = (("device", device), *sorted(attributes.items()))
-    if not tf.executing_eagerly():
-        return _operation(kind, tensors, _unique(name), process_set, options)
-    specs = tuple(tf.TensorSpec([None] * t.shape.rank, t.dtype) for t in tensors)
-    function = _one_node(kind, specs, name, process_set, process_set.process_set_id, options)
-    with watchdog.waiting(name, _detail(kind, tensors), everyone=process_set.process_set_id == 0):
-        return list(function(*tensors))
+    return _run(horovod.run, True, kind, tensors, name, process_set, kind=kind, device=device, **attributes)
 
 
-def run_shared(
-    kind: str, tensors: Sequence[tf.Tensor], name: str, process_set: Any, **attributes: Any
-) -> list[tf.Tensor]:
-    """Runs one exchange through shared memory, eagerly or as part of the graph that is being traced.
+def allreduce(tensors: Sequence[tf.Tensor], name: str, process_set: Any, scale: Scale) -> list[tf.Tensor]:
+    """Sums tensors of one dtype over ranks, by the transport that serves them (see `Transport.allreduce`).
 
     Args:
-        kind: "sum" (see `shared_memory.reduce`) or "gather", of one tensor (`shared_memory.gather`).
-        tensors: its inputs, of one dtype.
+        tensors: dense, in the same order and of the same shapes on all ranks.
         name: as for `run`.
         process_set: the process set that takes part.
-        **attributes: further arguments of `reduce`.
+        scale: what the sums are multiplied by.
     """
+    transport = transports.choose("allreduce", tensors[0].dtype, process_set)
+    return _run(transport.allreduce, transport.needs_graph, "allreduce", tensors, name, process_set, scale=scale)
+
+
+def allgather(tensor: tf.Tensor, name: str, process_set: Any) -> tf.Tensor:
+    """Puts the ranks' rows one after another, by the transport that serves them (see `Transport.allgather`)."""
+    transport = transports.choose("allgather", tensor.dtype, process_set)
+    return _run(transport.allgather, transport.needs_graph, "allgather", [tensor], name, process_set)[0]
+
+
+def send(tensor: tf.Tensor, name: str, pair: Any) -> tf.Tensor:
+    """Sends a tensor of at least one dimension to the other rank of a process set, which calls `receive`.
+
+    Returns:
+        Something that is there once the tensor was sent.
+    """
+    transport = transports.choose("transfer", tensor.dtype, pair)
+    options = {"root": world.rank()}
+    return _run(transport.transfer, transport.needs_graph, "transfer", [tensor], name, pair, **options)[0]
+
+
+def receive(shape: tf.Tensor, dtype: Any, name: str, pair: Any, root: int) -> tf.Tensor:
+    """What the other rank of a process set gives to `send`.
+
+    Args:
+        shape: int32 [dimensions], of what is sent.
+        dtype: of what is sent.
+        name: as for `run`, and as on the other side.
+        pair: the process set of the two.
+        root: the rank that sends.
+    """
+    transport = transports.choose("transfer", dtype, pair)
+    room = zeros(transport.room(shape), dtype)
+    return _run(transport.transfer, transport.needs_graph, "transfer", [room], name, pair, root=root)[0]
+
+
+def _run(
+    operation: Callable[..., list[tf.Tensor]],
+    needs_graph: bool,
+    report_as: str,
+    tensors: Sequence[tf.Tensor],
+    name: str,
+    process_set: Any,
+    **options: Any,
+) -> list[tf.Tensor]:
+    """Runs `operation(tensors, name, process_set, **options)`, eagerly or as part of the graph that is being traced."""
     name = _clean(name)
-
-    def exchange(name: str) -> list[tf.Tensor]:
-        if kind == "gather":
-            return [shared_memory.gather(tensors[0], name, process_set)]
-        return shared_memory.reduce(tensors, name, process_set, **attributes)
-
     if not tf.executing_eagerly():
-        return exchange(_unique(name))
-    with watchdog.waiting(name, _detail(f"shared_{kind}", tensors), everyone=process_set.process_set_id == 0):
-        return exchange(name)
+        return operation(tensors, _unique(name), process_set, **options)
+    with watchdog.waiting(name, _detail(report_as, tensors), everyone=process_set.process_set_id == 0):
+        if not needs_graph:
+            return operation(tensors, name, process_set, **options)
+        specs = tuple(tf.TensorSpec([None] * t.shape.rank, t.dtype) for t in tensors)
+        number, items = process_set.process_set_id, tuple(sorted(options.items()))
+        return list(_one_node(operation, specs, name, process_set, number, items)(*tensors))
 
 
 def zeros(shape: Any, dtype: Any) -> tf.Tensor:
@@ -99,7 +137,7 @@ def _clean(name: str) -> str:
 
 def _detail(kind: str, tensors: Sequence[tf.Tensor]) -> str:
     """What must be alike on all ranks: `float32[3, 4]`, or `float32[any, 4]` where each may bring rows of its own."""
-    own_rows = "gather" in kind or "alltoall" in kind
+    own_rows = any(part in kind for part in ("gather", "alltoall", "transfer"))
     shapes = [["any", *t.shape[1:]] if own_rows else list(t.shape) for t in tensors]
     return ", ".join(f"{t.dtype.name}[{', '.join(map(str, s))}]" for t, s in zip(tensors, shapes, strict=True))
 
@@ -143,27 +181,13 @@ def _unique(name: str) -> str:
 
 
 @functools.lru_cache(maxsize=1024)
-def _one_node(kind: str, specs: tuple[Any, ...], name: str, process_set: Any, number: int, options: Any) -> Any:
+def _one_node(operation: Any, specs: tuple[Any, ...], name: str, process_set: Any, number: int, options: Any) -> Any:
     """The concrete function, which is a graph even while `tf.config.run_functions_eagerly` is on.
 
     `number` is part of the key: a process set that is registered anew gets another one, which graphs hold.
     """
 
     def call(*tensors: tf.Tensor) -> list[tf.Tensor]:
-        return _operation(kind, tensors, name, process_set, options)
+        return operation(tensors, name, process_set, **dict(options))
 
     return tf.function(call, input_signature=specs, autograph=False).get_concrete_function()
-
-
-def _operation(kind: str, tensors: Sequence[tf.Tensor], name: str, process_set: Any, options: Any) -> list[tf.Tensor]:
-    hvd = world.horovod()
-    attributes = dict(options)
-    common = {"name": name, "process_set": process_set, "ignore_name_scope": True}
-    with tf.device(attributes.pop("device") or None):
-        if kind == "alltoall":
-            return list(hvd.alltoall(tensors[0], splits=tensors[1], **common, **attributes))
-        if kind == "grouped_reducescatter":  # the public one takes no name
-            return list(hvd.mpi_ops._grouped_reducescatter(list(tensors), **common, **attributes))
-        if kind.startswith("grouped_"):
-            return list(getattr(hvd, kind)(list(tensors), **common, **attributes))
-        return [getattr(hvd, kind)(tensors[0], **common, **attributes)]

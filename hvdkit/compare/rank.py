@@ -12,8 +12,8 @@ from typing import Any
 import keras
 import psutil
 
-from hvdkit import collectives, native, outcome, runtime, world
-from hvdkit.collectives import shared_memory
+from hvdkit import collectives, outcome, runtime, world
+from hvdkit.collectives import transports
 from hvdkit.errors import UsageError
 from hvdkit.train import flags
 from hvdkit.train.run import run
@@ -40,9 +40,10 @@ class Meters(keras.callbacks.Callback):
 
 
 def sent_bytes() -> int:
-    """Bytes that left this process by shared memory so far, or this host by any network, its own loopback included."""
-    brought = native.exchange_times()[-1] if native.is_built() and shared_memory.is_used() else 0
-    return int(brought + psutil.net_io_counters().bytes_sent)
+    """Bytes that left this process past all networks so far, or this host by any network, its own loopback included."""
+    used = [transport.usage() for transport in transports.in_use()]
+    hidden = sum(usage.hidden_bytes for usage in used if usage is not None)
+    return int(hidden + psutil.net_io_counters().bytes_sent)
 
 
 def main(argv: list[str]) -> int:

@@ -55,9 +55,8 @@ class DistributedOptimizer(ExchangingOptimizer):
             optimizer that has `gradient_accumulation_steps` already exchanges as seldom without this argument.
         average_aggregated_gradients: apply the mean of these gradients instead of their sum.
         num_groups: old name of `groups`.
-        groups: None for groups large enough to fill a link, the last layers' first, and for a single one through shared
-            memory; a number of groups; or a list of lists of variables that are to travel together, each variable in no
-            list by itself.
+        groups: None for a single group; a number of groups, the last layers' first; or a list of lists of variables
+            that travel together, each variable in no list by itself. No gain was measured with several.
         process_set: the Horovod process set whose ranks take part; by default all. Other ranks exchange nothing.
         scale_local_gradients: divide the gradients of variables that are kept local by the number of ranks, as the
             others' average is.

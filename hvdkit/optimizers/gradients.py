@@ -7,10 +7,10 @@ import keras
 import tensorflow as tf
 
 from hvdkit import collectives, watchdog, world
-from hvdkit.collectives import shared_memory
+from hvdkit.collectives import transports
 from hvdkit.collectives.adasum import adasum
 from hvdkit.collectives.mesh import mesh_of, shard_of
-from hvdkit.collectives.traffic import elements, ring_bytes
+from hvdkit.collectives.traffic import elements
 from hvdkit.compat.keras3 import native_variable
 from hvdkit.compression import Compression, ErrorFeedback
 from hvdkit.errors import UsageError
@@ -20,8 +20,6 @@ from hvdkit.profiling import marks
 Gradient = Any  # tf.Tensor, tf.IndexedSlices or None
 
 _Groups = int | Sequence[Sequence[Any]] | None
-_GROUP_BYTES = 4 * 2**20  # at least, of a group that nobody asked for: a message that fills a link
-_MOST_GROUPS = 8  # each costs ranks and network an agreement of its own
 
 
 class GradientExchange:
@@ -38,8 +36,8 @@ class GradientExchange:
         op: `hvdkit.Average` (also for None), `hvdkit.Sum` or `hvdkit.Adasum`.
         process_set: the Horovod process set whose ranks take part; None for all.
         gradient_predivide_factor: divide by this before the sum, and by size / this after it.
-        groups: None for as many as serve the job (see `_groups_by_size`); a number of groups; or lists of variables,
-            each list one group.
+        groups: None for a single group; a number of groups, the last layers' first; or lists of variables, each list
+            one group.
         scale_local_gradients: divide the gradients of local variables by the number of ranks.
 
     Raises:
@@ -120,7 +118,8 @@ class GradientExchange:
     def wire_bytes(self, shapes: Sequence[tuple[int, ...]]) -> tuple[float, float]:
         """Bytes that a rank sends for dense float32 gradients of these shapes, and what they would be uncompressed."""
         ranks = 1 if self.is_alone() else self.process_set.size()
-        whole = ring_bytes(4 * elements(shapes), ranks)
+        transport = transports.choose("allreduce", tf.float32, self.process_set)
+        whole = transport.allreduce_bytes(4 * elements(shapes), ranks)
         if self.feedback:
             return self.feedback.wire_bytes(shapes, ranks), whole
         cast = getattr(self._compression, "wire_dtype", None)
@@ -163,7 +162,7 @@ class GradientExchange:
         if self.process_set.process_set_id == 0:
             watchdog.traced(name, [_signature(result[i], variables[i] if variables else i) for i in shared])
         self._note("ready", result)
-        self._reduce_dense(result, self._group(dense, result, variables), name)
+        self._reduce_dense(result, self._group(dense, variables), name)
         mesh = mesh_of(variables or [])
         for place in sparse:
             # Ranks that hold one model between them have the same rows: they count once.
@@ -183,13 +182,13 @@ class GradientExchange:
         for place, grad in zip(there, marks.note(name, [result[place] for place in there]), strict=True):
             result[place] = grad
 
-    def _group(self, dense: list[int], grads: Sequence[Gradient], variables: Sequence[Any] | None) -> list[list[int]]:
-        """Divides places by the order in which the layers were made, which is the same on all ranks.
+    def _group(self, dense: list[int], variables: Sequence[Any] | None) -> list[list[int]]:
+        """Divides places into the groups that the user asked for, by the order of the layers, as on all ranks.
 
-        The last layers' come first: the backward pass makes their gradients first, and goes on while they travel.
+        Of a number of groups the last layers' comes first: the backward pass makes their gradients first.
         """
         if self._groups is None or variables is None:
-            return self._groups_by_size(dense, grads)
+            return [dense]
         if isinstance(self._groups, int):
             number = min(self._groups, len(dense)) or 1
             groups = [dense[len(dense) * i // number : len(dense) * (i + 1) // number] for i in range(number)]
@@ -200,38 +199,12 @@ class GradientExchange:
             given.setdefault(group_of.get(id(native_variable(variables[place])), ("alone", place)), []).append(place)
         return list(given.values())
 
-    def _groups_by_size(self, dense: list[int], grads: Sequence[Gradient]) -> list[list[int]]:
-        """Groups that fill a link, the last layers' first.
-
-        One group through shared memory, where there is no link that could be idle; for Adasum and error feedback, which
-        look at all gradients in one exchange; and where sizes are not known while the step is traced.
-        """
-        shapes = [grads[place].shape for place in dense]
-        if (
-            self.feedback
-            or self.is_adasum()
-            or shared_memory.is_used()
-            or not all(s.is_fully_defined() for s in shapes)
-        ):
-            return [dense]
-        sizes = [s.num_elements() * grads[place].dtype.size for s, place in zip(shapes, dense, strict=True)]
-        enough = max(_GROUP_BYTES, sum(sizes) / _MOST_GROUPS)
-        groups: list[list[int]] = [[]]
-        filled = 0
-        for place, size in zip(reversed(dense), reversed(sizes), strict=True):
-            if filled >= enough:
-                groups.append([])
-                filled = 0
-            groups[-1].append(place)
-            filled += size
-        return groups
-
     def _reduce_dense(self, result: list[Gradient], groups: list[list[int]], name: str) -> None:
         """Replaces dense gradients by the reduced ones. The heartbeat travels with the first group."""
         beat = heartbeat.current()
         payload: tf.Tensor | None = beat.payload()
         if self.feedback:
-            self._reduce_with_feedback(self.feedback, result, groups[0] if groups else [], name)
+            self._reduce_with_feedback(self.feedback, result, groups[0], name)
             return
         for number, places in enumerate(groups or [[]]):
             compressed = [self._compression.compress(tf.convert_to_tensor(result[i])) for i in places]

@@ -20,7 +20,7 @@ import numpy as np
 import tensorflow as tf
 
 from hvdkit import collectives, watchdog, world
-from hvdkit.collectives import shared_memory, wire
+from hvdkit.collectives import transports, wire
 from hvdkit.collectives.mesh import mesh_of
 from hvdkit.collectives.traffic import elements, ring_bytes
 from hvdkit.compat import call_stack
@@ -261,7 +261,8 @@ class ShardedOptimizer(DistributedOptimizer):
         for dtype in sorted({flat.dtype for flat in self._self_flats}, key=str):
             numbers = [n for n, flat in enumerate(self._self_flats) if flat.dtype == dtype]
             rider = payload if dtype == tf.float32 else None
-            reduce = self._sum_and_cut if shared_memory.sums(dtype) else self._scatter
+            transport = transports.choose("allreduce", dtype, exchange.process_set)
+            reduce = self._sum_and_cut if transport.scatters_by_allreduce else self._scatter
             found, average = reduce([self._self_flats[n] for n in numbers], dense, rider, dtype.name)
             parts |= dict(zip(numbers, found, strict=True))
             if rider is not None:

@@ -12,8 +12,7 @@ import numpy as np
 import tensorflow as tf
 
 from hvdkit import world
-from hvdkit.collectives import wire
-from hvdkit.collectives.tensors import from_wire, to_wire
+from hvdkit.collectives import from_wire, to_wire, wire
 from hvdkit.optimizers.flat import Flat
 
 

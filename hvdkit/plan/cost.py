@@ -242,9 +242,8 @@ def predict(
         compute: of one rank.
         mode: how they train.
         cluster: where.
-        overlap: share of the exchange that runs while gradients are still computed. 0 is on the safe side: of gradients
-            that go in several groups (see `hvdkit.optimizers.gradients`) hvdkit hides some, by a share that depends on
-            the model.
+        overlap: share of the exchange that runs while gradients are still computed: 0 for gradients that travel as one
+            group, which is hvdkit's default.
     """
     if mode.division and ranks > 1:
         return _predict_divided(ranks, local_batch, compute, mode, mode.division, cluster)

@@ -133,7 +133,7 @@ def test_options_that_change_only_the_way_do_not_change_the_result(ranks):
         assert {name: d for name, d in found.items() if not d < 1e-5} == {}
 
 
-def of_large_gradients():
+def in_groups(groups):
     """A step of SGD with rate 1 from 0, and the variables of each of Horovod's groups, in the order of the graph."""
     import keras
     import tensorflow as tf
@@ -141,8 +141,8 @@ def of_large_gradients():
     import hvdkit as hvd
 
     world = hvd.init()
-    variables = [keras.Variable(np.zeros(length, "float32")) for length in (1_200_000, 5, 1_200_000)]
-    optimizer = hvd.DistributedOptimizer(keras.optimizers.SGD(1.0))
+    variables = [keras.Variable(np.zeros(length, "float32")) for length in (1_200_000, 5, 1_300_000)]
+    optimizer = hvd.DistributedOptimizer(keras.optimizers.SGD(1.0), groups=groups)
     optimizer.build(variables)
 
     @tf.function
@@ -151,21 +151,25 @@ def of_large_gradients():
 
     step(tf.constant(world.rank + 1.0))
     graph = step.get_concrete_function(tf.TensorSpec([])).graph
-    groups = [
+    found = [
         [tensor.shape.num_elements() for tensor in node.inputs]
         for node in graph.get_operations()
         if node.type == "HorovodGroupedAllreduce"
     ]
-    return [np.unique(v).tolist() for v in variables], groups
+    return [np.unique(v).tolist() for v in variables], found
 
 
-@pytest.mark.parametrize("memory", ["0", "1"])
-def test_gradients_that_fill_a_link_go_in_groups_the_last_layers_first(ranks, memory):
+@pytest.mark.parametrize("groups", [None, 2])
+def test_gradients_travel_in_one_group_or_in_as_many_as_asked_for_the_last_layers_first(ranks, groups):
     from hvdkit.optimizers import heartbeat
 
-    for weights, groups in ranks(2, of_large_gradients, env={"HVDKIT_SHARED_MEMORY": memory}):
+    expected = {
+        None: [[1_200_000, 5, 1_300_000, heartbeat.LENGTH]],
+        2: [[5, 1_300_000, heartbeat.LENGTH], [1_200_000]],
+    }
+    for weights, found in ranks(2, in_groups, groups=groups, env={"HVDKIT_SHARED_MEMORY": "0"}):
         assert weights == [[-1.5], [-3.0], [-4.5]]
-        assert groups == ([] if memory == "1" else [[1_200_000, heartbeat.LENGTH], [5, 1_200_000]])
+        assert found == expected[groups]
 
 
 def with_sets_and_local_variables():

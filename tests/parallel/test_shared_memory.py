@@ -21,10 +21,11 @@ def summed(dtype, shared=True):
 
     import hvdkit as hvd
     from hvdkit import collectives, world
-    from hvdkit.collectives import shared_memory
+    from hvdkit.collectives import transports
 
     me = hvd.init()
-    assert shared_memory.is_used() is shared
+    memory = transports.in_use()[0]
+    assert memory.name == ("shared memory" if shared else "horovod")
     everyone = world.horovod().global_process_set
     generator = np.random.default_rng(4)
     parts = [[generator.normal(size=shape) for shape in SHAPES] for _ in range(me.size)]
@@ -47,7 +48,7 @@ def summed(dtype, shared=True):
         "exact": exact,
         "eager": (tf.cast(eager[0], tf.float64).numpy(), exact[0] * me.size),
         "bits": [r.numpy().tobytes() for r in results],
-        "left": [f.name for f in SEGMENTS.glob(f"hvdkit-{shared_memory._job._token}-*")] if shared else [],
+        "left": [f.name for f in SEGMENTS.glob(f"hvdkit-{memory.token}-*")] if shared else [],
     }
 
 
@@ -78,11 +79,11 @@ def gathered():
 
     import hvdkit as hvd
     from hvdkit import collectives, world
-    from hvdkit.collectives import shared_memory
+    from hvdkit.collectives import transports
 
     pair = hvd.ProcessSet([0, 2])
     me = hvd.init(process_sets=[pair])
-    assert shared_memory.is_used()
+    assert transports.in_use()[0].name == "shared memory"
     everyone = world.horovod().global_process_set
 
     def rows(rank, dtype, length):
@@ -153,7 +154,7 @@ def test_a_rank_cannot_leave_the_others_waiting(ranks):
 
 def test_what_is_lacking_is_told_and_the_job_goes_on(ranks, tmp_path):
     found = ranks(2, without_library, fresh=True)
-    assert found == [(False, 3.0)] * 2
+    assert found == [(["horovod"], 3.0)] * 2
 
 
 def without_library():
@@ -163,12 +164,12 @@ def without_library():
 
     import hvdkit as hvd
     from hvdkit import collectives, native, world
-    from hvdkit.collectives import shared_memory
+    from hvdkit.collectives import transports
 
     told = []
     handler = logging.Handler()
     handler.emit = lambda record: told.append(record.getMessage())
-    logging.getLogger("hvdkit.collectives.shared_memory").addHandler(handler)
+    logging.getLogger("hvdkit.collectives.transports.shared_memory").addHandler(handler)
     native.is_built = lambda: False
     me = hvd.init()
     everyone = world.horovod().global_process_set
@@ -177,7 +178,7 @@ def without_library():
     )
     expected = "because hvdkit.native is not compiled for this TensorFlow: python -m hvdkit.native."
     assert [expected in message for message in told] == ([True] if me.rank == 0 else [])
-    return shared_memory.is_used(), float(total[0])
+    return [transport.name for transport in transports.in_use()], float(total[0])
 
 
 def test_a_killed_job_leaves_no_memory_behind(tmp_path):

@@ -3,7 +3,7 @@
 import os
 import time
 
-from hvdkit.collectives import shared_memory
+from hvdkit.collectives.transports import shared_memory
 
 
 def test_segments_of_jobs_that_were_killed_are_removed(tmp_path, monkeypatch):

@@ -1,0 +1,116 @@
+"""Horovod as a transport: it serves every request that no other one takes. And its operations as they are: `run`.
+
+Horovod matches the ranks' operations by the names of their nodes, which `hvdkit.collectives.wire` gives.
+"""
+
+from collections.abc import Sequence
+from typing import Any
+
+import tensorflow as tf
+
+from hvdkit import world
+from hvdkit.collectives.transports.base import Kind, Scale, Transport
+from hvdkit.world.ranks import World
+
+# Horovod moves these; anything else (uint32 seeds, bfloat16 weights, ...) travels as bytes.
+_DTYPES = {"uint8", "int8", "uint16", "int16", "int32", "int64", "float16", "float32", "float64", "bool"}
+
+
+class Horovod(Transport):
+    """Gloo, MPI or NCCL, between any ranks."""
+
+    name = "horovod"
+    key = "horovod"
+    needs_graph = True
+
+    @classmethod
+    def start(cls, world: World) -> "Horovod":
+        """There whenever there are ranks."""
+        return cls()
+
+    def serves(self, kind: Kind, dtype: tf.DType, process_set: Any) -> bool:
+        """Everything."""
+        return True
+
+    def allreduce(self, tensors: Sequence[tf.Tensor], name: str, process_set: Any, *, scale: Scale) -> list[tf.Tensor]:
+        """As one group, so that Horovod starts on them together and fuses them."""
+        if tensors[0].dtype == tf.bfloat16:
+            return self._sum_bfloat16(tensors, name, process_set, scale)
+        hvd = world.horovod()
+        return run(
+            tensors,
+            name,
+            process_set,
+            kind="grouped_allreduce",
+            op=hvd.Average if scale.average else hvd.Sum,
+            prescale_factor=scale.before,
+            postscale_factor=scale.after,
+        )
+
+    def allgather(self, tensors: Sequence[tf.Tensor], name: str, process_set: Any) -> list[tf.Tensor]:
+        """Of dtypes that Horovod lacks, the bytes."""
+        (rows,) = run([to_wire(tensors[0])], name, process_set, kind="allgather")
+        return [from_wire(rows, tensors[0].dtype)]
+
+    def transfer(self, tensors: Sequence[tf.Tensor], name: str, process_set: Any, *, root: int) -> list[tf.Tensor]:
+        """By a broadcast, which of Horovod's ways is the fastest (`python -m hvdkit.bench collectives`)."""
+        (moved,) = run([to_wire(tensors[0])], name, process_set, kind="broadcast", root_rank=root)
+        return [from_wire(moved, tensors[0].dtype)]
+
+    def room(self, shape: tf.Tensor) -> tf.Tensor:
+        """A broadcast takes tensors of one shape."""
+        return shape
+
+    def describe(self) -> str:
+        """With what it was built and started."""
+        hvd = world.horovod()
+        parts = {"MPI": hvd.mpi_enabled(), "Gloo": hvd.gloo_enabled(), "NCCL": hvd.nccl_built()}
+        return f"Horovod ({', '.join(name for name, there in parts.items() if there)})"
+
+    def _sum_bfloat16(self, tensors: Sequence[tf.Tensor], name: str, process_set: Any, scale: Scale) -> list[tf.Tensor]:
+        """A ring's traffic without a bfloat16 allreduce: scatter the parts, sum each in float32, gather the sums.
+
+        Each rank sends and receives 2 (N - 1) / N times the buffer, as a ring allreduce does, and every rank ends with
+        the same bits, because each part is summed and rounded in one place.
+        """
+        ranks = process_set.size()
+        flat = tf.concat([tf.reshape(t, [-1]) for t in tensors], axis=0)
+        length = tf.size(flat)
+        part = (length + ranks - 1) // ranks
+        padded = tf.reshape(tf.pad(flat, [[0, part * ranks - length]]), [ranks, part])
+        wires = [to_wire(padded), tf.constant([], tf.int32)]
+        received, _ = run(wires, f"{name}.scatter", process_set, kind="alltoall")
+        summed = tf.reduce_sum(tf.cast(from_wire(received, tf.bfloat16), tf.float32), axis=0)
+        mean = summed / ranks if scale.average else summed
+        mine = tf.cast(mean * (scale.before * scale.after), tf.bfloat16)
+        (total,) = self.allgather([mine[tf.newaxis]], f"{name}.gather", process_set)
+        parts = tf.split(tf.reshape(total, [-1])[:length], [tf.size(t) for t in tensors])
+        return [tf.reshape(p, tf.shape(t)) for p, t in zip(parts, tensors, strict=True)]
+
+
+def run(
+    tensors: Sequence[tf.Tensor], name: str, process_set: Any, *, kind: str, device: str = "", **attributes: Any
+) -> list[tf.Tensor]:
+    """One operation of Horovod, as a node of the graph that is being traced; see `hvdkit.collectives.wire.run`."""
+    hvd = world.horovod()
+    common = {"name": name, "process_set": process_set, "ignore_name_scope": True}
+    with tf.device(device or None):
+        if kind == "alltoall":
+            return list(hvd.alltoall(tensors[0], splits=tensors[1], **common, **attributes))
+        if kind == "grouped_reducescatter":  # the public one takes no name
+            return list(hvd.mpi_ops._grouped_reducescatter(list(tensors), **common, **attributes))
+        if kind.startswith("grouped_"):
+            return list(getattr(hvd, kind)(list(tensors), **common, **attributes))
+        return [getattr(hvd, kind)(tensors[0], **common, **attributes)]
+
+
+def to_wire(tensor: tf.Tensor) -> tf.Tensor:
+    """Returns what Horovod can move: the tensor itself or, of dtypes that it lacks, its bytes."""
+    if tensor.dtype.name in _DTYPES:
+        return tensor
+    return tf.bitcast(tensor, tf.uint8)  # adds a last dimension of the dtype's size in bytes
+
+
+def from_wire(tensor: tf.Tensor, dtype: tf.DType) -> tf.Tensor:
+    """Undoes `to_wire`."""
+    return tensor if dtype.name in _DTYPES else tf.bitcast(tensor, dtype)

@@ -1,0 +1,172 @@
+"""Exchanges between ranks that share a host, through its memory instead of its network.
+
+Horovod has no way between CPU ranks of one host but TCP over loopback: about 3 ms for the gradients of a small model on
+two cores, where the model itself takes 1 ms. `hvdkit.native` does it in 0.3 ms. It is chosen when a job begins, for
+all ranks alike, and carries what `collectives.reduce_dense` and `collectives.gather_rows` move, of all ranks or of a
+process set. Everything else stays with Horovod, and so do jobs on several hosts, on GPUs (NCCL does this itself), and
+those whose ranks come and go (`horovodrun --min-np`: there a death must end an exchange, which only Horovod can do).
+"""
+
+import contextlib
+import hashlib
+import logging
+import os
+import secrets
+import shutil
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import tensorflow as tf
+
+from hvdkit import native
+from hvdkit.collectives.transports.base import Kind, Scale, Transport, Usage
+from hvdkit.errors import UsageError
+from hvdkit.world.devices import usable_cores
+from hvdkit.world.introduction import introduce
+from hvdkit.world.ranks import World
+
+_FOLDER = Path("/dev/shm")
+_SUMMED = {"float16", "bfloat16", "float32", "float64"}
+_GATHERED = {*_SUMMED, "bool", "int8", "uint8", "int16", "uint16", "int32", "uint32", "int64", "uint64"}
+_BYTES_A_RANK = 1 << 20  # of a segment: two chunks, as in shared_memory.cc
+_SEGMENTS = 16  # that must fit, for a start
+_STALE = 3600.0  # seconds after which a segment where ranks have not met is one of a job that was killed
+_log = logging.getLogger(__name__)
+_LACKING = (
+    "The ranks of this host exchange over the loopback network, several times slower than through memory, because %s. "
+    "HVDKIT_SHARED_MEMORY=0 says that this is meant."
+)
+
+
+class SharedMemory(Transport):
+    """Segments of this host's memory, one for each collective's name.
+
+    Args:
+        rank: of this process.
+        size: number of ranks; all of them are on this host.
+        token: the same on all ranks; ranks of another job, or user, find none of its segments.
+        own_core: whether nobody else needs this rank's core, so that it may spin while it waits.
+    """
+
+    name = "shared memory"
+    key = "shared"
+    scatters_by_allreduce = True
+
+    def __init__(self, rank: int, size: int, token: str, own_core: bool) -> None:
+        self.token = token
+        self._rank, self._size, self._own_core = rank, size, own_core
+        self._has_exchanged = False
+
+    @classmethod
+    def start(cls, world: World) -> "SharedMemory | None":
+        """Agrees with all ranks whether there is a memory that they share, and nothing else is better."""
+        if world.local_rank == 0:
+            remove_stale()
+        mine = {
+            "instead": _what_is_used_instead(world),
+            "lack": _lack(world),
+            "token": secrets.token_hex(8),
+            "where": _where(),
+        }
+        answers = introduce(mine, "memory")
+        instead, lack = (next((a[what] for a in answers if a[what]), "") for what in ("instead", "lack"))
+        if not lack and len({a["where"] for a in answers}) > 1:
+            lack = f"they do not see the same {_FOLDER}: start them in one container, or with one volume for it"
+        if lack and not instead and world.is_root:
+            _log.warning(_LACKING, lack)
+        if instead or lack:
+            return None
+        own_core = os.environ.get("HVDKIT_OWN_CORES") == "1" or usable_cores() >= world.local_size
+        return cls(world.rank, world.size, answers[0]["token"], own_core)
+
+    def serves(self, kind: Kind, dtype: tf.DType, process_set: Any) -> bool:
+        """Sums of floats, and rows of all numbers."""
+        return dtype.name in (_SUMMED if kind == "allreduce" else _GATHERED)
+
+    def allreduce(self, tensors: Sequence[tf.Tensor], name: str, process_set: Any, *, scale: Scale) -> list[tf.Tensor]:
+        """Every rank adds up what all have written, in the order of the ranks."""
+        place = self._place(name, tensors[0].dtype, process_set)
+        factors = {"before": scale.before, "after": scale.after, "divisor": place["size"] if scale.average else 1}
+        with tf.device("CPU:0"):
+            return native.load().hvdkit_shared_sum(list(tensors), name=name, **factors, **place)
+
+    def allgather(self, tensors: Sequence[tf.Tensor], name: str, process_set: Any) -> list[tf.Tensor]:
+        """Every rank reads what all have written."""
+        place = self._place(name, tensors[0].dtype, process_set)
+        with tf.device("CPU:0"):
+            return [native.load().hvdkit_shared_gather(tensors[0], name=name, **place)]
+
+    def refuse_to_join(self) -> None:
+        """Ends a job whose rank leaves the collectives to the others: in shared memory they would wait for it.
+
+        Raises:
+            UsageError: gradients of this rank went through shared memory.
+        """
+        if self._has_exchanged:
+            raise UsageError(
+                "hvdkit.join() was called after exchanges through shared memory, which need all ranks. Give every rank "
+                "as many steps with hvdkit.data.shard(..., uneven='join'), or set HVDKIT_SHARED_MEMORY=0 for all ranks."
+            )
+
+    def usage(self) -> Usage:
+        """As the compiled operations have counted."""
+        in_all, waiting, number, brought = native.exchange_times()
+        return Usage(in_all / 1e9, waiting / 1e9, number, brought)
+
+    def describe(self) -> str:
+        """Where, for whom, and how they wait."""
+        waits = "spin on cores of their own" if self._own_core else "sleep"
+        return f"shared memory ({_FOLDER}, {self._size} ranks, which {waits} while they wait)"
+
+    def _place(self, name: str, dtype: tf.DType, process_set: Any) -> dict[str, Any]:
+        """Where the ranks meet, and who this one is among them."""
+        self._has_exchanged = True
+        ranks = list(range(self._size)) if process_set.process_set_id == 0 else list(process_set.ranks)
+        key = hashlib.sha256(f"{name} {dtype.name} {ranks}".encode()).hexdigest()[:16]
+        return {
+            "path": str(_FOLDER / f"hvdkit-{self.token}-{key}"),
+            "rank": ranks.index(self._rank),
+            "size": len(ranks),
+            "own_core": self._own_core,
+        }
+
+
+def remove_stale() -> None:
+    """Removes what jobs of this user have left that were killed before their ranks had met there.
+
+    Where all have met, a segment has no name any more, and goes with its last process.
+    """
+    for path in _FOLDER.glob("hvdkit-*-*"):
+        with contextlib.suppress(OSError):  # another job's rank may be faster
+            found = path.stat()
+            if found.st_uid == os.getuid() and time.time() - found.st_mtime > _STALE:
+                path.unlink()
+
+
+def _what_is_used_instead(world: World) -> str:
+    """Why Horovod is right for this job; empty if nothing but a lack speaks for it."""
+    if os.environ.get("HVDKIT_SHARED_MEMORY") == "0":
+        return "HVDKIT_SHARED_MEMORY=0 is set"
+    if world.local_size != world.size:
+        return "the ranks are on several hosts"
+    if tf.config.list_physical_devices("GPU"):
+        return "there are GPUs"
+    return "ranks may come and go" if os.environ.get("HOROVOD_ELASTIC") == "1" else ""
+
+
+def _lack(world: World) -> str:
+    """What is missing on this rank's host, with the mend."""
+    if not native.is_built():
+        return "hvdkit.native is not compiled for this TensorFlow: python -m hvdkit.native"
+    needed = _SEGMENTS * world.size * _BYTES_A_RANK
+    if not _FOLDER.is_dir() or shutil.disk_usage(_FOLDER).free < needed:
+        return f"{_FOLDER} has less than {needed >> 20} MiB free: give it more (docker run --shm-size=1g)"
+    return ""
+
+
+def _where() -> str:
+    """Tells one host's folder from another's, and a container's from its neighbour's."""
+    boot, folder = Path("/proc/sys/kernel/random/boot_id"), _FOLDER.stat() if _FOLDER.is_dir() else None
+    return f"{boot.read_text().strip() if boot.is_file() else ''} {folder and (folder.st_dev, folder.st_ino)}"
