@@ -110,7 +110,12 @@ class Int8(Quantised):
 
 
 class OneBit(Quantised):
-    """One bit a number, its sign: about a 28th of float32's bytes. The scale is a block's mean magnitude."""
+    """One bit a number, its sign: about a 28th of float32's bytes. The scale is a block's mean magnitude.
+
+    It costs accuracy under optimizers that scale each weight by its gradients' magnitudes, such as Adam: all numbers of
+    a block arrive equally large. Measured on two ranks: 56.4 % instead of 67.0 % for `cifar_cnn` on CIFAR-10 (AdamW,
+    seven epochs), 96.4 % instead of 97.7 % for an MLP on MNIST (Adam, one epoch). Prefer `PowerSGD` or `TopK`.
+    """
 
     block_bytes = _BLOCK // 8
 
