@@ -33,19 +33,24 @@ from hvdkit.versions import OLDEST_KERAS  # noqa: E402 - of this checkout, witho
 
 SUITES = {
     "private names": ("tests/unit/compat",),
-    "two ranks": ("tests/parallel/test_replicas.py",),
-    "parity": ("tests/parallel/test_parity.py",),
-    "optimizer": ("tests/unit/test_optimizer.py", "tests/unit/test_fused_update.py"),
+    "two ranks": ("tests/parallel/callbacks/test_broadcast.py",),
+    "parity": ("tests/parallel/optimizers/test_parity.py",),
+    "optimizer": ("tests/unit/optimizers/test_distributed.py", "tests/unit/optimizers/test_fused_update.py"),
     "accumulation": (
-        "tests/parallel/test_optimizer_options.py::test_accumulated_gradients_are_exchanged_once_and_right",
+        "tests/parallel/optimizers/test_distributed.py::test_accumulated_gradients_are_exchanged_once_and_right",
     ),
-    "sharding": ("tests/parallel/test_sharded.py::test_n_ranks_equal_one_process", "tests/unit/test_sharded.py"),
-    "batch normalization": ("tests/parallel/test_batch_normalization.py::test_it_trains_the_model_of_one_process",),
+    "sharding": (
+        "tests/parallel/optimizers/test_sharded.py::test_n_ranks_equal_one_process",
+        "tests/unit/optimizers/test_sharded.py",
+    ),
+    "batch normalization": (
+        "tests/parallel/model/test_batch_normalization.py::test_it_trains_the_model_of_one_process",
+    ),
     "checkpoints": (
-        "tests/unit/test_checkpoint.py::test_fit_goes_on_bit_for_bit",
-        "tests/unit/test_checkpoint.py::test_a_raised_patience_stays_raised",
-        "tests/unit/test_checkpoint.py::test_the_learning_rate_and_mixed_precision_go_on",
-        "tests/parallel/test_checkpoint.py::test_every_ranks_own_state_goes_on",
+        "tests/unit/checkpoint/test_checkpoint.py::test_fit_goes_on_bit_for_bit",
+        "tests/unit/checkpoint/test_checkpoint.py::test_a_raised_patience_stays_raised",
+        "tests/unit/checkpoint/test_checkpoint.py::test_the_learning_rate_and_mixed_precision_go_on",
+        "tests/parallel/checkpoint/test_checkpoint.py::test_every_ranks_own_state_goes_on",
     ),
 }
 _PROBE = """

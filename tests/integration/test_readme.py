@@ -31,6 +31,6 @@ def test_nothing_is_left_to_fill_in():
 
 
 def test_the_number_of_optimizers_is_right():
-    from tests.parallel.test_parity import OPTIMIZERS
+    from tests.parallel.optimizers.test_parity import OPTIMIZERS
 
     assert f"each of Keras' {len(OPTIMIZERS)} optimizers" in README

@@ -10,7 +10,7 @@ import pytest
 from tests import forked
 from tests.conftest import run_command
 
-PROGRAM = Path(__file__).with_name("watchdog_program.py")
+PROGRAM = Path(__file__).parents[1] / "watchdog_program.py"
 
 
 def run(number, *arguments, limit=15, action="abort", **environment):

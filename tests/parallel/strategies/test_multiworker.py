@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 
 from tests import forked
-from tests.parallel import test_parity as parity
+from tests.parallel.optimizers import test_parity as parity
 
 # ---- Parity ------------------------------------------------------------------------------------------------------
 

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from tests.conftest import sys
-from tests.parallel.test_checkpoint import verify_resume
+from tests.parallel.checkpoint.test_checkpoint import verify_resume
 
 STEPS, LOCAL_BATCH = 8, 4
 

@@ -125,7 +125,7 @@ def test_all_ranks_stop_together(ranks):
 
 def test_its_cost_can_be_measured():
     """README has the figures; a machine that does much else says nothing about them."""
-    program = Path(__file__).with_name("guard_cost.py")
+    program = Path(__file__).parents[1] / "guard_cost.py"
     command = [sys.executable, "-m", "hvdkit.launch", "-np", 2, "--", *forked.command(program, "mnist_mlp:28x28x1:64")]
     ended = run_command(command, timeout=300)
     assert ended.code == 0, ended.output

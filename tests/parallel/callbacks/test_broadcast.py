@@ -71,7 +71,7 @@ def test_without_the_wrapper_they_do_not_and_are_told(ranks):
 
 
 def checksums(library):
-    two_ranks = Path(__file__).with_name("two_ranks.py")
+    two_ranks = Path(__file__).parents[1] / "two_ranks.py"
     ended = run_command(
         [sys.executable, "-m", "hvdkit.launch", "-np", 2, "--", *forked.command(two_ranks, library)], timeout=120
     )

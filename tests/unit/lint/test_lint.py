@@ -14,7 +14,7 @@ from hvdkit.lint.finding import findings
 from hvdkit.lint.rules import RULES
 from hvdkit.lint.script import Script
 
-ROOT = Path(__file__).resolve().parent.parent.parent
+ROOT = Path(__file__).resolve().parents[3]
 HEAD = "import keras, tensorflow as tf, numpy as np, hvdkit as hvd\nhvd.init()\n"  # a script's first two lines
 
 

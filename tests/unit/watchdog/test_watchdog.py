@@ -132,7 +132,7 @@ def test_a_stack_shows_the_users_lines_and_counts_the_libraries():
         seen.update(stack=stacks.readable(stacks.main_frame()), line=stacks.own_line(stacks.main_frame()))
 
     keras.tree.map_structure(look, [1])
-    assert seen["line"].startswith("tests/unit/test_watchdog.py:")
+    assert seen["line"].startswith("tests/unit/watchdog/test_watchdog.py:")
     assert seen["line"].endswith("line=stacks.own_line(stacks.main_frame()))")
     assert seen["stack"][-2] == f"> {seen['line']}"  # the last is main_frame() itself
     assert any(line.startswith("  ... ") and "keras" in line for line in seen["stack"])

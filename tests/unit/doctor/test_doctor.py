@@ -17,7 +17,7 @@ from hvdkit.doctor.connection import Connection, Lost
 from hvdkit.doctor.findings import Findings
 
 # What `--json` wrote of two healthy hosts, with the paths of that machine changed.
-WELL = json.loads((Path(__file__).parent / "doctor" / "well.json").read_text())
+WELL = json.loads(Path(__file__).with_name("well.json").read_text())
 GPU = {"name": "NVIDIA H100 80GB HBM3", "mebibytes": "81559", "driver": "550.54.15"}
 
 
