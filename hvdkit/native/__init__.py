@@ -1,6 +1,6 @@
-"""The part of hvdkit that is compiled: TensorFlow operations in C++, built against the TensorFlow that is installed.
+"""TensorFlow operations in C++, compiled for the installed TensorFlow.
 
-`launch/bootstrap.sh` builds it; by hand, `python -m hvdkit.native`. Where it is not built, hvdkit does without.
+`launch/bootstrap.sh` compiles them; to do it by hand, run `python -m hvdkit.native`. hvdkit also works without them.
 """
 
 import ctypes
@@ -19,32 +19,32 @@ from hvdkit.errors import UsageError
 
 _FOLDER = Path(__file__).parent
 _SOURCES = sorted(_FOLDER.glob("*.cc"))
-# No errno for a square root below zero: with it a loop that takes roots is not vectorised. And no fused multiply-adds,
-# which round once where Keras' operations round twice.
+# -fno-math-errno: a loop with square roots that may set errno is not vectorized. -ffp-contract=off: a fused
+# multiply-add rounds once, but Keras' operations round twice.
 _FLAGS = ["-O3", "-fno-math-errno", "-ffp-contract=off", "-w", "-fPIC", "-shared"]
 
 
 @functools.lru_cache(maxsize=1)
 def library() -> Path:
-    """Where the compiled library is, or would be: its name tells sources, flags and TensorFlow apart."""
+    """Returns the path of the compiled library. Its name contains a hash of sources, flags and TensorFlow version."""
     key = hashlib.sha256(b"".join(source.read_bytes() for source in _SOURCES))
     key.update(" ".join([*_FLAGS, tf.version.VERSION, tf.version.COMPILER_VERSION]).encode())
     return _FOLDER / f"operations-{key.hexdigest()[:12]}.so"
 
 
 def is_built() -> bool:
-    """Whether `load` will find it."""
+    """Returns whether the library is compiled, as `load` needs it."""
     return library().is_file()
 
 
 @functools.lru_cache(maxsize=1)
 def load() -> Any:
-    """The operations, as `tf.load_op_library` gives them."""
+    """Loads the library and returns its operations, as `tf.load_op_library` does."""
     return tf.load_op_library(str(library()))
 
 
 def build() -> Path:
-    """Compiles the library with `$CXX`, or `g++`, in about 25 seconds; one that is there stays.
+    """Compiles the library with `$CXX` or `g++`, in about 25 seconds, unless it exists.
 
     Raises:
         UsageError: there is no compiler, TensorFlow's headers are missing, or the folder cannot be written to.
@@ -55,7 +55,7 @@ def build() -> Path:
     compiler = os.environ.get("CXX") or "g++"
     flags, sources = [*tf.sysconfig.get_compile_flags(), *_FLAGS], map(str, _SOURCES)
     try:
-        # Made aside, then renamed: what stands under its name is whole.
+        # Compile in a temporary folder, then rename: a file with the final name is always complete.
         with tempfile.TemporaryDirectory(dir=made.parent) as folder:
             aside = Path(folder, made.name)
             command = [*shlex.split(compiler), *flags, "-o", str(aside), *sources, *tf.sysconfig.get_link_flags()]
@@ -66,19 +66,19 @@ def build() -> Path:
         line = next((line for line in said.splitlines() if "error" in line.lower()), said.strip())
         raise UsageError(
             f"hvdkit.native cannot be compiled with {compiler}: {line}. Install g++, or name a compiler in CXX; "
-            f"TensorFlow's headers must be there, and {made.parent} writable. Without it ranks of one host exchange "
-            f"over the loopback network, and Adam takes two to six times as long."
+            f"TensorFlow's headers must be installed, and {made.parent} writable. Without it, ranks of one host "
+            f"communicate over the loopback network, and Adam takes two to six times as long."
         ) from None
     return made
 
 
 def exchange_times() -> tuple[int, int, int, int]:
-    """What this process has spent in exchanges through shared memory.
+    """Returns what this process has spent in collectives through shared memory.
 
     Returns:
-        Nanoseconds in all, of these waiting for others, the number of exchanges, and the bytes brought to them.
+        Total nanoseconds, nanoseconds of waiting for other ranks, number of collectives, and bytes of their inputs.
     """
-    load()  # first: TensorFlow finds no operations in a library that somebody else has opened
+    load()  # before CDLL: TensorFlow finds no operations in a library that is already open
     values = [ctypes.c_uint64() for _ in range(4)]
     ctypes.CDLL(str(library())).hvdkit_exchange_times(*map(ctypes.byref, values))
     in_all, waiting, number, brought = (value.value for value in values)

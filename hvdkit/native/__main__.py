@@ -1,4 +1,4 @@
-"""`python -m hvdkit.native`: compiles what is to be compiled, unless it is there, and loads it."""
+"""`python -m hvdkit.native`: compiles hvdkit's C++ operations unless they are compiled, and loads them."""
 
 import sys
 
