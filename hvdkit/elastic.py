@@ -116,7 +116,7 @@ class KerasState(ObjectState):
 
     def sync(self) -> None:
         """Broadcasts rank 0's state to all ranks and commits it; then makes random seeds differ between ranks."""
-        with broken_exchanges_as_horovods():
+        with horovod_errors():
             collectives.broadcast_variables(self._variables())
             super().sync()
         tell_seeds_apart(self.model)
@@ -197,7 +197,7 @@ def run(func: Callable[..., Any]) -> Callable[..., Any]:
 
     @functools.wraps(func)
     def training(state: Any, *args: Any, **kwargs: Any) -> Any:
-        with broken_exchanges_as_horovods():
+        with horovod_errors():
             return func(state, *args, **kwargs)
 
     under_horovod = run_fn(training, _reset)
@@ -222,7 +222,7 @@ def run(func: Callable[..., Any]) -> Callable[..., Any]:
 
 
 @contextlib.contextmanager
-def broken_exchanges_as_horovods() -> Iterator[None]:
+def horovod_errors() -> Iterator[None]:
     """Turns TensorFlow's error from a failed collective into a `HorovodInternalError`, from which a rank can recover.
 
     Horovod's own `run` recognizes such an error only by the name of the failed node, and ignores all others.
@@ -240,7 +240,7 @@ def _reset() -> None:
     while True:
         runtime.shutdown()
         try:
-            with broken_exchanges_as_horovods():
+            with horovod_errors():
                 runtime.init()
         except HorovodInternalError:
             continue

@@ -150,11 +150,11 @@ def _divide(dataset: tf.data.Dataset, rank: int, size: int, uneven: str) -> tf.d
         return dataset.shard(size, rank)
     steps = _round(length, size, uneven)
     if uneven == "pad":
-        return _filled(dataset, length, rank, size)
+        return _padded(dataset, length, rank, size)
     return dataset.shard(size, rank).take(steps)
 
 
-def _filled(dataset: tf.data.Dataset, length: int, rank: int, size: int) -> tf.data.Dataset:
+def _padded(dataset: tf.data.Dataset, length: int, rank: int, size: int) -> tf.data.Dataset:
     """Returns this rank's elements, plus one from the beginning of the data set if the last round has none for it.
 
     All ranks read that element here, once. If only one rank read the beginning again at the end of an epoch, a data set
@@ -197,7 +197,7 @@ def _join(dataset: tf.data.Dataset, rank: int, size: int, batch: int) -> tf.data
     length = length_of(dataset)
     if length == 0:
         raise ValueError("A data set of 0 elements cannot be divided.")
-    mine = dataset.shard(size, rank) if length is None else _filled(dataset, length, rank, size)
+    mine = dataset.shard(size, rank) if length is None else _padded(dataset, length, rank, size)
 
     def weigh(places: tf.Tensor, element: tuple) -> tuple:
         if length is None:

@@ -67,15 +67,16 @@ def split_branches(model: keras.Model, mesh: Mesh, branches: Sequence[str] | Non
     inputs = [keras.Input(batch_shape=t.shape, dtype=t.dtype, name=t.name) for t in functional.inputs]
     at_starts = keras.tree.flatten(trunk(inputs if len(inputs) > 1 else inputs[0])) if trunk else inputs
     flowing = dict(zip(map(id, starts if trunk else functional.inputs), at_starts, strict=True))
-    spread = {i: SpreadToBranches(mesh, name=f"spread{n}")(x) for n, (i, x) in enumerate(flowing.items())}
+    spread = {i: BranchInputs(mesh, name=f"spread{n}")(x) for n, (i, x) in enumerate(flowing.items())}
     computed = [models[number](spread[id(ends[number][0])]) for number in own]
-    met = MeetingOfBranches(mesh, [(tuple(t.shape[1:]), t.dtype) for t in outputs], name="meeting")(computed)
-    result = head(met if len(met) > 1 else met[0])
+    output_specs = [(tuple(t.shape[1:]), t.dtype) for t in outputs]
+    gathered = GatherBranchOutputs(mesh, output_specs, name="branch_outputs")(computed)
+    result = head(gathered if len(gathered) > 1 else gathered[0])
     divided = keras.Model(inputs if len(inputs) > 1 else inputs[0], result, name=model.name)
     return whole_model.remember(divided, model)
 
 
-class SpreadToBranches(keras.layers.Layer):
+class BranchInputs(keras.layers.Layer):
     """Passes a tensor into the branches. In the backward pass, sums the gradients of all branches."""
 
     def __init__(self, mesh: Mesh, **kwargs: Any) -> None:
@@ -88,7 +89,7 @@ class SpreadToBranches(keras.layers.Layer):
         return mappings.spread(x, self._mesh, self.name) if x.dtype.is_floating else x
 
 
-class MeetingOfBranches(keras.layers.Layer):
+class GatherBranchOutputs(keras.layers.Layer):
     """Gathers the outputs of all branches from the ranks that computed them.
 
     Args:
@@ -107,7 +108,7 @@ class MeetingOfBranches(keras.layers.Layer):
         in_order = [n for column in range(mesh.model) for n in numbers if n % mesh.model == column]
 
         @tf.custom_gradient
-        def meet(*mine: tf.Tensor) -> tuple[list[tf.Tensor], Any]:
+        def gather(*mine: tf.Tensor) -> tuple[list[tf.Tensor], Any]:
             flat = tf.concat([tf.reshape(t, [-1]) for t in mine], axis=0)
             everything = flat if mesh.model == 1 else collectives.gather_rows(flat, self.name, mesh.model_set)
             batch = tf.shape(mine[0])[0]
@@ -118,7 +119,7 @@ class MeetingOfBranches(keras.layers.Layer):
             result = [tf.ensure_shape(t, shape) for t, shape in zip(result, shapes, strict=True)]
             return result, lambda *gradients: [gradients[n] for n in own]
 
-        return list(meet(*computed))
+        return list(gather(*computed))
 
 
 def _chains(model: keras.Model) -> list[tuple[Any, Any]]:

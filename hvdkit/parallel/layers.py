@@ -83,7 +83,7 @@ class RowDense(_Part, keras.layers.Dense):
 
     def call(self, x: tf.Tensor, training: bool | None = None) -> tf.Tensor:
         """Computes [..., units] from [..., features / ranks]."""
-        return _after_the_sum(self, ops.matmul(x, self.kernel))
+        return _sum_and_activate(self, ops.matmul(x, self.kernel))
 
 
 class ColumnEinsumDense(_Part, keras.layers.EinsumDense):
@@ -115,7 +115,7 @@ class RowEinsumDense(_Part, keras.layers.EinsumDense):
 
     def call(self, inputs: tf.Tensor, training: bool | None = None) -> tf.Tensor:
         """Applies the layer's equation; each rank sums over its part, then the ranks add up their sums."""
-        return _after_the_sum(self, ops.einsum(self.equation, inputs, self.kernel))
+        return _sum_and_activate(self, ops.einsum(self.equation, inputs, self.kernel))
 
 
 class HeadsAttention(_Part, MultiHeadAttention):
@@ -221,7 +221,7 @@ def part(number: int, mesh: Mesh, what: str, layer: str | None) -> int:
     return number // mesh.model
 
 
-def _after_the_sum(layer: Any, term: tf.Tensor) -> tf.Tensor:
+def _sum_and_activate(layer: Any, term: tf.Tensor) -> tf.Tensor:
     """Sums the terms of all ranks, adds the bias, which all ranks hold, and applies the activation."""
     x = mappings.total(term, layer.mesh, _kind(layer))
     if layer.bias is not None:

@@ -127,7 +127,7 @@ class PipelinedModel(keras.Model):
         """Runs a training step: all micro-batches forward and backward through all stages, then the optimizer."""
         if tf.executing_eagerly():
             raise UsageError(
-                "In a step that is no graph, stages of a pipeline would wait for each other: leave out run_eagerly."
+                "A pipeline cannot train eagerly, because its stages would wait for each other: leave out run_eagerly."
             )
         clear_losses(self)  # of an evaluation's graph: Keras does this only in a call of the whole model
         x, y, weights = keras.utils.unpack_x_y_sample_weight(data)

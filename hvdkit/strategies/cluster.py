@@ -39,7 +39,7 @@ def join(mistake: UsageError | None) -> tf.distribute.cluster_resolver.ClusterRe
         UsageError: on all ranks, if one of them has an earlier error, or ranks on other hosts cannot reach a rank.
     """
     with _free_port() as port:
-        mine = {"mistake": str(mistake)} if mistake else dataclasses.asdict(_myself(port))
+        mine = {"mistake": str(mistake)} if mistake else dataclasses.asdict(_own_member(port))
         everyone = introduce(mine, "cluster")
     first = next((m["mistake"] for m in everyone if "mistake" in m), None)
     if first is not None:
@@ -82,7 +82,7 @@ def check_reachable(members: Sequence[Member]) -> None:
             )
 
 
-def _myself(port: int) -> Member:
+def _own_member(port: int) -> Member:
     host = world.current().host
     return Member(host, socket.gethostbyname(host), port)
 

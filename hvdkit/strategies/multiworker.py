@@ -69,10 +69,10 @@ class MultiWorkerStrategy(HorovodStrategy):
                 f"--strategy=multiworker has no {', '.join(options)}: tf.distribute sends gradients unchanged. "
                 f"Remove it, or use --strategy=horovod."
             )
-        return ExchangingOptimizer(with_loss_scale(optimizer), _Exchange(self._strategy))
+        return ExchangingOptimizer(with_loss_scale(optimizer), _WorkerAverage(self._strategy))
 
 
-class _Exchange:
+class _WorkerAverage:
     """Averages gradients over the workers, in a separate graph.
 
     Workers match their collectives by numbers that are assigned when a graph is traced (see
