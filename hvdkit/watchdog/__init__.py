@@ -1,22 +1,22 @@
-"""A side channel between the ranks of a job, for what Horovod cannot say: who stands still, who failed first, and why.
+"""A side channel between the ranks of a job. It reports which rank stalls or failed first, and why.
 
-Horovod's exchanges block: a rank that waits for another cannot speak through them. So each rank has a thread with a
-connection of its own, on which the ranks (a) make one report when the job stands still, and (b) leave for a common
-reason when one of them fails.
+Horovod's collectives block, so a rank that waits in one cannot report through Horovod. Each rank therefore runs a
+watchdog thread with its own TCP connection. Over it, the ranks (a) write one joint report when the job stalls, and
+(b) exit with the same reason and exit code when one of them fails.
 
     watchdog.start(world)                                   after Horovod's start; nothing runs in a job of one rank
     with watchdog.waiting("metrics", "float32[3]"): ...     around an eager collective
     watchdog.in_phase("training"); watchdog.at_step(0, 17)  where this rank is
-    watchdog.traced("gradients", [((3, 4), "float32", "dense/kernel")])   what an exchange in a graph sends
-    watchdog.fail(error)                                    tells the others why this rank leaves
-    watchdog.reason(5)                                      why another rank left
+    watchdog.traced("gradients", [((3, 4), "float32", "dense/kernel")])   what a collective in a graph sends
+    watchdog.fail(error)                                    tells the other ranks why this rank exits
+    watchdog.reason(5)                                      why another rank exited
     watchdog.stop()
 
-`HVDKIT_STALL_SECONDS` (600; 0 for no limit) is the time that a rank may be in one step or collective while no other
-rank moves on either. A rank that is in neither may be busy where it cannot be seen to move, such as saving a model:
-then the ranks that wait for it report after that time, and leave after three times as long.
-`HVDKIT_STALL_ACTION=warn` reports and goes on waiting; by default the job ends, with exit code 75 on all ranks. 75 is
-also that of ranks which leave because another died; when one fails with an exception, all take its exit code.
+`HVDKIT_STALL_SECONDS` (600; 0 for no limit) is how long a rank may stay in one step or collective while no other rank
+makes progress. A rank outside of both may be busy without visible progress, for example when it saves a model. Then
+the waiting ranks report after that time, and exit after three times as long.
+`HVDKIT_STALL_ACTION=warn` reports the stall and keeps waiting. By default the job ends, with exit code 75 on all ranks.
+Ranks also exit with 75 when another rank dies. When a rank fails with an exception, all ranks use its exit code.
 """
 
 import atexit
@@ -61,12 +61,12 @@ _hook: Any = None  # what sys.excepthook was before `start`
 
 
 def start(world: worlds.World) -> None:
-    """Starts this rank's watchdog; a collective call. Nothing runs in a world of one rank.
+    """Starts this rank's watchdog. A collective call. Does nothing in a world of one rank.
 
-    The job's secret and the ranks' addresses travel through Horovod, so only its ranks know them.
+    The job's secret and the ranks' addresses are sent through Horovod, so only the job's ranks know them.
 
     Args:
-        world: as `world.init` returned it.
+        world: the return value of `world.init`.
     """
     global _watchman, _hook
     stop()
@@ -97,7 +97,7 @@ def start(world: worlds.World) -> None:
 
 
 def _open_door(world: worlds.World) -> tuple[socket.socket | None, str]:
-    """Where the other ranks reach this one; or None, and why not: then all ranks must hear of it."""
+    """Opens the port on which other ranks reach this one. On failure returns None and the reason, for all ranks."""
     try:
         return listen(own_address(world)), ""
     except OSError as error:
@@ -105,7 +105,7 @@ def _open_door(world: worlds.World) -> tuple[socket.socket | None, str]:
 
 
 def stop() -> None:
-    """Says goodbye to the other ranks and ends the watchdog; `start` may follow."""
+    """Tells the other ranks that this one exits, and ends the watchdog. `start` may be called again."""
     global _watchman, _hook
     if _watchman:
         _watchman.end(_pending())
@@ -116,27 +116,27 @@ def stop() -> None:
 
 
 def waiting(name: str, detail: object = "", everyone: bool = False) -> Waiting:
-    """A context for an eager collective: this rank waits for the others in it.
+    """A context manager around an eager collective, in which this rank waits for the others.
 
-    Horovod matches what `collectives.wire` runs by its name. So ranks whose main threads are in different collectives
-    that all ranks must enter wait for each other for ever, and Horovod only waits, too: the watchdog compares them.
+    Horovod matches the collectives of `collectives.wire` by name. Ranks whose main threads wait in different
+    collectives would therefore deadlock without an error. The watchdog compares the collectives and detects this.
 
     Args:
         name: the collective's name, the same on all ranks.
-        detail: what this rank brings (shapes and dtypes); turned into text only for a report.
-        everyone: all ranks must enter it. Where two stay in different ones, the job ends, within seconds; calls that
-            have returned, whatever their order, and those of other threads than the main one are left alone.
+        detail: shapes and dtypes of this rank's tensors; converted to text only for a report.
+        everyone: whether all ranks must enter it. If two ranks stay in different such collectives, the job ends within
+            seconds. Calls that have returned, and calls in other threads than the main one, are not compared.
     """
     return Waiting(_progress, name, detail, everyone)
 
 
 def count_anew() -> None:
-    """Forgets how often collectives were called: all ranks have returned from a join, before which some called less."""
+    """Resets the call counts of collectives, after a join: before it, some ranks have made fewer calls."""
     _progress.calls.clear()
 
 
 def at_step(epoch: int, step: int) -> None:
-    """Marks the begin of a step. In the phase "evaluating" only that it moves on: the training's step stays.
+    """Marks the start of a step. In the phase "evaluating" it marks progress and keeps the step of the training.
 
     Args:
         epoch: number of the epoch, from 0.
@@ -149,11 +149,11 @@ def at_step(epoch: int, step: int) -> None:
 
 
 def in_phase(phase: str) -> None:
-    """Says what this rank does from now on; the others hear of it at once.
+    """Sets what this rank does from now on, and tells the other ranks at once.
 
     Args:
-        phase: "training" or "evaluating", which may not last longer than the limit without a step, or "between",
-            which may.
+        phase: "training" or "evaluating", in which the stall limit applies to each step; or "between", in which it
+            does not.
     """
     if phase != _progress.phase:
         _progress.phase = phase
@@ -163,15 +163,16 @@ def in_phase(phase: str) -> None:
 
 
 def traced(name: str, signature: Sequence[tuple[Any, Any, str]]) -> None:
-    """Notes what an exchange in a graph sends, when it is traced; ranks that differ end the job at once.
+    """Records what a collective in a graph sends, when it is traced. Ends the job at once if ranks differ.
 
-    The n-th different signature of a name is compared with the others' n-th: a rank may trace one more often. Horovod
-    refuses tensors of different shape only outside of a group: `grouped_allreduce` returns uninitialised memory.
+    The n-th distinct signature of a name is compared with the n-th of the other ranks: a rank may trace one more
+    often. The check is needed because Horovod rejects different shapes only outside of a group:
+    `grouped_allreduce` returns uninitialized memory.
 
     Args:
-        name: of the exchange, the same on all ranks.
-        signature: (shape, dtype, variable path) of each tensor, in order. A dimension that may differ from rank to
-            rank is None; so is a shape of unknown rank.
+        name: the collective's name, the same on all ranks.
+        signature: (shape, dtype, variable path) of each tensor, in order. A dimension that may differ between ranks is
+            None; so is a shape of unknown rank.
     """
     number = _progress.sign(name, signature)
     if number is not None and _watchman:
@@ -179,16 +180,16 @@ def traced(name: str, signature: Sequence[tuple[Any, Any, str]]) -> None:
 
 
 def fail(error: BaseException, code: int | None = None, wait_seconds: float = 2.0) -> Failure | None:
-    """Tells the other ranks that this one leaves, and why; they leave with the same exit code.
+    """Tells the other ranks that this one exits, and why. They exit with the same code.
 
     Args:
-        error: what this rank leaves with.
-        code: its exit code; by default that which Python, or a job's main, gives to the error.
-        wait_seconds: how long to wait until the others know.
+        error: the exception that ends this rank.
+        code: the exit code; by default the one that Python, or a job's `main`, uses for the error.
+        wait_seconds: how long to wait until the other ranks know.
 
     Returns:
-        The reason that all ranks leave for: another rank's, if that failed first. None in a job of one rank, or if
-        nobody answered in time.
+        The failure for which all ranks exit: another rank's, if that failed first. None in a job of one rank, or if no
+        rank answered in time.
     """
     if not _watchman:
         return None
@@ -203,9 +204,9 @@ def fail(error: BaseException, code: int | None = None, wait_seconds: float = 2.
 
 
 def reason(wait_seconds: float = 5.0) -> Failure | None:
-    """Why this rank was thrown out of an exchange: what another rank reported, or which one died or left.
+    """Returns why a collective failed on this rank: another rank's error, or which rank died or exited.
 
-    The reason has been shown already, once for the whole job, when this returns.
+    When this returns, the reason has already been shown, once for the whole job.
 
     Args:
         wait_seconds: how long to wait for it.
@@ -222,14 +223,14 @@ def reason(wait_seconds: float = 5.0) -> Failure | None:
 
 
 def explain(error: BaseException, wait_seconds: float = 6.0) -> str | None:
-    """Turns Horovod's "Mismatched ..." into a sentence that names the ranks, the tensor and both shapes.
+    """Converts Horovod's "Mismatched ..." error to a sentence that names the ranks, the tensor and both shapes.
 
     Args:
-        error: as an exchange raised it, on all ranks.
+        error: the error that a collective raised, on all ranks.
         wait_seconds: how long to wait for the other ranks' answers.
 
     Returns:
-        None if the error is of another kind, or the exchange was announced neither by `waiting` nor by `traced`.
+        None for another kind of error, or if the collective was registered neither by `waiting` nor by `traced`.
     """
     if not _watchman or "Mismatched " not in str(error):
         return None
@@ -243,7 +244,7 @@ def explain(error: BaseException, wait_seconds: float = 6.0) -> str | None:
 
 
 def was_thrown_out(error: BaseException) -> bool:
-    """Whether an error only says that an exchange broke off, so that its cause must be sought on another rank."""
+    """Whether an error only says that a collective was interrupted, so that the cause is on another rank."""
     if type(error).__name__ == "HorovodInternalError":
         return True
     text = str(error)
@@ -253,7 +254,7 @@ def was_thrown_out(error: BaseException) -> bool:
 
 
 def _on_uncaught(kind: type[BaseException], error: BaseException, trace: TracebackType | None) -> None:
-    """Python's last word on an exception: shown, after the others know; or, if it is a consequence, passed over."""
+    """An exception hook: tells the other ranks, then shows the error. Hides an error that another rank caused."""
     show = _hook or sys.__excepthook__
     if not isinstance(error, Exception):
         show(kind, error, trace)
@@ -271,7 +272,7 @@ def _on_uncaught(kind: type[BaseException], error: BaseException, trace: Traceba
 
 
 def _pending() -> str:
-    """The exception in whose `finally` this rank shuts down, if any: told in the goodbye, in case somebody asks why."""
+    """The exception in whose `finally` this rank shuts down, if any; the goodbye message includes it."""
     error = sys.exc_info()[1]
     return (
         "" if not isinstance(error, Exception) or was_thrown_out(error) else f"{type(error).__name__}: {error}"[:2000]
@@ -290,13 +291,13 @@ def _place() -> str:
 
 @atexit.register
 def _at_exit() -> None:
-    """Before Horovod's own end, which may hang if another rank has failed: then the thread lives on, to end it."""
+    """Stops the watchdog, unless a rank has failed: then Horovod's shutdown may hang, and the watchdog ends it."""
     if _watchman and not _watchman.failure:
         stop()
 
 
 def _in_child() -> None:
-    """A forked child is no rank: it must not hold its parent's connections open, nor speak for it."""
+    """Closes the watchdog in a forked child, which is not a rank and must not use its parent's connections."""
     global _watchman
     if _watchman:
         _watchman.forget()

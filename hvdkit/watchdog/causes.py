@@ -1,4 +1,4 @@
-"""The likely cause of a stall: plain rules over the ranks' states, the surest first. No I/O, no clock."""
+"""The likely cause of a stall: rules over the ranks' states, the most certain first. No I/O, no clock."""
 
 import itertools
 from collections.abc import Sequence
@@ -10,10 +10,10 @@ States = Sequence[RankState]
 
 
 def likely_cause(states: States) -> str:
-    """One or two sentences: why these ranks stand still, and what to look at.
+    """Returns one or two sentences: why these ranks stall, and what to check.
 
     Args:
-        states: those of all ranks of the job, at the same time, in the order of the ranks.
+        states: the states of all ranks at the same time, in rank order.
     """
     rules = (
         _a_rank_is_dead,
@@ -29,18 +29,18 @@ def likely_cause(states: States) -> str:
     found = next(filter(None, (rule(states) for rule in rules)), None)
     return found or (
         "not clear: no rank is missing, and all are at the same place. Each is in TensorFlow's compiled step, where "
-        "Python cannot see whether it computes, reads its data or exchanges; a slow data set (tf.data), a network that "
-        "drops packets, or a layer that exchanges under other names on each rank can do this."
+        "Python cannot see whether it computes, reads data or communicates. Possible causes: a slow data set "
+        "(tf.data), a network that drops packets, or a layer whose collectives have other names on each rank."
     )
 
 
 def mismatch(states: States) -> str | None:
-    """Says which ranks bring tensors of different shape or dtype to the same collective; None if none do."""
+    """Says which ranks enter the same collective with tensors of different shape or dtype; None if none do."""
     return _mismatch_of_details(states) or mismatch_of_signatures(states)
 
 
 def mismatch_of_signatures(states: States) -> str | None:
-    """Compares what the exchanges were traced with: the n-th signature of a name must be the same on all ranks."""
+    """Compares the traced signatures: the n-th signature of a name must be the same on all ranks."""
     for name in dict.fromkeys(name for s in states for name in s.traced):
         for number in range(max(len(s.traced.get(name, [])) for s in states)):
             there = [s for s in states if len(s.traced.get(name, [])) > number]
@@ -62,24 +62,24 @@ def ranks_of(states: States) -> str:
 
 
 def crossed(states: States) -> str | None:
-    """Says which ranks wait for each other for ever, each in a collective that the other has not come to; else None.
+    """Says which ranks are deadlocked, each in a collective that the other has not entered; None if there are none.
 
-    Horovod matches collectives by name, so a rank stays in one until all ranks have called it as often. Each rank's
-    state may therefore be of another moment: two that miss each other's call do so for good. One that has called it
-    already is only ahead, by a broadcast that it sent to a slower rank, for example.
+    Horovod matches collectives by name, so a rank stays in one until all ranks have called it as often. The result
+    holds although the states may be from different moments: two ranks that miss each other's call stay deadlocked. A
+    rank that has made the call already is only ahead, for example after a broadcast to a slower rank.
     """
     for one, other in itertools.combinations(states, 2):
         if one.inside and other.inside and _ahead(one, other) and _ahead(other, one):
             return (
-                f"the ranks are in different collectives, and would wait for each other for ever: {ranks_of([one])} "
+                f"the ranks are in different collectives, and would wait for each other forever: {ranks_of([one])} "
                 f"is in {one.inside!r}{_at(one)}, {ranks_of([other])} in {other.inside!r}{_at(other)}. Every rank "
-                f"must call the same ones, in the same order, and none may stand behind `if rank == 0`."
+                f"must call the same ones, in the same order, and none may be inside `if rank == 0`."
             )
     return None
 
 
 def _ahead(one: RankState, other: RankState) -> bool:
-    """Whether a rank is in a collective that another has not called as often."""
+    """Whether a rank is in a collective that another rank has called fewer times."""
     name = one.inside or ""
     return one.calls.get(name, 0) > other.calls.get(name, 0)
 
@@ -128,7 +128,7 @@ def _mismatch_of_details(states: States) -> str | None:
         differing = next(((s, d) for s, d in rest if d != detail), None)
         if differing:
             return (
-                f"the ranks bring different tensors to the collective {name!r}: {ranks_of([first])} has {detail}, and "
+                f"the ranks have different tensors in the collective {name!r}: {ranks_of([first])} has {detail}, and "
                 f"{ranks_of([differing[0]])} has {differing[1]}."
             )
     return None
@@ -140,7 +140,7 @@ def _difference(first: RankState, other: RankState, name: str, number: int) -> s
         if dtype != other_dtype or not _fits(shape, other_shape):
             also = "" if path == other_path else f" ({other_path} there)"
             return (
-                f"the ranks' models differ: in the exchange {name!r} {path} is {_tensor(shape, dtype)} on "
+                f"the ranks' models differ: in the collective {name!r} {path} is {_tensor(shape, dtype)} on "
                 f"{ranks_of([first])} and {_tensor(other_shape, other_dtype)} on {ranks_of([other])}{also}. Build the "
                 f"same model on every rank."
             )
@@ -148,7 +148,7 @@ def _difference(first: RankState, other: RankState, name: str, number: int) -> s
         longer, states = (one, (first, other)) if len(one) > len(two) else (two, (other, first))
         extra = longer[min(len(one), len(two))][2]
         return (
-            f"the ranks' models differ: the exchange {name!r} has {len(one)} tensors on {ranks_of([first])} and "
+            f"the ranks' models differ: the collective {name!r} has {len(one)} tensors on {ranks_of([first])} and "
             f"{len(two)} on {ranks_of([other])}; {extra} is on {ranks_of([states[0]])} only. Build the same model, "
             f"with the same trainable layers, on every rank."
         )
@@ -156,7 +156,7 @@ def _difference(first: RankState, other: RankState, name: str, number: int) -> s
 
 
 def _fits(shape: Any, other: Any) -> bool:
-    """Whether shapes may be the same: None, of a dimension or of all, is any."""
+    """Whether two shapes are compatible. None, for a dimension or a whole shape, matches anything."""
     if shape is None or other is None:
         return True
     return len(shape) == len(other) and all(n == m or None in (n, m) for n, m in zip(shape, other, strict=True))
@@ -175,7 +175,7 @@ def _other_order(states: States) -> str | None:
 
 
 def _uneven_data(states: States) -> str | None:
-    """Somebody is in a step of an epoch that somebody else, out of data, has finished."""
+    """One rank is in a step of an epoch that another rank, out of data, has finished."""
     stepping = [s for s in states if s.in_step and s.phase != "evaluating" and s.step is not None]
     done = [s for s in states if s.phase in ("between", "evaluating") and s.step is not None]
     pairs = [(m, e) for m in stepping for e in done if m.epoch == e.epoch and _step(m) > _step(e)]
@@ -191,7 +191,7 @@ def _uneven_data(states: States) -> str | None:
 
 
 def _not_all_enter(states: States) -> str | None:
-    """Some are in a collective; the others wait elsewhere, or are past it."""
+    """Some ranks are in a collective; the others wait elsewhere, or are past it."""
     inside = [s for s in states if s.collective]
     elsewhere = [s for s in states if s.in_step]
     if not inside or not elsewhere:
@@ -199,7 +199,7 @@ def _not_all_enter(states: States) -> str | None:
     return (
         f"code that not all ranks run: only {ranks_of(inside)} entered the collective {inside[0].collective!r}"
         f"{_at(inside[0])}, while {ranks_of(elsewhere)} is in {elsewhere[0].place} ({elsewhere[0].phase})"
-        f"{_at(elsewhere[0])}. A collective must not stand behind `if rank == 0`."
+        f"{_at(elsewhere[0])}. A collective must not be inside `if rank == 0`."
     )
 
 

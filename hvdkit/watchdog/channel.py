@@ -1,8 +1,8 @@
-"""Connections between the watchdogs of one job: framed JSON over TCP, opened only to who proves the job's token.
+"""Authenticated connections between the watchdogs of one job: framed JSON over TCP.
 
-Both ends prove that they know the token, by HMAC-SHA256 over fresh random challenges of both, so that neither a
-stranger nor a recording of an old connection gets in. The messages are JSON, never pickles, and bounded in size. They
-are not encrypted: they hold stack traces, not data.
+Both ends prove that they know the job's token, by HMAC-SHA256 over fresh random challenges from both sides. This keeps
+out strangers and replayed connections. Messages are JSON, never pickles, and limited in size. They are not encrypted:
+they contain stack traces, not data.
 """
 
 import contextlib
@@ -21,24 +21,24 @@ from hvdkit.world.ranks import World
 
 Message = dict[str, Any]
 
-MOST_BYTES = 8 << 20  # of a message: the stacks and signatures of a large model stay far below
-MOST_VISITORS = 64  # that have not proved the token yet
-PATIENCE = 5.0  # seconds for a proof, or for a connection
+MOST_BYTES = 8 << 20  # limit of a message; the stacks and signatures of a large model are far smaller
+MOST_VISITORS = 64  # limit of connections that are not authenticated yet
+PATIENCE = 5.0  # seconds to authenticate, or to connect
 _CHALLENGE = 32
 _LENGTH = struct.Struct("!I")
-_REPLY = struct.Struct(f"!I{_CHALLENGE}s32s")  # rank, the caller's own challenge, its proof
+_REPLY = struct.Struct(f"!I{_CHALLENGE}s32s")  # rank, the caller's challenge, the caller's HMAC
 
 
 class Gone(ConnectionError):  # noqa: N818 - says what happened
-    """The connection is lost, or the other end does not keep to the protocol."""
+    """The connection is lost, or the other end violates the protocol."""
 
 
 class Connection:
-    """A proved connection to another rank; `send` may be called from any thread, and never blocks.
+    """An authenticated connection to another rank. `send` may be called from any thread and never blocks.
 
     Args:
-        sock: the socket, which becomes non-blocking.
-        rank: the rank at its other end.
+        sock: the socket; it is made non-blocking.
+        rank: the rank at the other end.
     """
 
     def __init__(self, sock: socket.socket, rank: int) -> None:
@@ -51,7 +51,7 @@ class Connection:
         self._outgoing = bytearray()
 
     def send(self, message: Message) -> None:
-        """Sends, or keeps for `flush` what the socket does not take now; a lost connection is found by `receive`."""
+        """Sends, or buffers for `flush` what the socket does not accept now. `receive` reports a lost connection."""
         body = json.dumps(message).encode()
         if len(body) > MOST_BYTES:
             raise ValueError(f"A message of {len(body)} bytes is over the limit of {MOST_BYTES}.")
@@ -60,7 +60,7 @@ class Connection:
         self.flush()
 
     def flush(self) -> None:
-        """Sends what is left, as far as the socket takes it."""
+        """Sends what is buffered, as far as the socket accepts it."""
         with self._lock, contextlib.suppress(OSError):
             while self._outgoing:
                 del self._outgoing[: self.sock.send(self._outgoing)]
@@ -69,7 +69,7 @@ class Connection:
         """Returns the messages that have arrived.
 
         Raises:
-            Gone: the connection is lost, or what came is no message; call `receive` no more.
+            Gone: the connection is lost, or the data is not a message; do not call `receive` again.
         """
         try:
             data = self.sock.recv(1 << 16)
@@ -102,17 +102,17 @@ class Connection:
         return messages
 
     def close(self) -> None:
-        """Closes the connection; what was sent still arrives, also where something that came was not read."""
+        """Closes the connection. Data already sent still arrives, even if received data was not read."""
         with contextlib.suppress(OSError):
             self.sock.shutdown(socket.SHUT_WR)
         self.sock.close()
 
 
 class Visitor:
-    """A connection to this rank's door that has not proved the token yet.
+    """An incoming connection that is not authenticated yet.
 
     Args:
-        sock: what the door accepted.
+        sock: the accepted socket.
         token: the job's secret.
         size: number of ranks in the job.
     """
@@ -128,10 +128,10 @@ class Visitor:
         sock.send(self._challenge)
 
     def receive(self) -> Connection | None:
-        """Reads on; returns the proved connection, None while the proof is not complete.
+        """Reads more; returns the authenticated connection, or None while the proof is incomplete.
 
         Raises:
-            Gone: the visitor has left, or his proof is wrong.
+            Gone: the other end has closed the connection, or its proof is wrong.
         """
         try:
             self._reply += self.sock.recv(_REPLY.size - len(self._reply)) or _refuse("left before the proof")
@@ -150,16 +150,16 @@ class Visitor:
 
 
 def call(address: tuple[str, int], token: bytes, *, mine: int, theirs: int) -> Connection:
-    """Opens a connection to another rank's door.
+    """Opens a connection to another rank.
 
     Args:
-        address: host address and port of the door.
+        address: host address and port on which the other rank listens.
         token: the job's secret.
         mine: this rank.
-        theirs: the rank whose door it is.
+        theirs: the other rank.
 
     Raises:
-        OSError: nobody is there, or the other end does not know the token either.
+        OSError: nothing listens there, or the other end does not know the token.
     """
     sock = socket.create_connection(address, timeout=PATIENCE)
     try:
@@ -176,7 +176,7 @@ def call(address: tuple[str, int], token: bytes, *, mine: int, theirs: int) -> C
 
 
 def listen(address: str) -> socket.socket:
-    """A door on a free port of a local address."""
+    """A listening socket on a free port of a local address."""
     family = socket.AF_INET6 if ":" in address else socket.AF_INET
     door = socket.create_server((address, 0), family=family, backlog=256)
     door.setblocking(False)
@@ -184,7 +184,7 @@ def listen(address: str) -> socket.socket:
 
 
 def own_address(world: World) -> str:
-    """The address by which the job's other hosts reach this one; loopback where all ranks are on this host."""
+    """The address at which the job's other hosts reach this one; loopback if all ranks are on this host."""
     if world.local_size == world.size:
         return "127.0.0.1"
     return _address_of(os.environ.get("HOROVOD_GLOO_IFACE", "")) or _address_of_own_name() or _outward_address()
@@ -206,9 +206,9 @@ def _address_of_own_name() -> str | None:
 
 
 def _outward_address() -> str:
-    """The source address of the default route: connecting a UDP socket looks it up, and sends nothing."""
+    """The source address of the default route: connecting a UDP socket looks it up without sending anything."""
     with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:
-        probe.connect(("192.0.2.1", 9))  # an address for documentation (RFC 5737)
+        probe.connect(("192.0.2.1", 9))  # reserved for documentation (RFC 5737)
         return str(probe.getsockname()[0])
 
 

@@ -1,4 +1,4 @@
-"""How this process ends when the job fails: it learns of the failure, has a moment to exit by itself, and is ended."""
+"""How this process ends when the job fails: it has a few seconds to exit by itself, then the watchdog ends it."""
 
 import contextlib
 import sys
@@ -10,22 +10,22 @@ from typing import Any
 from hvdkit.watchdog.states import Failure
 
 _GRACE = 5.0  # seconds for a rank to exit by itself when another has failed
-_LAST_WORDS = 2.0  # seconds to show them
+_LAST_WORDS = 2.0  # seconds to show the failure
 
 
 class Ending:
-    """What this rank knows of the job's failure, and what follows for its process.
+    """The job's failure as this rank knows it, and how this process ends because of it.
 
     Args:
         rank: this rank.
-        elastic: whether the job goes on without a rank that was lost.
+        elastic: whether the job continues without a lost rank.
         end_process: ends this process with an exit code, whatever its other threads do.
-        flush: sends what other ranks must still get.
+        flush: sends the messages that other ranks must still receive.
 
     Attributes:
-        failure: the first one; what follows from it is not looked at.
+        failure: the first failure; later ones follow from it and are ignored.
         known: set with `failure`.
-        explanation: what the ranks brought to an exchange that was refused.
+        explanation: which tensors the ranks had in a collective that Horovod rejected.
         explained: set with `explanation`.
     """
 
@@ -38,16 +38,16 @@ class Ending:
         self._elastic = elastic
         self._end_process = end_process
         self._flush = flush
-        self._exit_at: tuple[float, int] | None = None  # by the monotonic clock, and the exit code
+        self._exit_at: tuple[float, int] | None = None  # monotonic time, exit code
         self._deadline: threading.Timer | None = None
 
     @property
     def seconds_left(self) -> float:
-        """Until the process is to exit; infinite where it is not."""
+        """Seconds until the process must exit; infinite if it need not."""
         return self._exit_at[0] - time.monotonic() if self._exit_at else float("inf")
 
     def take(self, failure: Failure, at_once: bool) -> None:
-        """Learns of a failure; `at_once` if no rank can exit by itself."""
+        """Records a failure; `at_once` if no rank can exit by itself."""
         if self.failure:
             return
         self.failure = failure
@@ -57,17 +57,17 @@ class Ending:
             self._exit_at = (time.monotonic() + (0.0 if at_once else _GRACE), failure.code)
 
     def explain(self, text: str | None) -> None:
-        """Learns why an exchange was refused."""
+        """Records why Horovod rejected a collective."""
         self.explanation = text
         self.explained.set()
 
     def make_sure(self, failure: Failure, at_once: bool) -> None:
-        """Ends the process in time even if showing the failure blocks: a program may not read what it writes."""
+        """Ends the process in time even if showing the failure blocks, for example on a full pipe."""
         if not self._lets_alone(failure, at_once):
             self._end_within(_LAST_WORDS + (0.0 if at_once else _GRACE), failure.code)
 
     def keep_time(self) -> None:
-        """Ends the process when it is time: a main thread inside an exchange cannot be interrupted."""
+        """Ends the process when its time is over: a main thread inside a collective cannot be interrupted."""
         if self._exit_at is None or time.monotonic() < self._exit_at[0]:
             return
         _, code = self._exit_at
@@ -82,7 +82,7 @@ class Ending:
         self._end_process(code)
 
     def release(self) -> None:
-        """Lets go whoever waits: nothing more will be known."""
+        """Wakes all waiting threads: the watchdog ends and will learn nothing more."""
         self.known.set()
         self.explained.set()
 
@@ -90,10 +90,10 @@ class Ending:
         return failure.rank == self._rank or (self._elastic and not at_once)
 
     def _end_within(self, seconds: float, code: int) -> None:
-        """Ends the process also if another thread holds the lock of a stream."""
+        """Ends the process after `seconds`, even if another thread holds the lock of a stream."""
         if self._deadline:
             self._deadline.cancel()
         self._deadline = threading.Timer(seconds, self._end_process, [code])
         self._deadline.daemon = True
-        with contextlib.suppress(RuntimeError):  # Python 3.12 starts no thread any more while it shuts down
+        with contextlib.suppress(RuntimeError):  # Python 3.12 starts no threads while it shuts down
             self._deadline.start()

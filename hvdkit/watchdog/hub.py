@@ -1,4 +1,4 @@
-"""The hub: hears from every rank, asks all for their stacks when one hangs, decides why, prints, and tells everyone."""
+"""The hub: receives all ranks' heartbeats, collects their stacks in a stall, finds the cause, and tells every rank."""
 
 import contextlib
 import os
@@ -13,34 +13,32 @@ from hvdkit.watchdog.member import Context, Role, death, ended
 from hvdkit.watchdog.report import failure_sentence, stall_report
 from hvdkit.watchdog.states import Failure, RankState, from_message
 
-_ANSWER = 3.0  # seconds for a rank to tell where it is
-_CROSSED = 2.0  # seconds that ranks are in different collectives, after which their calls are compared
+_ANSWER = 3.0  # seconds for a rank to report its state
+_CROSSED = 2.0  # seconds in different collectives after which the ranks' calls are compared
 _AGAIN = 5.0  # seconds between two such comparisons
-_PATIENCE = 3  # times the limit, where a rank that the others wait for may be busy with code of the user's
-_SETTLE = 1.0  # seconds for the news of a first cause to arrive, when a rank was thrown out of an exchange
+_PATIENCE = 3  # factor for the limit if a rank that the others wait for may be busy in the user's code
+_SETTLE = 1.0  # seconds for the report of the first cause to arrive after a collective has failed
 
 
 class _Inquiry:
-    """The question to all ranks where they are: for a stall, for ranks in different collectives, or for ranks whose
-    exchange was refused.
-    """
+    """A request to all ranks for their state: after a stall, a possible deadlock, or a rejected collective."""
 
     def __init__(self, limit: float | None, explains: bool) -> None:
         self.limit = limit  # None: not about a stall
-        self.explains = explains  # somebody waits for the answer
+        self.explains = explains  # a rank waits for the explanation
         self.until = time.monotonic() + _ANSWER
         self.answers: dict[int, RankState] = {}
 
 
 class Hub(Role):
-    """This rank, while it is the hub.
+    """The role of this rank while it is the hub.
 
     Args:
         context: see `Role`.
 
     Attributes:
-        reported: the ranks' marks when a stall was reported.
-        compare_after: when ranks in different collectives are compared again.
+        reported: the ranks' progress marks when a stall was reported.
+        compare_after: monotonic time after which ranks in different collectives are compared again.
     """
 
     def __init__(self, context: Context) -> None:
@@ -50,16 +48,16 @@ class Hub(Role):
         self._inquiry: _Inquiry | None = None
 
     def welcome(self, rank: int) -> None:
-        """Tells a rank that has joined what it has missed."""
+        """Sends a rank that has just joined what it has missed."""
         if self.ending.failure:
             self.links.callers[rank].send(ended(self.ending.failure, at_once=False))
         elif self._inquiry:
             self.links.callers[rank].send(self._question())
 
     def ask(self, message: Message) -> None:
-        """See `Role`: there is nobody to ask."""
+        """See `Role`: this rank is the hub, so nothing is sent."""
 
-    # ---- This rank's own wishes -----------------------------------------------------------------------------------
+    # ---- Requests of this rank ------------------------------------------------------------------------------------
 
     def fail(self, failure: Failure) -> None:
         """See `Role`."""
@@ -77,15 +75,15 @@ class Hub(Role):
         """See `Role`."""
         self.look_for_stall()
 
-    # ---- What happens to others -----------------------------------------------------------------------------------
+    # ---- Changes of other ranks -----------------------------------------------------------------------------------
 
     def set_status(self, rank: int, status: str) -> None:
-        """See `Role`: the members hear of it."""
+        """See `Role`: the hub also tells the members."""
         if self.peers.set_status(rank, status):
             self.links.send_to_callers({"type": "status", "rank": rank, "status": status})
 
     def make_way(self, statuses: Mapping[int, str]) -> None:
-        """See `Role`: this is the hub, and has seen for itself."""
+        """See `Role`: this rank is the hub already and knows the statuses."""
 
     def lose(self, rank: int) -> None:
         """See `Role`."""
@@ -99,29 +97,29 @@ class Hub(Role):
         self.links.drop_caller(rank)
 
     def on_moved(self, rank: int, to: int) -> None:
-        """See `Role`: this rank has slept, and the others have turned to another one."""
+        """See `Role`: this rank was suspended, and the others have switched to another hub."""
         if to != self.own.rank:
-            self._inquiry = None  # their answers go to the new one
+            self._inquiry = None  # the answers go to the new hub
             self.turn_to(to)
 
     # ---- Inquiries ------------------------------------------------------------------------------------------------
 
     def look_for_crossing(self, now: float) -> None:
-        """Are main threads in different collectives? Horovod would let them wait, without a word, for ever."""
+        """Starts an inquiry if main threads are in different collectives, in which Horovod would deadlock silently."""
         inside = {p.state.inside for p in self.peers.values() if p.there and p.still >= _CROSSED}
         if len(inside - {None}) > 1 and now > self.compare_after:
             self.compare_after = now + _AGAIN
             self.inquire()
 
     def look_for_stall(self) -> None:
-        """Some rank waits; that is a stall only if none has moved on within the limit, and is reported once."""
+        """Starts an inquiry if no rank has made progress within the limit. Each stall is reported once."""
         still, limit = self.peers.still(), self.job.limit
         again = self.reported != self.peers.marks()
         if still > limit and (again or (self.job.aborts and still > _PATIENCE * limit)):
             self.inquire(limit)
 
     def inquire(self, limit: float | None = None, explains: bool = False) -> None:
-        """See `Role`; one inquiry at a time serves all who want to know."""
+        """See `Role`. A request during an inquiry is added to it."""
         if self.ending.failure:
             return
         if self._inquiry:
@@ -134,7 +132,7 @@ class Hub(Role):
         self.links.send_to_callers(question)
 
     def _question(self) -> Message:
-        """Asks for a rank's whole state, and how often it has called what others are in."""
+        """Requests a rank's full state, and its call counts of the collectives in which ranks are."""
         return {"type": "collect", "names": sorted({p.state.inside for p in self.peers.values() if p.state.inside})}
 
     def on_answer(self, rank: int, message: Message) -> None:
@@ -168,7 +166,7 @@ class Hub(Role):
 
     def _conclude_stall(self, limit: float, states: Sequence[RankState]) -> None:
         still = self.peers.still()
-        if still <= limit:  # somebody has moved on while the ranks were asked
+        if still <= limit:  # a rank has made progress while the ranks were asked
             return
         self.reported = self.peers.marks()
         may_be_busy = any(s.status == "living" and not s.busy for s in states)
@@ -179,18 +177,18 @@ class Hub(Role):
             _say(report)
             return
         cause = causes.likely_cause(states)
-        failure = Failure(None, None, "stall", f"the job has stood still for {seconds:g} s: {cause}", STALLED)
+        failure = Failure(None, None, "stall", f"the job has made no progress for {seconds:g} s: {cause}", STALLED)
         self.settle(failure, report)
 
     def on_traced(self, rank: int, message: Message) -> None:
-        """Compares at once: Horovod's grouped exchange answers tensors of different shape with garbage, no error."""
+        """Compares at once: Horovod's grouped allreduce returns garbage for different shapes, without an error."""
         super().on_traced(rank, message)
         text = causes.mismatch_of_signatures(self.peers.states(there=True))
         if text and not self.ending.failure:
             self.settle(Failure(None, None, "mismatch", text, 1))
 
     def _look_for_cause(self) -> None:
-        """Somebody was thrown out of an exchange: who is missing?"""
+        """After a collective has failed on some rank, finds the rank that died or exited."""
         if self.own.thrown is None or self.ending.failure:
             return
         states = self.peers.states()
@@ -200,7 +198,7 @@ class Hub(Role):
             self.settle(death(dead))
         elif left and time.monotonic() > self.own.thrown + _SETTLE:
             why = self.peers[left.rank].why
-            text = f"ended its program after {left.place}, while other ranks were still exchanging with it"
+            text = f"ended its program after {left.place}, while other ranks still needed it"
             failure = Failure(left.rank, left.host, "left", text, STALLED)
             self.settle(Failure(left.rank, left.host, "error", f"failed: {why}", 1) if why else failure)
 
@@ -209,7 +207,7 @@ class Hub(Role):
     def settle(self, failure: Failure, report: str = "") -> None:
         """See `Role`.
 
-        The others know before anything is shown, and the end is sure: nobody may read what this process writes.
+        The members are told, and the exit is scheduled, before anything is shown: writing may block if nobody reads.
         """
         if self.ending.failure:
             return
@@ -223,6 +221,6 @@ class Hub(Role):
 
 
 def _say(text: str) -> None:
-    """Writes in one piece and past Python's buffers, whose locks the main thread may hold."""
+    """Writes to stderr in one piece, without Python's buffers, whose locks the main thread may hold."""
     with contextlib.suppress(OSError):
-        os.write(2, f"{text}\n".encode(errors="backslashreplace"))  # a file's name may hold surrogates
+        os.write(2, f"{text}\n".encode(errors="backslashreplace"))  # a file's name may contain surrogates

@@ -1,6 +1,6 @@
-"""This rank's connections to the others: those that others have opened, and its own to the hub.
+"""This rank's connections: those that other ranks have opened, and its own to the hub.
 
-Only the watchdog's thread opens and closes them; `everyone` may be called from any thread.
+Only the watchdog's thread opens and closes them. `everyone` may be called from any thread.
 """
 
 import logging
@@ -15,20 +15,19 @@ _log = logging.getLogger(__name__)
 
 
 class Links:
-    """All sockets of the watchdog but the one that wakes it.
+    """All sockets of the watchdog except the one that wakes it.
 
     Args:
         selector: its data are functions to call when there is something to read.
-        door: where the other ranks reach this one.
+        door: the listening socket for the other ranks.
         token: the job's secret.
         size: number of ranks.
-        on_caller: is given a connection that another rank has opened, once it is proved.
-        on_readable: is given a connection on which something has arrived, or which is lost.
+        on_caller: called with each incoming connection once it is authenticated.
+        on_readable: called with a connection that has data to read, or is lost.
 
     Attributes:
-        callers: connections that others have opened, by rank: the hub's members, or a rank that takes this one for the
-            hub.
-        hub: the connection to the hub; None for the hub itself, or where there is none yet.
+        callers: incoming connections, by rank: the hub's members, or a rank that takes this one for the hub.
+        hub: the connection to the hub; None on the hub itself, or before it is connected.
     """
 
     def __init__(
@@ -51,7 +50,7 @@ class Links:
         self._visitors: set[Visitor] = set()
 
     def open(self) -> None:
-        """Lets others in."""
+        """Starts to accept connections."""
         self._selector.register(self.door, selectors.EVENT_READ, self._on_visitor)
 
     def everyone(self) -> list[Connection]:
@@ -59,27 +58,27 @@ class Links:
         return [*list(self.callers.values()), *([self.hub] if self.hub else [])]
 
     def send(self, message: Message) -> None:
-        """Sends to all."""
+        """Sends to all connections."""
         for connection in self.everyone():
             connection.send(message)
 
     def send_to_callers(self, message: Message) -> None:
-        """Sends to those that have called."""
+        """Sends to the incoming connections."""
         for caller in self.callers.values():
             caller.send(message)
 
     def flush(self) -> None:
-        """Sends what is left, as far as the sockets take it."""
+        """Sends what is buffered, as far as the sockets accept it."""
         for connection in self.everyone():
             connection.flush()
 
     def set_hub(self, connection: Connection) -> None:
-        """Takes a connection to the hub into use."""
+        """Uses a new connection to the hub."""
         self.hub = connection
         self._selector.register(connection.sock, selectors.EVENT_READ, lambda: self._on_readable(connection))
 
     def drop_hub(self, last: Message | None = None) -> None:
-        """Closes the connection to the hub, if there is one, after a last message."""
+        """Sends a last message to the hub and closes the connection, if there is one."""
         old, self.hub = self.hub, None
         if old is not None:
             if last is not None:
@@ -93,18 +92,18 @@ class Links:
             self._drop(old)
 
     def turn_late_away(self) -> None:
-        """Closes the connections that have not proved the token in time."""
+        """Closes the connections that have not authenticated in time."""
         now = time.monotonic()
         for visitor in [v for v in self._visitors if v.until < now]:
             self._turn_away(visitor)
 
     def close(self) -> None:
-        """Closes the connections; what was sent still arrives."""
+        """Closes the connections. Data already sent still arrives."""
         for connection in self.everyone():
             connection.close()
 
     def forget(self) -> None:
-        """Closes this process's copies of the sockets, in silence."""
+        """Closes this process's copies of the sockets without telling the other ranks."""
         for sock in (self.door, *(c.sock for c in self.everyone()), *(v.sock for v in self._visitors)):
             sock.close()
 
@@ -128,7 +127,7 @@ class Links:
         try:
             connection = visitor.receive()
         except Gone as error:
-            _log.debug("a visitor was turned away: %s", error)
+            _log.debug("an incoming connection was rejected: %s", error)
             self._turn_away(visitor)
             return
         if connection:

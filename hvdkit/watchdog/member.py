@@ -1,6 +1,6 @@
-"""The two roles of a rank's watchdog, and the role of most: a member, which reports to the hub and does what it says.
+"""The base class of the two watchdog roles, and the role of most ranks: a member, which reports to the hub.
 
-What differs by role is in `Member` and `hub.Hub`; the thread (`watchman.Watchman`) asks whichever it has now.
+What differs by role is in `Member` and `hub.Hub`. The thread (`watchman.Watchman`) calls its current role.
 """
 
 import abc
@@ -15,7 +15,7 @@ from hvdkit.watchdog.links import Links
 from hvdkit.watchdog.peers import Own, Peers
 from hvdkit.watchdog.states import Failure, Job, RankState
 
-_SILENCE = 5.0  # seconds without a sign of life, after which the hub is taken for frozen, if the job hangs
+_SILENCE = 5.0  # seconds without a heartbeat after which, in a stall, the hub counts as unresponsive
 
 
 @dataclasses.dataclass(frozen=True)
@@ -25,10 +25,10 @@ class Context:
     Attributes:
         job: what the job's watchdogs have in common.
         own: this rank.
-        peers: what is known of all ranks.
+        peers: the known states of all ranks.
         links: this rank's connections.
         ending: how this process ends.
-        turn_to: turns to a rank as the hub, or to the next one that answers; returns the role that follows.
+        turn_to: connects to a rank as the hub, or to the next one that answers; returns this rank's new role.
     """
 
     job: Job
@@ -40,7 +40,7 @@ class Context:
 
 
 class Role(abc.ABC):
-    """What the thread asks of a role.
+    """The interface of a role, which the watchdog's thread calls.
 
     Args:
         context: what it works with.
@@ -54,85 +54,85 @@ class Role(abc.ABC):
         self.ending = context.ending
         self.turn_to = context.turn_to
 
-    # ---- This rank's own wishes -----------------------------------------------------------------------------------
+    # ---- Requests of this rank ------------------------------------------------------------------------------------
 
     @abc.abstractmethod
     def fail(self, failure: Failure) -> None:
-        """Makes this rank's own failure known to all, if it is the first."""
+        """Tells all ranks of this rank's failure, if it is the first."""
 
     @abc.abstractmethod
     def explain(self) -> None:
-        """Has all ranks' states compared, for this rank, whose exchange was refused."""
+        """Requests a comparison of all ranks' states, after Horovod has rejected a collective of this rank."""
 
     @abc.abstractmethod
     def trace(self, fields: Message) -> None:
-        """Has a new signature of this rank compared with those of the others."""
+        """Requests a comparison of a new signature of this rank with those of the other ranks."""
 
     @abc.abstractmethod
     def hang(self, now: float) -> None:
-        """Says that this rank hangs; called in every beat in which it does."""
+        """Reports that this rank stalls; called at every heartbeat while it does."""
 
     @abc.abstractmethod
     def ask(self, message: Message) -> None:
-        """Sends a message to the hub, if that is another rank."""
+        """Sends a message to the hub, if the hub is another rank."""
 
-    # ---- What happens to others -----------------------------------------------------------------------------------
+    # ---- Changes of other ranks -----------------------------------------------------------------------------------
 
     def set_status(self, rank: int, status: str) -> None:
-        """Notes a rank's status."""
+        """Records a rank's status."""
         self.peers.set_status(rank, status)
 
     @abc.abstractmethod
     def make_way(self, statuses: Mapping[int, str]) -> None:
-        """A rank has joined, which takes this one for the hub, and told of the ranks that are gone."""
+        """Handles a rank that joins with this one as the hub, and reports the status of lost ranks."""
 
     @abc.abstractmethod
     def lose(self, rank: int) -> None:
-        """A connection broke without a goodbye: an end in the middle of work is a death, any other may be an exit."""
+        """Handles a connection that broke without a goodbye: a death if the rank was busy, else possibly an exit."""
 
     @abc.abstractmethod
     def forget(self, rank: int) -> None:
-        """A rank has said goodbye."""
+        """Handles a rank's goodbye."""
 
     @abc.abstractmethod
     def on_moved(self, rank: int, to: int) -> None:
-        """A rank has turned to another hub."""
+        """Handles a rank that has switched to another hub."""
 
     def judge_death(self, rank: int) -> None:
-        """By the phase, of which every rank tells at once: what is known of its collectives is a second old."""
+        """Ends the job if a lost rank was busy, by its phase: the rest of its state may be a second old."""
         peer = self.peers[rank].state
         if peer.phase != "between":
             self.settle(death(peer))
 
     @abc.abstractmethod
     def settle(self, failure: Failure, report: str = "") -> None:
-        """The first failure is the job's; what follows from it is not looked at."""
+        """Ends the job with its first failure. Later failures follow from it and are ignored."""
 
-    # ---- What the hub finds out -----------------------------------------------------------------------------------
+    # ---- Work of the hub ------------------------------------------------------------------------------------------
 
     def on_answer(self, rank: int, message: Message) -> None:
-        """A rank has answered where it is."""
+        """Handles a rank's answer to an inquiry."""
         self.peers.take_state(rank, message["state"])
 
     def on_traced(self, rank: int, message: Message) -> None:
-        """A rank has traced an exchange."""
+        """Handles the signature of a collective that a rank has traced."""
         self.peers.take_signature(rank, message)
 
     @abc.abstractmethod
     def inquire(self, limit: float | None = None, explains: bool = False) -> None:
-        """Asks all ranks where they are."""
+        """Asks all ranks for their state."""
 
     @abc.abstractmethod
     def look_for_stall(self) -> None:
-        """Sees whether the job hangs, because a rank says that it does."""
+        """Checks whether the job stalls, after a rank has reported that it does."""
 
     @abc.abstractmethod
     def look_for_crossing(self, now: float) -> None:
-        """Sees whether ranks are in different collectives."""
+        """Checks whether ranks are in different collectives."""
 
     @abc.abstractmethod
     def look_around(self) -> None:
-        """Sees what has come of inquiries, and why a rank was thrown out of an exchange."""
+        """Completes inquiries, and finds out why a collective has failed."""
 
 
 class Member(Role):
@@ -148,7 +148,7 @@ class Member(Role):
         self.hub = hub
 
     def join(self) -> None:
-        """Says to the hub what this rank knows and wants, when the connection is there."""
+        """Sends the hub this rank's state and pending requests, once it is connected."""
         self.peers.hear(self.hub)
         self.ask({"type": "join", "statuses": self.peers.statuses(), **self.own.beat_fields()})
         if self.own.asked is not None:
@@ -162,7 +162,7 @@ class Member(Role):
             self.links.hub.send(message)
 
     def fail(self, failure: Failure) -> None:
-        """See `Role`: the hub makes it known, to this rank, too."""
+        """See `Role`: the hub tells all ranks, including this one."""
         self.ask({"type": "failed", "failure": dataclasses.asdict(failure)})
 
     def explain(self) -> None:
@@ -174,7 +174,7 @@ class Member(Role):
         self.ask(fields)
 
     def hang(self, now: float) -> None:
-        """See `Role`: the hub does not answer while another rank moves on, but it gives signs of life."""
+        """See `Role`. While another rank makes progress, the hub does not answer, but it sends heartbeats."""
         self.own.asked = self.own.asked or now
         if now - max(self.own.asked, self.peers[self.hub].heard) > _SILENCE:
             self.set_status(self.hub, "frozen")
@@ -183,13 +183,13 @@ class Member(Role):
             self.ask({"type": "stall"})
 
     def make_way(self, statuses: Mapping[int, str]) -> None:
-        """See `Role`: whoever is asked is the hub."""
+        """See `Role`: a rank that another one joins becomes the hub."""
         for rank, status in statuses.items():
             self.set_status(rank, status)
         self.links.drop_hub({"type": "moved", "to": self.own.rank})
 
     def lose(self, rank: int) -> None:
-        """See `Role`: of the others' deaths the hub tells."""
+        """See `Role`: the hub reports the deaths of other ranks."""
         if rank != self.hub:
             self.links.drop_caller(rank)
             return
@@ -204,16 +204,16 @@ class Member(Role):
             self.links.drop_caller(rank)
 
     def on_moved(self, rank: int, to: int) -> None:
-        """See `Role`: the hub itself has turned to another one."""
+        """See `Role`: the hub itself has switched to another hub."""
         if rank == self.hub:
             self._leave_hub()
 
     def settle(self, failure: Failure, report: str = "") -> None:
-        """See `Role`: known before the hub can tell."""
+        """See `Role`: recorded before the hub reports it."""
         self.ending.take(failure, at_once=False)
 
     def inquire(self, limit: float | None = None, explains: bool = False) -> None:
-        """See `Role`: only the hub does. A rank that asks this one takes it for what it was."""
+        """See `Role`: only the hub does. A rank that asks this one still takes it for the hub."""
 
     def look_for_stall(self) -> None:
         """See `Role`: only the hub does."""
@@ -230,7 +230,7 @@ class Member(Role):
         return self.turn_to(self.peers.after(rank))
 
     def _leave_hub(self) -> None:
-        """Turns to the next rank, and tells a hub that may only have been asleep."""
+        """Switches to the next rank, and tells the old hub, which may only have been suspended."""
         to = self.peers.after(self.hub)
         self.links.drop_hub({"type": "moved", "to": to})
         self.turn_to(to)

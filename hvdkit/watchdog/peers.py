@@ -1,4 +1,4 @@
-"""What this rank knows of all ranks, and what it tells of itself."""
+"""What this rank knows about all ranks, and what it reports about itself."""
 
 import dataclasses
 import time
@@ -12,17 +12,17 @@ from hvdkit.watchdog.states import RankState
 
 
 class Peer:
-    """What this rank knows of a rank.
+    """What this rank knows about one rank.
 
     Args:
         host: its host's name.
         rank: its number.
 
     Attributes:
-        state: as it was told last.
-        heard: when that was, by the monotonic clock.
-        still: seconds since it moved on, at that time.
-        marks: its progress's.
+        state: the last state that it sent.
+        heard: monotonic time of its last message.
+        still: seconds without progress, at that time.
+        marks: its `Progress.marks`.
         why: the error that it exited with.
     """
 
@@ -35,7 +35,7 @@ class Peer:
 
     @property
     def there(self) -> bool:
-        """Whether it may still take part."""
+        """Whether the rank still takes part in the job."""
         return self.state.status in ("living", "frozen")
 
 
@@ -43,7 +43,7 @@ class Peers(dict[int, Peer]):
     """All ranks of the job, this one included, by number.
 
     Args:
-        hosts: their hosts' names.
+        hosts: the ranks' host names.
         rank: this rank.
     """
 
@@ -52,11 +52,11 @@ class Peers(dict[int, Peer]):
         self._rank = rank
 
     def states(self, *, there: bool = False) -> list[RankState]:
-        """What is known of the ranks, in their order; `there` leaves out those that are gone."""
+        """The known states in rank order; `there` leaves out the ranks that are gone."""
         return [peer.state for _, peer in sorted(self.items()) if peer.there or not there]
 
     def living(self) -> set[int]:
-        """The ranks that answer, as far as is known."""
+        """The ranks that respond, as far as is known."""
         return {rank for rank, peer in self.items() if peer.state.status == "living"}
 
     def statuses(self) -> dict[int, str]:
@@ -64,25 +64,25 @@ class Peers(dict[int, Peer]):
         return {rank: peer.state.status for rank, peer in self.items() if peer.state.status != "living"}
 
     def still(self) -> float:
-        """Seconds for which no rank has moved on; one that is not heard of has not, either."""
+        """Seconds in which no rank has made progress. A silent rank counts as one without progress."""
         now = time.monotonic()
         return min(peer.still + now - peer.heard for peer in self.values() if peer.there)
 
     def marks(self) -> dict[int, int]:
-        """The progress of the ranks that are there: what is equal twice has not moved meanwhile."""
+        """The progress marks of the present ranks; equal results mean that no rank has made progress in between."""
         return {rank: peer.marks for rank, peer in self.items() if peer.there}
 
     def after(self, hub: int) -> int:
-        """The rank to turn to when `hub` is no longer there; this rank itself is always there."""
+        """The next hub when `hub` is lost; this rank itself counts as present."""
         order = [(hub + step) % len(self) for step in range(1, len(self))]
         return next(rank for rank in order if rank == self._rank or rank in self.living())
 
     def hear(self, rank: int) -> None:
-        """Notes that a rank was heard of just now."""
+        """Records that a rank has just sent something."""
         self[rank].heard = time.monotonic()
 
     def set_status(self, rank: int, status: str) -> bool:
-        """Notes a rank's status; returns whether it is news. This rank knows its own."""
+        """Records a rank's status; returns whether it has changed. The own status is never changed."""
         peer = self[rank]
         if peer.state.status == status or rank == self._rank:
             return False
@@ -90,14 +90,14 @@ class Peers(dict[int, Peer]):
         return True
 
     def take_state(self, rank: int, message: Message) -> None:
-        """Notes where a rank is; see `Own.beat_fields`."""
+        """Records the state in a rank's heartbeat; see `Own.beat_fields`."""
         peer = self[rank]
         fields = {k: message[k] for k in ("phase", "epoch", "step", "collective", "inside")}
         peer.state = dataclasses.replace(peer.state, **fields)
         peer.still, peer.marks = message["still"], message["marks"]
 
     def take_signature(self, rank: int, message: Message) -> None:
-        """Notes a new signature of a rank's exchange."""
+        """Records a new signature that a rank has traced."""
         peer = self[rank]
         traced = {name: list(signatures) for name, signatures in peer.state.traced.items()}
         known = traced.setdefault(message["name"], [])
@@ -107,7 +107,7 @@ class Peers(dict[int, Peer]):
 
 
 class Own:
-    """This rank: what it is doing, and what it wants to know.
+    """This rank: what it is doing, and its pending requests.
 
     Args:
         rank: its number.
@@ -115,9 +115,9 @@ class Own:
         progress: what it is doing.
 
     Attributes:
-        still: seconds since it has moved on.
-        asked: since when the hub is told that it hangs; None where it does not.
-        thrown: when it, or another rank, was thrown out of an exchange.
+        still: seconds without progress.
+        asked: monotonic time since which it reports a stall to the hub; None if it does not stall.
+        thrown: monotonic time at which a collective failed, on this rank or one that reports to it.
     """
 
     def __init__(self, rank: int, host: str, progress: Progress) -> None:
@@ -130,7 +130,7 @@ class Own:
         self._marks = -1
 
     def look(self, seconds: float) -> None:
-        """Sees whether it has moved on, `seconds` after the last look."""
+        """Checks for progress, `seconds` after the last check."""
         moved = self.progress.marks != self._marks
         self._marks = self.progress.marks
         self.still = 0.0 if moved else self.still + seconds
@@ -138,7 +138,7 @@ class Own:
             self.asked = None
 
     def beat_fields(self) -> dict[str, Any]:
-        """The little that the others always know of this rank."""
+        """The part of this rank's state that every heartbeat carries."""
         p = self.progress
         wait = p.waits[-1] if p.waits else None
         return {
@@ -152,7 +152,7 @@ class Own:
         }
 
     def full_state(self, names: Sequence[str]) -> dict[str, Any]:
-        """Where this rank is, with its stacks, and its calls of some collectives: looked up only if a rank asks."""
+        """This rank's full state, with stacks and the call counts of some collectives; computed only on request."""
         p, main = self.progress, stacks.main_frame()
         wait = p.waits[-1] if p.waits else None
         return {

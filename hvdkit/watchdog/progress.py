@@ -1,7 +1,7 @@
-"""What this rank is doing now, written by the thread that trains and read by the watchdog's.
+"""What this rank is doing now, written by the training thread and read by the watchdog's thread.
 
-Nothing here takes a lock, reads a clock or makes a system call: the marks cost less than a microsecond, because they
-are set in every step.
+Nothing here takes a lock, reads a clock or makes a system call. The marks are set in every step, so they must cost
+less than a microsecond.
 """
 
 import collections
@@ -10,26 +10,26 @@ from collections.abc import Sequence
 from types import TracebackType
 from typing import Any
 
-# Outside of these a rank may take as long as it likes: it loads data, builds a model, or is done.
+# Outside of these phases a rank has no time limit: it loads data, builds a model, or is done.
 BUSY = ("training", "evaluating")
 
-MOST_NAMES = 10_000  # of collectives, whose calls are counted
+MOST_NAMES = 10_000  # limit of collectives whose calls are counted
 
-Signature = list[list[Any]]  # one [shape, dtype name, variable path] a tensor; a dimension that may differ is None
+Signature = list[list[Any]]  # [shape, dtype name, variable path] for each tensor; a dimension that may differ is None
 
 
 class Progress:
     """Phase, epoch, step and collective of this rank.
 
     Attributes:
-        marks: grows whenever the rank moves on; one that stays the same is a rank that stands still.
+        marks: increases whenever the rank makes progress; a value that stays the same means a stall.
         phase: "between", or one of `BUSY`.
         epoch: number of the epoch from 0, None before the first step.
         step: number of the step in the epoch from 0, None before the first step.
         waits: the collectives that the rank is in, the innermost last.
-        last: the collective that it finished last.
-        calls: how often this rank has entered each collective that all ranks must enter, the latest last.
-        traced: for each exchange, its signatures in the order in which they were traced first.
+        last: the last collective that it finished.
+        calls: how often this rank has entered each collective that all ranks must enter, the most recent last.
+        traced: the signatures of each collective in graphs, in the order in which they were first traced.
     """
 
     def __init__(self) -> None:
@@ -43,7 +43,7 @@ class Progress:
         self.traced: dict[str, list[Signature]] = {}
 
     def begin(self) -> None:
-        """Forgets an earlier world: where this rank was in it, and what was compared with its ranks."""
+        """Resets everything that belongs to an earlier world."""
         self.phase, self.epoch, self.step = "between", None, None
         self.waits.clear()
         self.last = None
@@ -52,13 +52,13 @@ class Progress:
 
     def count(self, name: str) -> None:
         """Counts a call of a collective that all ranks must enter."""
-        self.calls[name] = self.calls.pop(name, 0) + 1  # now the latest
+        self.calls[name] = self.calls.pop(name, 0) + 1  # moves it to the end
         if len(self.calls) > MOST_NAMES:
             self.calls.popitem(last=False)
 
     @property
     def inside(self) -> str | None:
-        """The collective for all ranks in which the main thread waits: it can enter no other one meanwhile."""
+        """The collective for all ranks in which the main thread waits; None if it is in none."""
         main = threading.main_thread().ident
         return next((w.name for w in reversed(self.waits.copy()) if w.everyone and w.thread == main), None)
 
@@ -68,7 +68,7 @@ class Progress:
         return bool(self.waits) or self.phase in BUSY
 
     def sign(self, name: str, signature: Sequence[tuple[Any, Any, str]]) -> int | None:
-        """Notes what an exchange sends, and returns the signature's number; None for one that is known already."""
+        """Records a collective's signature and returns its number; None if it is already known."""
         plain = [[_dimensions(shape), getattr(dtype, "name", str(dtype)), path] for shape, dtype, path in signature]
         known = self.traced.setdefault(name, [])
         if plain in known:
@@ -83,7 +83,7 @@ class Waiting:
     Args:
         progress: the rank's progress.
         name: the collective's name, the same on all ranks.
-        detail: what this rank brings to it (shapes and dtypes), for the report; `str` is called only if it is needed.
+        detail: shapes and dtypes of this rank's tensors, for the report; converted with `str` only if needed.
         everyone: whether all ranks of the job must enter it.
     """
 
@@ -103,7 +103,7 @@ class Waiting:
         self.progress.marks += 1
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, _: TracebackType | None) -> None:
-        if self in self.progress.waits:  # a new world may have begun meanwhile
+        if self in self.progress.waits:  # `begin` may have cleared the list meanwhile
             self.progress.waits.remove(self)
         self.progress.last = self
         self.progress.marks += 1

@@ -1,4 +1,4 @@
-"""The one report of a stall, and the one sentence of a failure, as text."""
+"""The texts that the watchdog shows: the report of a stall, and the sentence about a failure."""
 
 from collections.abc import Sequence
 
@@ -9,25 +9,25 @@ from hvdkit.watchdog.states import Failure, RankState
 def stall_report(
     states: Sequence[RankState], limit: float, aborts: bool, code: int, still: float = 0.0, patience: float = 0.0
 ) -> str:
-    """The report that is shown once for the whole job; ranks in the same place share a paragraph.
+    """The report that is shown once for the whole job. Ranks in the same state share a paragraph.
 
     Args:
-        states: those of all ranks, in their order.
+        states: the states of all ranks, in rank order.
         limit: the stall limit in seconds.
         aborts: whether a stall ends the job.
-        code: exit code of all ranks then.
-        still: seconds for which the job has stood still; the limit if not given.
-        patience: after how many seconds it ends, if that is later, because a rank may be busy.
+        code: exit code of all ranks in that case.
+        still: seconds without progress; the limit if not given.
+        patience: seconds after which the job ends, if that is later because a rank may be busy.
     """
     still = still or limit
-    end = f"all ranks leave with exit code {code}" if aborts else "the job goes on waiting (HVDKIT_STALL_ACTION=warn)"
+    end = f"all ranks exit with code {code}" if aborts else "the job keeps waiting (HVDKIT_STALL_ACTION=warn)"
     if aborts and patience > still:
         end = (
-            f"a rank may be busy where hvdkit cannot see it move, so all ranks leave with exit code {code} only after "
+            f"a rank may be busy where hvdkit cannot see its progress, so all ranks exit with code {code} only after "
             f"{patience:g} s"
         )
     lines = [
-        f"hvdkit: the job has stood still for {still:g} s; {end}.",
+        f"hvdkit: the job has made no progress for {still:g} s; {end}.",
         f"Likely cause: {causes.likely_cause(states)}",
     ]
     groups: dict[tuple[str, ...], list[RankState]] = {}
@@ -41,17 +41,15 @@ def stall_report(
 
 
 def failure_sentence(failure: Failure) -> str:
-    """`hvdkit: rank 1 on host h2 failed: ValueError: no such file. All ranks leave with exit code 1.`"""
+    """`hvdkit: rank 1 on host h2 failed: ValueError: no such file. All ranks exit with code 1.`"""
     stop = "" if failure.message.endswith(".") else "."
-    return f"hvdkit: {failure}{stop} All ranks leave with exit code {failure.code}."
+    return f"hvdkit: {failure}{stop} All ranks exit with code {failure.code}."
 
 
 def _alike(state: RankState) -> tuple[str, ...]:
     """What must be equal for ranks to share a paragraph."""
-    return (
-        state.status, state.phase, state.place, str(state.collective), state.detail, str(state.last),
-        *state.stack, *(line for lines in state.threads.values() for line in lines),
-    )  # fmt: skip
+    position = (state.status, state.phase, state.place, str(state.collective), state.detail, str(state.last))
+    return (*position, *state.stack, *(line for lines in state.threads.values() for line in lines))
 
 
 def _paragraph(states: Sequence[RankState]) -> list[str]:

@@ -1,4 +1,4 @@
-"""Python stacks that a user can read: his own lines in full, those of libraries counted."""
+"""Readable Python stacks: the user's own lines in full, the frames of libraries as a count."""
 
 import linecache
 import os
@@ -22,20 +22,20 @@ _LIBRARIES = tuple(
         if path and path not in (sys.prefix, sys.base_prefix)
     }
 )
-# Where Python code that feeds a data set is called from: generators and py_functions, and Keras' own readers.
+# Files that call Python code which feeds a data set: generators, py_functions and Keras' data adapters.
 _INPUT = ("/from_generator_op.py", "/script_ops.py", "/keras/src/trainers/data_adapters/", "/data/ops/iterator_ops.py")
 
 
 def is_own(filename: str) -> bool:
-    """Whether a file is the user's: not Python's, an installed library's or hvdkit's."""
+    """Whether a file is the user's own: not part of Python, an installed library or hvdkit."""
     if filename.startswith("<"):
-        return filename.startswith("<ipython")  # Horovod and TensorFlow make functions in "<string>"
+        return filename.startswith("<ipython")  # Horovod and TensorFlow define functions in "<string>"
     path = os.path.realpath(filename)
     return not path.startswith((*_LIBRARIES, _PACKAGE)) and "__autograph_generated_file" not in path
 
 
 def readable(frame: FrameType | None) -> list[str]:
-    """A stack, the outermost call first: "> " before the user's own lines, the others by the libraries' names.
+    """A stack as text, the outermost call first. The user's own lines start with "> "; others show the library's name.
 
     Args:
         frame: the innermost frame.
@@ -83,21 +83,21 @@ def main_frame() -> FrameType | None:
 
 
 def reading() -> str | None:
-    """The line of this process's Python code that is feeding a data set now, in whatever thread."""
-    main = main_frame()  # last: it waits for the thread that reads
+    """The line of Python code that feeds a data set now, in any thread of this process."""
+    main = main_frame()  # sorted last: it waits for the thread that reads
     frames = sorted((f for _, f in _threads() if reads_input(f)), key=lambda f: f is main)
     frame = frames[0] if frames else None
     return frame and (own_line(frame) or place(frame.f_code.co_filename, frame.f_lineno, frame.f_code.co_name))
 
 
 def others() -> dict[str, list[str]]:
-    """The stacks of the other threads that run the user's code, by the threads' names."""
+    """The stacks of the other threads that run the user's code, by thread name."""
     found = {name: readable(f) for name, f in _threads() if f is not main_frame() and own_line(f)}
     return dict(list(found.items())[:MOST_THREADS])
 
 
 def _threads() -> Iterator[tuple[str, FrameType]]:
-    """All but the watchdog's own; TensorFlow's have no Python name."""
+    """All threads except the watchdog's own. TensorFlow's threads have no Python name."""
     names = {t.ident: t.name for t in threading.enumerate()}
     for ident, frame in sys._current_frames().items():
         if ident != threading.get_ident():
@@ -105,7 +105,7 @@ def _threads() -> Iterator[tuple[str, FrameType]]:
 
 
 def _names(entries: list[tuple[str, int, str]]) -> list[str]:
-    """The libraries that a run of frames passes through, each once, in order."""
+    """The libraries of a sequence of frames, each once, in order."""
     return list(dict.fromkeys(_library(filename) for filename, _, _ in entries))
 
 

@@ -1,4 +1,4 @@
-"""The job that is watched, what is known of each rank when it hangs, and the failure that ends it."""
+"""The data of the watchdog: the job, each rank's state, and the failure that ends the job."""
 
 import dataclasses
 from collections.abc import Sequence
@@ -12,12 +12,12 @@ class Job:
     """What all watchdogs of a job have in common.
 
     Attributes:
-        token: the secret that every connection must prove.
+        token: the secret with which every connection authenticates.
         hosts: the ranks' host names.
-        doors: the ranks' addresses and ports.
-        limit: seconds that a rank may stand still; 0 for no limit.
+        doors: the addresses and ports on which the ranks listen.
+        limit: seconds without progress after which a rank stalls; 0 for no limit.
         aborts: whether a stall ends the job.
-        elastic: whether the job goes on without a rank that was lost.
+        elastic: whether the job continues without a lost rank.
     """
 
     token: bytes
@@ -30,19 +30,19 @@ class Job:
 
 @dataclasses.dataclass(frozen=True)
 class RankState:
-    """One rank, as it described itself, or as far as it is known.
+    """The state of one rank, as it reported it, or as far as it is known.
 
     Attributes:
         rank: its number.
         host: its host's name.
-        status: "living"; "dead" (its connection broke), "frozen" (it does not answer), or "left" (it ended its part
-            in the job in good order).
+        status: "living", "dead" (its connection broke), "frozen" (it does not respond), or "left" (it exited with a
+            goodbye).
         phase: "between", "interrupted" (out of `fit` by an exception), or one of `progress.BUSY`.
         epoch: number of its epoch from 0.
         step: number of its step in the epoch from 0.
         collective: name of the collective that it is in.
-        detail: shapes and dtypes that it brought there.
-        last: name of the collective that it finished last.
+        detail: shapes and dtypes of its tensors there.
+        last: name of the last collective that it finished.
         last_detail: shapes and dtypes that it brought there.
         still: seconds since it last moved on.
         line: the innermost of the user's own lines in its main thread.
@@ -75,12 +75,12 @@ class RankState:
 
     @property
     def in_step(self) -> bool:
-        """Whether it is inside a step: in the graph, where Python does not see which exchange it waits in."""
+        """Whether it is inside a compiled step, where Python cannot see in which collective it waits."""
         return self.phase in BUSY and self.collective is None
 
     @property
     def busy(self) -> bool:
-        """Whether the others may be waiting for it, or it for them."""
+        """Whether it may wait for the other ranks, or they for it."""
         return self.phase in BUSY or self.collective is not None
 
     @property
@@ -93,10 +93,10 @@ class RankState:
 
 @dataclasses.dataclass(frozen=True)
 class Failure:
-    """Why the job ends: common to all ranks.
+    """Why the job ends; the same on all ranks.
 
     Attributes:
-        rank: the rank that failed; None where it is not one rank's fault.
+        rank: the rank that failed; None if it is not the fault of one rank.
         host: its host's name.
         kind: "error" (an exception), "death", "left", "stall" or "mismatch".
         message: what happened, as a sentence without the rank.
@@ -115,6 +115,6 @@ class Failure:
 
 
 def from_message(fields: dict[str, Any], **changes: Any) -> RankState:
-    """A state that came over the wire; fields of another version of hvdkit are passed over."""
+    """Builds a state from a message. Unknown fields, from another version of hvdkit, are ignored."""
     known = {field.name for field in dataclasses.fields(RankState)}
     return RankState(**{k: v for k, v in fields.items() if k in known} | changes)

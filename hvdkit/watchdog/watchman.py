@@ -1,16 +1,16 @@
-"""The watchdog's thread: one a rank, connected to all others through one of them, the hub.
+"""The watchdog's thread: one for each rank, connected to the other ranks through one of them, the hub.
 
-The hub is rank 0. It hears from every rank, asks all for their stacks when one hangs, decides why, prints, and tells
-everyone how the job ends. If it dies, exits or freezes, the others turn to the next rank that lives: each knows the
-addresses of all, and all walk through them in the same order.
+The hub is rank 0. It receives heartbeats from every rank, collects all stacks when a rank stalls, finds the cause,
+prints it, and tells every rank how the job ends. If the hub dies, exits or stops responding, the ranks switch to the
+next living rank. Each knows all addresses, and all try them in the same order.
 
-    watchman.py   the thread: waits for messages, time and work, and passes them on to the role that it has now
-    hub.py        what the hub does; member.py, what the others do
-    peers.py      what a rank knows of all ranks, and of itself
+    watchman.py   the thread: waits for messages, timeouts and posted work, and passes them to its current role
+    hub.py        what the hub does; member.py, what the other ranks do
+    peers.py      what a rank knows about all ranks, and about itself
     links.py      its connections; channel.py, the messages on them
     ending.py     how its process ends when the job has failed
 
-All that happens here happens in this one thread. Other threads only post work to it, or wait for the `Failure`.
+All of this runs in this one thread. Other threads only post work to it, or wait for the `Failure`.
 """
 
 import contextlib
@@ -35,21 +35,21 @@ from hvdkit.watchdog.states import Failure, Job
 
 _log = logging.getLogger(__name__)
 
-_BEAT = 1.0  # seconds between two signs of life
+_BEAT = 1.0  # seconds between two heartbeats
 
 
 class Watchman(threading.Thread):
-    """Watches this rank, and the others if it is the hub.
+    """Watches this rank, and the other ranks if it is the hub.
 
     Args:
         rank: this rank.
         job: what the job's watchdogs have in common.
-        door: where the other ranks reach this one.
+        door: the listening socket for the other ranks.
         progress: what this rank is doing.
         end_process: ends this process with an exit code, whatever its other threads do.
 
     Attributes:
-        ending: what is known of the job's failure, for whoever waits for it.
+        ending: the job's failure as far as it is known, for threads that wait for it.
     """
 
     def __init__(
@@ -82,7 +82,7 @@ class Watchman(threading.Thread):
 
     @property
     def failure(self) -> Failure | None:
-        """The job's failure, if it is known."""
+        """The job's failure; None while there is none."""
         return self.ending.failure
 
     @property
@@ -97,23 +97,23 @@ class Watchman(threading.Thread):
             self._waker.send(b"!")
 
     def tell_phase(self) -> None:
-        """Tells the hub at once that this rank is now busy or not: it may be gone before the next sign of life."""
+        """Sends the phase at once: this rank may be gone before the next heartbeat."""
         self._links.send(self._beat())
 
     def tell_failure(self, failure: Failure) -> None:
-        """Makes this rank's own failure known to all, if it is the first."""
+        """Tells all ranks of this rank's failure, if it is the first."""
         self.post(lambda: self._role.fail(failure))
 
     def tell_thrown_out(self) -> None:
-        """Says that this rank was thrown out of an exchange, and would like to know why."""
+        """Reports that a collective failed on this rank, and requests the reason."""
         self.post(self._on_thrown_out)
 
     def ask_to_explain(self) -> None:
-        """Asks for a comparison of what all ranks brought to the exchange."""
+        """Requests a comparison of all ranks' tensors in the collective."""
         self.post(lambda: self._role.explain())
 
     def tell_signature(self, name: str, number: int) -> None:
-        """Has the hub compare a new signature with those of the other ranks."""
+        """Requests a comparison of a new signature with those of the other ranks."""
         signature = self._own.progress.traced[name][number]
         self.post(lambda: self._role.trace({"type": "traced", "name": name, "number": number, "signature": signature}))
 
@@ -141,8 +141,8 @@ class Watchman(threading.Thread):
             self._loop()
         except Exception:
             if not self._ends:
-                _log.exception("hvdkit's watchdog has ended by a mistake of its own; the job goes on without it")
-                with contextlib.suppress(Exception):  # so that the others do not take this rank for dead
+                _log.exception("hvdkit's watchdog has failed (a bug in hvdkit); the job continues without it")
+                with contextlib.suppress(Exception):  # otherwise the other ranks would report this one as dead
                     self._say_goodbye("")
         finally:
             self._close()
@@ -158,7 +158,7 @@ class Watchman(threading.Thread):
             late = time.monotonic() - beat
             if late >= _BEAT:
                 beat += late
-                self._on_beat(min(late, 2 * _BEAT))  # a process that was suspended has not hung meanwhile
+                self._on_beat(min(late, 2 * _BEAT))  # time in which the process was suspended is not a stall
             self._role.look_around()
 
     def _on_wake(self) -> None:
@@ -185,7 +185,7 @@ class Watchman(threading.Thread):
         return {"type": "beat", **self._own.beat_fields()}
 
     def _turn_to(self, hub: int) -> Role:
-        """Connects to the hub, or to the next rank that answers; this rank itself is always there."""
+        """Connects to the hub, or to the next rank that answers, and returns this rank's new role."""
         while hub != self.rank:
             try:
                 connection = call(self._job.doors[hub], self._job.token, mine=self.rank, theirs=hub)
@@ -248,8 +248,8 @@ class Watchman(threading.Thread):
         }
 
     def _on_join(self, rank: int, message: Message) -> None:
-        """A member that has lost its hub, or the first that comes: whoever is asked is the hub."""
-        # What this rank has not seen itself, and will not where it leaves the old hub now.
+        """Becomes the hub, because a member joins: a new one, or one that has lost its hub."""
+        # Statuses that this rank has not seen itself, and would miss when it disconnects from the old hub.
         told = {int(absent): status for absent, status in message["statuses"].items()}
         dead = [r for r, status in told.items() if (self._peers[r].state.status, status) == ("living", "dead")]
         self._role.make_way(told)
@@ -273,7 +273,7 @@ class Watchman(threading.Thread):
         self._role.on_moved(rank, int(message["to"]))
 
     def _on_thrown_out(self) -> None:
-        """This rank, or one that reports to it, was thrown out of an exchange."""
+        """Handles a collective that failed on this rank, or on one that reports to it."""
         self._own.thrown = self._own.thrown or time.monotonic()
         self._role.ask({"type": "thrown_out"})
 

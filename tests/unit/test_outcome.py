@@ -46,7 +46,7 @@ def test_half_a_line_is_output_like_any_other():
     for length in range(1, len(line) - 2):
         assert outcome.split(line[:length]) == (line[:length], None)
         assert outcome.split(line[length:])[1] is None
-    assert outcome.split("hvdkit: rank 1 on host h2 died. All ranks leave with exit code 75.")[1] is None
+    assert outcome.split("hvdkit: rank 1 on host h2 died. All ranks exit with code 75.")[1] is None
     for content in ("[1]", "1", "null", '{"rank": 1}', '{"kind": ["failed"]}', '{"kind": "resumed"}'):
         assert outcome.split(outcome.PREFIX + content) == (outcome.PREFIX + content, None)
 

@@ -30,7 +30,7 @@ def run(number, *arguments, limit=15, action="abort", **environment):
 def test_a_collective_that_only_rank_0_calls_ends_the_job_with_one_report():
     ended = run(3, "only_rank_0")
     assert ended.code == 75, ended.output
-    assert ended.output.count("hvdkit: the job has stood still for 15 s; all ranks leave with exit code 75.") == 1
+    assert ended.output.count("hvdkit: the job has made no progress for 15 s; all ranks exit with code 75.") == 1
     assert (
         "Likely cause: code that not all ranks run: only rank 0 entered the collective 'hvdkit.best_loss', at "
         in ended.output
@@ -49,7 +49,7 @@ def test_stalls_that_end_again_are_reported_one_by_one():
     assert "while rank 1 is in step 4 of epoch 1" in causes, causes
     assert re.search(r"slow input: rank 1 is reading its data, in .* in examples: time.sleep\(9\)", causes), causes
     sentence = (
-        "the ranks bring different tensors to the collective 'hvdkit.validation': rank 0 has float64[2], and rank 1 "
+        "the ranks have different tensors in the collective 'hvdkit.validation': rank 0 has float64[2], and rank 1 "
         "has float64[3]."
     )
     assert ended.output.count(f"explained: {sentence}") == 2
@@ -59,7 +59,7 @@ def test_stalls_that_end_again_are_reported_one_by_one():
 def test_generators_of_different_length_end_fit_with_one_report(then):
     ended = run(2, "uneven_generators", then)
     assert ended.code == 75, ended.output
-    assert ended.output.count("the job has stood still") == 1, ended.output
+    assert ended.output.count("the job has made no progress") == 1, ended.output
     assert re.search(
         r"^Likely cause: uneven data: rank 0 is done after step 3 of epoch 1 and .*, while rank 1 is in step 4",
         ended.output,
@@ -96,7 +96,7 @@ def test_a_rank_that_is_killed_is_named(rank):
 def test_a_rank_that_is_frozen_is_named(rank):
     ended = run(3, "die_in_fit", rank, "SIGSTOP")
     assert ended.code == 75, ended.output
-    assert ended.output.count("the job has stood still") == 1, ended.output
+    assert ended.output.count("the job has made no progress") == 1, ended.output
     assert re.search(rf"Likely cause: rank {rank} on host \S+ does not answer: its process is stopped", ended.output)
     assert re.search(rf"rank {rank} on \S+: frozen; when last heard of: training, step 4 of epoch 1", ended.output)
 
@@ -105,7 +105,7 @@ def test_eager_collectives_in_another_order_end_the_job_long_before_the_limit():
     ended = run(2, "other_order", limit=100_000)
     assert ended.code == 1, ended.output
     assert re.search(
-        r"hvdkit: the ranks are in different collectives, and would wait for each other for ever: rank 0 is in "
+        r"hvdkit: the ranks are in different collectives, and would wait for each other forever: rank 0 is in "
         r"'hvdkit\.loss', at .* in allreduce: .*, rank 1 in 'hvdkit\.weight', at ",
         ended.output,
     ), ended.output
@@ -116,8 +116,8 @@ def test_models_that_differ_are_found_when_they_are_traced():
     ended = run(2, "other_models", limit=60)
     assert ended.code == 1, ended.output
     assert (
-        "hvdkit: the ranks' models differ: in the exchange 'DistributedSGD' head/kernel is float32[4, 3] on rank 0 and "
-        "float32[4, 4] on rank 1." in ended.output
+        "hvdkit: the ranks' models differ: in the collective 'DistributedSGD' head/kernel is float32[4, 3] on rank 0 "
+        "and float32[4, 4] on rank 1." in ended.output
     )
 
 
