@@ -1,15 +1,15 @@
-"""Checkpoints: all that a training run must not lose, on disk, so that it can go on in the middle of an epoch.
+"""Checkpoints: the complete state of a training run on disk. A run can resume in the middle of an epoch.
 
-`hvdkit.callbacks.CheckpointCallback` writes and restores them. Here is what it is made of:
+`hvdkit.callbacks.CheckpointCallback` writes and restores them. It uses these modules:
 
-- `store`: a folder a checkpoint, published whole or not at all; which one is used, and which are removed;
-- `writer`: the thread that writes while training goes on;
+- `store`: one folder for each checkpoint, published atomically; which one is used, and which are removed;
+- `writer`: the thread that writes while training continues;
 - `plain`: values as JSON and arrays, without pickle;
-- `variables`: weights, optimizer slots, metrics and seeds, each rank's own where ranks differ;
-- `callback_state`: what Keras' callbacks, hvdkit's and yours remember;
-- `randomness`: Python's, NumPy's and Keras' global generators;
-- `running_fit`: a running `Model.fit`, made to begin in the middle of an epoch;
+- `variables`: weights, optimizer slots, metrics and seeds; one value for each rank where ranks differ;
+- `callback_state`: the state of callbacks: Keras', hvdkit's and yours;
+- `randomness`: the global random generators of Python, NumPy and Keras;
+- `running_fit`: makes a running `Model.fit` start in the middle of an epoch;
 - `preemption`: SIGTERM and SIGUSR1.
 
-This file holds nothing, so that `store` can be used without TensorFlow.
+This file imports nothing, so `store` can be used without TensorFlow.
 """

@@ -1,4 +1,4 @@
-"""`CheckpointCallback`: training that is interrupted at any instant goes on as if it had not been."""
+"""`CheckpointCallback`: interrupted training resumes with the same results as without the interruption."""
 
 import logging
 import os
@@ -28,38 +28,40 @@ _MORE_IS_BETTER = ("acc", "auc", "f1", "precision", "recall", "iou", "r2")
 
 
 class CheckpointCallback(keras.callbacks.Callback):
-    """Saves all that `fit` must not lose, and goes on from it, in the middle of an epoch, bit for bit.
+    """Saves the complete state of `fit` and resumes from it, bit for bit, even in the middle of an epoch.
 
-    Kept are weights, optimizer slots and loss scale, the learning rate and what all callbacks remember (Keras' too),
-    the metrics of the epoch so far, epoch and step, every rank's seeds, and the position in the data. Rank 0 writes, in
-    a thread, while training goes on. Put the callback on all ranks, wherever in the list. One is for one `fit`.
+    Put the callback on all ranks, anywhere in the list, and make a new one for each `fit`. It saves weights, optimizer
+    slots and loss scale, the learning rate, the state of all callbacks (including Keras'), the metrics of the epoch so
+    far, epoch and step, every rank's seeds, and the position in the data. Rank 0 writes in a thread while training
+    continues.
 
     A data set of your own (arrays, `tf.data.Dataset`, `PyDataset`) must give the same batches in each run: shuffle
     with a fixed seed, or after `keras.utils.set_random_seed`. When training resumes, the batches of the interrupted
-    epoch that were trained before are read once more and passed over; of a data set without end, all batches.
+    epoch that were already trained on are read again and skipped; of an infinite data set, all earlier batches.
 
-    A signal (SIGTERM, SIGUSR1), to one rank or to all, ends the job on all ranks after the same step, saved, with exit
-    code 85: start the same command again. If it comes while evaluating, that is at the epoch's end.
+    A signal (SIGTERM, SIGUSR1), to one rank or to all, saves a checkpoint and ends the job on all ranks after the same
+    step, with exit code 85. Run the same command again to resume. A signal during evaluation takes effect at the end
+    of the epoch.
 
     Args:
-        directory: where checkpoints are written, by rank 0 alone.
-        every: steps from one to the next, or "epoch". The end of training is saved, too.
-        resume: "auto" goes on from the newest intact checkpoint in `directory`, if there is one; "never"; or the path
+        directory: where rank 0 writes checkpoints.
+        every: steps between checkpoints, or "epoch". The end of training is always saved.
+        resume: "auto" resumes from the newest intact checkpoint in `directory`, if there is one; "never"; or the path
             of a checkpoint, or of a run that has some.
-        keep: how many of the newest checkpoints stay.
-        keep_best: how many of the best stay besides, by `monitor`.
-        monitor: a metric of an epoch's logs.
-        mode: "min", "max", or "auto", which tells from the metric's name.
-        on_error: what to do when a checkpoint cannot be written: "warn" trains on, "stop" ends the job.
-        job: what this run is, by name, in JSON's types. A checkpoint with another value of one of these is refused.
-        extra: a function of (epoch, step), where training would go on, that says what else to keep, in JSON's types;
-            it is found in `state["extra"]`.
-        resumed: the checkpoint to go on from, where the caller has opened it, and made a data set that begins at its
-            step: then nothing is passed over.
-        signals: on which to leave.
+        keep: how many of the newest checkpoints to keep.
+        keep_best: how many of the best checkpoints to keep in addition, by `monitor`.
+        monitor: a metric in an epoch's logs.
+        mode: "min", "max", or "auto", which infers it from the metric's name.
+        on_error: what to do when a checkpoint cannot be written: "warn" continues training, "stop" ends the job.
+        job: what identifies this run: JSON values by name. A checkpoint with another value for one of them is rejected.
+        extra: a function of the (epoch, step) at which training would resume. Its result, of JSON types, is saved in
+            `state["extra"]`.
+        resumed: the checkpoint to resume from, if the caller has opened it and made a data set that starts at its
+            step. Then no batch is skipped.
+        signals: the signals on which to save and exit.
 
     Attributes:
-        resumed: the checkpoint that training went on from; None if it began at the beginning.
+        resumed: the checkpoint that training resumed from; None if it started from the beginning.
 
     Raises:
         UsageError: an argument is wrong, or the checkpoint is of another model or another job.
@@ -109,25 +111,25 @@ class CheckpointCallback(keras.callbacks.Callback):
         self._used = False
 
     def on_train_begin(self, logs: dict | None = None) -> None:
-        """Puts itself behind all other callbacks: what they remember is final only then."""
+        """Adds the callback that saves behind all other callbacks, where their state is final."""
         if self._used:
             raise UsageError(
-                "This CheckpointCallback has served a fit already. Give the next fit one of its own, with a directory "
-                "of its own: a run that resumes must find what belongs to each."
+                "This CheckpointCallback has served a fit already. Give the next fit a new one, with another "
+                "directory: a run that resumes must find the checkpoints of each fit apart."
             )
         self._used = True
         fit = RunningFit(self.model)
         keeper = _Keeper(self, fit)
         keeper.set_params(self.params)
         keeper.set_model(self.model)
-        fit.callbacks.append(keeper)  # Keras is going through this list, and comes to it last
+        fit.callbacks.append(keeper)  # Keras is iterating over this list and reaches the new callback last
 
     def on_train_batch_end(self, batch: int, logs: dict | None = None) -> None:
-        """Nothing; but a callback with this hook keeps Keras from calling hooks in other threads."""
+        """Does nothing, but its presence keeps Keras from calling hooks in other threads."""
 
 
 class _Keeper(keras.callbacks.Callback):
-    """The last callback of all, behind Keras' own: saves and restores for a `CheckpointCallback`."""
+    """The last callback, behind Keras' own ones: saves and restores for a `CheckpointCallback`."""
 
     checkpointed = False
 
@@ -137,17 +139,17 @@ class _Keeper(keras.callbacks.Callback):
         self._fit = fit
         self._writer = Writer()
         self._listener = Listener(settings.model, settings.signals)
-        self._epoch = self._step = 0  # where training is: `_step` steps of this epoch are taken
-        self._before = 0  # steps of the epochs before
-        self._looked = 0  # steps in all when it was last decided whether to save
+        self._epoch = self._step = 0  # the position of training: `_step` steps of this epoch are done
+        self._before = 0  # steps of the previous epochs
+        self._looked = 0  # total steps when `_is_time` was last called
         self._stopped = False
-        self._waited = 0.0  # seconds that training stood still for snapshots
-        self._pending: Checkpoint | None = None  # to be restored when the epoch has begun
+        self._waited = 0.0  # seconds that training has waited for snapshots
+        self._pending: Checkpoint | None = None  # to restore when the epoch has begun
         self._logs: dict[str, Any] = {}
 
-    # ---- Beginning ------------------------------------------------------------------------------------------------
+    # ---- Resuming -------------------------------------------------------------------------------------------------
     def on_train_begin(self, logs: dict | None = None) -> None:
-        """Restores, after all callbacks have begun, and the guards have made the ranks equal."""
+        """Restores, after `on_train_begin` of all callbacks, and after the ranks are synchronized."""
         self._refuse_process_sets()
         settings = self._settings
         self._states = CallbackStates(self._fit.callbacks)
@@ -160,7 +162,7 @@ class _Keeper(keras.callbacks.Callback):
         self._listener.start()
 
     def on_epoch_begin(self, epoch: int, logs: dict | None = None) -> None:
-        """In the middle of an epoch, undoes what Keras and the callbacks do at its beginning."""
+        """When training resumes in the middle of an epoch, undoes what Keras and the callbacks do at its start."""
         self._epoch, self._step = epoch, 0
         if self._pending:
             self._step = self._pending.state["step_in_epoch"]
@@ -173,7 +175,7 @@ class _Keeper(keras.callbacks.Callback):
         if state["step_in_epoch"] % steps:
             raise UsageError(
                 f"The checkpoint {found.path} is of step {state['step_in_epoch']} of an epoch, and steps_per_execution="
-                f"{steps} passes over it. Use a divisor of that step."
+                f"{steps} skips this step. Use a divisor of it."
             )
         self._fit.build()
         kept = kept_of(self.model)
@@ -183,9 +185,9 @@ class _Keeper(keras.callbacks.Callback):
         self._pending = found if state["step_in_epoch"] else None
         self._stopped = state["stopped"]
         where = f"step {state['step_in_epoch']} of epoch {state['epoch'] + 1}"
-        if world.rank() == 0:  # a warning, because scripts show no less
+        if world.rank() == 0:  # a warning, because Python hides lower levels by default
             outcome.tell(outcome.Resumed(state["step"]))
-            _log.warning("going on from %s: %s", found.path, "training was over" if self._stopped else where)
+            _log.warning("resuming from %s: %s", found.path, "training was over" if self._stopped else where)
         if self._stopped:
             self._fit.leave_epochs_out(self.params["epochs"])
             return
@@ -202,7 +204,7 @@ class _Keeper(keras.callbacks.Callback):
         state = found.state
         same_metrics = variables.restore(kept_of(self.model), _signatures(state), found.arrays)
         if state["step_in_epoch"] and not same_metrics:
-            _log.warning("The metrics are not those of %s: in this epoch they begin anew.", found.path)
+            _log.warning("The metrics are not those of %s: in this epoch they start from zero.", found.path)
         ranks = state["ranks"]
         mine = ranks[world.rank()] if world.rank() < len(ranks) else ranks[0]
         self._states.restore(mine["callbacks"], found.arrays)
@@ -211,33 +213,33 @@ class _Keeper(keras.callbacks.Callback):
         ranks = found.state["ranks"]
         if world.rank() < len(ranks):
             randomness.restore(unpack(ranks[world.rank()]["random"], found.arrays))
-        found.arrays.clear()  # all is restored, and they are as large as the model
+        found.arrays.clear()  # frees memory of the model's size; everything is restored
 
     def _refuse_process_sets(self) -> None:
         for optimizer in optimizers_of(self.model):
             exchange = getattr(optimizer, "_self_gradients", None)
             if exchange is not None and exchange.process_set.process_set_id:
                 raise UsageError(
-                    "CheckpointCallback saves a model that all ranks train, but the optimizer exchanges within a "
-                    "process set. Use Keras' ModelCheckpoint on one rank of the set."
+                    "CheckpointCallback saves a model that all ranks train, but the optimizer averages gradients "
+                    "within a process set. Use Keras' ModelCheckpoint on one rank of the set."
                 )
 
     # ---- Saving ---------------------------------------------------------------------------------------------------
     def on_train_batch_end(self, batch: int, logs: dict | None = None) -> None:
-        """Saves if it is time, or if a rank was told to leave."""
+        """Saves if it is time, or if a rank received a stop request."""
         self._step = batch + 1
         self._logs = dict(logs or {})
         self._stop_on_error()
         leaving = self._listener.after_execution()
         if self._fit.steps is not None and self._step >= self._fit.steps:
-            return  # the epoch's end comes next, and saves
+            return  # `on_epoch_end` comes next, and saves
         if leaving:
             self._leave(self._save(self._epoch, self._step))
         elif self._is_time():
             self._save(self._epoch, self._step, may_drop=True)
 
     def on_epoch_end(self, epoch: int, logs: dict | None = None) -> None:
-        """Saves the beginning of the next epoch, if it is time, if training ends, or if a rank was told to leave."""
+        """Saves the start of the next epoch if it is time, training ends, or a rank received a stop request."""
         self._stop_on_error()
         leaving = self._listener.ask_all()
         self._stopped = bool(self.model.stop_training)
@@ -257,11 +259,10 @@ class _Keeper(keras.callbacks.Callback):
         self._writer.wait()
         set_first_epoch(self.model, None)
         self._stop_on_error()
-        if self._writer.count:
-            _log.info(
-                "%d checkpoint(s), each written in %.3f s while training went on after a snapshot of %.4f s",
-                self._writer.count, self._writer.seconds / self._writer.count, self._waited / self._writer.count,
-            )  # fmt: skip
+        count = self._writer.count
+        if count:
+            message = "%d checkpoint(s), each written in %.3f s while training continued after a snapshot of %.4f s"
+            _log.info(message, count, self._writer.seconds / count, self._waited / count)
 
     def _is_time(self) -> bool:
         every, now = self._settings.every, self._before + self._step
@@ -271,16 +272,16 @@ class _Keeper(keras.callbacks.Callback):
     def _save(
         self, epoch: int, step: int, metrics: Mapping[str, float] | None = None, may_drop: bool = False
     ) -> list[str | None]:
-        """Takes a snapshot on all ranks, and begins to write it on the root.
+        """Takes a snapshot on all ranks, and starts to write it on rank 0.
 
         Args:
-            epoch: at which to go on.
-            step: of that epoch.
-            metrics: the epoch's.
-            may_drop: leave it, if the one before is still being written.
+            epoch: the epoch at which to resume.
+            step: the step of that epoch.
+            metrics: the metrics of the epoch.
+            may_drop: skip this checkpoint if the previous one is still being written.
 
         Returns:
-            The signal that each rank has heard.
+            The name of the signal that each rank received, or None.
         """
         began = time.perf_counter()
         arrays: dict[str, Any] = {}
@@ -301,7 +302,7 @@ class _Keeper(keras.callbacks.Callback):
             return heard
         now = self._before + self._step
         if may_drop and self._writer.busy:
-            _log.info("no checkpoint of step %d: the one before is still being written", now)
+            _log.info("no checkpoint of step %d: the previous one is still being written", now)
             return heard
         for rank in ranks:
             arrays |= rank["random_arrays"]
@@ -339,16 +340,16 @@ class _Keeper(keras.callbacks.Callback):
             ) from self._writer.error
 
     def _leave(self, heard: list[str | None]) -> None:
-        """Ends the job, saved; on all ranks."""
+        """Ends the job on all ranks, after the checkpoint is written."""
         told = [f"rank {rank} ({name})" for rank, name in enumerate(heard) if name]
-        message = f"{', '.join(told[:8])}{', ...' * (len(told) > 8)} was told to leave after step "
+        message = f"{', '.join(told[:8])}{', ...' * (len(told) > 8)} was told to stop after step "
         message += f"{self._before + self._step}; "
         if world.rank() == 0:
             self._writer.wait()
             message += "it could not be saved, older checkpoints are intact" if self._writer.error else "it is saved"
-            message += f"; all ranks leave with exit code {outcome.PREEMPTED}: start the same command again."
+            message += f"; all ranks exit with code {outcome.PREEMPTED}: run the same command again to resume."
             _log.warning("%s", message)
-        # Nobody leaves before it is written: a launcher ends the job with the first to go.
+        # All ranks wait here until it is written: a launcher ends the job when the first rank exits.
         message = collectives.broadcast_object(message, name="checkpoint.leave")
         self._listener.stop()
         set_first_epoch(self.model, None)
@@ -356,7 +357,7 @@ class _Keeper(keras.callbacks.Callback):
 
 
 def _signatures(state: dict[str, Any]) -> list[Any]:
-    """What was kept on this rank: of a divided model ranks keep different variables."""
+    """The signatures of this rank's saved variables; under model parallelism they differ between ranks."""
     ranks = state["ranks"]
     return list(ranks[world.rank() % len(ranks)].get("variables", state["variables"]))
 

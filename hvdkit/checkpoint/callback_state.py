@@ -1,11 +1,11 @@
-"""What callbacks remember: Keras' own, hvdkit's, and yours.
+"""The state of callbacks: Keras' own, hvdkit's, and yours.
 
-A callback's memory is in its attributes. Those of plain values that have changed since training began are its state;
-those that have not are its configuration, which a resumed run may give otherwise. So `EarlyStopping` keeps its best
-value and its waiting, and a patience that was raised for the resumed run stays raised.
+Attributes with plain values that have changed since training began are a callback's state. Those that have not changed
+are its configuration, which a resumed run may set differently. For example, `EarlyStopping` keeps its best value and
+its wait counter, but a patience that was raised for the resumed run stays raised.
 
-A callback that is not served so has two methods of its own: `checkpoint_state()` returns plain values, and
-`restore_state(state)` takes them. One with the attribute `checkpointed = False` has nothing to remember.
+If this does not fit your callback, give it two methods: `checkpoint_state()` returns plain values, and
+`restore_state(state)` takes them. If it has no state, give it the attribute `checkpointed = False`.
 """
 
 import json
@@ -26,10 +26,10 @@ _COMPARED_BYTES = 1 << 20
 
 
 class CallbackStates:
-    """The states of the callbacks of one `fit`. Make it when training begins, after the callbacks have begun.
+    """The states of the callbacks of one `fit`. Make it after `on_train_begin` of all callbacks.
 
     Args:
-        callbacks: all of them.
+        callbacks: all callbacks of the `fit`.
     """
 
     def __init__(self, callbacks: Sequence[Any]) -> None:
@@ -38,26 +38,27 @@ class CallbackStates:
         self._at_begin = [{name: _Seen(value) for name, value in _plain(c).items()} for c in self._callbacks]
 
     def pack(self, arrays: dict[str, np.ndarray]) -> dict[str, Any]:
-        """The states as JSON, by name; arrays in them are added to `arrays`."""
+        """Returns the states as JSON, by name, and adds their arrays to `arrays`."""
         states: dict[str, Any] = {}
         for name, callback, at_begin in zip(self._names, self._callbacks, self._at_begin, strict=True):
             state = self._state(callback, at_begin)
             if state:
                 own: dict[str, np.ndarray] = {}
                 states[name] = pack(state, own, f"callback/{name}")
-                # Copies, for their owner may go on to change them while they are written. Best weights are replaced.
+                # Copied, because the callback may change them while they are written. EarlyStopping replaces its
+                # best weights and never changes them in place.
                 stays = isinstance(callback, keras.callbacks.EarlyStopping)
                 arrays |= own if stays else {n: a.copy() for n, a in own.items()}
         return states
 
     def restore(self, states: dict[str, Any], arrays: dict[str, np.ndarray]) -> None:
-        """Gives the callbacks their states back. Callbacks that were not there have none."""
+        """Restores the callbacks' states. A callback without a saved state is left as it is."""
         for name, callback in zip(self._names, self._callbacks, strict=True):
             if name not in states:
                 continue
             try:
                 state = unpack(states[name], arrays)
-            except KeyError:  # arrays are rank 0's, which has no such callback
+            except KeyError:  # only rank 0's arrays are saved, and rank 0 has no such callback
                 _log.warning("The state of %s is not restored: it has arrays, and only this rank had it.", name)
                 continue
             _give(callback, state)
@@ -67,7 +68,7 @@ class CallbackStates:
             return callback.checkpoint_state()
         if isinstance(callback, keras.callbacks.CSVLogger):
             return keras3.csv_state(callback)
-        if isinstance(callback, keras.callbacks.TensorBoard):  # it measures times, too, which are this run's
+        if isinstance(callback, keras.callbacks.TensorBoard):  # its time measurements belong to one process
             return keras3.tensorboard_counters(callback)
         changed = {n: v for n, v in _plain(callback).items() if n not in at_begin or at_begin[n].differs(v)}
         if keras3.chooses_direction_late(callback) and callable(callback.monitor_op):
@@ -101,7 +102,7 @@ def _plain(callback: Any) -> dict[str, Any]:
 
 
 class _Seen:
-    """A plain value as it was at one moment, to tell later whether it has changed."""
+    """A plain value at one moment, to detect later whether it has changed."""
 
     def __init__(self, value: Any) -> None:
         arrays: dict[str, np.ndarray] = {}
@@ -109,7 +110,7 @@ class _Seen:
         self._arrays = [(a, a.copy() if a.nbytes <= _COMPARED_BYTES else None) for a in arrays.values()]
 
     def differs(self, value: Any) -> bool:
-        """Whether `value` is another. Large arrays are compared by which they are, not by what is in them."""
+        """Whether `value` differs. Large arrays are compared by identity, not by content."""
         arrays: dict[str, np.ndarray] = {}
         if json.dumps(pack(value, arrays, "")) != self._json:
             return True

@@ -1,7 +1,7 @@
-"""Commits of an elastic script, kept on disk for the job's next start.
+"""Commits of an elastic script, saved on disk for the job's next start.
 
-Horovod's elastic launcher keeps processes alive, and their memory with them. Where the launcher starts all ranks anew,
-as hvdkit's does, what rank 0 has committed is written by a thread while training goes on, as a checkpoint is.
+Horovod's elastic launcher keeps the surviving processes and their memory. hvdkit's launcher restarts all ranks.
+Therefore a thread writes what rank 0 has committed to disk while training continues, like a checkpoint.
 """
 
 from collections.abc import Mapping, Sequence
@@ -15,14 +15,14 @@ from hvdkit.checkpoint.plain import NotPlain, pack, unpack
 from hvdkit.checkpoint.writer import Writer
 from hvdkit.errors import UsageError
 
-_KEPT = 2  # the newest, and one before it should that be damaged
+_KEPT = 2  # the newest, and the one before in case the newest is damaged
 
 
 class Commits:
     """The commits of one job, which rank 0 alone reads and writes.
 
     Args:
-        folder: where they lie; on a disk that all hosts share, if rank 0 may move to another host.
+        folder: where they are stored; on a disk that all hosts share, if rank 0 may move to another host.
     """
 
     def __init__(self, folder: Path) -> None:
@@ -35,10 +35,10 @@ class Commits:
         """The values and attributes of the newest intact commit; None if there is none.
 
         Args:
-            values: the present ones, which must be of the same shapes.
+            values: the current values, which must have the same shapes.
 
         Raises:
-            UsageError: it is of another model.
+            UsageError: the commit is of another model.
         """
         found = store.newest(self.folder)
         if found is None:
@@ -58,9 +58,9 @@ class Commits:
         """Writes a commit in the background.
 
         Args:
-            values: not changed any more by the caller.
-            attributes: numbers, texts, arrays, and lists, tuples and dicts of these.
-            may_drop: leave it, if the one before is still being written.
+            values: arrays that the caller no longer changes.
+            attributes: numbers, strings, arrays, and lists, tuples and dicts of these.
+            may_drop: skip this commit if the previous one is still being written.
 
         Raises:
             UsageError: an attribute is of another type.
@@ -80,12 +80,12 @@ class Commits:
         self._writer.start(number, lambda: self._write(number, state, arrays))
 
     def wait(self) -> str:
-        """Returns when nothing is being written: why the last commit could not be, or an empty text."""
+        """Waits until nothing is being written. Returns why the last commit failed, or an empty string."""
         self._writer.wait()
         return str(self._writer.error or "")
 
     def forget(self) -> None:
-        """Removes all commits: the job has ended well, and the next one begins at the beginning."""
+        """Removes all commits, after the job has succeeded: the next one starts from the beginning."""
         self._writer.wait()
         for path in store.folders(self.folder):
             store.remove(path)

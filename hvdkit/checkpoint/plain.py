@@ -1,7 +1,7 @@
-"""Values as JSON and arrays: what can be stored without pickle, and comes back with the same types.
+"""Values as JSON and arrays: stored without pickle, and restored with the same types.
 
-None, booleans, numbers, texts, lists, tuples, dicts, deques and NumPy arrays, in each other. Arrays are kept apart:
-in the JSON stands their name.
+Supported are None, booleans, numbers, strings, lists, tuples, dicts, deques and NumPy arrays, also nested. Arrays are
+stored separately; the JSON contains their names.
 """
 
 from collections import deque
@@ -11,14 +11,14 @@ import numpy as np
 
 
 class NotPlain(TypeError):  # noqa: N818 - says what it is
-    """The value has something in it that cannot be stored."""
+    """The value contains something that cannot be stored."""
 
 
 def pack(value: Any, arrays: dict[str, np.ndarray], name: str) -> Any:
-    """Returns `value` as JSON, and adds its arrays, themselves, to `arrays`, by names that begin with `name`.
+    """Returns `value` as JSON, and adds its arrays, not copied, to `arrays`, under names that begin with `name`.
 
     Raises:
-        NotPlain: something else than the types above is in it.
+        NotPlain: it contains another type than those above.
     """
     if value is None or type(value) in (bool, int, float, str):
         return value
@@ -40,7 +40,7 @@ def pack(value: Any, arrays: dict[str, np.ndarray], name: str) -> Any:
 
 
 def unpack(packed: Any, arrays: dict[str, np.ndarray]) -> Any:
-    """Undoes `pack`."""
+    """The inverse of `pack`."""
     if isinstance(packed, list):
         return [unpack(v, arrays) for v in packed]
     if not isinstance(packed, dict):

@@ -1,7 +1,8 @@
-"""Signals that ask a job to leave the machine: all ranks agree on a step, save, and leave.
+"""Signals that preempt a job: all ranks agree on a step, save a checkpoint, and exit.
 
-Slurm sends SIGTERM, or whatever `--signal` says (often SIGUSR1), some time before it kills; Kubernetes sends SIGTERM.
-It may reach all ranks or one, and each of them twice (from the scheduler, and from a launcher that passes it on).
+Slurm sends SIGTERM, or the signal in `--signal` (often SIGUSR1), some time before it kills. Kubernetes sends SIGTERM.
+The signal may reach all ranks or only one, and a rank may get it twice: from the scheduler, and from a launcher that
+forwards it.
 """
 
 import contextlib
@@ -20,15 +21,15 @@ from hvdkit.optimizers import heartbeat
 from hvdkit.outcome import PREEMPTED
 
 SIGNALS = (signal.SIGTERM, signal.SIGUSR1)
-_POLL_EVERY = 16  # executions, where no heartbeat carries the wish
+_POLL_EVERY = 16  # executions between collective checks, if no heartbeat carries the stop request
 
 
 class Preempted(SystemExit):
-    """A signal asked the job to leave, and what it had to lose is saved: the process leaves with exit code 85.
+    """A signal preempted the job, and its state is saved: the process exits with code 85.
 
     Attributes:
         message: what happened.
-        agreed: all ranks leave at this step; otherwise the others must be told.
+        agreed: whether all ranks exit at this step; otherwise the other ranks must be told.
     """
 
     def __init__(self, message: str, agreed: bool = True) -> None:
@@ -42,13 +43,13 @@ class Preempted(SystemExit):
 
 @contextlib.contextmanager
 def leaving_at_once(signals: Iterable[int] = SIGNALS) -> Iterator[None]:
-    """Raises `Preempted` where a signal comes: for parts of a job in which there is nothing to save.
+    """Raises `Preempted` as soon as a signal arrives: for parts of a job in which there is nothing to save.
 
-    A `Listener` takes over while it listens.
+    While a `Listener` is active, it handles the signals instead.
     """
 
     def leave(number: int, frame: FrameType | None) -> None:
-        raise Preempted(f"{signal.Signals(number).name} came while nothing was to be saved", agreed=False)
+        raise Preempted(f"{signal.Signals(number).name} arrived while there was nothing to save", agreed=False)
 
     before = {number: signal.signal(number, leave) for number in signals}
     try:
@@ -59,14 +60,16 @@ def leaving_at_once(signals: Iterable[int] = SIGNALS) -> Iterator[None]:
 
 
 class Listener:
-    """Hears of signals while a model's `fit` runs, and of those that other ranks got.
+    """Receives signals while a model's `fit` runs, and learns which other ranks have received one.
 
     Args:
-        model: whose `fit`. One that ends by an exception calls nobody, so it is looked for when a signal comes.
-        signals: which; the first one of them is noted, and later ones change nothing. SIGINT and SIGKILL still end.
+        model: the model that `fit` trains. A `fit` that ends with an exception calls no hook, so each signal checks
+            whether `fit` still runs.
+        signals: the signals to receive. The first is recorded and later ones are ignored. SIGINT and SIGKILL still end
+            the process.
 
     Attributes:
-        heard: name of the signal that this rank got.
+        heard: name of the signal that this rank received.
     """
 
     def __init__(self, model: Any, signals: Iterable[int] = SIGNALS) -> None:
@@ -78,31 +81,31 @@ class Listener:
         self._proven = 0.0
 
     def start(self) -> None:
-        """Listens, if this is the main thread: Python lets no other one."""
+        """Installs the handlers, if this is the main thread: Python allows it in no other thread."""
         self._executions, self._proven = 0, heartbeat.current().read()[0] if world.size() > 1 else 0.0
         if threading.current_thread() is threading.main_thread() and not self._before:
             self._before = {number: signal.signal(number, self._note) for number in self._signals}
 
     def stop(self) -> None:
-        """Gives the signals back to whom they belonged."""
+        """Restores the previous signal handlers."""
         for number, handler in self._before.items():
             signal.signal(number, signal.SIG_DFL if handler is None else handler)
         self._before = {}
 
     def after_execution(self) -> bool:
-        """Whether some rank heard a signal: the same answer on all ranks, after the same step."""
+        """Whether some rank received a signal: the same answer on all ranks, after the same step."""
         if world.size() == 1:
             return self.heard is not None
         beat = heartbeat.current()
         if self.heard:
             beat.wish_to_leave()
         self._executions += 1
-        if beat.read()[0] > self._proven:  # gradients travel with a heartbeat; tf.distribute's do not
+        if beat.read()[0] > self._proven:  # hvdkit's gradient allreduce carries a heartbeat; tf.distribute's does not
             return beat.leaving() > 0
         return self._executions % _POLL_EVERY == 0 and self.ask_all()
 
     def ask_all(self) -> bool:
-        """The same, at a moment when nothing else is exchanged; a collective call."""
+        """Like `after_execution`, with an allreduce of its own. A collective call."""
         if world.size() == 1:
             return self.heard is not None
         return bool(collectives.allreduce_sum(np.array([float(self.heard is not None)]), name="preemption")[0])
@@ -110,6 +113,6 @@ class Listener:
     def _note(self, number: int, frame: FrameType | None) -> None:
         if call_stack.locals_of("fit", self._model, ()) is None:
             self.stop()
-            os.kill(os.getpid(), number)  # to whom it belongs
+            os.kill(os.getpid(), number)  # for the previous handler
             return
         self.heard = self.heard or signal.Signals(number).name

@@ -1,7 +1,7 @@
 """The global random generators of a process: Python's, NumPy's, and the one of `keras.random` without a seed.
 
-Those of layers (`keras.random.SeedGenerator`) are variables of the model, and kept with it. TensorFlow's stateful
-operations (`tf.random.uniform`, `tf.image.random_flip_left_right`, ...) keep their state where nobody can read it.
+The generators of layers (`keras.random.SeedGenerator`) are variables of the model and saved with it. The state of
+TensorFlow's stateful operations (`tf.random.uniform`, `tf.image.random_flip_left_right`, ...) cannot be read or saved.
 """
 
 import random
@@ -14,7 +14,7 @@ from hvdkit.compat.keras3 import global_seed_generator
 
 
 def state() -> dict[str, Any]:
-    """The generators' states, of plain values."""
+    """Returns the generators' states as plain values."""
     version, numbers, gauss = random.getstate()
     name, keys, *rest = np.random.get_state(legacy=True)
     generator = global_seed_generator()
@@ -26,7 +26,7 @@ def state() -> dict[str, Any]:
 
 
 def restore(saved: dict[str, Any]) -> None:
-    """Undoes `state`."""
+    """Restores what `state` returned."""
     version, numbers, gauss = saved["python"]
     random.setstate((version, tuple(int(n) for n in numbers), gauss))
     np.random.set_state(tuple(saved["numpy"]))

@@ -1,4 +1,4 @@
-"""Which checkpoint a run goes on from: the root looks, and all ranks hear."""
+"""Which checkpoint a run resumes from: rank 0 looks for it and broadcasts the result."""
 
 import logging
 from collections.abc import Mapping
@@ -14,17 +14,17 @@ _log = logging.getLogger(__name__)
 
 
 def open_checkpoint(directory: Path, resume: str) -> Checkpoint | None:
-    """The checkpoint to go on from; a collective call.
+    """Opens the checkpoint to resume from. A collective call.
 
-    Only rank 0 reads, so the others' hosts need not see its disk. They get all but the common variables.
+    Only rank 0 reads, so other hosts need no access to its disk. The other ranks receive everything except variables.
 
     Args:
-        directory: where this run's checkpoints lie.
-        resume: "auto", the newest intact one of `directory`, if there is any; "never"; or the path of one, or of a
-            run that has some.
+        directory: where this run's checkpoints are stored.
+        resume: "auto" for the newest intact checkpoint in `directory`, if there is one; "never"; or the path of a
+            checkpoint, or of a run that has some.
 
     Raises:
-        UsageError: on all ranks: there is no intact checkpoint at the path.
+        UsageError: there is no intact checkpoint at the path; raised on all ranks.
     """
     found, mistake = None, None
     if world.rank() == 0:
@@ -43,7 +43,7 @@ def open_checkpoint(directory: Path, resume: str) -> Checkpoint | None:
 
 
 def refuse_another_job(found: Checkpoint, job: Mapping[str, Any]) -> None:
-    """Raises a `UsageError` if a checkpoint says something else of what the run is than `job`, by name."""
+    """Raises a `UsageError` if a checkpoint has another value than `job` for one of the names in it."""
     theirs = found.state["job"]
     differing = [name for name in job if name in theirs and theirs[name] != job[name]]
     if differing:
@@ -51,7 +51,7 @@ def refuse_another_job(found: Checkpoint, job: Mapping[str, Any]) -> None:
         here = ", ".join(f"{name} {job[name]}" for name in differing)
         raise UsageError(
             f"The checkpoint {found.path} is of another job: {there} there, and {here} here. Give this run a directory "
-            f"of its own, or resume='never', which starts anew."
+            f"of its own, or start from the beginning with resume='never'."
         )
 
 
@@ -60,7 +60,7 @@ def refuse_another_model(found: Checkpoint, difference: str | None) -> None:
     if difference:
         raise UsageError(
             f"The checkpoint {found.path} is of another model or optimizer: {difference}. Give this run a directory "
-            f"of its own, or resume='never', which starts anew; or build the model that was saved."
+            f"of its own, start from the beginning with resume='never', or build the model that was saved."
         )
 
 

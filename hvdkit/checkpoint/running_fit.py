@@ -1,6 +1,6 @@
-"""A running `Model.fit`, made to begin in the middle of an epoch.
+"""Makes a running `Model.fit` start in the middle of an epoch.
 
-Keras can begin at an epoch (`initial_epoch`), but not at a step: the first steps of an epoch are skipped here.
+Keras can start at an epoch (`initial_epoch`), but not at a step. This module skips the first steps of an epoch.
 """
 
 import math
@@ -14,14 +14,14 @@ from hvdkit.compat import fit_loop, keras3
 
 
 class RunningFit:
-    """The `fit` of a model, from whose `on_train_begin` this is made.
+    """The running `fit` of a model. Make it in a callback's `on_train_begin`.
 
     Args:
         model: the model that is trained.
 
     Raises:
         RuntimeError: no `fit` of this model is running.
-        UsageError: it is that of a Keras that hvdkit does not know.
+        UsageError: hvdkit does not support the `fit` of this Keras version.
     """
 
     def __init__(self, model: keras.Model) -> None:
@@ -30,15 +30,15 @@ class RunningFit:
 
     @property
     def steps(self) -> int | None:
-        """Steps an epoch; None as long as Keras does not know."""
+        """Steps per epoch; None until Keras knows the number."""
         steps = self._iterator.num_batches
         return None if steps is None or not math.isfinite(steps) else int(steps)
 
     def build(self) -> None:
-        """Builds what Keras would build in the first step: layers, optimizer, and the metrics' states."""
+        """Builds what Keras would build in the first step: layers, optimizer and metrics."""
         spec = fit_loop.element_spec(self._iterator)
         if not all(isinstance(leaf, tf.TensorSpec) for leaf in keras.tree.flatten(spec)):
-            return  # under tf.distribute, where Keras has done so; or of ragged tensors, with which it cannot
+            return  # tf.distribute, where Keras has built them; or ragged tensors, for which it cannot
         batch = keras.tree.map_structure(
             lambda s: keras.KerasTensor(s.shape, keras.backend.standardize_dtype(s.dtype)), spec
         )
@@ -54,42 +54,42 @@ class RunningFit:
         then: Callable[[], None],
         logs: dict[str, Any],
     ) -> None:
-        """Makes the loop over epochs begin at `epoch`, and its first epoch at `step`.
+        """Makes the loop over epochs start at `epoch`, and its first epoch at `step`.
 
         Args:
-            epoch: from 0.
-            step: steps of that epoch which were taken before.
-            steps: an epoch's, as far as they were known.
-            data_begins_there: the data set's first batch is that step's. Otherwise the batches before it are read
-                once more, and passed over.
-            then: called when the data is in place, before the first step.
-            logs: of the last step taken; those of the epoch, if no step of it is left.
+            epoch: number of the epoch, from 0.
+            step: how many steps of that epoch are already done.
+            steps: steps per epoch, if they were known.
+            data_begins_there: whether the data set's first batch is the one of that step. Otherwise the earlier
+                batches are read again and skipped.
+            then: called before the first step, when the data is at its position.
+            logs: the logs of the last step; they become the epoch's logs if no step of it is left.
         """
         keras3.set_first_epoch(self._model, epoch)
 
         def from_step(original: Callable[[], Iterator[Any]]) -> Iterator[Any]:
-            unknown = self.steps is None  # how long the data is: Keras learns it when it ends for the first time
+            unknown = self.steps is None  # Keras learns the number of steps when the data ends for the first time
             for _ in range(0 if data_begins_there else epoch):
                 self._pass_over(original(), steps if unknown else None)
             yield from self._rest(original(), step, read=not data_begins_there, then=then)
 
         fit_loop.replace_next_epoch(self._iterator, from_step)
-        if step:  # Keras has the last step's logs in a local variable, which stays empty if no step is left
+        if step:  # Keras keeps the last step's logs in a local variable, which stays empty if no step is left
             keras3.replace_next_epoch_logs(self._model, lambda given: given or logs)
 
     def leave_epochs_out(self, epochs: int) -> None:
-        """Makes `fit` end at once: training was over."""
+        """Makes `fit` end at once, because training was complete."""
         keras3.set_first_epoch(self._model, epochs)
 
     def _pass_over(self, enumeration: Iterator[Any], learned_steps: int | None) -> None:
-        """An epoch that was trained before, in which the data set must move on as it did then.
+        """Skips an epoch that is already trained, and leaves the data set in the state that it had then.
 
-        A data set that goes on from epoch to epoch is read; one that begins anew with each is begun, which is when it
-        draws the seed of that epoch's order.
+        A data set that continues from epoch to epoch is read. One that restarts with each epoch is only started: it
+        then draws the seed for that epoch's order.
 
         Args:
-            enumeration: of the epoch's steps.
-            learned_steps: what Keras learned when the data ended, where it did not know before.
+            enumeration: the epoch's steps.
+            learned_steps: the number of steps that Keras learned when the data ended, if it did not know it before.
         """
         begun = False
         for item in enumeration:

@@ -1,12 +1,12 @@
-"""Checkpoints on disk: a folder each, which is whole or not there.
+"""Checkpoints on disk: one folder each, published atomically.
 
     checkpoints/000007-step-1200/      number of the checkpoint, steps trained
         arrays.npz                     weights, slots, metrics, ...
         state.json                     everything else
         manifest.json                  size and SHA-256 of both, and of itself
 
-A folder is written under a name that no reader looks at, forced to the disk, and renamed: a kill at any instant leaves
-the older ones as they were. A reader trusts a folder only if all checksums are right. Nothing is ever unpickled.
+A folder is written under a name that readers ignore, flushed to disk (fsync), and renamed. A kill at any instant leaves
+older checkpoints unchanged. A reader uses a folder only if all checksums match. Nothing is ever unpickled.
 """
 
 import dataclasses
@@ -29,17 +29,17 @@ _log = logging.getLogger(__name__)
 
 FORMAT = 1
 _NAME = re.compile(r"(\d{6,})-step-(\d+)")
-_UNREADABLE = ".partial-", ".removed-"  # how the names begin of folders that no reader looks at
+_UNREADABLE = ".partial-", ".removed-"  # prefixes of folders that readers ignore
 _BLOCK = 8 << 20  # bytes hashed at once
 
 
 class Damaged(Exception):  # noqa: N818 - says what it is
-    """A checkpoint whose content is not what was written; the message says where."""
+    """A checkpoint's content differs from what was written; the message says where."""
 
 
 @dataclasses.dataclass(frozen=True)
 class Checkpoint:
-    """What was read from a folder: `state` is plain JSON, `arrays` are by name."""
+    """The content of a checkpoint's folder: `state` is plain JSON, `arrays` are NumPy arrays by name."""
 
     path: Path
     state: dict[str, Any]
@@ -47,7 +47,7 @@ class Checkpoint:
 
 
 def folders(directory: Path) -> list[Path]:
-    """The published checkpoints of a directory, oldest first; whether they are intact is not looked at."""
+    """The published checkpoints of a directory, oldest first. Does not check whether they are intact."""
     if not directory.is_dir():
         return []
     found = [(match, path) for path in directory.iterdir() if (match := _NAME.fullmatch(path.name))]
@@ -61,21 +61,21 @@ def write(
     arrays: Mapping[str, np.ndarray],
     metrics: Mapping[str, float],
 ) -> Path:
-    """Publishes a checkpoint, and reads it back.
+    """Writes a checkpoint, reads it back, and publishes it.
 
     Args:
-        directory: where checkpoints lie; made if it is not there.
+        directory: where checkpoints are stored; created if missing.
         step: steps trained, for the name.
         state: plain JSON.
-        arrays: of any dtype but object.
-        metrics: by which the best checkpoints are kept.
+        arrays: arrays by name, of any dtype except object.
+        metrics: metrics by which the best checkpoints are kept.
 
     Returns:
         The new folder.
 
     Raises:
-        OSError: the disk is full, or the like; nothing is left then, and older checkpoints are as they were.
-        Damaged: what was read back is not what was written; the folder is removed.
+        OSError: writing failed, for example on a full disk. Nothing is left, and older checkpoints are unchanged.
+        Damaged: the data read back differs from the data written. The folder is removed.
     """
     directory.mkdir(parents=True, exist_ok=True)
     there = folders(directory)
@@ -104,10 +104,10 @@ def write(
 
 
 def read(path: Path) -> Checkpoint:
-    """Reads a checkpoint whose checksums are right.
+    """Reads a checkpoint after checking its checksums.
 
     Raises:
-        Damaged: they are not, or something is missing.
+        Damaged: a checksum does not match, or something is missing.
     """
     manifest = check(path)
     try:
@@ -122,7 +122,7 @@ def read(path: Path) -> Checkpoint:
 
 
 def check(path: Path) -> dict[str, Any]:
-    """Compares a checkpoint's files with its manifest, and returns that.
+    """Compares a checkpoint's files with its manifest, and returns the manifest.
 
     Raises:
         Damaged: they differ, or something is missing.
@@ -143,7 +143,7 @@ def check(path: Path) -> dict[str, Any]:
 
 
 def newest(directory: Path) -> Checkpoint | None:
-    """The newest intact checkpoint of a directory; damaged ones are passed over, with a warning."""
+    """The newest intact checkpoint of a directory; damaged ones are skipped with a warning."""
     for path in reversed(folders(directory)):
         try:
             return read(path)
@@ -153,10 +153,10 @@ def newest(directory: Path) -> Checkpoint | None:
 
 
 def find(where: Path) -> Checkpoint:
-    """The checkpoint that a user named: its folder, the directory of several, or a run's workdir.
+    """The checkpoint at a path that a user gave: its folder, a directory of several, or a run's workdir.
 
     Raises:
-        UsageError: there is none, or the named one is damaged.
+        UsageError: there is none, or the one given is damaged.
     """
     if (where / "manifest.json").is_file():
         try:
@@ -175,17 +175,17 @@ def find(where: Path) -> Checkpoint:
 
 
 def retain(directory: Path, keep: int, best: int, monitor: str, mode: str) -> list[Path]:
-    """Removes all checkpoints but the newest `keep` and the `best` best, if the newest is intact.
+    """Removes all checkpoints except the newest `keep` and the `best` best, if the newest is intact.
 
     Args:
-        directory: where checkpoints lie.
-        keep: how many of the newest stay, at least 1.
-        best: how many of the best stay besides.
-        monitor: the metric that tells which are best; checkpoints without it are not among these.
+        directory: where checkpoints are stored.
+        keep: how many of the newest to keep, at least 1.
+        best: how many of the best to keep in addition.
+        monitor: the metric that decides which are best; checkpoints without it do not count.
         mode: "min" or "max".
 
     Returns:
-        What was removed.
+        The removed folders.
     """
     there = folders(directory)
     try:
@@ -201,7 +201,7 @@ def retain(directory: Path, keep: int, best: int, monitor: str, mode: str) -> li
 
 
 def remove(path: Path) -> None:
-    """Removes a checkpoint: first its name, so that nobody reads half of it."""
+    """Renames a checkpoint, so that readers ignore it, and removes it."""
     aside = path.with_name(f"{_UNREADABLE[1]}{path.name}")
     try:
         path.rename(aside)
@@ -211,7 +211,7 @@ def remove(path: Path) -> None:
 
 
 def sweep(directory: Path) -> None:
-    """Removes what an earlier run had begun to write, or to remove, when it was killed."""
+    """Removes folders that an earlier run was writing or removing when it was killed."""
     if directory.is_dir():
         for path in directory.iterdir():
             if path.name.startswith(_UNREADABLE):
@@ -235,7 +235,7 @@ def _number(path: Path) -> int:
 
 
 def _read_back(path: Path) -> None:
-    """Reads all arrays, and compares them with the CRC-32 that was taken of them in memory."""
+    """Reads all arrays, and compares them with their CRC-32, which was computed in memory."""
     with zipfile.ZipFile(path) as stored:
         broken = stored.testzip()
     if broken:
@@ -243,7 +243,7 @@ def _read_back(path: Path) -> None:
 
 
 def _storable(array: np.ndarray) -> np.ndarray:
-    """NumPy writes dtypes that it does not know (bfloat16, float8) as raw bytes, and forgets which they were."""
+    """Views dtypes unknown to NumPy (bfloat16, float8) as integers: NumPy would store raw bytes without the dtype."""
     if array.dtype.hasobject:
         raise TypeError(f"An array of Python objects cannot be stored without pickle: {array!r:.100}")
     return array.view(f"u{array.dtype.itemsize}") if array.dtype.kind == "V" else array

@@ -1,13 +1,13 @@
-"""A model's variables, its optimizers' and its metrics', taken and given back on all ranks.
+"""Saves and restores the variables of a model, its optimizers and its metrics on all ranks.
 
-Most are common to the ranks: those are the root's. Some are each rank's own while an epoch runs: random seeds, the
-metrics' states, BatchNormalization's moving statistics, gradients that are accumulated and not yet exchanged, and what
-a `DistributedOptimizer` was told to keep local. Of these every rank's value is kept, and under `tf.distribute` every
-replica's. Slots that a `ShardedOptimizer` has divided over the ranks are kept as those of one process are.
+Most variables are the same on all ranks; the value of rank 0 is saved. Some differ between ranks during an epoch:
+random seeds, metric states, BatchNormalization's moving statistics, accumulated gradients that are not yet averaged,
+and variables that a `DistributedOptimizer` was told to keep local. Of these every rank's value is saved, and under
+`tf.distribute` every replica's. Slots that a `ShardedOptimizer` has sharded are saved like those of one process.
 
-A checkpoint may be restored on another number of ranks. Then the first ranks' seeds are used, and told apart for
-others; sums of metrics go to the root alone, so that their total stays what it was; and of other values all ranks take
-the mean.
+A checkpoint may be restored on another number of ranks. Then each rank takes its saved seed, and additional ranks get
+a seed derived from the first. Sums of metrics go to rank 0 alone, which keeps their total. Of other values all ranks
+take the mean.
 """
 
 import dataclasses
@@ -24,14 +24,14 @@ from hvdkit.optimizers.whole_slots import WholeSlot
 
 
 class Snapshot:
-    """The values at one moment, held in memory.
+    """The values of variables at one moment, in memory.
 
-    Taking it costs next to nothing on a CPU: a value that is held is copied when it is next assigned, by TensorFlow
-    itself. From a GPU, whose memory is not for this, values are copied at once. So are divided slots, which rank 0 must
-    bring together: with these, taking it is a collective call.
+    On a CPU a snapshot costs almost nothing: TensorFlow copies a held value only when the variable is next assigned.
+    Values on a GPU are copied to the host at once, to save GPU memory. Sharded slots are gathered on rank 0 at once;
+    with these, making a snapshot is a collective call.
 
     Args:
-        kept: of which variables.
+        kept: the variables.
     """
 
     def __init__(self, kept: Sequence[Kept]) -> None:
@@ -49,18 +49,18 @@ class Snapshot:
         )
 
     def arrays(self, everyone: Sequence[list[tuple[int, list[np.ndarray]]]]) -> dict[str, np.ndarray]:
-        """All arrays to store, given all ranks' `own`; rank after rank, and replica after replica, in the name."""
+        """All arrays to store, given all ranks' `own`. The number in a name counts ranks, and replicas within each."""
         arrays = {name: np.asarray(value) for name, value in self._common.items()}
         by_number = [dict(own) for own in everyone]
         for number in sorted({n for own in by_number for n in own}):
-            # Stages of a pipeline have different numbers of variables: for one that has no such, nothing stands.
+            # Pipeline stages have different numbers of variables: a stage without this one gets an empty array.
             values = [part for own in by_number for part in own.get(number, [np.zeros(0, bool)])]
             arrays |= {f"own/{number}/{place}": value for place, value in enumerate(values)}
         return arrays
 
 
 def difference(kept: Sequence[Kept], signatures: Sequence[Sequence[Any]]) -> str | None:
-    """How a stored model differs from this one, in words; metrics may differ. None if it does not."""
+    """Says how a stored model differs from this one; None if it does not. Metrics may differ."""
     ours = [k.signature for k in kept if k.kind != METRIC]
     theirs = [list(s) for s in signatures if s[3] != METRIC]
     for here, there in zip(ours, theirs, strict=False):
@@ -72,15 +72,15 @@ def difference(kept: Sequence[Kept], signatures: Sequence[Sequence[Any]]) -> str
 
 
 def restore(kept: Sequence[Kept], signatures: Sequence[Sequence[Any]], arrays: dict[str, np.ndarray]) -> bool:
-    """Gives all ranks their values back; a collective call.
+    """Restores the values on all ranks. A collective call.
 
     Args:
         kept: the variables.
-        signatures: as stored; `difference` has found none.
-        arrays: as stored, on rank 0; elsewhere not looked at.
+        signatures: the stored signatures, for which `difference` has returned None.
+        arrays: the stored arrays on rank 0; ignored on other ranks.
 
     Returns:
-        Whether the metrics are those that were stored; otherwise they are left as they are.
+        Whether the metrics match those stored; otherwise they are left unchanged.
     """
     divided = _divided(kept)
     whole_slots.scatter(
@@ -96,7 +96,7 @@ def restore(kept: Sequence[Kept], signatures: Sequence[Sequence[Any]], arrays: d
     same_metrics = [k.signature[1:] for k in kept] == [list(s[1:]) for s in signatures]
     left_out = {COMMON} if same_metrics else {COMMON, METRIC}
     wanted = [_Wanted.of(number, k) for number, k in enumerate(kept) if k.kind not in left_out]
-    everyone = collectives.gather_object(wanted, "checkpoint.wanted")  # stages of a pipeline want different things
+    everyone = collectives.gather_object(wanted, "checkpoint.wanted")  # pipeline stages have different variables
     given = [[one.values(arrays, rank) for one in theirs] for rank, theirs in enumerate(everyone)]
     for one, values in zip(wanted, collectives.scatter_object(given, "checkpoint.own"), strict=True):
         for part, value in zip(kept[one.number].parts(), values, strict=True):
@@ -106,14 +106,14 @@ def restore(kept: Sequence[Kept], signatures: Sequence[Sequence[Any]], arrays: d
 
 @dataclasses.dataclass(frozen=True)
 class _Wanted:
-    """A variable that is each rank's own, to be given back to a rank.
+    """A variable whose values differ between ranks, to be restored on one rank.
 
     Attributes:
-        number: its place among all.
-        kind: as of `Kept`.
-        columns: as of `Kept`.
-        parts: how many the rank has: one a replica.
-        adds_up: whether replicas' values are terms of a sum.
+        number: its index among all variables.
+        kind: see `Kept`.
+        columns: see `Kept`.
+        parts: how many values the rank has: one for each replica.
+        adds_up: whether the replicas' values are terms of a sum.
     """
 
     number: int
@@ -124,26 +124,26 @@ class _Wanted:
 
     @classmethod
     def of(cls, number: int, kept: Kept) -> "_Wanted":
-        """What a rank has in that place."""
+        """Describes the variable with index `number` of this rank."""
         adds_up = kept.kind == METRIC and getattr(kept.variable, "aggregation", "sum") == "sum"
         return cls(number, kept.kind, kept.columns, len(kept.parts()), adds_up)
 
     def values(self, arrays: dict[str, np.ndarray], rank: int) -> list[np.ndarray]:
-        """What the parts of a rank take of what is stored."""
+        """The values for a rank's replicas, from the stored ones."""
         stored = list(_in_order(arrays, f"own/{self.number}/"))
         replicas = world.size() * self.parts
         return [self._value(stored, rank * self.parts + part, replicas) for part in range(self.parts)]
 
     def _value(self, values: list[np.ndarray], replica: int, replicas: int) -> np.ndarray:
-        """What a replica takes of the stored replicas' values."""
+        """The value for one replica, from the stored replicas' values."""
         if len(values) == replicas:
             return values[replica]
-        if self.columns:  # of another number of copies of the model
+        if self.columns:  # saved with another number of copies of the model
             values = values[replica % self.columns :: self.columns]
             replica //= self.columns
             if self.kind == OWN:
                 return values[0]
-        if self.kind == SEED:  # [seed, counter]: broadcast from the root, told apart by the rank
+        if self.kind == SEED:  # [seed, counter]: seed of rank 0, plus the replica's number
             if replica < len(values):
                 return values[replica]
             return values[0] + np.array([replica, 0], values[0].dtype)

@@ -1,4 +1,4 @@
-"""The thread that writes checkpoints while training goes on."""
+"""The thread that writes checkpoints while training continues."""
 
 import logging
 import threading
@@ -16,10 +16,10 @@ class Writer:
     """Writes one checkpoint at a time, in the background.
 
     Attributes:
-        error: why the last one could not be written; None if it could.
-        written: the last one that could be.
+        error: why the last checkpoint could not be written; None if it was.
+        written: the last checkpoint that was written.
         count: how many were written.
-        seconds: how long that took, all together.
+        seconds: how long writing took in total.
     """
 
     def __init__(self) -> None:
@@ -31,23 +31,23 @@ class Writer:
 
     @property
     def busy(self) -> bool:
-        """Whether one is being written."""
+        """Whether a checkpoint is being written."""
         return self._thread is not None and self._thread.is_alive()
 
     def start(self, step: int, write: Callable[[], Path]) -> None:
-        """Begins to write, when the one before is done.
+        """Starts to write, after the previous checkpoint is written.
 
         Args:
             step: steps trained, for messages.
-            write: does it, and returns the folder.
+            write: writes the checkpoint and returns its folder.
         """
         self.wait()
-        # Not a daemon: a program that ends while it writes waits for it.
+        # Not a daemon thread: a program that exits waits until the checkpoint is written.
         self._thread = threading.Thread(target=self._run, args=(step, write), name="hvdkit-checkpoint")
         self._thread.start()
 
     def wait(self) -> None:
-        """Returns when nothing is being written."""
+        """Waits until nothing is being written."""
         if self._thread:
             self._thread.join()
             self._thread = None
@@ -60,10 +60,10 @@ class Writer:
             self.seconds += time.perf_counter() - began
         except (OSError, Damaged, ValueError, TypeError, MemoryError) as error:
             self.error = error
-            outcome.tell(outcome.Unsaved(step, f"{type(error).__name__}: {error}"))
+            why = f"{type(error).__name__}: {error}"
+            outcome.tell(outcome.Unsaved(step, why))
             last = f"the last good one is {self.written}" if self.written else "none has been written in this run"
             _log.warning(
-                "The checkpoint of step %d could not be written (%s: %s). Training goes on; %s. Make room or mend the "
-                "disk; the next checkpoint is tried as usual.",
-                step, type(error).__name__, error, last,
-            )  # fmt: skip
+                f"The checkpoint of step {step} could not be written ({why}). Training continues; {last}. Free space "
+                f"or fix the disk; the next checkpoint is tried as usual."
+            )

@@ -151,7 +151,7 @@ def test_a_job_that_is_told_to_leave_is_queued_again_and_goes_on(submit, slurm, 
     slurm.run("scontrol", "update", f"JobId={job.id}", "StartTime=now+2")
     assert job.finish() == ("COMPLETED", 0), job.output()
     output = job.output()
-    assert "going on from" in output
+    assert "resuming from" in output
     result = json.loads((workdir / "result.json").read_text())
     assert (result["size"], result["steps"], len(result["train_loss"])) == (2, 60 * 44, 60)
     epochs = [int(n) for n in re.findall(r"^epoch (\d+)/60", output, re.M)]

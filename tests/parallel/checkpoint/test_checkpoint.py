@@ -108,7 +108,7 @@ def test_another_number_of_ranks_sees_each_example_once(ranks, train, tmp_path):
         told = {"flags": flags, "step": step, "env": {"AUDIT": str(tmp_path / f"{number}")}}
         ended = ranks(number, train_until_told_to_leave, fails=True, **told)
         assert ended.code == 85, ended.output
-        assert "rank 1 (SIGTERM) was told to leave after step" in ended.output
+        assert "rank 1 (SIGTERM) was told to stop after step" in ended.output
         assert "Traceback" not in ended.output
     ended = train(0, "--strategy=single", *flags, env={"AUDIT": str(tmp_path / "1")})
     assert ended.code == 0, ended.output
@@ -189,7 +189,7 @@ def test_every_ranks_own_state_goes_on(ranks, tmp_path):
     for whole, resumed, codes, step in everyone:
         assert resumed == whole
         # The signal comes after a step; the next step's exchange tells the other rank.
-        said = [(85, f"rank 1 (SIGTERM) was told to leave after step {n}; it is saved") for n in (4, 14)]
+        said = [(85, f"rank 1 (SIGTERM) was told to stop after step {n}; it is saved") for n in (4, 14)]
         assert [(code, text[: len(said[0][1]) + (n > 0)]) for n, (code, text) in enumerate(codes)] == said
         assert step == 14, "the interrupted training was not begun anew"
     assert everyone[0][0][0][0] == everyone[1][0][0][0], "one model"
