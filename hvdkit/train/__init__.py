@@ -1,10 +1,10 @@
-"""The main job, `python -m hvdkit.train`: flags, data, model, training and artifacts side by side.
+"""The main job, `python -m hvdkit.train`: flags, data, model, training and artifacts.
 
-This package loads nothing: `flags` must check a command line without TensorFlow.
+This file imports only `os`, because `flags` must check a command line without loading TensorFlow.
 """
 
 import os
 
-# TensorFlow's start-up notices, one set for each rank, would bury what the job prints.
+# Hides TensorFlow's start-up messages of every rank, among which the job's own output is hard to find.
 os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
-os.environ.setdefault("TF_ENABLE_ONEDNN_OPTS", "1")  # as hvdkit.launch.binding sets it, with or without a launcher
+os.environ.setdefault("TF_ENABLE_ONEDNN_OPTS", "1")  # as in hvdkit.launch.binding, for runs without a launcher

@@ -21,8 +21,8 @@ def main(argv: list[str], more_callbacks: Sequence["keras.callbacks.Callback"] =
     """Runs the job; `more_callbacks` and `tap` as for `run`.
 
     Returns:
-        0 if it trained, 2 if the user can mend what went wrong, 1 if the replicas diverged, 85 if a signal asked it to
-        leave: then the same command goes on; in an elastic job 86 if it needs another number of ranks.
+        0 on success, 2 for an error that the user can fix, 1 if the replicas diverged, 85 if a signal preempted the
+        job (the same command resumes it), and in an elastic job 86 if it needs another number of ranks.
     """
     try:
         config = flags.parse(argv)
@@ -32,7 +32,7 @@ def main(argv: list[str], more_callbacks: Sequence["keras.callbacks.Callback"] =
 
 
 def _train(config: flags.Config, more_callbacks: Sequence["keras.callbacks.Callback"], tap: "Tap | None") -> int:
-    # These load TensorFlow, for seconds: help and a wrong flag do not wait for it.
+    # Imported here because they load TensorFlow, which takes seconds: --help and a wrong flag must not wait for it.
     from hvdkit import runtime, watchdog
     from hvdkit.checkpoint import preemption
     from hvdkit.train.run import run
@@ -47,7 +47,7 @@ def _train(config: flags.Config, more_callbacks: Sequence["keras.callbacks.Callb
     except (UsageError, ReplicasDiverged) as error:
         return _fail(error)
     except Exception as error:
-        if world.launched_size() == 1:  # where there are more, the watchdog tells
+        if world.launched_size() == 1:  # with more ranks, the watchdog reports it
             outcome.tell(outcome.Failed("error", 1, f"{type(error).__name__}: {error}", rank=0))
         raise
     finally:
@@ -58,7 +58,7 @@ def _train(config: flags.Config, more_callbacks: Sequence["keras.callbacks.Callb
 def _fail(error: UsageError | ReplicasDiverged) -> int:
     logging.getLogger("hvdkit").debug("left with", exc_info=True)
     code = _exit_code(error)
-    if world.launched_rank() == 0:  # all ranks exit with the same sentence; one is enough
+    if world.launched_rank() == 0:  # all ranks exit with the same message; show it once
         print(f"hvdkit.train: {error}", file=sys.stderr, flush=True)
         outcome.tell(outcome.Failed("usage" if code != 1 else "diverged", code, str(error), rank=0))
     return code

@@ -1,4 +1,4 @@
-"""What a run leaves behind: its folder, its logs, its results and its curves. Each file is whole, or not there."""
+"""The output of a run: its folder, logs, results and curves. Results and models are written atomically."""
 
 import csv
 import logging
@@ -14,11 +14,11 @@ from hvdkit.world.ranks import World
 
 
 def clear(workdir: Path, *, keep: Sequence[str] = ()) -> None:
-    """Removes what an earlier run has left in the folder, so that nothing of it passes for this run's.
+    """Removes an earlier run's output from the folder, so that it is not mistaken for this run's.
 
     Args:
         workdir: the run's folder.
-        keep: folders in it that stay.
+        keep: folders in it to keep.
     """
     for name in (
         "result.json",
@@ -35,15 +35,15 @@ def clear(workdir: Path, *, keep: Sequence[str] = ()) -> None:
 
 
 def make_workdir(path: Path, *, overwrite: bool, begin_anew: bool) -> None:
-    """Makes the run's folder on this host and sees that it can be written to.
+    """Creates the run's folder on this host and checks that it is writable.
 
     Args:
         path: the folder.
         overwrite: whether an earlier run may be replaced.
-        begin_anew: a run that was interrupted is not gone on with.
+        begin_anew: whether to start from the beginning although an interrupted run could be resumed.
 
     Raises:
-        UsageError: it cannot, or it has a run that would be lost, and `overwrite` is off.
+        UsageError: it is not writable, or it has a run that would be lost and `overwrite` is off.
     """
     try:
         (path / "logs").mkdir(parents=True, exist_ok=True)
@@ -61,19 +61,20 @@ def make_workdir(path: Path, *, overwrite: bool, begin_anew: bool) -> None:
     if begin_anew and not overwrite and (path / "checkpoints").exists():
         raise UsageError(
             f"The workdir {path} has the checkpoints of an interrupted run, and --resume=never would lose them. "
-            f"Leave --resume out to go on with that run, choose another --workdir=DIR, or add --overwrite."
+            f"Leave --resume out to resume that run, choose another --workdir=DIR, or add --overwrite."
         )
 
 
 def log_to(path: Path, world: World, *, append: bool = False) -> None:
-    """Sends this rank's log to `path/logs/rank-NNNN.log`, instead of where it went before; rank 0 also shows it.
+    """Sends this rank's log only to `path/logs/rank-NNNN.log`; rank 0 also shows it.
 
-    Where the launcher keeps what each rank prints in the same file, the log is printed, and nobody else writes there.
+    If the launcher writes each rank's output to the same file, the log is printed instead, so that only the launcher
+    writes to the file.
 
     Args:
         path: the run's folder.
         world: which rank this is.
-        append: keep what is in the file.
+        append: whether to keep the content of the file.
     """
     logger = logging.getLogger("hvdkit")
     logger.setLevel(logging.INFO)
@@ -101,7 +102,7 @@ def log_to(path: Path, world: World, *, append: bool = False) -> None:
 
 
 def save_model(model: Any, path: Path) -> None:
-    """Saves a Keras model aside and renames it. It opens in plain Keras."""
+    """Saves a Keras model under a temporary name, then renames it. The file opens in plain Keras."""
     aside = path.with_name(f".{path.stem}.{os.getpid()}.keras")
     try:
         model.save(aside)
@@ -113,16 +114,16 @@ def save_model(model: Any, path: Path) -> None:
 def plot_curves(
     workdir: Path, history: Mapping[str, Sequence[float]], steps_per_epoch: int, eval_every: int, title: str
 ) -> None:
-    """Draws `curves.png`: each metric by epoch, training and test in one panel, and the loss by step behind it.
+    """Draws `curves.png`: one panel for each metric, training and test by epoch; for the loss also each step.
 
     Args:
-        workdir: the run's folder; `loss.csv` is read there, if a step was taken.
-        history: what `fit` returned, by metric.
-        steps_per_epoch: puts the steps on the epochs' axis.
+        workdir: the run's folder; its `loss.csv` is used if it exists.
+        history: values by metric, as `fit` returns them.
+        steps_per_epoch: converts steps to epochs for the x axis.
         eval_every: epochs between two evaluations on the test split.
-        title: the figure's.
+        title: the figure's title.
     """
-    import matplotlib.figure  # the figure alone: no window system, no global state
+    import matplotlib.figure  # not pyplot, which needs a window system and has global state
 
     names = [n for n in history if not n.startswith("val_")]
     figure = matplotlib.figure.Figure(figsize=(4 * len(names), 3.2), layout="constrained")

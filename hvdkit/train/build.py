@@ -1,4 +1,4 @@
-"""From `--model` to a compiled Keras model: one of the recipes' models, or any function that returns one."""
+"""Builds and compiles the Keras model of `--model`: one of hvdkit's models, or a function of the user's."""
 
 import ast
 import dataclasses
@@ -30,10 +30,10 @@ class ModelSource:
     """A function that builds a model, and the defaults to train it with.
 
     Attributes:
-        name: a short name, fit for a folder.
-        build: returns a Keras model, compiled or not. It is given those of `input_shape`, `num_classes`,
-            `vocabulary_size` and `sequence_length` that it has parameters for.
-        recipes: the defaults, one a data set.
+        name: a short name that can be part of a folder's name.
+        build: returns a Keras model, compiled or not. It is called with those of `input_shape`, `num_classes`,
+            `vocabulary_size` and `sequence_length` for which it has parameters.
+        recipes: the defaults, one for each data set.
     """
 
     name: str
@@ -71,15 +71,15 @@ def find_model(model: str) -> ModelSource:
 
 
 def build_model(source: ModelSource, given: dict[str, Any], chosen: Mapping[str, Any] | None = None) -> keras.Model:
-    """Calls the build function with those of the arguments `given` that it takes, and with all that were `chosen`.
+    """Calls the build function with the arguments in `given` that it accepts, and with all in `chosen`.
 
     Args:
         source: the function.
-        given: by name, what follows from the data.
-        chosen: by name, what the user asked for.
+        given: arguments that follow from the data, by name.
+        chosen: arguments that the user gave, by name.
 
     Raises:
-        UsageError: it needs another argument, does not take one, fails, or returns something else than a Keras model.
+        UsageError: it needs another argument, does not accept one, fails, or does not return a Keras model.
     """
     parameters = inspect.signature(source.build).parameters
     _check_chosen(source, given, chosen or {})
@@ -91,12 +91,12 @@ def build_model(source: ModelSource, given: dict[str, Any], chosen: Mapping[str,
     ]
     if unknown:
         raise UsageError(
-            f"The model {source.name} needs the argument {unknown[0]!r}, which this data set has not: it gives "
+            f"The model {source.name} needs the argument {unknown[0]!r}, which this data set does not have: it gives "
             f"{', '.join(given)}. Choose another data set, or give the parameter a default."
         )
     try:
         model = source.build(**{n: value for n, value in given.items() if n in parameters or n in (chosen or {})})
-    except Exception as error:  # whatever a user's function raises
+    except Exception as error:  # a user's function may raise anything
         raise UsageError(f"The model {source.name} cannot be built: {_describe(error)}.") from error
     if not isinstance(model, keras.Model):
         raise UsageError(
@@ -107,7 +107,7 @@ def build_model(source: ModelSource, given: dict[str, Any], chosen: Mapping[str,
 
 
 def _check_chosen(source: ModelSource, given: Mapping[str, Any], chosen: Mapping[str, Any]) -> None:
-    """Raises a `UsageError` if the build function does not take an argument, or if the data decide it."""
+    """Raises a `UsageError` if the build function does not accept an argument, or if the data determines it."""
     parameters = inspect.signature(source.build).parameters.values()
     own = [p.name for p in parameters if p.name not in given and p.kind in (p.POSITIONAL_OR_KEYWORD, p.KEYWORD_ONLY)]
     takes_all = any(p.kind is p.VAR_KEYWORD for p in parameters)
@@ -143,7 +143,7 @@ def make_optimizer(spec: str, learning_rate: float) -> keras.optimizers.Optimize
 
 
 def ends_in_probabilities(model: keras.Model) -> bool:
-    """Whether the model's last layer has a softmax, so that the loss must not apply one again."""
+    """Whether the model's last layer applies softmax. Then the loss must not apply it again."""
     last = model.layers[-1] if model.layers else None
     return isinstance(last, keras.layers.Softmax) or getattr(last, "activation", None) is keras.activations.softmax
 
@@ -151,22 +151,22 @@ def ends_in_probabilities(model: keras.Model) -> bool:
 def check_output(
     model: keras.Model, spec: tf.TensorSpec, num_classes: int, name: str, *, each_token: bool = False
 ) -> None:
-    """Runs the model's shapes through and compares its output with the number of classes.
+    """Computes the model's output shape and compares it with the number of classes.
 
     Args:
         model: the model.
-        spec: of one example.
-        num_classes: what a label can be.
-        name: the model's.
-        each_token: whether each token of an example has a label, rather than the example one.
+        spec: shape and dtype of one example.
+        num_classes: number of classes, or of tokens.
+        name: the model's name.
+        each_token: whether each token of an example has a label, instead of one label per example.
 
     Raises:
-        UsageError: the model cannot take such an input, or does not give a value a class.
+        UsageError: the model does not accept the input, or its output does not have one value per class.
     """
     dtype = "float32" if spec.dtype == tf.uint8 else spec.dtype.name
     try:
         output = model(keras.KerasTensor((None, *spec.shape), dtype))
-    except Exception as error:  # whatever a user's layers raise on a shape that they were not made for
+    except Exception as error:  # a user's layers may raise anything for a shape that they do not support
         raise UsageError(
             f"The model {name} cannot take examples of shape {tuple(spec.shape)} "
             f"({str(error).strip().splitlines()[0]}). Choose another data set, resize images with --image-size, or "
@@ -189,8 +189,8 @@ def _import_file(path: Path) -> Any:
     if spec is None or spec.loader is None:
         raise UsageError(f"{path} cannot be imported as Python.")
     module = importlib.util.module_from_spec(spec)
-    sys.modules[spec.name] = module  # dataclasses, pickle and autograph look there
-    sys.path.insert(0, str(path.resolve().parent))  # as `python file.py` has it, for modules beside the file
+    sys.modules[spec.name] = module  # for dataclasses, pickle and autograph
+    sys.path.insert(0, str(path.resolve().parent))  # like `python file.py`, for modules in the same folder
     try:
         spec.loader.exec_module(module)
     except Exception as error:
@@ -199,7 +199,7 @@ def _import_file(path: Path) -> Any:
 
 
 def _describe(error: Exception) -> str:
-    """An error in a sentence, with the place where it was raised."""
+    """An error as one sentence, with the line that raised it."""
     last = traceback.extract_tb(error.__traceback__)[-1]
     message = (str(error).strip().splitlines() or ["no message"])[0].rstrip(".")
     return f"{type(error).__name__}: {message} (line {last.lineno} of {last.filename})"
@@ -214,7 +214,7 @@ def compile_model(
     vocabulary: Vocabulary | None,
     spec: tf.TensorSpec,
 ) -> tuple[keras.Model, Settings]:
-    """Builds and compiles the model; the settings are then those that it really has."""
+    """Builds and compiles the model. Returns it with the settings that it really uses."""
     given = _given_by_data(source, vocabulary, spec)
     model = build_model(model_source, given, settings.model_arguments)
     each_token = isinstance(source, TokenSource)
@@ -229,7 +229,7 @@ def compile_model(
     model = strategy.divide(whole)
     if compiled and model is not whole:
         model.compile_from_config(whole.get_compile_config())
-    del whole  # and with it, from a divided model, the other ranks' weights
+    del whole  # under model parallelism, frees the weights that other ranks hold
     gc.collect()
     if compiled:
         rate = float(keras.ops.convert_to_numpy(model.optimizer.learning_rate))
@@ -240,17 +240,17 @@ def compile_model(
             strategy.distribute(make_optimizer(settings.optimizer, settings.learning_rate), **options),
             loss=keras.losses.SparseCategoricalCrossentropy(from_logits=from_logits),
             metrics=[keras.metrics.SparseCategoricalAccuracy(name="accuracy")],
-            jit_compile=False,  # XLA compiles neither Horovod's exchange nor tf.distribute's
+            jit_compile=False,  # XLA cannot compile the collectives of Horovod and tf.distribute
         )
-    # Keras would build it while it traces the first step, and slots that start from the weights' values
-    # (ScheduleFreeAdamW's) would start from 0.
+    # Build it before the first step is traced: slots that start from the weights' values (ScheduleFreeAdamW's) would
+    # otherwise start from 0.
     if not model.optimizer.built:
         model.optimizer.build(model.trainable_variables)
     return model, settings
 
 
 def _given_by_data(source: Source, vocabulary: Vocabulary | None, spec: tf.TensorSpec) -> dict[str, Any]:
-    """By name, what a function that builds a model may ask for."""
+    """The arguments that a build function may use, by name."""
     given: dict[str, Any] = {"input_shape": tuple(spec.shape)}
     if isinstance(source, TokenSource):
         return given | {"vocabulary_size": source.vocabulary_size, "sequence_length": source.sequence_length}

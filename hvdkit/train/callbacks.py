@@ -26,12 +26,12 @@ def checkpoint_callback(
     found: Checkpoint | None,
     data: TrainingData,
 ) -> callbacks.CheckpointCallback:
-    """What writes the run's checkpoints, with what a resumed run needs to know of data and warm-up."""
+    """The callback that writes the run's checkpoints, with the data position and warm-up for a resumed run."""
     warmup = {"warmup_epochs": settings.warmup_epochs, "warmup_replicas": _warmup_replicas(strategy, found)}
     return callbacks.CheckpointCallback(
         workdir / "checkpoints",
         every=settings.checkpoint_steps,
-        resume="never",  # what there is has been opened already
+        resume="never",  # the checkpoint is already open, in `found`
         resumed=found,
         keep=settings.keep,
         keep_best=settings.keep_best,
@@ -43,14 +43,14 @@ def checkpoint_callback(
 
 
 def _warmup_replicas(strategy: Strategy, found: Checkpoint | None) -> int:
-    """How many replicas the warm-up counts with: those with which training began."""
+    """The number of replicas for the warm-up: the one with which training started."""
     return found.state["extra"]["warmup_replicas"] if found else strategy.size
 
 
 def training_callbacks(
     settings: Settings, strategy: Strategy, steps: int, steps_per_epoch: int, workdir: Path, found: Checkpoint | None
 ) -> list[keras.callbacks.Callback]:
-    """The callbacks of a training, in the order in which Keras calls them."""
+    """The callbacks of the training, in the order in which Keras calls them."""
     chosen: list[keras.callbacks.Callback] = []
     epochs = steps / steps_per_epoch
     warmup = min(settings.warmup_epochs, epochs / 2)
@@ -85,10 +85,10 @@ def _cosine(start: float, end: float) -> Callable[[float], float]:
 def steps_per_execution(
     wanted: int | None, steps: int, steps_per_epoch: int, found: Checkpoint | None, most: int = 16
 ) -> int:
-    """Steps that run in one call of the graph: they must divide an epoch, and the last, shorter one, evenly.
+    """Steps that run in one call of the graph.
 
-    Keras would run whole executions beyond an epoch's end otherwise. A step at which training goes on must be reached,
-    too.
+    The number must divide an epoch, and a shorter last epoch, evenly: otherwise Keras runs beyond the epoch's end. It
+    must also divide the step at which training resumes.
     """
     common = math.gcd(min(steps, steps_per_epoch), steps % steps_per_epoch)
     if found:

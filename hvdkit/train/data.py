@@ -1,7 +1,6 @@
-"""What `hvdkit.train` trains and tests on: this process's shares of a source, read, checked, described and batched.
+"""The data of `hvdkit.train`: reads, checks, describes and batches this process's shards of a source.
 
-A run that is gone on with begins where its data was left, also where other ranks left it (see
-`hvdkit.data.epoch_order`).
+A resumed run continues at its position in the data, also with another number of ranks (see `hvdkit.data.epoch_order`).
 """
 
 import dataclasses
@@ -25,21 +24,21 @@ from hvdkit.errors import UsageError
 from hvdkit.strategies import Strategy
 from hvdkit.train.flags import Settings
 
-_log = logging.getLogger("hvdkit.train")  # whose part this is
+_log = logging.getLogger("hvdkit.train")  # the job's logger
 
 
 def prepared(source: Source, settings: Settings) -> Source:
-    """A fold of the source, or windows of it, as the settings say."""
+    """Returns the source with its folds, or cut into windows, as the settings require."""
     if settings.folding:
         source = FoldSource(source, *settings.folding)
     return _windows(source, settings) if isinstance(source, TokenSource) else source
 
 
 def _windows(source: TokenSource, settings: Settings) -> TokenSource:
-    """The text in windows as long as the settings say.
+    """The text in windows of the length in the settings.
 
     Raises:
-        UsageError: it is too short, or classes are to be balanced, which it has not.
+        UsageError: the text is too short, or the settings balance classes, which a text does not have.
     """
     if settings.sampling != "none" or settings.class_weights:
         flag = "--class-weights" if settings.class_weights else f"--sampling={settings.sampling}"
@@ -48,7 +47,7 @@ def _windows(source: TokenSource, settings: Settings) -> TokenSource:
 
 
 def make_vocabulary(source: Source, settings: Settings, recipe: Recipe, workdir: Path) -> Vocabulary:
-    """The root learns the vocabulary, all take it."""
+    """Learns the vocabulary on rank 0 and broadcasts it."""
     tokens = learn_tokens(source, recipe.max_tokens) if world.rank() == 0 else None
     vocabulary = Vocabulary(collectives.broadcast_object(tokens, name="vocabulary"), settings.sequence_length)
     if world.rank() == 0:
@@ -62,13 +61,13 @@ class TrainingData:
     """This process's training batches.
 
     Attributes:
-        batches: from the step on at which training begins.
-        steps_per_epoch: of all processes.
-        spec: of an input.
+        batches: the batches, starting at the step at which training starts.
+        steps_per_epoch: steps per epoch, the same for all processes.
+        spec: shape and dtype of an input.
         epoch: the first epoch.
-        handed_over: what other shares have taken of that epoch.
-        now: the shares there are now, with no step taken.
-        now_rest: the same of the first epoch's rest, if it was handed over.
+        handed_over: the steps of that epoch that were done with other shards.
+        now: the current shards, before any step.
+        now_rest: the same for the rest of the first epoch, if part of it was done with other shards.
     """
 
     batches: tf.data.Dataset
@@ -80,7 +79,7 @@ class TrainingData:
     now_rest: Stretch
 
     def stretches(self, epoch: int, step: int) -> list[dict[str, Any]]:
-        """Who will have taken the steps of an epoch up to one of them, for a checkpoint."""
+        """With which shards the first `step` steps of an epoch are done, for a checkpoint."""
         before = list(self.handed_over) if epoch == self.epoch else []
         steps = step - sum(stretch.steps for stretch in before)
         last = dataclasses.replace(self.now_rest if before else self.now, steps=steps)
@@ -94,7 +93,7 @@ def read_training_data(
     vocabulary: Vocabulary | None,
     found: Checkpoint | None,
 ) -> TrainingData:
-    """Reads and checks this process's shares, and finds the step to begin at."""
+    """Reads and checks this process's shards, and finds the step to start at."""
     with together():
         examples = source.size("train")
         if examples < strategy.size:
@@ -142,14 +141,14 @@ def read_training_data(
 
 
 def _of_all_shares(shares: Sequence[int], mine: Sequence[Any], name: str) -> list[Any]:
-    """What processes have of their shares, in the shares' order; several may read the same one. A collective call."""
+    """One value for each shard, in order, from all processes. Several may read the same shard. A collective call."""
     everyone = collectives.allgather_object(list(zip(shares, mine, strict=True)), name=name)
     by_share = {share: value for process in everyone for share, value in process}
     return [by_share[share] for share in sorted(by_share)]
 
 
 def _buffers(shares: Sequence[pipeline.Share]) -> tuple[int, ...] | None:
-    """The shuffle buffers of all processes' shares, in order; None if they are in memory. A collective call."""
+    """The shuffle buffer sizes of all shards, in order; None if shards are in memory. A collective call."""
     everyone = _of_all_shares([share.share for share in shares], [share.buffer() for share in shares], "buffers")
     return None if None in everyone else tuple(everyone)
 
@@ -163,40 +162,44 @@ def _start(
     steps_per_epoch: int,
     encode: pipeline.Encode | None,
 ) -> tuple[pipeline.Start, list[Stretch]]:
-    """Where the data goes on, and who took the steps of that epoch before."""
+    """Where the data continues, and with which shards earlier steps of that epoch were done."""
     epoch, step = found.state["epoch"], found.state["step_in_epoch"]
     stretches = [Stretch.from_json(s) for s in found.state["extra"]["stretches"]]
     if settings.sampling != "none":
         if any(not s.goes_on(shares[0].shares, buffers) for s in stretches):
-            _log.warning("With --sampling, another number of replicas goes on in an order of its own.")
+            _log.warning("With --sampling, another number of replicas continues in another data order.")
         return pipeline.Start(epoch, step), []
     start, handed_over = pipeline.start_of(
-        epoch, stretches, source, shares, buffers,
+        epoch,
+        stretches,
+        source,
+        shares,
+        buffers,
         seed=settings.seed,
         global_batch=settings.global_batch,
         steps_per_epoch=steps_per_epoch,
         encode=encode,
-    )  # fmt: skip
+    )
     if handed_over:
-        _log.info("epoch %d is finished on the examples that it has not seen", epoch + 1)
+        _log.info("epoch %d continues with the examples that it has not seen yet", epoch + 1)
     return start, handed_over
 
 
 def _describe_data(settings: Settings, source: Source, counts: np.ndarray, examples: int, steps_per_epoch: int) -> None:
     if isinstance(source, TokenSource):
+        train, test, windows = source.length("train"), source.length("test"), counts.sum()
         _log.info(
-            "%s: %s bytes of text to train on, in %s windows of %d; %s to test on",
-            source.name, f"{source.length('train'):,}", f"{counts.sum():,}", source.sequence_length,
-            f"{source.length('test'):,}",
-        )  # fmt: skip
+            f"{source.name}: {train:,} bytes of text to train on, in {windows:,} windows of {source.sequence_length}; "
+            f"{test:,} to test on"
+        )
     else:
         _describe_classes(settings, source, counts)
     left = examples - steps_per_epoch * settings.global_batch
+    rest = f"; {left} examples, others each epoch, do not fill a batch" if left else ""
     _log.info(
-        "%d steps an epoch, of %d examples each over %d replica(s)%s",
-        steps_per_epoch, settings.global_batch, settings.replicas,
-        f"; {left} examples, others each epoch, do not fill a batch" if left else "",
-    )  # fmt: skip
+        f"{steps_per_epoch} steps an epoch, of {settings.global_batch} examples each over {settings.replicas} "
+        f"replica(s){rest}"
+    )
 
 
 def _describe_classes(settings: Settings, source: Source, counts: np.ndarray) -> None:
@@ -212,18 +215,16 @@ def _describe_classes(settings: Settings, source: Source, counts: np.ndarray) ->
 def read_test_data(
     settings: Settings, strategy: Strategy, source: Source, vocabulary: Vocabulary | None
 ) -> tf.data.Dataset:
-    """This process's part of the test split: every example once, over all processes."""
+    """This process's shard of the test split; all shards together have every example once."""
     index, shares = strategy.evaluation_share()
     with together():
         if source.size("test") < shares:
             raise UsageError(
                 f"{source.name} has {source.size('test')} test examples, fewer than {shares} ranks. Start fewer."
             )
-        share = pipeline.read_share(
-            source, "test", index, shares,
-            encode=vocabulary.encode if vocabulary else None,
-            cache_bytes=settings.cache_gb * 1e9,
-        )  # fmt: skip
+        encode = vocabulary.encode if vocabulary else None
+        cache = settings.cache_gb * 1e9
+        share = pipeline.read_share(source, "test", index, shares, encode=encode, cache_bytes=cache)
         checks.check_share(share, "test", len(source.label_names))
         batch = strategy.evaluation_batch(share.size, settings.global_batch)
     return pipeline.evaluation_batches(share, batch)

@@ -1,4 +1,4 @@
-"""The flags of the main job: their groups, their help, and what can be checked without loading TensorFlow."""
+"""The flags of the main job: their groups, their help, and the checks that do not need TensorFlow."""
 
 import argparse
 import ast
@@ -20,11 +20,92 @@ COMPRESSIONS = ("none", "fp16", "bf16", "int8", "onebit", "topk", "powersgd")
 _WHAT, _HOW, _MACHINE, _OUTPUT = "What to train", "How to train it", "On which machine", "What to write"
 _RESUME = "Checkpoints"
 _GROUPS = (_WHAT, _HOW, _MACHINE, _OUTPUT, _RESUME)
+_HELP = {  # brackets: what applies without the flag, if its default is not a fixed value
+    "model": "a model of the folder models/, or your own, path/to/file.py:function; images are float32 from 0 to 255",
+    "model_args": "arguments of the model's function, such as width=256,depth=6 [its defaults]",
+    "dataset": (
+        "digits (embedded), a TFDS name, or a path: a prepared TFDS directory, a folder train/CLASS/*.png, or a "
+        ".csv/.tsv with columns text and label. Made-up data: synthetic:HxWxC:CLASSES:EXAMPLES. To predict the next "
+        "byte: pydoc (embedded), or text:PATH of a file or folder [the recipe's]"
+    ),
+    "data_dir": "where TFDS data sets are stored [~/tensorflow_datasets]",
+    "download": "let TFDS download a missing data set",
+    "image_size": "resize images to this height and width",
+    "sequence_length": "tokens of a text, or of a window of it [the recipe's]",
+    "fold": (
+        "I/K: cut the training split into K folds, test on fold I, counted from 0, and train on the others; the test "
+        "split is not used"
+    ),
+    "strategy": (
+        "data parallelism in several processes: horovod, or multiworker (tf.distribute); in one process on this host's "
+        "devices: mirrored (tf.distribute). Model parallelism: tensor, branches, or pipeline (by layers)"
+    ),
+    "replicas": (
+        "mirrored: number of devices [all GPUs, or 2 logical CPUs]; single: number of ranks whose data order to imitate"
+    ),
+    "model_ranks": "tensor, branches, pipeline: ranks that together hold one copy of the model [all]",
+    "micro_batches": "pipeline: micro-batches in each batch",
+    "schedule": "pipeline: order of forward and backward passes",
+    "branches": "branches: a pattern of layer names for each, such as left_,right_ [those that meet in one layer]",
+    "epochs": "passes over the training split [the recipe's]",
+    "steps": "total steps, instead of epochs",
+    "global_batch": "examples per step over all replicas [the recipe's]",
+    "local_batch": "examples per step of each replica, instead of --global-batch",
+    "optimizer": "a Keras optimizer: adam, or sgd:momentum=0.9,nesterov=True [the recipe's]",
+    "learning_rate": (
+        "for the given global batch, without scaling [the recipe's rate times --global-batch divided by the recipe's "
+        "(linear scaling)]"
+    ),
+    "lr_schedule": "constant, or cosine decay to zero [the recipe's]",
+    "warmup_epochs": (
+        "epochs in which the learning rate rises from 1/replicas of its value [the recipe's; otherwise, if the rate "
+        "was scaled up, a tenth of all epochs, 5 at most]"
+    ),
+    "compression": (
+        "gradient compression (horovod): none, fp16, bf16, int8, onebit, topk:fraction=0.01, powersgd:rank=4"
+    ),
+    "compression_guard": (
+        "number of uncompressed steps at the start; if the loss rises after them, compression is switched off [0: "
+        "compress all steps]"
+    ),
+    "local_steps": (
+        "each rank trains alone for this many steps, then the models are synchronized (horovod; for slow links)"
+    ),
+    "outer_learning_rate": (
+        "with --local-steps: rate for the ranks' averaged change; 1 with --outer-momentum=0 averages the models"
+    ),
+    "outer_momentum": "with --local-steps: Nesterov momentum for the ranks' averaged change",
+    "shard_optimizer": "each rank stores only its shard of the optimizer's state (horovod)",
+    "precision": "Keras' dtype policy",
+    "sampling": "draw small classes more often (over), or large ones less often (under)",
+    "class_weights": "weight examples so that every class counts the same",
+    "seed": "seed of weights, data order and dropout",
+    "threads": "TensorFlow threads of each rank [its share of the cores]",
+    "cache_gb": "cache a rank's decoded examples in memory up to this size; a larger shard is read again each epoch",
+    "steps_per_execution": (
+        "steps that run without returning to Python [the largest divisor of an epoch's steps, up to 16]"
+    ),
+    "workdir": "where this run writes [runs/MODEL-DATASET-TIME]",
+    "overwrite": "write into a workdir that has a finished run",
+    "eval_every": "evaluate on the test split every N epochs too, not only at the end",
+    "tensorboard": "write TensorBoard logs",
+    "profile": "START:STOP, the steps to profile on all ranks into workdir/profile; auto is 32:96",
+    "resume": (
+        "auto resumes from the newest intact checkpoint of the workdir, if there is one; never starts from the "
+        "beginning; or the path of a checkpoint, or of another run's workdir"
+    ),
+    "checkpoint_every": "a number of steps, epoch, or never",
+    "keep": "how many of the newest checkpoints to keep",
+    "keep_best": (
+        "how many of the best to keep in addition, by the test loss (--eval-every) or else the training loss"
+    ),
+    "checkpoint_error": "when a checkpoint cannot be written: warn and continue training, or stop",
+}
 
 
 @dataclasses.dataclass(frozen=True)
 class Config:
-    """The flags' values; None where the recipe or the job decides. `config.json` holds them as they were used."""
+    """The flags' values; None if the recipe or the job decides. `config.json` has the values that were used."""
 
     model: str
     model_args: str | None
@@ -74,7 +155,7 @@ class Config:
 
     @property
     def checkpoint_steps(self) -> int | str:
-        """Steps from one checkpoint to the next, or "epoch"."""
+        """Steps between checkpoints, or "epoch", or "never"."""
         return int(self.checkpoint_every) if self.checkpoint_every.isdigit() else self.checkpoint_every
 
     @property
@@ -84,7 +165,7 @@ class Config:
 
     @property
     def folding(self) -> tuple[int, int] | None:
-        """The fold to test on, and how many there are; None without, and where what was given has another form."""
+        """The fold to test on, and the number of folds; None without --fold, or if its value is not valid."""
         match = re.fullmatch(r"(\d+)/(\d+)", self.fold or "")
         fold, folds = (int(match[1]), int(match[2])) if match else (0, 0)
         return (fold, folds) if folds >= 2 and fold < folds else None
@@ -93,85 +174,60 @@ class Config:
 def define() -> None:
     """Defines the flags, in groups."""
 
-    def add(define_flag: Any, group: str, name: str, default: Any, text: str, *choices: Any, **limits: Any) -> None:
-        define_flag(name, default, *choices, text, module_name=group, **limits)
+    def add(define_flag: Any, group: str, name: str, default: Any, *choices: Any, **limits: Any) -> None:
+        define_flag(name, default, *choices, _HELP[name], module_name=group, **limits)
 
-    string, integer, number, boolean, enum = (
-        flags.DEFINE_string, flags.DEFINE_integer, flags.DEFINE_float, flags.DEFINE_boolean, flags.DEFINE_enum,
-    )  # fmt: skip
-    add(string, _WHAT, "model", "mnist_mlp", "a model of the folder models/, or your own: path/to/file.py:function; "
-        "images reach it as float32, 0 to 255")  # fmt: skip
-    add(string, _WHAT, "model_args", None, "arguments of the model's function, its sizes for example: "
-        "width=256,depth=6 [its defaults]")  # fmt: skip
-    add(string, _WHAT, "dataset", None, "digits (embedded), a TFDS name, the path of a prepared TFDS directory, of a "
-        "folder train/CLASS/*.png, or of a .csv/.tsv with columns text and label; synthetic:HxWxC:CLASSES:EXAMPLES; to "
-        "predict the next byte: pydoc (embedded), or text:PATH of a file or folder [the recipe's]")  # fmt: skip
-    add(string, _WHAT, "data_dir", None, "where TFDS data sets lie [~/tensorflow_datasets]")
-    add(boolean, _WHAT, "download", False, "let TFDS download a data set that is not there")
-    add(integer, _WHAT, "image_size", None, "resize images to this height and width", lower_bound=1)
-    add(integer, _WHAT, "sequence_length", None, "tokens of a text, or of a window of it [the recipe's]", lower_bound=2)
-    add(string, _WHAT, "fold", None, "I/K: cut the training split into K folds, train on all but fold I, from 0, and "
-        "test on that one; the test split stays unseen")  # fmt: skip
+    string, integer, number = flags.DEFINE_string, flags.DEFINE_integer, flags.DEFINE_float
+    boolean, enum = flags.DEFINE_boolean, flags.DEFINE_enum
+    add(string, _WHAT, "model", "mnist_mlp")
+    add(string, _WHAT, "model_args", None)
+    add(string, _WHAT, "dataset", None)
+    add(string, _WHAT, "data_dir", None)
+    add(boolean, _WHAT, "download", False)
+    add(integer, _WHAT, "image_size", None, lower_bound=1)
+    add(integer, _WHAT, "sequence_length", None, lower_bound=2)
+    add(string, _WHAT, "fold", None)
 
-    add(enum, _HOW, "strategy", "horovod", "how gradients meet: between processes, one a replica, by Horovod or by "
-        "tf.distribute (multiworker); or in one process for this host's devices (mirrored). Or how ranks hold a model "
-        "between them: by tensor, by branches, or by layers in a pipeline", STRATEGIES)  # fmt: skip
-    add(integer, _HOW, "replicas", None, "mirrored: devices to use [all GPUs, or 2 logical CPUs]; single: ranks to "
-        "imitate in the order of the data", lower_bound=1)  # fmt: skip
-    add(integer, _HOW, "model_ranks", None, "tensor, branches, pipeline: ranks that hold a model between them; the "
-        "others hold copies of it [all]", lower_bound=1)  # fmt: skip
-    add(integer, _HOW, "micro_batches", 4, "pipeline: parts of a batch that are under way at a time", lower_bound=1)
-    add(enum, _HOW, "schedule", "1f1b", "pipeline: of forwards and backwards", ("1f1b", "gpipe"))
-    add(string, _HOW, "branches", None, "branches: for each one a pattern of its layers' names, as in left_,right_ "
-        "[those that meet in one layer]")  # fmt: skip
-    add(integer, _HOW, "epochs", None, "passes over the training split [the recipe's]", lower_bound=1)
-    add(integer, _HOW, "steps", None, "steps in all, instead of epochs", lower_bound=1)
-    add(integer, _HOW, "global_batch", None, "examples a step over all replicas [the recipe's]", lower_bound=1)
-    add(integer, _HOW, "local_batch", None, "examples a step of each replica, instead of global_batch", lower_bound=1)
-    add(string, _HOW, "optimizer", None, "a Keras optimizer: adam, or sgd:momentum=0.9,nesterov=True [the recipe's]")
-    add(number, _HOW, "learning_rate", None, "for the global batch as it is; without this flag the recipe's rate times "
-        "global_batch over the recipe's (linear scaling)", lower_bound=0.0)  # fmt: skip
-    add(enum, _HOW, "lr_schedule", None, "constant, or cosine to zero [the recipe's]", ("constant", "cosine"))
-    add(number, _HOW, "warmup_epochs", None, "epochs in which the rate rises from 1/replicas of it [the recipe's; a "
-        "tenth of all, 5 at most, where the rate was scaled up]", lower_bound=0.0)  # fmt: skip
-    add(string, _HOW, "compression", "none", "gradients on the wire (horovod): none, fp16, bf16, int8, onebit, "
-        "topk:fraction=0.01, powersgd:rank=4")  # fmt: skip
-    add(integer, _HOW, "compression_guard", 0, "dense steps at the beginning; if the loss rises after them, "
-        "compression ends [0: compress from the first step to the last]", lower_bound=0)  # fmt: skip
-    add(integer, _HOW, "local_steps", None, "each rank trains alone for so many steps, then all agree on one model "
-        "(horovod; for slow links)", lower_bound=1)  # fmt: skip
-    add(number, _HOW, "outer_learning_rate", 0.7, "of what local steps have moved; 1, with a momentum of 0, is their "
-        "mean", lower_bound=1e-9)  # fmt: skip
-    add(number, _HOW, "outer_momentum", 0.9, "Nesterov's, of the same", lower_bound=0.0, upper_bound=0.999)
-    add(boolean, _HOW, "shard_optimizer", False, "each rank keeps its part of the optimizer's state alone (horovod)")
-    add(enum, _HOW, "precision", "float32", "Keras' dtype policy", ("float32", "mixed_float16", "mixed_bfloat16"))
-    add(enum, _HOW, "sampling", "none", "draw small classes more often (over), or large ones less (under)",
-        ("none", "over", "under"))  # fmt: skip
-    add(boolean, _HOW, "class_weights", False, "weigh examples so that every class counts alike")
-    add(integer, _HOW, "seed", 0, "of weights, order and dropout", lower_bound=0, upper_bound=2**31)
+    add(enum, _HOW, "strategy", "horovod", STRATEGIES)
+    add(integer, _HOW, "replicas", None, lower_bound=1)
+    add(integer, _HOW, "model_ranks", None, lower_bound=1)
+    add(integer, _HOW, "micro_batches", 4, lower_bound=1)
+    add(enum, _HOW, "schedule", "1f1b", ("1f1b", "gpipe"))
+    add(string, _HOW, "branches", None)
+    add(integer, _HOW, "epochs", None, lower_bound=1)
+    add(integer, _HOW, "steps", None, lower_bound=1)
+    add(integer, _HOW, "global_batch", None, lower_bound=1)
+    add(integer, _HOW, "local_batch", None, lower_bound=1)
+    add(string, _HOW, "optimizer", None)
+    add(number, _HOW, "learning_rate", None, lower_bound=0.0)
+    add(enum, _HOW, "lr_schedule", None, ("constant", "cosine"))
+    add(number, _HOW, "warmup_epochs", None, lower_bound=0.0)
+    add(string, _HOW, "compression", "none")
+    add(integer, _HOW, "compression_guard", 0, lower_bound=0)
+    add(integer, _HOW, "local_steps", None, lower_bound=1)
+    add(number, _HOW, "outer_learning_rate", 0.7, lower_bound=1e-9)
+    add(number, _HOW, "outer_momentum", 0.9, lower_bound=0.0, upper_bound=0.999)
+    add(boolean, _HOW, "shard_optimizer", False)
+    add(enum, _HOW, "precision", "float32", ("float32", "mixed_float16", "mixed_bfloat16"))
+    add(enum, _HOW, "sampling", "none", ("none", "over", "under"))
+    add(boolean, _HOW, "class_weights", False)
+    add(integer, _HOW, "seed", 0, lower_bound=0, upper_bound=2**31)
 
-    add(integer, _MACHINE, "threads", None, "TensorFlow threads of each rank [its share of the cores]", lower_bound=1)
-    add(number, _MACHINE, "cache_gb", 2.0, "a rank's decoded examples stay in memory up to this size; a larger share "
-        "is read again each epoch", lower_bound=0.0)  # fmt: skip
-    add(integer, _MACHINE, "steps_per_execution", None, "steps that run without returning to Python [the largest "
-        "divisor of an epoch's steps up to 16]", lower_bound=1)  # fmt: skip
+    add(integer, _MACHINE, "threads", None, lower_bound=1)
+    add(number, _MACHINE, "cache_gb", 2.0, lower_bound=0.0)
+    add(integer, _MACHINE, "steps_per_execution", None, lower_bound=1)
 
-    add(string, _OUTPUT, "workdir", None, "where this run writes [runs/MODEL-DATASET-TIME]")
-    add(boolean, _OUTPUT, "overwrite", False, "write into a workdir that has a finished run")
-    add(integer, _OUTPUT, "eval_every", 0, "evaluate on the test split every N epochs too, not only at the end",
-        lower_bound=0)  # fmt: skip
-    add(boolean, _OUTPUT, "tensorboard", True, "write TensorBoard logs")
-    add(string, _OUTPUT, "profile", None, "START:STOP, steps of which workdir/profile then tells where the time went, "
-        "on all ranks; auto is 32:96")  # fmt: skip
+    add(string, _OUTPUT, "workdir", None)
+    add(boolean, _OUTPUT, "overwrite", False)
+    add(integer, _OUTPUT, "eval_every", 0, lower_bound=0)
+    add(boolean, _OUTPUT, "tensorboard", True)
+    add(string, _OUTPUT, "profile", None)
 
-    add(string, _RESUME, "resume", "auto", "auto goes on from the newest intact checkpoint of the workdir, if it has "
-        "one; never begins anew; or the path of a checkpoint, or of another run's workdir")  # fmt: skip
-    add(string, _RESUME, "checkpoint_every", "epoch", "a number of steps, epoch, or never")
-    add(integer, _RESUME, "keep", 3, "how many of the newest checkpoints stay", lower_bound=1)
-    add(integer, _RESUME, "keep_best", 0, "how many of the best stay besides, by the test loss (--eval-every) or else "
-        "the training loss", lower_bound=0)  # fmt: skip
-    add(enum, _RESUME, "checkpoint_error", "warn", "when a checkpoint cannot be written: train on, or stop",
-        ("warn", "stop"))  # fmt: skip
+    add(string, _RESUME, "resume", "auto")
+    add(string, _RESUME, "checkpoint_every", "epoch")
+    add(integer, _RESUME, "keep", 3, lower_bound=1)
+    add(integer, _RESUME, "keep_best", 0, lower_bound=0)
+    add(enum, _RESUME, "checkpoint_error", "warn", ("warn", "stop"))
 
 
 def _define_once() -> None:
@@ -218,14 +274,14 @@ def parser() -> Parser:
 
 
 def parse(argv: list[str]) -> Config:
-    """Parses the command line. Prints the help and leaves with 0 for `--help`.
+    """Parses the command line. For `--help` prints the help and exits with 0.
 
     Raises:
         UsageError: a flag or a value is wrong, or two exclude each other.
     """
     _define_once()
     for name in flags.FLAGS:
-        flags.FLAGS[name].unparse()  # nothing stays of a command line before this one
+        flags.FLAGS[name].unparse()  # forgets an earlier command line
     if any(a in ("--help", "-h", "-help", "--helpfull") for a in argv[1:]):
         print(help_text())
         sys.exit(0)
@@ -241,7 +297,7 @@ def parse(argv: list[str]) -> Config:
 
 
 def _check(config: Config) -> None:
-    """Raises a `UsageError` if flags exclude each other, or have a form that their kind does not refuse."""
+    """Raises a `UsageError` if flags exclude each other, or if a value is wrong in a way that absl does not check."""
     for one, other in (("epochs", "steps"), ("global_batch", "local_batch")):
         if getattr(config, one) is not None and getattr(config, other) is not None:
             raise UsageError(f"--{dashed(one)} and --{dashed(other)} exclude each other: give one of them.")
@@ -264,7 +320,7 @@ def _check(config: Config) -> None:
         )
     if config.profile not in (None, "auto") and not re.fullmatch(r"\d+:\d+", config.profile or ""):
         raise UsageError(
-            f"--profile={config.profile} is no window of steps. The form is START:STOP, as in 32:96, or auto."
+            f"--profile={config.profile} is not a range of steps. The form is START:STOP, as in 32:96, or auto."
         )
     if config.profile and config.strategy in ("mirrored", "multiworker"):
         raise UsageError(
@@ -280,7 +336,7 @@ def _check(config: Config) -> None:
 
 
 def _model_arguments(text: str) -> dict[str, Any]:
-    """Reads `width=256,depth=6` as Python reads the arguments of a call; a name alone is a text, as in `norm=layer`."""
+    """Parses `width=256,depth=6` like the arguments of a Python call; a bare name is a string, as in `norm=layer`."""
     try:
         call = ast.parse(f"build({text})", mode="eval").body
         if not isinstance(call, ast.Call) or call.args or any(word.arg is None for word in call.keywords):
@@ -301,7 +357,7 @@ def _model_arguments(text: str) -> dict[str, Any]:
 
 @dataclasses.dataclass(frozen=True)
 class Settings(Config):
-    """A `Config` in which nothing is left open that training needs."""
+    """A `Config` in which every value that training needs is set."""
 
     dataset: str
     sequence_length: int
@@ -316,7 +372,7 @@ class Settings(Config):
 
 
 def resolve(config: Config, recipe: Recipe, replicas: int) -> Settings:
-    """Fills in what the flags left open, from the recipe and the number of replicas.
+    """Sets what the flags leave open, from the recipe and the number of replicas.
 
     Raises:
         UnfitSizeError: the global batch cannot be divided over the replicas.
@@ -333,7 +389,7 @@ def resolve(config: Config, recipe: Recipe, replicas: int) -> Settings:
     epochs = config.epochs or recipe.epochs
     warmup = config.warmup_epochs
     if replicas == 1:
-        warmup = 0.0  # there is nothing to rise to
+        warmup = 0.0  # warm-up starts at 1/replicas of the rate, which is the rate itself
     elif warmup is None:
         warmup = recipe.warmup_epochs or (min(5.0, epochs / 10) if scale > 1 else 0.0)
     decided = {
@@ -352,10 +408,10 @@ def resolve(config: Config, recipe: Recipe, replicas: int) -> Settings:
 
 
 def leave_optimizer_to_model(config: Config, settings: Settings, model: str, rate: float) -> Settings:
-    """The settings for a model that its function has compiled: its optimizer and learning rate are its own.
+    """The settings for a model that its function has compiled, with its own optimizer and learning rate.
 
     Raises:
-        UsageError: a flag was given that would change them.
+        UsageError: a flag that would change them was given.
     """
     names = ("optimizer", "learning_rate", "lr_schedule", "warmup_epochs")
     given = [name for name in names if getattr(config, name) is not None]
@@ -387,7 +443,7 @@ def help_text() -> str:
 
 
 def main(argv: list[str]) -> int:
-    """Checks flags before any rank has started: `python -m hvdkit.train.flags [flags]`, exit code 2 if one is wrong."""
+    """Checks the flags before any rank starts: `python -m hvdkit.train.flags [flags]`; exit code 2 if one is wrong."""
     try:
         parse(argv)
     except UsageError as error:

@@ -3,7 +3,8 @@
     python -m hvdkit.train --strategy=single --model=mnist_mlp --dataset=digits
     launch/local.sh -np 2 --model=cifar_cnn --dataset=cifar10 --data-dir=DIR --workdir=DIR
 
-`--help` lists all flags. The training code is the same for every strategy: what differs is behind `strategies`.
+`--help` lists all flags. The training code is the same for every parallelism strategy; `strategies` has the
+differences.
 """
 
 import dataclasses
@@ -38,7 +39,7 @@ from hvdkit.train.build import (
 from hvdkit.train.callbacks import checkpoint_callback, steps_per_execution, training_callbacks
 from hvdkit.train.flags import Config, Settings
 
-_log = logging.getLogger("hvdkit.train")  # not __name__: the job runs as __main__
+_log = logging.getLogger("hvdkit.train")  # the job's logger
 
 
 Tap = Callable[[tf.data.Dataset, int], tf.data.Dataset]
@@ -51,22 +52,22 @@ def run(
 
     Args:
         config: the flags.
-        more_callbacks: for `fit`, before the one that saves.
-        tap: is given this process's training batches and the step that the first of them is for, counted from 0, and
-            returns batches to train on: for audits of what was trained.
+        more_callbacks: further callbacks for `fit`; they come before the one that saves checkpoints.
+        tap: for audits of the training data: called with this process's training batches and the step of the first
+            batch, counted from 0; returns the batches to train on.
 
     Raises:
-        Preempted: a signal asked the job to leave; it is saved.
-        UsageError: on all ranks, before training starts, if anything that the user gave is wrong.
-        ReplicasDiverged: at the end, if the ranks' weights differ.
+        Preempted: a signal preempted the job, and its state is saved.
+        UsageError: an input of the user's is wrong; raised on all ranks before training starts.
+        ReplicasDiverged: the ranks' weights differ at the end.
     """
-    # ---- Who am I -------------------------------------------------------------------------------------------------
+    # ---- Ranks and strategy ---------------------------------------------------------------------------------------
     if config.threads:
         os.environ["TF_NUM_INTRAOP_THREADS"] = os.environ["TF_NUM_INTEROP_THREADS"] = str(config.threads)
     with together():
         strategy = strategies.create(config.strategy, config.replicas, _division(config))
 
-    # ---- What to train, on what -----------------------------------------------------------------------------------
+    # ---- Model, data set and settings -----------------------------------------------------------------------------
     with together():
         model_source = find_model(config.model)
         dataset = config.dataset or model_source.recipes[0].dataset
@@ -80,7 +81,7 @@ def run(
     keras.utils.set_random_seed(settings.seed)
     keras.config.set_dtype_policy(settings.precision)
 
-    # ---- Where to write, and what to go on from -------------------------------------------------------------------
+    # ---- Workdir and checkpoint -----------------------------------------------------------------------------------
     workdir, found = _make_workdir(settings, model_source, source)
     artifacts.log_to(workdir, strategy.world, append=found is not None)
     identity = {"model": model_source.name, "dataset": source.name}
@@ -146,12 +147,12 @@ def run(
         model.optimizer.gather()
     if whole is not None and strategy.world.is_root:
         _write_artifacts(workdir, whole, history.history, steps_per_epoch, settings.eval_every, result)
-    collectives.barrier()  # nobody leaves before the artefacts are there: a launcher ends the job with the first to go
+    collectives.barrier()  # until the artefacts are written: a launcher ends the job when the first rank exits
     return result
 
 
 def _speed(progress: callbacks.ProgressCallback, examples: int) -> dict[str, float]:
-    """Too few steps for a rate without the first execution: then with all that it takes to begin."""
+    """Seconds and samples per second. With too few steps for a steady rate, the rate includes the start-up."""
     return {
         "train_seconds": round(progress.seconds, 3),
         "samples_per_second": round(progress.samples_per_second or examples / progress.seconds, 1),
@@ -159,7 +160,7 @@ def _speed(progress: callbacks.ProgressCallback, examples: int) -> dict[str, flo
 
 
 def _wire_bytes(model: keras.Model) -> dict[str, Any]:
-    """What a rank sends a step for its dense gradients, and what it would send of them whole."""
+    """Bytes that a rank sends per step for its dense gradients, and how many it would send without compression."""
     if not isinstance(model.optimizer, DistributedOptimizer) or world.size() == 1:
         return {}
     sent, whole = model.optimizer.wire_bytes(model.trainable_variables)
@@ -178,7 +179,7 @@ def _measured(whole: keras.Model | None, history: dict[str, Any], test: dict[str
 
 
 def _make_workdir(settings: Settings, model: ModelSource, source: Source) -> tuple[Path, Checkpoint | None]:
-    """Makes the run's folder, and finds what it goes on from."""
+    """Creates the run's folder, and opens the checkpoint to resume from, if there is one."""
     name = f"{model.name}-{source.name.split(':')[0]}-{time.strftime('%Y%m%d-%H%M%S')}"
     workdir = Path(collectives.broadcast_object(settings.workdir or f"runs/{name}", name="workdir")).expanduser()
     with together():
@@ -193,14 +194,14 @@ def _make_workdir(settings: Settings, model: ModelSource, source: Source) -> tup
 
 
 def _go_on(config: Config, settings: Settings, recipe: Recipe, found: Checkpoint, identity: dict[str, Any]) -> Settings:
-    """The settings of the run that is gone on with, on as many replicas as there are now.
+    """The settings of the resumed run, for the current number of replicas.
 
     Raises:
-        UsageError: it is another model, other data, or another training.
+        UsageError: the checkpoint has another model, data set or training setting.
     """
     if not isinstance(found.state["extra"], dict) or "stretches" not in found.state["extra"]:
         raise UsageError(
-            f"The checkpoint {found.path} was written by a script, not by hvdkit.train: go on with it there."
+            f"The checkpoint {found.path} was written by a script, not by hvdkit.train: resume it with that script."
         )
     resuming.refuse_another_job(found, identity)
     before = found.state["job"]
@@ -213,12 +214,10 @@ def _go_on(config: Config, settings: Settings, recipe: Recipe, found: Checkpoint
 
 
 def _identity(settings: Settings) -> dict[str, Any]:
-    """What must not change when a run goes on, besides model and data."""
-    names = (
-        "image_size", "fold", "seed", "global_batch", "optimizer", "learning_rate", "lr_schedule", "precision",
-        "sampling", "class_weights", "sequence_length", "model_args",
-    )  # fmt: skip
-    return {name: getattr(settings, name) for name in names}
+    """The settings that must not change when a run resumes, besides model and data."""
+    data = ("image_size", "fold", "seed", "global_batch", "sampling", "class_weights", "sequence_length")
+    training = ("optimizer", "learning_rate", "lr_schedule", "precision", "model_args")
+    return {name: getattr(settings, name) for name in (*data, *training)}
 
 
 def _division(config: Config) -> strategies.Division:
@@ -240,9 +239,10 @@ def _write_artifacts(
     reporting.write_json(workdir / "result.json", result)
     accuracy = result["test_accuracy"]
     bits = f" ({result['test_bits_per_byte']:.3f} bits a byte)" if "test_bits_per_byte" in result else ""
+    reached = "unknown" if accuracy is None else f"{accuracy:.2%}"
     _log.info(
-        "%s: test accuracy %s, test loss %.4f%s; %d steps in %.1f s, %s samples/s; weights %s on all %d replica(s)",
-        title, "unknown" if accuracy is None else f"{accuracy:.2%}", result["test_loss"], bits, result["steps"],
-        result["train_seconds"], f"{result['samples_per_second']:,.0f}", result["weights_sha256"][:12], result["size"],
-    )  # fmt: skip
+        f"{title}: test accuracy {reached}, test loss {result['test_loss']:.4f}{bits}; "
+        f"{result['steps']} steps in {result['train_seconds']:.1f} s, {result['samples_per_second']:,.0f} samples/s; "
+        f"weights {result['weights_sha256'][:12]} on all {result['size']} replica(s)"
+    )
     _log.info("written to %s: %s", workdir, ", ".join(sorted(p.name for p in workdir.iterdir())))

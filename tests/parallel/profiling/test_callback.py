@@ -89,8 +89,8 @@ def test_the_main_job_writes_one_trace_of_all_ranks(train, tmp_path, exchange):
 @pytest.mark.parametrize(
     ("window", "strategy", "message"),
     [
-        ("5", "single", "--profile=5 is no window of steps. The form is START:STOP"),
-        ("5:a", "single", "--profile=5:a is no window of steps."),
+        ("5", "single", "--profile=5 is not a range of steps. The form is START:STOP"),
+        ("5:a", "single", "--profile=5:a is not a range of steps."),
         ("7:8", "single", "A profile needs a window of three steps or more, but was given 7 to 8."),
         ("auto", "mirrored", "--profile does not see inside tf.distribute."),
     ],
