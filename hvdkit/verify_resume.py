@@ -1,12 +1,12 @@
-"""Proves exact resume: trains once undisturbed, once killed at random steps and resumed, and compares, bit for bit.
+"""Verifies exact resume: trains once without interruption, once with kills and resumes, and compares bit for bit.
 
     hvdkit verify-resume -np 2 --kills=3 --model=mnist_mlp --epochs=5
     hvdkit verify-resume -np 1 --strategy=mirrored
 
-All flags but the first few are those of `hvdkit train`. Each kill is a SIGKILL of one rank, drawn by chance, at a step
-drawn by chance; the launcher ends the others. Compared are the final weights, the history and the losses of all steps.
+Other flags are passed to `hvdkit train`. Each kill is a SIGKILL of a random rank at a random step; the launcher ends
+the other ranks. The final weights, the history and the losses of all steps are compared.
 
-Exit code: 0 all is equal, 1 it is not, or a run failed; 2 the command line is wrong.
+Exit code: 0 if all are equal, 1 if not or if a run failed, 2 if the command line is wrong.
 """
 
 import argparse
@@ -31,7 +31,7 @@ _CHILD = "--kill-in-this-process"
 
 @dataclasses.dataclass(frozen=True)
 class Kill:
-    """When which rank is killed: `delay` seconds after the execution that reaches `step`."""
+    """A kill of `rank`, `delay` seconds after the execution that reaches `step`."""
 
     step: int
     rank: int
@@ -40,7 +40,7 @@ class Kill:
 
 @dataclasses.dataclass(frozen=True)
 class Run:
-    """How one run of the job went."""
+    """The outcome of one run of the job."""
 
     kill: Kill | None
     went_on_from: int | None
@@ -68,13 +68,13 @@ def main(argv: list[str]) -> int:
 
 
 def parser() -> Parser:
-    """The job's parser; what it does not know are flags of the training."""
+    """The job's parser; unknown flags belong to the training."""
     made = Parser("verify_resume", description=__doc__)
     made.add_argument("-np", type=int, default=2, metavar="N", help="number of ranks [2]")
     made.add_argument("--kills", type=int, default=3, help="how often the job is killed [3]")
-    made.add_argument("--kill-seed", type=int, default=None, help="makes the draws the same again [the clock]")
-    made.add_argument("--workdir", help="where the two runs write, and stay [a temporary folder]")
-    made.add_argument("--json", type=Path, help="write the outcome to this file, too")
+    made.add_argument("--kill-seed", type=int, default=None, help="seed of the random kills [the clock]")
+    made.add_argument("--workdir", help="where to write and keep the two runs [a temporary folder]")
+    made.add_argument("--json", type=Path, help="write the result to this file, too")
     return made
 
 
@@ -92,7 +92,7 @@ def _parse(argv: list[str]) -> tuple[argparse.Namespace, list[str]]:
 
 
 def _draw(arguments: argparse.Namespace, steps: int) -> list[Kill]:
-    """Steps in ascending order: a run that was resumed must be able to reach the next."""
+    """Random kills, in ascending order of steps: a resumed run must be able to reach the next one."""
     chance = random.Random(arguments.kill_seed)
     chosen = sorted(chance.sample(range(1, steps + 1), min(arguments.kills, steps)))
     return [Kill(step, chance.randrange(arguments.np), chance.choice([0.0, 0.01, 0.05])) for step in chosen]
@@ -121,7 +121,7 @@ def _run(ranks: int, flags: list[str], workdir: Path, kill: Kill | None) -> Run:
 
 
 def _told(run: Run) -> tuple[str, str]:
-    """Where a run began, and what happened to it."""
+    """Where a run began, and what interrupted it."""
     began = "the beginning" if run.went_on_from is None else f"step {run.went_on_from}"
     return began, f"rank {run.kill.rank} killed at step {run.kill.step}" if run.kill else "nothing"
 
@@ -154,23 +154,23 @@ def _report(reference: Run, runs: list[Run], equal: dict[str, bool], path: Path 
 
 
 def _train_and_die(kill: Kill, flags: list[str]) -> int:
-    """What each rank runs where one is to be killed."""
+    """What each rank runs if one is to be killed."""
     import keras
 
     from hvdkit import world
     from hvdkit.train.__main__ import main as train
 
     class Killer(keras.callbacks.Callback):
-        """Kills its own process, as nobody can prepare for."""
+        """Kills its own process with SIGKILL, which cannot be handled."""
 
         checkpointed = False
 
         def on_epoch_begin(self, epoch: int, logs: dict | None = None) -> None:
-            """Remembers the epoch."""
+            """Stores the epoch."""
             self._epoch = epoch
 
         def on_train_batch_end(self, batch: int, logs: dict | None = None) -> None:
-            """Counts, and kills."""
+            """Kills the process at its step."""
             if world.rank() == kill.rank and self._epoch * self.params["steps"] + batch + 1 >= kill.step:
                 threading.Timer(kill.delay, os.kill, (os.getpid(), signal.SIGKILL)).start()
 

@@ -1,1 +1,1 @@
-"""`python -m hvdkit.drill`: the training job, run through a fault on purpose."""
+"""`python -m hvdkit.drill`: runs the training job and injects a fault."""

@@ -1,4 +1,4 @@
-"""Runs the training job through a fault, on real ranks and hosts, and reports what it cost.
+"""Injects a fault into a training job on real ranks and hosts, and reports how the job recovers.
 
     hvdkit drill kill --rank 1 --step 60 -np 2
     hvdkit drill partition --rank 1 --step 60 -H h1:1,h2:1 --model=mnist_mlp --dataset=mnist --data-dir=DIR
@@ -7,9 +7,9 @@
     freeze      SIGSTOP of a rank                         partition   a rank's host is cut off: --cut and --mend say how
     term        SIGTERM to a rank, as a scheduler does    disk-full   the checkpoints' disk is full for a while (root)
 
-What else is given goes to `hvdkit train`. Each rank writes down which examples it trained on, by a hash of their
-content, so that it can be told afterwards whether each epoch had each example once. Exit code: 0 if the job ended well
-and no example was lost or trained twice, 1 if not, 2 if the command line is wrong.
+Other flags are passed to `hvdkit train`. Each rank records hashes of the examples that it trains on. From these the
+drill checks that each epoch had each example once. Exit code: 0 if the job succeeded and no example was lost or trained
+twice, 1 if not, 2 if the command line is wrong.
 """
 
 import argparse
@@ -32,7 +32,7 @@ from hvdkit.train import flags as train_flags
 FAULTS = ("kill", "freeze", "slow", "partition", "disk-full", "term")
 _CHILD = "--in-this-process"
 _DISK = "32m"
-_CUT_SECONDS = 30.0  # under MPI: all ranks start again, so the host must be back
+_CUT_SECONDS = 30.0  # with MPI, all ranks restart, so the host must be back by then
 
 
 def main(argv: list[str]) -> int:
@@ -62,18 +62,18 @@ def main(argv: list[str]) -> int:
 
 
 def parser() -> Parser:
-    """The drill's parser; what it does not know are flags of the training."""
+    """The drill's parser; unknown flags belong to the training."""
     made = Parser("drill", description=__doc__)
     made.add_argument("fault", choices=FAULTS)
-    made.add_argument("--rank", type=int, default=1, metavar="K", help="whom it happens to [1; disk-full: 0]")
-    made.add_argument("--step", type=int, default=60, metavar="S", help="at which step [60]")
-    made.add_argument("-np", type=int, metavar="N", help="number of ranks [all places of -H, or 2]")
-    made.add_argument("-H", dest="hosts", metavar="h1:1,h2:1", help="on which hosts [this one]")
-    made.add_argument("--mpi", action="store_true", help="ranks meet over MPI, and all start again [Gloo, elastic]")
+    made.add_argument("--rank", type=int, default=1, metavar="K", help="the rank with the fault [1; disk-full: 0]")
+    made.add_argument("--step", type=int, default=60, metavar="S", help="the step of the fault [60]")
+    made.add_argument("-np", type=int, metavar="N", help="number of ranks [all slots of -H, or 2]")
+    made.add_argument("-H", dest="hosts", metavar="h1:1,h2:1", help="hosts and their slots [this host]")
+    made.add_argument("--mpi", action="store_true", help="use MPI, and restart all ranks [Gloo, elastic]")
     made.add_argument("--launcher", default="", metavar="ARGS", help="more options for hvdkit.launch")
-    made.add_argument("--cut", metavar="COMMAND", help="cuts the host {host} off [launch/testhosts.sh cut {host}]")
-    made.add_argument("--mend", metavar="COMMAND", help="undoes it, at the end [launch/testhosts.sh mend {host}]")
-    made.add_argument("--workdir", metavar="DIR", help="where the job writes; shared by all hosts [a temporary one]")
+    made.add_argument("--cut", metavar="COMMAND", help="disconnects the host {host} [launch/testhosts.sh cut {host}]")
+    made.add_argument("--mend", metavar="COMMAND", help="reconnects it at the end [launch/testhosts.sh mend {host}]")
+    made.add_argument("--workdir", metavar="DIR", help="where the job writes; shared by all hosts [temporary]")
     made.add_argument("--json", type=Path, metavar="FILE", help="write the report to this file, too")
     return made
 
@@ -102,12 +102,10 @@ def _run(arguments: argparse.Namespace, flags: list[str], workdir: Path, notes: 
     how = ["--mpi", "--restarts", "5"] if arguments.mpi else ["--elastic"]
     rank = 0 if arguments.fault == "disk-full" else arguments.rank
     fault = f"{arguments.fault}:{rank}:{arguments.step}:{notes}"
-    command = [
-        sys.executable, "-m", "hvdkit.launch", *where, *how,
-        "--stall-timeout", "20", "--host-timeout", "10", *shlex.split(arguments.launcher),
-        "--workdir", str(workdir), "--",
-        sys.executable, "-m", "hvdkit.drill", _CHILD, fault, *flags, f"--workdir={workdir}",
-    ]  # fmt: skip
+    timeouts = ["--stall-timeout", "20", "--host-timeout", "10"]
+    launcher = [*where, *how, *timeouts, *shlex.split(arguments.launcher), "--workdir", str(workdir)]
+    job = [sys.executable, "-m", "hvdkit.drill", _CHILD, fault, *flags, f"--workdir={workdir}"]
+    command = [sys.executable, "-m", "hvdkit.launch", *launcher, "--", *job]
     lines = []
     with subprocess.Popen(
         command,
@@ -128,7 +126,7 @@ def _run(arguments: argparse.Namespace, flags: list[str], workdir: Path, notes: 
 
 @contextlib.contextmanager
 def _disk(arguments: argparse.Namespace, workdir: Path) -> Iterator[None]:
-    """A small disk for the checkpoints, where it is to become full."""
+    """Mounts a small disk for the checkpoints, for the fault disk-full."""
     if arguments.fault != "disk-full":
         yield
         return
@@ -143,7 +141,7 @@ def _disk(arguments: argparse.Namespace, workdir: Path) -> Iterator[None]:
 
 @contextlib.contextmanager
 def _network(arguments: argparse.Namespace, notes: Path) -> Iterator[None]:
-    """Cuts a host off when its rank says that the step has come."""
+    """Disconnects a host when its rank has reached the step, for the fault partition."""
     if arguments.fault != "partition":
         yield
         return

@@ -1,4 +1,4 @@
-"""What each rank of a drill runs: the training job, with notes taken of what it trains, and the fault built in."""
+"""What each rank of a drill runs: the training job, with a record of its examples and the injected fault."""
 
 import contextlib
 import dataclasses
@@ -19,13 +19,13 @@ from hvdkit.train import flags as train_flags
 from hvdkit.train.__main__ import main as train
 
 _SIGNALS = {"kill": signal.SIGKILL, "freeze": signal.SIGSTOP, "term": signal.SIGTERM}
-_SLOW_SECONDS = 0.2  # a step
-_FULL_STEPS = 60  # how long the disk is full, at least; long enough for a checkpoint to fail
+_SLOW_SECONDS = 0.2  # per step
+_FULL_STEPS = 60  # minimum number of steps with a full disk; enough for a checkpoint to fail
 
 
 @dataclasses.dataclass(frozen=True)
 class Fault:
-    """What happens to whom, once so many steps are done."""
+    """The kind of fault, its rank, and the number of steps after which it happens."""
 
     kind: str
     rank: int
@@ -33,10 +33,10 @@ class Fault:
 
 
 class Notes(keras.callbacks.Callback):
-    """Writes down, a file for each start and rank, what was trained and when.
+    """Records what is trained, and when: one file for each start and rank.
 
     Args:
-        folder: of all notes.
+        folder: the folder of all records.
     """
 
     checkpointed = False
@@ -47,7 +47,7 @@ class Notes(keras.callbacks.Callback):
         self._epoch = 0
 
     def tap(self, batches: tf.data.Dataset, first_step: int) -> tf.data.Dataset:
-        """Passes batches on, and notes what is in them."""
+        """Returns the same batches, and records hashes of their examples."""
         began = collectives.broadcast_object(f"{time.time():.3f}", name="drill")
         path = self._folder / f"{began}-rank-{world.rank():04d}.jsonl"
         self._file = path.open("w", encoding="utf-8", buffering=1)
@@ -65,11 +65,11 @@ class Notes(keras.callbacks.Callback):
         return batches.enumerate(first_step).map(pass_on)
 
     def on_epoch_begin(self, epoch: int, logs: dict | None = None) -> None:
-        """Remembers the epoch."""
+        """Stores the epoch."""
         self._epoch = epoch
 
     def on_train_batch_end(self, batch: int, logs: dict | None = None) -> None:
-        """Notes the number of steps done."""
+        """Records the number of steps done."""
         self.done = self._epoch * self.params["steps"] + batch + 1
         if world.rank() == 0:
             self._write(time=time.time(), done=self.done)
@@ -79,13 +79,13 @@ class Notes(keras.callbacks.Callback):
 
 
 class Trouble(keras.callbacks.Callback):
-    """Lets the fault happen, once over all starts.
+    """Injects the fault, once over all starts.
 
     Args:
-        fault: what.
-        notes: this rank's, for the number of steps done; it comes before this one in the list.
-        folder: where it is told that it has happened.
-        checkpoint_every: steps from one checkpoint to the next.
+        fault: the fault.
+        notes: this rank's `Notes`, for the number of steps done; it comes before this callback in the list.
+        folder: where `fault.json` records that the fault has happened.
+        checkpoint_every: steps between checkpoints.
     """
 
     checkpointed = False
@@ -99,7 +99,7 @@ class Trouble(keras.callbacks.Callback):
         self._filler = folder.parent / "checkpoints" / "filler"
 
     def on_train_batch_end(self, batch: int, logs: dict | None = None) -> None:
-        """Looks whether it is time."""
+        """Injects the fault at its step."""
         done, fault = self._notes.done, self._fault
         if world.rank() != fault.rank or done < fault.step:
             return

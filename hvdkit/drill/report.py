@@ -1,4 +1,4 @@
-"""What a drill cost: seconds, steps and examples, from the notes that all ranks took."""
+"""The report of a drill: seconds, steps and examples lost, from the records of all ranks."""
 
 import collections
 import contextlib
@@ -18,14 +18,14 @@ def make(kind: str, workdir: Path, code: int, told: list[Outcome], flags: list[s
     """The report of a drill.
 
     Args:
-        kind: of the fault.
-        workdir: the job's; its notes are in `drill/`.
+        kind: kind of the fault.
+        workdir: the job's folder; the records are in `drill/`.
         code: the launcher's exit code.
-        told: what the launcher told of the job.
-        flags: the job's.
+        told: the outcomes that the launcher reported.
+        flags: the job's flags.
 
     Returns:
-        Plain JSON; `is_well` tells whether the fault happened, the job ended, and no example was lost or seen twice.
+        Plain JSON. `is_well` is true if the fault happened, the job succeeded, and no example was lost or seen twice.
     """
     notes = workdir / "drill"
     runs = _read_runs(notes)
@@ -56,12 +56,12 @@ def make(kind: str, workdir: Path, code: int, told: list[Outcome], flags: list[s
 
 @dataclasses.dataclass
 class _Start:
-    """What is known of one start of the job: all ranks' notes.
+    """The records of all ranks for one start of the job.
 
     Attributes:
-        first: the step that it began with.
-        done: (time, number of steps done) of the root, in order.
-        hashes: of the examples, by step and rank.
+        first: the first step.
+        done: (time, number of steps done) of rank 0, in order.
+        hashes: hashes of all ranks' examples, by step.
     """
 
     first: int
@@ -70,7 +70,7 @@ class _Start:
 
 
 def _read_runs(notes: Path) -> list[_Start]:
-    """All starts, in order; a rank that was killed may have left half a line."""
+    """Reads all starts, in order. Incomplete lines, which a killed rank may have left, are skipped."""
     starts: dict[str, _Start] = {}
     for path in sorted(notes.glob("*.jsonl")):
         begin, _, _ = path.stem.partition("-rank-")
@@ -99,8 +99,8 @@ def _recovery(runs: list[_Start], fault: float) -> float | None:
 
 
 def _audit(runs: list[_Start], result: dict[str, Any], flags: list[str]) -> dict[str, int]:
-    """Compares, epoch by epoch, what was trained with what there is, as multisets of hashes."""
-    trained: dict[int, list[int]] = {}  # by step: the last start that did it counts, the ones before were undone
+    """Compares the trained examples of each epoch with the data set, as multisets of hashes."""
+    trained: dict[int, list[int]] = {}  # by step; the last start that did a step counts, earlier ones were rolled back
     for start in runs:
         trained |= {step: hashes for step, hashes in start.hashes.items() if step >= start.first}
         for step in [s for s in trained if s >= start.first and s not in start.hashes]:
@@ -113,7 +113,7 @@ def _audit(runs: list[_Start], result: dict[str, Any], flags: list[str]) -> dict
             h for s in range(epoch * per_epoch, (epoch + 1) * per_epoch) for h in trained.get(s, ())
         )
         twice += (seen - there).total()
-        # The last, smaller batch of an epoch is left out of it, here as in an undisturbed run.
+        # The last, smaller batch of an epoch is not trained on, as in a run without a fault.
         lost += max(0, per_epoch * result["global_batch"] - (seen & there).total() - (seen - there).total())
     return {
         "samples_lost": lost,
@@ -143,7 +143,7 @@ def _hashes_of_the_split(flags: list[str]) -> "collections.Counter[int]":
 
 
 def show(report: dict[str, Any]) -> None:
-    """Prints a report, and a line of JSON."""
+    """Prints a report and a line of JSON."""
     where = f"rank {report['rank']} on {report['host']}, step {report['step']}" if report["host"] else "did not happen"
     ended = (
         f"exit code {report['exit_code']}, {report['starts']} start(s), {report['ranks_at_the_end']} rank(s) at last"
@@ -164,7 +164,7 @@ def show(report: dict[str, Any]) -> None:
 
 
 def read_json(path: Path) -> Any:
-    """The content of a file; None if it is not there, or not whole."""
+    """The content of a file; None if it is missing or incomplete."""
     try:
         return json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError):
@@ -172,5 +172,5 @@ def read_json(path: Path) -> Any:
 
 
 def hashes(inputs: Any) -> list[int]:
-    """One number for each example of a batch [batch, ...], of its content."""
+    """One hash for each example of a batch [batch, ...], of its content."""
     return [zlib.crc32(example.tobytes()) << 32 | zlib.adler32(example.tobytes()) for example in inputs]

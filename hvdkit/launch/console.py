@@ -1,4 +1,4 @@
-"""What the launcher shows of the ranks' output, what it keeps in a log each, and what it remembers for the end."""
+"""The ranks' output: what the launcher shows, what it writes to each rank's log, and what it keeps for the end."""
 
 import collections
 import contextlib
@@ -13,7 +13,7 @@ from hvdkit.errors import UsageError
 from hvdkit.outcome import Failed, Outcome
 
 MODES = ("rank0", "errors", "all")
-# TensorFlow writes these at every import, whatever TF_CPP_MIN_LOG_LEVEL says; the last where there is no GPU driver.
+# TensorFlow writes these at every import and ignores TF_CPP_MIN_LOG_LEVEL; the last one without a GPU driver.
 _NOTICES = re.compile(
     r"WARNING: All log messages before absl::InitializeLog\(\)"
     r"|I\d{4} .*(?:port|cpu_feature_guard|cudart_stub)\.cc:\d+\]"
@@ -21,24 +21,24 @@ _NOTICES = re.compile(
     r"|E\d{4} .*failed call to cuInit: .*\(303\)"
 )
 _TRACEBACK = re.compile(r"Traceback \(most recent call last\)|Fatal Python error|\*\*\* Process received signal \*\*\*")
-_KEPT_LINES = 300  # of each rank, for what is shown at the end
-_LAST_LINES, _MOST_LINES = 10, 80  # shown at the end: so many, or from a traceback's begin on
-_LONGEST = 1 << 16  # bytes of a line that does not end
-_ERASE = "\r\x1b[2K"  # the terminal's line
-_CONTROLS = re.compile(r"\x1b\[[0-9;?]*[A-Za-z]")  # colours and moves of the cursor: a log holds none
+_KEPT_LINES = 300  # lines kept of each rank, to show at the end
+_LAST_LINES, _MOST_LINES = 10, 80  # lines shown at the end: the last ones, or from the start of a traceback
+_LONGEST = 1 << 16  # bytes after which a line without an end is split
+_ERASE = "\r\x1b[2K"  # erases the terminal's line
+_CONTROLS = re.compile(r"\x1b\[[0-9;?]*[A-Za-z]")  # colors and cursor moves, which are removed from logs
 
 
 class Console:
-    """Takes the ranks' output piece by piece, shows whole lines, and takes out what ranks tell the launcher.
+    """Reads the ranks' output in pieces, shows whole lines, and extracts the outcomes that ranks report.
 
     Args:
-        mode: `rank0` shows rank 0's output; `errors` also the other ranks' standard error, their number in front;
-            `all` everything. How the job fails is shown in all modes, whichever rank says it.
-        logs: the folder for a log of each rank, `rank-NNNN.log`; None for no logs.
+        mode: `rank0` shows rank 0's output; `errors` also the other ranks' standard error, prefixed with the rank;
+            `all` shows everything. A failure of the job is shown in all modes, whichever rank reports it.
+        logs: the folder for the log of each rank, `rank-NNNN.log`; None for no logs.
 
     Attributes:
-        cancelled: by the user: ranks die then, which is no news.
-        failures: those that ranks told, in order.
+        cancelled: whether the user has cancelled the job: then deaths of ranks are expected and not shown.
+        failures: the failures that ranks reported, in order.
     """
 
     def __init__(self, mode: str = "all", logs: Path | None = None) -> None:
@@ -60,9 +60,9 @@ class Console:
 
     @property
     def cause(self) -> tuple[int, int | None] | None:
-        """The rank whose failure the others follow from, and its exit code if it told that itself.
+        """The rank whose failure caused the others, and its exit code if that rank reported it itself.
 
-        Which rank's end is known first is chance; the watchdog says which failed first.
+        The order in which ranks end is random; the watchdog reports which rank failed first.
         """
         for failed in self.failures:
             if failed.rank is not None:
@@ -71,16 +71,16 @@ class Console:
 
     @property
     def leaving(self) -> int | None:
-        """The exit code with which, as a rank said, all ranks exit."""
+        """The exit code of all ranks, as a rank reported it."""
         return self.failures[0].code if self.failures else None
 
     def feed(self, rank: int, data: bytes, *, is_error: bool) -> None:
-        """Takes output as it came; a carriage return is passed on at once, so progress bars move."""
+        """Reads a piece of output. Text up to a carriage return is shown at once, so that progress bars move."""
         stream = self._streams.setdefault((rank, is_error), _Stream())
         self._take(rank, is_error, stream, stream.pieces(data))
 
     def finish(self, rank: int) -> None:
-        """Takes what a rank left without a line's end: nothing more will come."""
+        """Reads a rank's last, incomplete lines, after its output has ended."""
         for is_error in (False, True):
             if stream := self._streams.pop((rank, is_error), None):
                 self._take(rank, is_error, stream, stream.rest())
@@ -88,7 +88,7 @@ class Console:
             file.close()
 
     def last_lines(self, rank: int) -> list[str]:
-        """A rank's last lines, from the begin of its last traceback on where it ended with one."""
+        """A rank's last lines; if it ended with a traceback, from the start of the traceback."""
         lines = [line for line in self._last.get(rank, ()) if line.strip() and not _NOTICES.match(line)]
         begins = [number for number, line in enumerate(lines) if _TRACEBACK.match(line)]
         first = min([*begins[-1:], len(lines) - _LAST_LINES])
@@ -105,7 +105,7 @@ class Console:
                 self._keep(rank, line)
 
     def _hear(self, stream: "_Stream", told: Outcome) -> None:
-        """A failure is told on when the job has ended, once: by the launcher, which knows more."""
+        """Handles an outcome. Failures are kept: the launcher reports one when the job has ended, with more detail."""
         if isinstance(told, Failed):
             self.failures.append(told)
             stream.announce(told)
@@ -120,7 +120,7 @@ class Console:
 
     def _show(self, rank: int, piece: str, is_error: bool) -> None:
         target = sys.stderr if is_error else sys.stdout
-        with contextlib.suppress(BrokenPipeError):  # whoever read it has gone; the job goes on
+        with contextlib.suppress(BrokenPipeError):  # the reader has closed the pipe; the job continues
             if self._is_on_progress and target.isatty():
                 target.write(_ERASE)
             self._is_on_progress = piece.endswith("\r")
@@ -133,7 +133,7 @@ class Console:
         if self.logs is None:
             return
         if rank not in self._files:
-            # Appended: a run that is started again must not destroy what the one before it said.
+            # Appended: a restarted run must keep the log of the run before.
             self._files[rank] = (self.logs / f"rank-{rank:04d}.log").open("a", encoding="utf-8", buffering=1)
             self._files[rank].write(f"---- started {time.strftime('%Y-%m-%d %H:%M:%S')}\n")
         self._files[rank].write(line)
@@ -146,7 +146,7 @@ class _Stream:
         self._begun = b""
         self._overwritable = ""
         self._announced: Failed | None = None
-        self._lines = 0  # still to come of what was announced
+        self._lines = 0  # remaining lines of the announced failure
 
     def pieces(self, data: bytes) -> list[str | Outcome]:
         *whole, self._begun = re.split(rb"(?<=[\n\r])", self._begun + data)
@@ -154,7 +154,7 @@ class _Stream:
             whole.append(self._begun + b"\n")
             self._begun = b""
         found: list[str | Outcome] = []
-        before = ""  # an outcome, in a line that another thread has not ended
+        before = ""  # text before an outcome, in a line that another thread has not ended
         for piece in whole:
             text, told = outcome.split(before + piece.decode(errors="replace"))
             before = text if told else ""
@@ -163,11 +163,11 @@ class _Stream:
         return found
 
     def announce(self, told: Failed) -> None:
-        """The next lines tell people of a failure."""
+        """Marks the next lines as the text of a failure."""
         self._announced, self._lines = told, told.lines
 
     def announced(self, piece: str) -> Failed | None:
-        """The failure of which a piece tells people, if it does; asked once for each piece."""
+        """The failure to whose text a piece belongs, if any. Call it once for each piece."""
         if not self._lines:
             return None
         self._lines -= piece.endswith("\n")
@@ -178,7 +178,7 @@ class _Stream:
         return [begun.decode(errors="replace") + "\n"] if begun else ["\n"] if self._overwritable.strip() else []
 
     def line(self, piece: str) -> str | None:
-        """The line that a piece completes: what a progress bar overwrote is left out."""
+        """The line that a piece completes, without text that a progress bar has overwritten."""
         if piece.endswith("\r"):
             self._overwritable = piece[:-1]
             return None

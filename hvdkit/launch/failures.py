@@ -1,4 +1,4 @@
-"""Which rank was the first to fail, and with which exit code the launcher leaves."""
+"""Which rank failed first, and with which exit code the launcher exits."""
 
 import dataclasses
 import signal
@@ -7,14 +7,14 @@ from collections.abc import Mapping, Sequence
 
 @dataclasses.dataclass(frozen=True)
 class Failure:
-    """A rank's end with anything but 0; `code` is negative for a signal's number, as Python has it."""
+    """A rank's end with a nonzero exit code. A negative `code` is a signal's number, as in `subprocess`."""
 
     rank: int
     code: int
 
     @property
     def exit_code(self) -> int:
-        """As a shell would give it: 128 and the signal's number for a rank that a signal ended."""
+        """The exit code that a shell would return: for a signal, 128 plus its number."""
         return self.code if self.code > 0 else 128 - self.code
 
     def words(self) -> str:
@@ -35,24 +35,24 @@ def first(
     known_before: int = 0,
     ends: Mapping[int, int] | None = None,
 ) -> Failure | None:
-    """The failure that the others followed from.
+    """Returns the failure that caused the others.
 
     Args:
-        failures: in the order in which they became known, without those of ranks that the launcher itself ended.
-        cause: the rank that the watchdog named, and its exit code where the watchdog told it.
-        known_before: how many of the failures were known when it did.
-        ends: how all ranks ended, those that the launcher ended included.
+        failures: the failures in the order in which they became known, without ranks that the launcher itself ended.
+        cause: the rank that the watchdog named, and its exit code if the watchdog reported it.
+        known_before: how many of the failures were known when the watchdog named it.
+        ends: the exit codes of all ranks, including those that the launcher ended.
     """
-    # A rank that a signal killed had no say; one that left in its wake did so by itself, and may be heard of first.
-    # What aborts in the wake of another kills itself, too, but never with SIGKILL.
+    # A rank killed by a signal could report nothing. Ranks that exit because of it may become known first. A rank that
+    # aborts as a consequence is also ended by a signal, but never by SIGKILL.
     killed = sorted((f for f in failures if f.code < 0), key=lambda failure: failure.code != -signal.SIGKILL)
-    # Nor does SIGKILL follow from an exception elsewhere, in whichever order the two become known.
+    # SIGKILL is not a consequence of an exception on another rank either, in whichever order the two become known.
     killed_apart = [f for f in killed if cause and f.rank != cause[0] and f.code == -signal.SIGKILL]
     killed_before = [failure for failure in failures[:known_before] if failure.code < 0]
     if cause is not None and not killed_before and not killed_apart:
         rank, told = cause
         own = next((failure.code for failure in failures if failure.rank == rank), None)
-        # One that fails with an exception may be ended by the launcher while it cleans up.
+        # The launcher may end a rank that failed with an exception while it cleans up.
         code = told or own or (ends or {}).get(rank)
         if code:
             return Failure(rank, code)

@@ -1,4 +1,4 @@
-"""Where the time of a step goes, on every rank: what `hvdkit.callbacks.ProfileCallback` is made of.
+"""Profiling of training steps on every rank; `hvdkit.callbacks.ProfileCallback` uses these modules.
 
-`marks` notes times inside the graph, `shares` makes sense of them, `trace` writes them for Perfetto.
+`marks` records times inside the graph, `shares` computes the parts of a step, `trace` writes them for Perfetto.
 """

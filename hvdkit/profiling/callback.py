@@ -1,4 +1,4 @@
-"""`ProfileCallback`: where the time of some steps went, on all ranks."""
+"""`ProfileCallback`: profiles some steps on all ranks."""
 
 import contextlib
 import json
@@ -23,21 +23,21 @@ _log = logging.getLogger(__name__)
 
 
 class ProfileCallback(keras.callbacks.Callback):
-    """Measures a window of steps: shares of input, computation, waiting and exchange, and which rank is slow.
+    """Profiles a range of steps: time for input, computation, waiting and gradient allreduce, and which rank is slow.
 
-    Rank 0 writes into `folder`: `summary.md`, a page; `summary.json`, the same for programs; and `trace.json.gz`, all
-    ranks' steps and operations (`tf.profiler`) on one clock, for https://ui.perfetto.dev. Horovod's timeline joins them
-    if HOROVOD_TIMELINE=DYNAMIC is set for all ranks; its writer then keeps a core of rank 0 busy, also outside of the
-    window. Give the callback to all ranks. What is trained does not change.
+    Give the callback to all ranks. It does not change the training. Rank 0 writes into `folder`: `summary.md`, a
+    readable page; `summary.json`, the same for programs; and `trace.json.gz`, all ranks' steps and operations
+    (`tf.profiler`) on one clock, for https://ui.perfetto.dev. With HOROVOD_TIMELINE=DYNAMIC on all ranks, the trace
+    includes Horovod's timeline. Its writer then keeps a core of rank 0 busy, also outside of the range.
 
     Args:
-        folder: where to write; made if it is not there.
-        start: the first step of the window, counted from 0; the first steps of a training are not like the others.
-        stop: the step after the window. With several steps an execution the window is of whole executions.
-        operations: whether `tf.profiler` notes operations as well; it slows steps down a little.
+        folder: where to write; created if missing.
+        start: the first step to profile, counted from 0. The first steps of a training are not typical.
+        stop: the step after the last one. With several steps per execution, whole executions are profiled.
+        operations: whether to record operations with `tf.profiler` too, which slows steps down a little.
 
     Raises:
-        UsageError: the window holds fewer than three steps, or the model trains under `tf.distribute`.
+        UsageError: the range has fewer than three steps, or the model trains under `tf.distribute`.
 
     Example: `model.fit(dataset, callbacks=[*hvd.callbacks.standard(), hvd.callbacks.ProfileCallback("profile")])`
     """
@@ -55,7 +55,7 @@ class ProfileCallback(keras.callbacks.Callback):
         self._state = "before"
 
     def on_train_begin(self, logs: dict | None = None) -> None:
-        """Asks for marks, before the step is traced."""
+        """Adds the marks, before the step is traced."""
         model = self.model
         if strategy_of(model) is not None:
             raise UsageError("ProfileCallback does not see inside tf.distribute: leave it out under such a strategy.")
@@ -65,11 +65,11 @@ class ProfileCallback(keras.callbacks.Callback):
         model.make_train_function(force=True)
 
     def on_epoch_begin(self, epoch: int, logs: dict | None = None) -> None:
-        """Counts on."""
+        """Resets the step in the epoch."""
         self._in_epoch = 0
 
     def on_train_batch_end(self, batch: int, logs: dict | None = None) -> None:
-        """Opens and closes the window."""
+        """Starts and ends the profile."""
         self._step += batch + 1 - self._in_epoch
         self._in_epoch = batch + 1
         if self._state == "before" and self._step >= self._start:
@@ -78,7 +78,7 @@ class ProfileCallback(keras.callbacks.Callback):
             self._close()
 
     def on_train_end(self, logs: dict | None = None) -> None:
-        """Takes what there is, and gives the model its step back."""
+        """Ends an open profile, and restores the model's training step."""
         if self._state == "open":
             self._close()
         elif self._state == "before" and world.rank() == 0:
@@ -101,7 +101,7 @@ class ProfileCallback(keras.callbacks.Callback):
             world.horovod().start_timeline(str(self._timeline))
             self._timeline_began = time.time()
         if self._operations:
-            with contextlib.suppress(tf.errors.AlreadyExistsError, tf.errors.UnavailableError):  # the user's own
+            with contextlib.suppress(tf.errors.AlreadyExistsError, tf.errors.UnavailableError):  # the user profiles
                 self._profiler_began = time.time()
                 tf.profiler.experimental.start(str(self._scratch))
         if self._marks:
@@ -115,7 +115,7 @@ class ProfileCallback(keras.callbacks.Callback):
                 tf.profiler.experimental.stop()
         if self._timeline_began:
             world.horovod().stop_timeline()
-        # Operations are put on this rank's clock; rank 0 takes the difference when it knows it.
+        # Operations have the times of this rank's clock; rank 0 subtracts the offset once it is known.
         operations = trace.of_profiler(self._scratch, world.rank(), self._profiler_began) if self._operations else []
         shutil.rmtree(self._scratch, ignore_errors=True)
         told = (mine, operations, f"rank {world.rank()} on {socket.gethostname()}")

@@ -1,12 +1,12 @@
-"""Four times of each step, taken inside the graph: where Python looks on only now and then, nothing else sees them.
+"""Four times of each step, recorded inside the graph: Python cannot see the steps within one execution.
 
-    batch     the batch is there, and the step begins
-    ready     this rank's gradients are there: computation was until here
-    reduced   those of all ranks are there: the exchange was until here
+    batch     the batch is available, and the step starts
+    ready     this rank's gradients are available: end of the computation
+    reduced   the reduced gradients are available: end of the gradient allreduce
     end       the weights are updated
 
-Marks are made while a step is traced, so they must be asked for before that. A step without an exchange has its
-`ready` and `reduced` at the end.
+Marks are added while a step is traced, so `start` must be called before that. In a step without an allreduce, `ready`
+and `reduced` equal `end`.
 """
 
 from collections.abc import Callable, Sequence
@@ -21,10 +21,10 @@ _current: "Marks | None" = None
 
 
 class Marks:
-    """The times of the last steps.
+    """The times of the most recent steps.
 
     Args:
-        steps: how many are kept.
+        steps: number of steps to keep.
     """
 
     def __init__(self, steps: int) -> None:
@@ -34,7 +34,7 @@ class Marks:
             self._step = tf.Variable(0, trainable=False, dtype=tf.int32, name="profile_step")
 
     def wrap(self, step: Callable[[Any], Any]) -> Callable[[Any], Any]:
-        """A training step that notes its beginning and its end."""
+        """Returns a training step that records its start and its end."""
 
         @tf.function
         def inner(data: Any) -> Any:
@@ -43,7 +43,7 @@ class Marks:
         def marked(data: Any) -> Any:
             self.note("batch", tf.nest.flatten(data))
             result = inner(data)
-            # The call is over when all that it updates is updated.
+            # `inner` is a tf.function: its result is available only after all its updates are done.
             self.note("end", tf.nest.flatten(result))
             with tf.control_dependencies(tf.nest.flatten(result)):
                 self._step.assign_add(1)
@@ -52,10 +52,10 @@ class Marks:
         return marked
 
     def note(self, name: str, after: Sequence[Any]) -> list[Any]:
-        """Notes the time at which what is given is there.
+        """Records the time at which the values in `after` are available.
 
         Returns:
-            The same, for what is to come later: tensors and `tf.IndexedSlices` that are there once it is noted.
+            The same values: tensors and `tf.IndexedSlices` that depend on the recorded time. Use these from then on.
         """
         tensors = [t for t in tf.nest.flatten(list(after), expand_composites=True) if isinstance(t, tf.Tensor)]
         with tf.control_dependencies(tensors):
@@ -68,30 +68,30 @@ class Marks:
             )
 
     def reset(self) -> None:
-        """Forgets all steps."""
+        """Removes all recorded times."""
         self._step.assign(0)
         self._times.assign(tf.zeros_like(self._times))
 
     def read(self) -> np.ndarray:
-        """Seconds since 1970 of the steps since `reset`, float64 [steps, 4]; 0 where nothing was noted."""
+        """Seconds since 1970 of the steps since `reset`, float64 [steps, 4]; 0 where nothing was recorded."""
         return self._times.numpy()[: int(self._step.numpy())]
 
 
 def start(steps: int) -> Marks:
-    """Makes exchanges that are traced from now on note their times."""
+    """Makes steps that are traced from now on record their times."""
     global _current
     _current = Marks(steps)
     return _current
 
 
 def stop() -> None:
-    """Ends that, for what is traced later."""
+    """Undoes `start` for steps that are traced later."""
     global _current
     _current = None
 
 
 def note(name: str, after: Sequence[Any]) -> list[Any]:
-    """Notes the time at which gradients are there, if anybody wants to know, and returns them for what comes after."""
+    """Records the time at which gradients are available, after `start`. Use the returned values from then on."""
     if _current is None or tf.executing_eagerly():
         return list(after)
     return _current.note(name, after)

@@ -1,8 +1,8 @@
-"""From times to shares: how much of a step is input, computation, waiting and exchange, who is slow, what to change.
+"""Computes from the recorded times how a step divides, which rank is slow, and what to change.
 
-All ranks are done with an exchange at the same time, as near as a message takes. So the clocks of several hosts are set
-by it: a rank's clock is off by the median difference of its `reduced` from rank 0's, and known to within the spread of
-these differences.
+The parts of a step are input, computation, waiting and gradient exchange (allreduce). All ranks end an allreduce at the
+same time, except for the latency of a message. This synchronizes the clocks of several hosts: a rank's clock offset is
+the median difference of its `reduced` from rank 0's, and the spread of these differences is the offset's error.
 """
 
 import dataclasses
@@ -11,20 +11,20 @@ from collections.abc import Sequence
 import numpy as np
 
 PARTS = ("input", "compute", "waiting", "exchange")
-_SLOWER = 0.05  # than the median rank, from which on a rank is called slow
-_MUCH = 0.25  # of a step, from which on a part is worth changing
+_SLOWER = 0.05  # a rank is slow if it takes this much longer than the median of the others
+_MUCH = 0.25  # share of a step from which a part is worth changing
 
 
 @dataclasses.dataclass(frozen=True)
 class Profile:
-    """What was found.
+    """The measured parts of a step.
 
     Attributes:
-        seconds: of each part of a step, the median over steps, float64 [ranks, 4], in the order of `PARTS`.
-        own: seconds of a step that a rank needs by itself: input and computation, float64 [ranks].
-        step: seconds of a step, the median.
-        clock_error: seconds to which the ranks' clocks are known to each other.
-        times: of the marks, on rank 0's clock, float64 [ranks, steps, 4].
+        seconds: seconds of each part of a step, median over steps, float64 [ranks, 4], in the order of `PARTS`.
+        own: seconds of a step that a rank itself needs: input and computation, float64 [ranks].
+        step: seconds of a step, median.
+        clock_error: error of the clock offsets between ranks, in seconds.
+        times: times of the marks on rank 0's clock, float64 [ranks, steps, 4].
     """
 
     seconds: np.ndarray
@@ -35,13 +35,13 @@ class Profile:
 
 
 def analyse(times: Sequence[np.ndarray]) -> Profile:
-    """Computes shares from the marks of all ranks.
+    """Computes the parts of a step from the marks of all ranks.
 
     Args:
-        times: of each rank, seconds, float64 [steps, 4] in the order of `hvdkit.profiling.marks.NAMES`.
+        times: for each rank, seconds, float64 [steps, 4] in the order of `hvdkit.profiling.marks.NAMES`.
 
     Raises:
-        ValueError: there are fewer than three steps that all ranks have noted.
+        ValueError: all ranks have fewer than three recorded steps in common.
     """
     steps = min(len(t) for t in times)
     if steps < 3:
@@ -66,11 +66,11 @@ def analyse(times: Sequence[np.ndarray]) -> Profile:
 
 
 def verdict(profile: Profile, names: Sequence[str]) -> str:
-    """Who is slow, and why, in a sentence.
+    """Says in a sentence which rank is slow, and why.
 
     Args:
-        profile: what was found.
-        names: of the ranks, as in `rank 3 on h2`.
+        profile: the measurement.
+        names: names of the ranks, such as `rank 3 on h2`.
     """
     if len(names) == 1:
         return "There is one rank, and nobody to wait for."
@@ -84,7 +84,7 @@ def verdict(profile: Profile, names: Sequence[str]) -> str:
 
 
 def advice(profile: Profile) -> list[str]:
-    """What to change, each with the share that says so."""
+    """What to change, each with the share of the step that is the reason."""
     share = dict(zip(PARTS, profile.seconds.mean(axis=0) / max(profile.step, 1e-12), strict=True))
     mends = {
         "exchange": "send less (--compression=bf16, int8, topk, powersgd), or less often (--local-steps, a larger "

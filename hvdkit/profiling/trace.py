@@ -1,7 +1,7 @@
-"""One trace of all ranks, in the JSON that chrome://tracing and https://ui.perfetto.dev open.
+"""One trace of all ranks, in the JSON format of chrome://tracing and https://ui.perfetto.dev.
 
-Its events: the parts of each step, from the marks; Horovod's timeline, which rank 0 keeps; and the operations of
-`tf.profiler`, of each rank. All are on rank 0's clock. Format: "Trace Event Format", Google, 2016.
+Its events are the parts of each step, from the marks; Horovod's timeline, which rank 0 writes; and each rank's
+operations from `tf.profiler`. All times are on rank 0's clock. Format: "Trace Event Format", Google, 2016.
 """
 
 import gzip
@@ -13,12 +13,12 @@ from typing import Any
 from hvdkit.profiling.shares import Profile
 
 _SHORTEST = 20.0  # µs; shorter operations are left out
-_ANOTHER_CLOCK = 60.0  # seconds
-_MOST = 20_000  # operations of a rank; the longest stay
+_ANOTHER_CLOCK = 60.0  # seconds of difference from which the profiler is assumed to use another clock
+_MOST = 20_000  # operations per rank; the longest are kept
 
 
 def of_marks(profile: Profile, names: Sequence[str]) -> list[dict[str, Any]]:
-    """The parts of each step, a process for each rank."""
+    """The parts of each step; each rank is a process of the trace."""
     events: list[dict[str, Any]] = []
     for rank, name in enumerate(names):
         events.append({"ph": "M", "name": "process_name", "pid": rank, "args": {"name": name}})
@@ -40,11 +40,11 @@ def of_marks(profile: Profile, names: Sequence[str]) -> list[dict[str, Any]]:
 
 
 def of_timeline(file: Path, began: float) -> list[dict[str, Any]]:
-    """Horovod's timeline, which counts microseconds from its start.
+    """The events of Horovod's timeline, which counts microseconds from its start.
 
     Args:
-        file: as Horovod has written it; a list that need not be closed.
-        began: seconds since 1970 at its start, if it does not say so itself.
+        file: the file that Horovod has written: a JSON list, perhaps without its end.
+        began: seconds since 1970 at its start, if the file does not contain this.
     """
     text = file.read_text().strip().rstrip(",") if file.is_file() else ""
     if not text:
@@ -55,7 +55,7 @@ def of_timeline(file: Path, began: float) -> list[dict[str, Any]]:
         found = json.loads(text[: text.rindex("},") + 1] + "]")
     shifted = []
     for event in found:
-        # Horovod counts from when it was initialised, and says when that was.
+        # Horovod counts from its initialization, and writes when that was.
         began = event.get("args", {}).get("start_time_since_epoch_in_micros", began * 1e6) / 1e6
         if "ts" in event:
             event = {**event, "ts": event["ts"] + began * 1e6}
@@ -65,13 +65,13 @@ def of_timeline(file: Path, began: float) -> list[dict[str, Any]]:
 
 
 def of_profiler(folder: Path, rank: int, began: float) -> list[dict[str, Any]]:
-    """The host's operations that `tf.profiler` has written.
+    """The operations that `tf.profiler` has recorded.
 
     Args:
-        folder: given to `tf.profiler.experimental.start`.
-        rank: whose they are.
-        began: seconds since 1970 when the profiler was started; where it counts from another moment, its first line is
-            taken to have begun then.
+        folder: the folder given to `tf.profiler.experimental.start`.
+        rank: the rank that recorded them.
+        began: seconds since 1970 when the profiler was started. If the profiler uses another clock, its first line
+            is assumed to start at this time.
     """
     from tensorflow.tsl.profiler.protobuf import xplane_pb2
 
@@ -112,7 +112,7 @@ def _span(name: str, begin: float, end: float, process: Any, thread: int, more: 
 
 
 def write(path: Path, events: Sequence[dict[str, Any]]) -> None:
-    """Writes a gzipped trace whose time begins with its first event."""
+    """Writes a gzipped trace. Time 0 is its first event."""
     first = min((event["ts"] for event in events if "ts" in event), default=0.0)
     moved = [{**event, "ts": round(event["ts"] - first, 3)} if "ts" in event else event for event in events]
     with gzip.open(path, "wt") as file:

@@ -1,4 +1,4 @@
-"""A task: one training of a trial, with its folder, its tries, and what its files tell of it."""
+"""A task: one training of a trial, with its folder, its tries, and the state that its files show."""
 
 import csv
 import dataclasses
@@ -13,22 +13,22 @@ from typing import Any
 from hvdkit.sweep.hosts import Slot, SweepHost
 from hvdkit.sweep.runs import Run
 
-_LAST_BYTES = 1 << 14  # of a log, to find in it what went wrong
-# What a log begins with: the command, and what TensorFlow writes when it is loaded.
+_LAST_BYTES = 1 << 14  # end of a log in which to look for the error
+# The first lines of a log: the command, and what TensorFlow writes when it is imported.
 _BEGIN = re.compile(r"\$ |WARNING: All log|[IWE]\d{4} |To enable the following")
 
 
 @dataclasses.dataclass
 class Try:
-    """A task's process and what the sweep knows of it.
+    """A task's process and its state.
 
     Attributes:
         run: the process.
         slot: where it runs.
         folder: its workdir.
-        began: by the monotonic clock.
-        why: the reason for which the sweep ends it; empty as long as it does not.
-        ended_at: when it was told so.
+        began: monotonic time of its start.
+        why: why the sweep ends it; empty while it does not.
+        ended_at: when the sweep told it to end.
     """
 
     run: Run
@@ -45,7 +45,7 @@ class Try:
         return time.monotonic() - self.began
 
     def still_for(self) -> float:
-        """Seconds since a file of it has changed. Other hosts' clocks do not matter: it is change that counts."""
+        """Seconds since one of its files changed. Compares states of files, so clocks of other hosts do not matter."""
         seen = _states(self.folder)
         if seen != self._seen:
             self._seen, self._moved = seen, time.monotonic()
@@ -58,16 +58,16 @@ class Task:
 
     Attributes:
         trial: the trial's number.
-        fold: the fold that it tests on; None for the whole training split.
-        folder: of all its tries.
-        flags: of the training, apart from those that say where it writes.
-        current: the try that runs.
+        fold: the fold that it tests on; None without folds.
+        folder: the folder of all its tries.
+        flags: flags of the training, except those for where it writes.
+        current: the running try.
         failures: how many tries have failed.
-        avoided: hosts on which they did.
+        avoided: hosts on which tries have failed.
         result: the content of `result.json`, once it is done.
-        hosts: where its tries ran, in order.
-        seconds: of all tries.
-        last: what the log said when a try failed.
+        hosts: hosts of its tries, in order.
+        seconds: total seconds of all tries.
+        last: the last line of the log of a failed try.
     """
 
     trial: int
@@ -84,15 +84,15 @@ class Task:
 
     @property
     def name(self) -> str:
-        """For people."""
+        """The task's name in messages."""
         return f"trial {self.trial}" + ("" if self.fold is None else f", fold {self.fold}")
 
     def tries(self) -> list[Path]:
-        """The folders of its tries so far, in order; those of a sweep before this one, too."""
+        """The folders of its tries so far, in order, including those of an earlier sweep."""
         return sorted(self.folder.glob("try-*"), key=lambda path: int(path.name.partition("-")[2]))
 
     def find_result(self) -> bool:
-        """Whether a try has finished; a result is whole, or not there."""
+        """Whether a try has finished; then reads its result, which is written atomically."""
         for folder in reversed(self.tries()):
             if (folder / "result.json").is_file():
                 self.result = {**json.loads((folder / "result.json").read_text()), "folder": str(folder)}
@@ -100,9 +100,9 @@ class Task:
         return False
 
     def next_try(self) -> tuple[Path, list[str]]:
-        """A folder for a new try, and the flags that say so. It goes on from the last checkpoint of those before it.
+        """Creates the folder of a new try. Returns it with flags for this folder and the newest earlier checkpoint.
 
-        Each try has a folder of its own: one that was given up may write on for a moment, on a host that is cut off.
+        Each try has its own folder: an abandoned try may still write for a while, on a disconnected host.
         """
         before = self.tries()
         number = int(before[-1].name.partition("-")[2]) + 1 if before else 1
@@ -112,7 +112,7 @@ class Task:
         return folder, [f"--workdir={folder}", *([f"--resume={saved}"] if saved else [])]
 
     def clean(self, *, keep_model: bool) -> None:
-        """Removes what nobody needs of a task that is over: checkpoints, and models that are not the best."""
+        """Removes the checkpoints of a finished task, and its model unless `keep_model`."""
         for folder in self.tries():
             shutil.rmtree(folder / "checkpoints", ignore_errors=True)
             if not keep_model:
@@ -127,7 +127,7 @@ def has_checkpoint(folder: Path) -> bool:
 
 
 def history(folder: Path, column: str) -> list[float]:
-    """A column of a try's `history.csv`, a number an epoch; a line that is being written is left out."""
+    """A column of a try's `history.csv`, one number per epoch; an incomplete last line is skipped."""
     try:
         text = (folder / "history.csv").read_text()
     except FileNotFoundError:
@@ -138,18 +138,18 @@ def history(folder: Path, column: str) -> list[float]:
 
 
 def value(result: dict[str, Any], goal: str) -> float:
-    """What a training has reached; NaN where it has not."""
+    """The value of the goal that a training has reached; NaN if there is none."""
     found = result.get(f"test_{goal}")
     return math.nan if found is None else float(found)
 
 
 def outcome_file(folder: Path) -> Path:
-    """Where a try tells how it ends; see `hvdkit.outcome`."""
+    """The file to which a try writes its outcome; see `hvdkit.outcome`."""
     return folder / "logs" / "outcome.jsonl"
 
 
 def last_words(log: Path) -> str:
-    """The last line of a log that says something: of a try that ended without telling how."""
+    """The last meaningful line of a log, for a try that ended without an outcome."""
     with log.open("rb") as file:
         file.seek(max(0, file.seek(0, 2) - _LAST_BYTES))
         lines = file.read().decode(errors="replace").splitlines()
