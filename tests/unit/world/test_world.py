@@ -1,3 +1,4 @@
+import os
 import subprocess
 import sys
 
@@ -6,6 +7,7 @@ import pytest
 import hvdkit as hvd
 from hvdkit import world
 from hvdkit.world import devices, ranks
+from tests import forked
 
 
 def test_a_rank_must_lie_below_its_size():
@@ -67,17 +69,26 @@ def test_more_ranks_than_gpus_are_refused():
         devices._pin_gpu(FakeTensorFlow(), ["g0", "g1"], local_rank=2, local_size=3, host="h1")
 
 
-def run(program, **environment):
-    import os
+@pytest.fixture
+def run(tmp_path):
+    """Runs a program in a process of its own, which has not asked anything of TensorFlow, and returns its words."""
 
-    ended = subprocess.run(
-        [sys.executable, "-c", program], capture_output=True, text=True, check=False, env={**os.environ, **environment}
-    )
-    assert ended.returncode == 0, ended.stderr
-    return ended.stdout.split()
+    def start(program, **environment):
+        (tmp_path / "program.py").write_text(program)
+        ended = subprocess.run(
+            forked.command(tmp_path / "program.py"),
+            capture_output=True,
+            text=True,
+            check=False,
+            env={**os.environ, **environment},
+        )
+        assert ended.returncode == 0, ended.stderr
+        return ended.stdout.split()
+
+    return start
 
 
-def test_init_shares_the_cores():
+def test_init_shares_the_cores(run):
     program = """
 import hvdkit as hvd, tensorflow as tf
 print(hvd.init().size, hvd.init() is hvd.init(), tf.config.threading.get_intra_op_parallelism_threads())
@@ -86,7 +97,7 @@ hvd.shutdown(); print(hvd.is_initialized())
     assert run(program) == ["1", "True", str(world.usable_cores()), "False"]
 
 
-def test_a_rank_with_cores_of_its_own_takes_all_that_it_sees():
+def test_a_rank_with_cores_of_its_own_takes_all_that_it_sees(run):
     program = """
 import tensorflow as tf
 from hvdkit.world.devices import take_devices
@@ -98,7 +109,7 @@ print(tf.config.threading.get_intra_op_parallelism_threads())
     assert run(program, CUDA_VISIBLE_DEVICES="", HVDKIT_OWN_CORES="1") == [str(cores)]
 
 
-def test_a_user_who_sets_threads_keeps_them():
+def test_a_user_who_sets_threads_keeps_them(run):
     program = """
 import hvdkit as hvd, tensorflow as tf
 hvd.init()
@@ -107,7 +118,7 @@ print(tf.config.threading.get_intra_op_parallelism_threads())
     assert run(program, TF_NUM_INTRAOP_THREADS="7") == ["0"]  # 0: TensorFlow decides, by the variable
 
 
-def test_init_after_tensorflows_start_warns():
+def test_init_after_tensorflows_start_warns(run):
     program = """
 import logging, sys
 logging.basicConfig(stream=sys.stdout, format="%(message)s")
@@ -118,7 +129,7 @@ hvd.init()
     assert "call hvdkit.init() before the first tensor" in " ".join(run(program))
 
 
-def test_without_horovod_the_error_says_how_to_get_it():
+def test_without_horovod_the_error_says_how_to_get_it(run):
     program = """
 import sys
 sys.modules["horovod"] = None
@@ -132,9 +143,9 @@ except ImportError as error:
 
 
 def test_importing_hvdkit_does_not_load_tensorflow():
-    assert run(
-        "import sys, hvdkit, hvdkit.launch.__main__, hvdkit.train.flags; print('tensorflow' in sys.modules)"
-    ) == ["False"]
+    program = "import sys, hvdkit, hvdkit.launch.__main__, hvdkit.train.flags; print('tensorflow' in sys.modules)"
+    ended = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
+    assert ended.stdout.split() == ["False"]
 
 
 def test_every_public_name_exists():
