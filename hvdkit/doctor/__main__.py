@@ -100,8 +100,13 @@ def parser() -> Parser:
         "--python", default=sys.executable, metavar="PATH", help="the job's Python, on every host [this one]"
     )
     made.add_argument("--ssh-args", default="", metavar="ARGS", help="more arguments for ssh, as in: '-p 2222'")
-    made.add_argument("--skip", default="", metavar="CHECKS", help="leave these out, as in: ssh,bandwidth; without "
-                        "build, TensorFlow is not loaded, and no data set is read and no rank started")  # fmt: skip
+    made.add_argument(
+        "--skip",
+        default="",
+        metavar="CHECKS",
+        help="leave these out, as in: ssh,bandwidth; without "
+        "build, TensorFlow is not loaded, and no data set is read and no rank started",
+    )
     made.add_argument("--json", metavar="FILE", help="write results and findings there, too")
     return made
 

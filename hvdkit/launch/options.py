@@ -74,40 +74,77 @@ def _add_options(parser: Parser) -> None:
     backend = how.add_mutually_exclusive_group()
     backend.add_argument("--gloo", action="store_true", help="ranks meet over Gloo, the default")
     backend.add_argument("--mpi", action="store_true", help="ranks are started by mpirun, and meet over MPI")
-    how.add_argument("--bind", choices=("auto", "none", "cores", "gpus", "both"), default="auto", help="share out "
-                     "a host's cores or GPUs among its ranks [cores, where there are no GPUs]; hvd.init() takes the "
-                     "local rank's GPU in any case")  # fmt: skip
+    how.add_argument(
+        "--bind",
+        choices=("auto", "none", "cores", "gpus", "both"),
+        default="auto",
+        help="share out "
+        "a host's cores or GPUs among its ranks [cores, where there are no GPUs]; hvd.init() takes the "
+        "local rank's GPU in any case",
+    )
     how.add_argument("--cores", metavar="0-3,8", help="cores of each host that the job may use [all that it can]")
     how.add_argument("--gpus", metavar="0,1", help="GPUs of each host that the job may use, and binds to [all]")
     how.add_argument("--interface", metavar="NAME", help="the job's network interface, on every host [the route's]")
-    how.add_argument("--remote-shell", choices=("ssh", "srun"), help="how other hosts are reached "
-                     "[srun with --hosts-from slurm, where it is installed, else ssh]")  # fmt: skip
+    how.add_argument(
+        "--remote-shell",
+        choices=("ssh", "srun"),
+        help="how other hosts are reached [srun with --hosts-from slurm, where it is installed, else ssh]",
+    )
     how.add_argument("--ssh-args", metavar="ARGS", default="", help="more arguments for ssh, as in: '-p 2222'")
     how.add_argument("--insecure-host-keys", action="store_true", help="let any machine pass for a host")
     elastic = parser.add_argument_group("when ranks and hosts are lost, or come and go")
-    elastic.add_argument("--elastic", action="store_true", help="go on with those that there are, from the last "
-                         "checkpoint; --hostfile or the script may list others meanwhile")  # fmt: skip
+    elastic.add_argument(
+        "--elastic",
+        action="store_true",
+        help="go on with those that there are, from the last "
+        "checkpoint; --hostfile or the script may list others meanwhile",
+    )
     elastic.add_argument("--min-np", type=int, metavar="N", help="ranks below which it waits for hosts [1]")
     elastic.add_argument("--max-np", type=int, metavar="N", help="ranks that it uses at most [-np, or all places]")
-    elastic.add_argument("--host-discovery-script", metavar="PATH", help="prints the hosts that there are, one a line: "
-                         "h1:2, or h1 for --slots ranks")  # fmt: skip
-    elastic.add_argument("--slots", type=int, default=1, metavar="N", help="ranks of a host that the script prints "
-                         "without a number [%(default)s]")  # fmt: skip
-    elastic.add_argument("--elastic-timeout", type=float, default=600.0, metavar="S", help="seconds to wait for "
-                         "--min-np [%(default)g]")  # fmt: skip
-    elastic.add_argument("--restarts", type=int, metavar="N", help="starts after failures, with or without --elastic "
-                         "[10 with, 0 without]")  # fmt: skip
+    elastic.add_argument(
+        "--host-discovery-script",
+        metavar="PATH",
+        help="prints the hosts that there are, one a line: h1:2, or h1 for --slots ranks",
+    )
+    elastic.add_argument(
+        "--slots",
+        type=int,
+        default=1,
+        metavar="N",
+        help="ranks of a host that the script prints without a number [%(default)s]",
+    )
+    elastic.add_argument(
+        "--elastic-timeout", type=float, default=600.0, metavar="S", help="seconds to wait for --min-np [%(default)g]"
+    )
+    elastic.add_argument(
+        "--restarts",
+        type=int,
+        metavar="N",
+        help="starts after failures, with or without --elastic [10 with, 0 without]",
+    )
     limits = parser.add_argument_group("limits, in seconds")
-    limits.add_argument("--start-timeout", type=int, default=120, metavar="S", help="for hosts to answer, and for "
-                        "ranks to follow the first one to hvd.init() [%(default)s]")  # fmt: skip
+    limits.add_argument(
+        "--start-timeout",
+        type=int,
+        default=120,
+        metavar="S",
+        help="for hosts to answer, and for ranks to follow the first one to hvd.init() [%(default)s]",
+    )
     limits.add_argument("--stall-timeout", type=float, metavar="S", help="for ranks to wait for others [600; 0: none]")
-    limits.add_argument("--host-timeout", type=float, default=30.0, metavar="S", help="for a host to be silent "
-                        "[%(default)g; 0: none]")  # fmt: skip
+    limits.add_argument(
+        "--host-timeout", type=float, default=30.0, metavar="S", help="for a host to be silent [%(default)g; 0: none]"
+    )
     output = parser.add_argument_group("output")
-    output.add_argument("--workdir", metavar="DIR", help="keep each rank's output in DIR/logs/rank-NNNN.log, "
-                        "and what hvd.elastic commits in DIR/elastic")  # fmt: skip
-    output.add_argument("--output", choices=MODES, help="on the screen: rank 0's; with the other ranks' standard "
-                        "error; all [errors with --workdir, else all]")  # fmt: skip
+    output.add_argument(
+        "--workdir",
+        metavar="DIR",
+        help="keep each rank's output in DIR/logs/rank-NNNN.log, and what hvd.elastic commits in DIR/elastic",
+    )
+    output.add_argument(
+        "--output",
+        choices=MODES,
+        help="on the screen: rank 0's; with the other ranks' standard error; all [errors with --workdir, else all]",
+    )
     output.add_argument("--dry-run", action="store_true", help="ask the hosts, and show what would be started on them")
 
 

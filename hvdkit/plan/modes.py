@@ -53,5 +53,13 @@ def _with_feedback(name: str, shapes: Sequence[Sequence[int]], seconds: float) -
     sent, whole = compressor.wire_bytes(known, 2), ring_bytes(4 * elements(known), 2)
     gathers = name == "topk"  # of what each rank brings, not of a ring's two passes
     share = sent / (4 * elements(known)) if gathers else sent / whole
-    return Mode(name, f"--compression={name}", share, extra=seconds, gathers=gathers, scatters=name in _SCATTERING,
-                exact=False, exchanges=1 if gathers else 2)  # fmt: skip
+    return Mode(
+        name,
+        f"--compression={name}",
+        share,
+        extra=seconds,
+        gathers=gathers,
+        scatters=name in _SCATTERING,
+        exact=False,
+        exchanges=1 if gathers else 2,
+    )

@@ -152,41 +152,80 @@ def parser() -> Parser:
         usage="%(prog)s [-np N | -H h1:2,h2:2] --workdir=DIR [options] -- [flags of hvdkit train]",
     )
     what = made.add_argument_group("what is searched: flags of hvdkit.train")
-    what.add_argument("--grid", action="append", default=[], metavar="FLAG=A,B", help="all values, with all of other "
-                      "grids; | separates values that have commas")  # fmt: skip
+    what.add_argument(
+        "--grid",
+        action="append",
+        default=[],
+        metavar="FLAG=A,B",
+        help="all values, with all of other grids; | separates values that have commas",
+    )
     what.add_argument("--choice", action="append", default=[], metavar="FLAG=A,B", help="one of these, drawn")
-    what.add_argument("--random", action="append", default=[], metavar="'FLAG=LOW..HIGH log'", help="a number of this "
-                      "range, drawn; log: its logarithm is")  # fmt: skip
+    what.add_argument(
+        "--random",
+        action="append",
+        default=[],
+        metavar="'FLAG=LOW..HIGH log'",
+        help="a number of this range, drawn; log: its logarithm is",
+    )
     what.add_argument("--int", action="append", default=[], metavar="FLAG=LOW..HIGH:STEP", help="a whole number")
     what.add_argument("--trials", type=int, metavar="N", help="how many are drawn; with --grid, for each point of it")
-    what.add_argument("--search", choices=("random", "tpe"), default="random", help="how: independently, or where "
-                      "earlier trials were good (tree-structured Parzen estimator) [%(default)s]")  # fmt: skip
+    what.add_argument(
+        "--search",
+        choices=("random", "tpe"),
+        default="random",
+        help="how: independently, or where earlier trials were good (tree-structured Parzen estimator) [%(default)s]",
+    )
     what.add_argument("--seed", type=int, default=0, help="of what is drawn [0]")
-    what.add_argument("--folds", type=int, default=0, metavar="K", help="cross-validation: K tasks a trial, each "
-                      "tested on another fold of the training split; the best then trains on all of it")  # fmt: skip
-    what.add_argument("--goal", choices=tuple(_GOALS), default="accuracy", help="of the test split, or the folds' mean "
-                      "[%(default)s]")  # fmt: skip
-    what.add_argument("--asha", nargs="?", const="3:1", metavar="ETA:FIRST", help="end bad trials early: after FIRST, "
-                      "FIRST·ETA, FIRST·ETA² ... epochs only the best of ETA goes on [3:1]")  # fmt: skip
+    what.add_argument(
+        "--folds",
+        type=int,
+        default=0,
+        metavar="K",
+        help="cross-validation: K tasks a trial, each "
+        "tested on another fold of the training split; the best then trains on all of it",
+    )
+    what.add_argument(
+        "--goal", choices=tuple(_GOALS), default="accuracy", help="of the test split, or the folds' mean [%(default)s]"
+    )
+    what.add_argument(
+        "--asha",
+        nargs="?",
+        const="3:1",
+        metavar="ETA:FIRST",
+        help="end bad trials early: after FIRST, FIRST·ETA, FIRST·ETA² ... epochs only the best of ETA goes on [3:1]",
+    )
     where = made.add_argument_group("where")
     where.add_argument("-np", type=int, metavar="N", help="places for ranks on this host")
     where.add_argument("-H", dest="hosts", metavar="h1:2,h2:2", help="hosts and their places [this host]")
     where.add_argument("--ranks-per-task", type=int, default=1, metavar="K", help="ranks of each task, on one host [1]")
     where.add_argument("--launcher", default="", metavar="ARGS", help="more options for hvdkit.launch")
     output = made.add_argument_group("what is kept")
-    output.add_argument("--workdir", required=True, metavar="DIR", help="where the sweep writes; a sweep that is there "
-                        "is gone on with. All hosts must share it")  # fmt: skip
-    output.add_argument("--storage", metavar="URL", help="Optuna's: a database by URL, or journal:FILE for network "
-                        "file systems [SQLite in the workdir]")  # fmt: skip
+    output.add_argument(
+        "--workdir",
+        required=True,
+        metavar="DIR",
+        help="where the sweep writes; a sweep that is there is gone on with. All hosts must share it",
+    )
+    output.add_argument(
+        "--storage",
+        metavar="URL",
+        help="Optuna's: a database by URL, or journal:FILE for network file systems [SQLite in the workdir]",
+    )
     output.add_argument("--study", metavar="NAME", help="the study's name there [the workdir's]")
     output.add_argument("--keep-models", action="store_true", help="of all trials, not only of the best")
     limits = made.add_argument_group("when tasks fail")
     limits.add_argument("--retries", type=int, default=2, metavar="N", help="of a task that crashed or hung [2]")
-    limits.add_argument("--stall-timeout", type=float, default=600.0, metavar="S", help="seconds without a step or a "
-                        "line in the log, after which a task is hung [%(default)g; 0: none]")  # fmt: skip
+    limits.add_argument(
+        "--stall-timeout",
+        type=float,
+        default=600.0,
+        metavar="S",
+        help="seconds without a step or a line in the log, after which a task is hung [%(default)g; 0: none]",
+    )
     limits.add_argument("--time-limit", type=float, default=0.0, metavar="S", help="seconds of a task in all [none]")
-    limits.add_argument("--host-timeout", type=float, default=30.0, metavar="S", help="seconds that a host may be "
-                        "silent [%(default)g]")  # fmt: skip
+    limits.add_argument(
+        "--host-timeout", type=float, default=30.0, metavar="S", help="seconds that a host may be silent [%(default)g]"
+    )
     made.add_argument("flags", nargs=argparse.REMAINDER, help="-- and the flags that all tasks have")
     return made
 

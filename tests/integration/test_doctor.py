@@ -54,8 +54,11 @@ def test_healthy_hosts_are_well(hosts, examine, tmp_path):
     assert ": all is well" in output.splitlines()[-1]
     ranks = written["findings"]["exchange"]["ranks"]
     assert [(r["rank"], r["size"], r["right"], r["host"]) for r in sorted(ranks, key=lambda r: r["rank"])] == [
-        (0, 4, True, "h1"), (1, 4, True, "h1"), (2, 4, True, "h2"), (3, 4, True, "h2"),
-    ]  # fmt: skip
+        (0, 4, True, "h1"),
+        (1, 4, True, "h1"),
+        (2, 4, True, "h2"),
+        (3, 4, True, "h2"),
+    ]
     assert [(link["from"], link["to"]) for link in written["findings"]["links"]] == [("h1", "h2")] * 3 + [
         ("h2", "h1")
     ] * 3

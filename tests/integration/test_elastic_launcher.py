@@ -102,9 +102,18 @@ def test_with_too_few_hosts_it_waits_and_goes_on_when_they_are_back(cluster, ela
 @pytest.mark.slow
 def test_with_too_few_hosts_for_too_long_it_ends(cluster, elastic):
     job = elastic(
-        f"echo begins; {WAIT}", "-H", "h1:1,h2:1", "--min-np", "2", "--host-timeout", "4", "--elastic-timeout", "3",
-        "--output", "rank0",
-    )  # fmt: skip
+        f"echo begins; {WAIT}",
+        "-H",
+        "h1:1,h2:1",
+        "--min-np",
+        "2",
+        "--host-timeout",
+        "4",
+        "--elastic-timeout",
+        "3",
+        "--output",
+        "rank0",
+    )
     try:
         read_until(job, "^begins$")
         cluster.change("cut", "h2")
@@ -151,9 +160,20 @@ def test_a_new_host_whose_rank_hangs_at_start_is_done_without(start, tmp_path): 
     python = f"{sys.executable} {come[0]} '{come[1]}'"
     script = f"trap 'kill $!; exit 85' TERM; {python} & wait"
     job = start(
-        "--elastic", "--workdir", tmp_path / "w", "--hostfile", listed, "--start-timeout", "4", "--output", "rank0",
-        "--", "sh", "-c", script,
-    )  # fmt: skip
+        "--elastic",
+        "--workdir",
+        tmp_path / "w",
+        "--hostfile",
+        listed,
+        "--start-timeout",
+        "4",
+        "--output",
+        "rank0",
+        "--",
+        "sh",
+        "-c",
+        script,
+    )
     read_until(job, r"started 1 rank\(s\) on h1:1")
     listed.write_text("h1\nh2\n")
     found = read_until(job, r"(Rank 1 on h2 did not reach hvd.init\(\) within 4 s|started \d rank\(s\) on \S+)", 3)

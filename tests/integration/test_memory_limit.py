@@ -17,10 +17,17 @@ GROUPS = Path("/sys/fs/cgroup")
 # 2.1 GiB, and a rank of two 1.4.
 LIMIT = 1_800 << 20
 FLAGS = [
-    "--model=gpt", "--dataset=text:text", "--model_args=width=768,depth=8", "--sequence_length=32",
-    "--steps=3", "--global_batch=4",
-    "--steps_per_execution=1", "--checkpoint_every=never", "--notensorboard", "--workdir=run",
-]  # fmt: skip
+    "--model=gpt",
+    "--dataset=text:text",
+    "--model_args=width=768,depth=8",
+    "--sequence_length=32",
+    "--steps=3",
+    "--global_batch=4",
+    "--steps_per_execution=1",
+    "--checkpoint_every=never",
+    "--notensorboard",
+    "--workdir=run",
+]
 
 
 @pytest.fixture

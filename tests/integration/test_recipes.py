@@ -64,9 +64,13 @@ def test_resnet20_learns_in_200_steps(shared_data, tmp_path):
 @pytest.mark.recipe
 def test_resnet50_trains(tmp_path):
     launch(
-        "--model=resnet", "--dataset=synthetic:224x224x3:1000:16", f"--workdir={tmp_path}", "--local_batch=2",
-        "--steps=2", "--notensorboard",
-    )  # fmt: skip
+        "--model=resnet",
+        "--dataset=synthetic:224x224x3:1000:16",
+        f"--workdir={tmp_path}",
+        "--local_batch=2",
+        "--steps=2",
+        "--notensorboard",
+    )
     result = json.loads((tmp_path / "result.json").read_text())
     assert 0 < result["train_loss"][0] < 20
     assert np.isfinite(result["test_loss"])

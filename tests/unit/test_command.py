@@ -148,9 +148,13 @@ def test_options_of_argparse_take_both_spellings_and_values_stay():
         line = f"--start{dash}timeout=3 --ssh{dash}args=-o_a-b=c_d one --cache{dash}gb 2 -- --start_timeout --cache-gb"
         given = vars(parser.parse_args(line.split()))
         assert given == {
-            "start_timeout": 3, "ssh_args": "-o_a-b=c_d", "json": None, "what": "one", "cache_gb": 2.0,
+            "start_timeout": 3,
+            "ssh_args": "-o_a-b=c_d",
+            "json": None,
+            "what": "one",
+            "cache_gb": 2.0,
             "rest": ["--start_timeout", "--cache-gb"],
-        }  # fmt: skip
+        }
     assert "_" not in "".join(re.findall(r"--\S+", parser.format_help()))
 
 

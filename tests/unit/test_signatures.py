@@ -17,10 +17,20 @@ def _public(module):
 
 _NOT_OF_THE_API = {"is_version_greater_equal_than"}
 _OTHERS = [
-    "Compression", "DistributedGradientTape", "PartialDistributedGradientTape", "allgather_object", "alltoall",
-    "broadcast_object", "broadcast_variables", "grouped_allgather", "grouped_allreduce", "grouped_reducescatter",
-    "join", "is_homogeneous", "SyncBatchNormalization",
-]  # fmt: skip
+    "Compression",
+    "DistributedGradientTape",
+    "PartialDistributedGradientTape",
+    "allgather_object",
+    "alltoall",
+    "broadcast_object",
+    "broadcast_variables",
+    "grouped_allgather",
+    "grouped_allreduce",
+    "grouped_reducescatter",
+    "join",
+    "is_homogeneous",
+    "SyncBatchNormalization",
+]
 CASES = [
     *[(_KERAS, hvd, n) for n in _public(_KERAS) if n not in _NOT_OF_THE_API],
     *[(_HOROVOD, hvd, n) for n in _OTHERS],

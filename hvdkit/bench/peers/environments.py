@@ -9,9 +9,12 @@ from pathlib import Path
 from hvdkit.errors import UsageError
 
 _HOROVOD = {
-    "HOROVOD_WITH_TENSORFLOW": "1", "HOROVOD_WITHOUT_PYTORCH": "1", "HOROVOD_WITHOUT_MXNET": "1",
-    "HOROVOD_WITH_GLOO": "1", "HOROVOD_WITHOUT_MPI": "1",
-}  # fmt: skip
+    "HOROVOD_WITH_TENSORFLOW": "1",
+    "HOROVOD_WITHOUT_PYTORCH": "1",
+    "HOROVOD_WITHOUT_MXNET": "1",
+    "HOROVOD_WITH_GLOO": "1",
+    "HOROVOD_WITHOUT_MPI": "1",
+}
 
 
 @dataclasses.dataclass(frozen=True)

@@ -59,9 +59,16 @@ def test_dropout_and_batch_normalization_go_on_bit_for_bit_after_sigkill(tmp_pat
     """Seeds and moving statistics differ from rank to rank, and the velocity is momentum's."""
     (tmp_path / "mine.py").write_text(MODELS)
     _, outcome = verify_resume(
-        tmp_path, "--kills=2", "--model=mine.py:dropout", "--epochs=2", "--checkpoint_every=4", "--warmup_epochs=1",
-        "--optimizer=sgd:momentum=0.9", "--steps_per_execution=2", "--global_batch=64",
-    )  # fmt: skip
+        tmp_path,
+        "--kills=2",
+        "--model=mine.py:dropout",
+        "--epochs=2",
+        "--checkpoint_every=4",
+        "--warmup_epochs=1",
+        "--optimizer=sgd:momentum=0.9",
+        "--steps_per_execution=2",
+        "--global_batch=64",
+    )
     assert outcome["kills"] == 2
     assert outcome["compared"] == dict.fromkeys(outcome["compared"], True)
 
@@ -101,9 +108,14 @@ def test_another_number_of_ranks_sees_each_example_once(ranks, train, tmp_path):
     with (tmp_path / "words.csv").open("w", newline="") as file:
         csv.writer(file).writerows([("text", "label"), *((f"w{n}", n % 2) for n in range(200))])
     flags = [
-        f"--model={tmp_path}/mine.py:audited", f"--dataset={tmp_path}/words.csv", f"--workdir={tmp_path}/w",
-        "--global_batch=12", "--epochs=2", "--steps_per_execution=1", "--tensorboard=false",
-    ]  # fmt: skip
+        f"--model={tmp_path}/mine.py:audited",
+        f"--dataset={tmp_path}/words.csv",
+        f"--workdir={tmp_path}/w",
+        "--global_batch=12",
+        "--epochs=2",
+        "--steps_per_execution=1",
+        "--tensorboard=false",
+    ]
     for number, step in ((3, 4), (2, 3)):
         told = {"flags": flags, "step": step, "env": {"AUDIT": str(tmp_path / f"{number}")}}
         ended = ranks(number, train_until_told_to_leave, fails=True, **told)
@@ -158,9 +170,12 @@ def whole_and_interrupted(folder):
         generator = np.random.default_rng(0)
         data = generator.normal(size=[96, 8]).astype("float32"), generator.integers(3, size=96)
         layers = [
-            keras.layers.Input([8]), keras.layers.Dense(16, "relu"), keras.layers.BatchNormalization(),
-            keras.layers.Dropout(0.5), keras.layers.Dense(3),
-        ]  # fmt: skip
+            keras.layers.Input([8]),
+            keras.layers.Dense(16, "relu"),
+            keras.layers.BatchNormalization(),
+            keras.layers.Dropout(0.5),
+            keras.layers.Dense(3),
+        ]
         model = keras.Sequential(layers)
         loss = keras.losses.SparseCategoricalCrossentropy(from_logits=True)
         model.compile(hvd.DistributedOptimizer(keras.optimizers.Adam(0.01)), loss=loss, metrics=["accuracy"])

@@ -238,9 +238,18 @@ def test_process_sets(ranks, dynamic):
         first, second = rank % 2, rank % 2 + 2
         place = (rank - first) // 2
         expected = [
-            [first + second], [[0.5], [0.5]], [first, second], second, [2.0 * (place + 1)],
-            [first, second], [first, second], first, [2], [3], [second],
-        ]  # fmt: skip
+            [first + second],
+            [[0.5], [0.5]],
+            [first, second],
+            second,
+            [2.0 * (place + 1)],
+            [first, second],
+            [first, second],
+            first,
+            [2],
+            [3],
+            [second],
+        ]
         assert found[: len(expected)] == expected
         assert found[len(expected) :] == ([[True, None]] if dynamic else [])
 

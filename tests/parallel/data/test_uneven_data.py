@@ -47,9 +47,10 @@ def trained_on_uneven_data(examples):
         history = model.fit(data, epochs=3, verbose=0, callbacks=hvd.callbacks.standard(), **arguments)
         results[policy["uneven"]] = _flat(model), int(model.optimizer.iterations.numpy()), history.history["loss"]
     seen = [
-        row for rows, _, weights in hvd.data.shard((x, y), uneven="join", batch_size=LOCAL_BATCH)
+        row
+        for rows, _, weights in hvd.data.shard((x, y), uneven="join", batch_size=LOCAL_BATCH)
         for row in rows.numpy()[weights.numpy() > 0].tolist()
-    ]  # fmt: skip
+    ]
     alone = _compile(_model(), keras.optimizers.Adam(**adam))
     alone.fit(x, y, batch_size=LOCAL_BATCH * world.size, epochs=3, shuffle=False, verbose=0)
     return results, _flat(alone), seen, _refused_steps(world)

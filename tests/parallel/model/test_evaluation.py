@@ -77,9 +77,13 @@ def evaluated():
     bounds = np.linspace(0, EXAMPLES**2, world.size + 1, dtype=int)
     mine = slice(*np.sqrt(bounds[[world.rank, world.rank + 1]]).astype(int))  # uneven on purpose
     history = model.fit(
-        *(part[world.rank :: world.size][:12] for part in (x, y)), batch_size=BATCH, epochs=2, verbose=0,
-        validation_data=(x[mine], y[mine]), callbacks=hvd.callbacks.standard(),
-    )  # fmt: skip
+        *(part[world.rank :: world.size][:12] for part in (x, y)),
+        batch_size=BATCH,
+        epochs=2,
+        verbose=0,
+        validation_data=(x[mine], y[mine]),
+        callbacks=hvd.callbacks.standard(),
+    )
     # After fit the averaged statistics are those of the last validation pass: nothing was trained since.
     cases = {"validation in fit": ({k[4:]: v[-1] for k, v in history.history.items() if k.startswith("val_")}, {})}
     cases["validation in fit"] = cases["validation in fit"][0], model.evaluate(x, y, verbose=0, return_dict=True)

@@ -208,9 +208,15 @@ def deciding_callbacks(folder):
         )
         x = np.where(np.arange(64)[:, None] == 40, np.nan, inputs) if bad and world.rank == 1 else inputs
         history = model.fit(
-            x, labels, batch_size=8, epochs=epochs, verbose=0, shuffle=False, callbacks=callbacks,
+            x,
+            labels,
+            batch_size=8,
+            epochs=epochs,
+            verbose=0,
+            shuffle=False,
+            callbacks=callbacks,
             validation_data=validation,
-        )  # fmt: skip
+        )
         rate = float(keras.ops.convert_to_numpy(model.optimizer.learning_rate))
         return {"epochs": len(history.history["loss"]), "rate": rate, "weights": _flat(model).tobytes()}
 

@@ -59,13 +59,22 @@ def test_a_text_is_trained_on_killed_gone_on_with_and_written(tmp_path):
         (tmp_path / "text" / f"{number}.txt").write_text("to be or not to be, that is the question\n" * 60)
     sizes = ",".join(f"{name}={value}" for name, value in SIZES.items())
     flags = [
-        "--model=gpt", "--dataset=text:text", f"--model_args={sizes}", "--sequence_length=16", "--global_batch=16",
-        "--learning_rate=0.01", "--epochs=3", "--checkpoint_every=5", "--eval_every=1", "--notensorboard",
-    ]  # fmt: skip
+        "--model=gpt",
+        "--dataset=text:text",
+        f"--model_args={sizes}",
+        "--sequence_length=16",
+        "--global_batch=16",
+        "--learning_rate=0.01",
+        "--epochs=3",
+        "--checkpoint_every=5",
+        "--eval_every=1",
+        "--notensorboard",
+    ]
     ended = run_command(
         forked.command("-m", "hvdkit.verify_resume", "-np", 2, "--kills=1", "--kill_seed=1", "--workdir=w", *flags),
-        timeout=400, cwd=tmp_path,
-    )  # fmt: skip
+        timeout=400,
+        cwd=tmp_path,
+    )
     assert ended.code == 0, ended.output
     assert json.loads(ended.output.splitlines()[-1])["equal"], "killed and gone on with, bit for bit"
     result = json.loads((tmp_path / "w" / "killed" / "result.json").read_text())

@@ -114,9 +114,14 @@ def fitted(every, compression="none"):
     x = generator.integers(30, size=[240, 4])
     y = (x[:, 0] > 14).astype("int64")
     history = model.fit(
-        x, y, batch_size=10, epochs=5, verbose=0, validation_data=(x[:100], y[:100]),
+        x,
+        y,
+        batch_size=10,
+        epochs=5,
+        verbose=0,
+        validation_data=(x[:100], y[:100]),
         callbacks=hvd.callbacks.standard(guard_every=5),
-    )  # fmt: skip
+    )
     weights = np.concatenate([np.ravel(w) for w in model.get_weights()])
     return weights, history.history["val_accuracy"], history.history["accuracy"][-1]
 
@@ -146,18 +151,18 @@ def test_a_run_that_is_resumed_between_two_exchanges_ends_bit_for_bit(tmp_path):
     from tests.conftest import run_command
 
     flags = ["--model=mnist_mlp", "--local_steps=8", "--epochs=2", "--checkpoint_every=11", "--compression=int8"]
-    ended = run_command(
-        forked.command("-m", "hvdkit.verify_resume", "-np", "2", *flags), timeout=500, cwd=tmp_path
-    )  # fmt: skip
+    ended = run_command(forked.command("-m", "hvdkit.verify_resume", "-np", "2", *flags), timeout=500, cwd=tmp_path)
     assert ended.code == 0, ended.output
 
 
 def test_wrong_arguments_are_told(ranks):
-    assert ranks(1, refusals) == [[
-        "steps must be 1 or more, but is 0.",
-        "outer_learning_rate must be above 0, and outer_momentum from 0 up to but not 1, but they are 0.7 and 1.",
-        "LocalSGD and gradient_accumulation_steps exclude each other: give a larger `steps`.",
-    ]]  # fmt: skip
+    assert ranks(1, refusals) == [
+        [
+            "steps must be 1 or more, but is 0.",
+            "outer_learning_rate must be above 0, and outer_momentum from 0 up to but not 1, but they are 0.7 and 1.",
+            "LocalSGD and gradient_accumulation_steps exclude each other: give a larger `steps`.",
+        ]
+    ]
 
 
 def refusals():

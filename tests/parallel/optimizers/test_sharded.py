@@ -267,9 +267,13 @@ def test_state_is_taken_over_and_one_rank_is_as_without(ranks):
 
 def test_a_sharded_run_goes_on_bit_for_bit_after_sigkill(tmp_path):
     _, outcome = verify_resume(
-        tmp_path, "--kills=1", "--shard_optimizer", "--optimizer=adamw:clipnorm=0.5", "--epochs=2",
+        tmp_path,
+        "--kills=1",
+        "--shard_optimizer",
+        "--optimizer=adamw:clipnorm=0.5",
+        "--epochs=2",
         "--checkpoint_every=7",
-    )  # fmt: skip
+    )
     assert outcome["equal"]
 
 

@@ -90,9 +90,14 @@ def _fit(model, strategy):
         keras.callbacks.EarlyStopping("val_auc", patience=4, min_delta=0.03, mode="max", restore_best_weights=True),
     ]
     history = model.fit(
-        train, epochs=40, initial_epoch=1, validation_data=test, class_weight={0: 1.0, 1: 3.0}, callbacks=callbacks,
+        train,
+        epochs=40,
+        initial_epoch=1,
+        validation_data=test,
+        class_weight={0: 1.0, 1: 3.0},
+        callbacks=callbacks,
         verbose=0,
-    )  # fmt: skip
+    )
     return {name: np.asarray(values, float).tolist() for name, values in history.history.items()}, history.epoch
 
 
@@ -248,9 +253,17 @@ def test_the_main_job_with_texts(train, tmp_path):
     with (tmp_path / "reviews.csv").open("w", newline="") as file:
         csv.writer(file).writerows([("text", "label"), *rows])
     ended = train(
-        3, "--strategy=multiworker", "--model=text_classifier", "--dataset=reviews.csv", "--workdir=w",
-        "--local_batch=4", "--epochs=8", "--learning_rate=0.01", "--class_weights", "--precision=mixed_bfloat16",
-    )  # fmt: skip
+        3,
+        "--strategy=multiworker",
+        "--model=text_classifier",
+        "--dataset=reviews.csv",
+        "--workdir=w",
+        "--local_batch=4",
+        "--epochs=8",
+        "--learning_rate=0.01",
+        "--class_weights",
+        "--precision=mixed_bfloat16",
+    )
     assert ended.code == 0, ended.output
     assert "text_classifier on reviews.csv, multiworker, 3 replica(s): test accuracy 100.00%" in ended.output
     assert "on all 3 replica(s)" in ended.output

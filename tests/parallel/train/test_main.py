@@ -55,10 +55,23 @@ def test_a_run_leaves_everything_behind(train, tmp_path):
     assert ended.code == 0, ended.output
     result = result_of(workdir)
     assert list(result) == [
-        "model", "dataset", "strategy", "size", "global_batch", "epochs", "steps", "train_seconds",
-        "samples_per_second", "wire_bytes_per_step", "dense_wire_bytes_per_step", "test_accuracy", "test_loss",
-        "train_loss", "weights_sha256", "versions",
-    ]  # fmt: skip
+        "model",
+        "dataset",
+        "strategy",
+        "size",
+        "global_batch",
+        "epochs",
+        "steps",
+        "train_seconds",
+        "samples_per_second",
+        "wire_bytes_per_step",
+        "dense_wire_bytes_per_step",
+        "test_accuracy",
+        "test_loss",
+        "train_loss",
+        "weights_sha256",
+        "versions",
+    ]
     assert (result["size"], result["global_batch"], result["steps"], result["epochs"]) == (2, 32, 66, 2)
     steps = [int(row["step"]) for row in csv.DictReader((workdir / "loss.csv").open())]
     assert steps[-1] == 66
@@ -87,9 +100,17 @@ def test_texts_with_imbalanced_classes(train, tmp_path):
     with (tmp_path / "reviews.csv").open("w", newline="") as file:
         csv.writer(file).writerows([("text", "label"), *rows])
     ended = train(
-        3, "--model=text_classifier", "--dataset=reviews.csv", "--workdir=w", "--local_batch=4", "--epochs=8",
-        "--learning_rate=0.01", "--sampling=under", "--class_weights", "--precision=mixed_bfloat16",
-    )  # fmt: skip
+        3,
+        "--model=text_classifier",
+        "--dataset=reviews.csv",
+        "--workdir=w",
+        "--local_batch=4",
+        "--epochs=8",
+        "--learning_rate=0.01",
+        "--sampling=under",
+        "--class_weights",
+        "--precision=mixed_bfloat16",
+    )
     assert ended.code == 0, ended.output
     assert "neg 48, pos 16" in ended.output
     assert "class weights: 0.667, 2" in ended.output

@@ -51,8 +51,12 @@ def test_the_order_is_a_function_of_seed_epoch_share_and_shares(limit):
     def order(seed=1, share=0, shares=2, start_epoch=0):
         batches = pipeline.training_batches(
             [share_of(20, share, shares, limit)],
-            local_batch=5, steps_per_epoch=2, seed=seed, sampling=NONE, start=pipeline.Start(start_epoch),
-        )  # fmt: skip
+            local_batch=5,
+            steps_per_epoch=2,
+            seed=seed,
+            sampling=NONE,
+            start=pipeline.Start(start_epoch),
+        )
         return seen(batches, 4)
 
     assert order() == order()

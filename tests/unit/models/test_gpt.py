@@ -132,9 +132,16 @@ def test_layers_and_sizes_are_those_that_splitting_counts_on():
     model = tiny(dropout=0.1)
     names = [layer.name for layer in model.layers]
     assert [n for n in names if "block1" in n] == [
-        "block1_attention_norm", "block1_attention", "block1_attention_dropout", "block1_attention_add",
-        "block1_mlp_norm", "block1_mlp_up", "block1_mlp_down", "block1_mlp_dropout", "block1_mlp_add",
-    ]  # fmt: skip
+        "block1_attention_norm",
+        "block1_attention",
+        "block1_attention_dropout",
+        "block1_attention_add",
+        "block1_mlp_norm",
+        "block1_mlp_up",
+        "block1_mlp_down",
+        "block1_mlp_dropout",
+        "block1_mlp_add",
+    ]
     assert {"tokens", "embed_tokens", "embed_positions", "final_norm", "head"} <= set(names)
     assert model.output_shape == (None, 8, 256)
     assert all(

@@ -66,8 +66,11 @@ def operations(optimizer, gradients, shapes=SHAPES, dtype="float32"):
     optimizer.build(weights)
     step = tf.function(lambda: optimizer.apply(gradients(tf.ones([], dtype)), weights))
     definition = step.get_concrete_function().graph.as_graph_def()
-    return {node.op for part in (definition, *definition.library.function) for node in
-            (part.node if hasattr(part, "node") else part.node_def)}  # fmt: skip
+    return {
+        node.op
+        for part in (definition, *definition.library.function)
+        for node in (part.node if hasattr(part, "node") else part.node_def)
+    }
 
 
 def same_bits(one, other):

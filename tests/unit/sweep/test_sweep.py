@@ -28,7 +28,7 @@ SGD = "momentum=0.9,nesterov=True"
         ("int", "local_batch=16..128:16", {"low": 16, "high": 128, "step": 16}),
         ("int", "local_batch=1..64 log", {"low": 1, "high": 64, "log": True}),
     ],
-)  # fmt: skip
+)
 def test_a_parameter_is_read(kind, text, expected):
     parameter = space.parse(kind, text)
     assert (parameter.flag, parameter.kind) == (text.partition("=")[0], kind)

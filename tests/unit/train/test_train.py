@@ -69,8 +69,12 @@ def test_a_batch_that_cannot_be_divided():
 def test_the_help_groups_all_flags():
     text = train_flags.help_text()
     assert [line for line in text.splitlines() if line.endswith(":") and not line.startswith(" ")] == [
-        "What to train:", "How to train it:", "On which machine:", "What to write:", "Checkpoints:",
-    ]  # fmt: skip
+        "What to train:",
+        "How to train it:",
+        "On which machine:",
+        "What to write:",
+        "Checkpoints:",
+    ]
     assert all(
         f"--{name}" in text or f"--[no-]{name}" in text
         for name in (field.name.replace("_", "-") for field in dataclasses.fields(train_flags.Config))
@@ -170,8 +174,13 @@ def model_arguments(text):
 
 def test_arguments_of_the_model(tmp_path):
     assert model_arguments("width=256, depth=6,hidden=(128,64),rate=1e-3,norm=layer,bias=False") == {
-        "width": 256, "depth": 6, "hidden": (128, 64), "rate": 1e-3, "norm": "layer", "bias": False,
-    }  # fmt: skip
+        "width": 256,
+        "depth": 6,
+        "hidden": (128, 64),
+        "rate": 1e-3,
+        "norm": "layer",
+        "bias": False,
+    }
     assert model_arguments(None) == {}
     given = {"input_shape": (28, 28, 1), "num_classes": 10}
     small = build_model(find_model("mnist_mlp"), given, model_arguments("hidden=(8,)"))
