@@ -21,6 +21,9 @@ FOREIGN = {
     "_replace": "binding",  # of a named tuple
     "_trial_id": "trial",  # Optuna's
     "_saved_state": "self",  # of Horovod's ObjectState
+    "_option_string_actions": "self",  # argparse's
+    "_actions": "parser",
+    "_SubParsersAction": "argparse",
 }
 PRIVATE_MODULES = re.compile(r"^(keras\.src|tensorflow\.python)\b")
 PATHS = {"seed_generator_state", "gradient_accumulator"}  # of variables
