@@ -1,9 +1,9 @@
-// Adam in one pass over memory: HvdkitAdam for dense gradients, HvdkitSparseAdam for those of rows.
+// Adam in one pass over memory: HvdkitAdam for dense gradients, HvdkitSparseAdam for gradients of rows.
 //
-// Keras' Adam is a dozen operations on arrays as large as the weights, thirty readings and writings of them in all. Here
-// gradient, weight and moments are read once. TensorFlow's own ResourceApplyAdam does that, too, but takes 1 - β in the
-// precision of the weights, where of 0.001 four digits are left, and needs a gradient for every row of an embedding.
-// Each number goes through the operations of keras.optimizers.Adam in their order, so the results are the same bits.
+// Keras' Adam runs a dozen operations on arrays as large as the weights: about thirty reads and writes of memory. Here,
+// gradient, weight and moments are read once. TensorFlow's own ResourceApplyAdam does that, too. But it computes 1 - β
+// in the precision of the weights, which leaves four digits of 0.001, and it needs a gradient for every embedding row.
+// Each element goes through the operations of keras.optimizers.Adam in the same order: results are bit-identical.
 #include <array>
 #include <cmath>
 #include <cstdint>
@@ -26,28 +26,28 @@ using tensorflow::Tensor;
 using tensorflow::TensorShape;
 using tensorflow::Var;
 
-constexpr int kCyclesANumber = 10;  // for TensorFlow, which shares the numbers out among its threads
+constexpr int kCyclesPerElement = 10;  // TensorFlow's cost estimate, which decides how to divide work over threads
 
-// One step of Adam for the weights of one variable, which nobody else reads or writes meanwhile.
+// One step of Adam for the weights of one variable. It holds the variable's lock meanwhile.
 template <typename T>
 class Step {
  public:
-  // The inputs 0 to 2 are weights and moments, the last four α, 1 - β1, 1 - β2 and ε.
+  // Inputs 0 to 2 are the weights and moments, the last four are α, 1 - β1, 1 - β2 and ε.
   absl::Status Open(OpKernelContext* context) {
     for (int i = 0; i < 3; ++i) {
       const auto& handle = tensorflow::HandleFromInput(context, i);
       TF_RETURN_IF_ERROR(tensorflow::LookupResource(context, handle, &variables_[i]));
     }
     Lock();
-    if (!variables_[0]->is_initialized) return absl::FailedPreconditionError("Adam's weights are not there yet.");
-    for (int i = 0; i < 3; ++i) TF_RETURN_IF_ERROR(OpenNumbers(context, i));
+    if (!variables_[0]->is_initialized) return absl::FailedPreconditionError("Adam's weights are not initialized.");
+    for (int i = 0; i < 3; ++i) TF_RETURN_IF_ERROR(OpenElements(context, i));
     for (int i = 0; i < 4; ++i) scalars_[i] = context->input(context->num_inputs() - 4 + i).scalar<T>()();
     return absl::OkStatus();
   }
 
   const TensorShape& shape() const { return variables_[0]->tensor()->shape(); }
 
-  // Updates the weights from `begin` on, by their gradients and the squares of these. Null stands for zeros.
+  // Updates `count` weights from `begin` on with their gradients and squared gradients. Null means zeros.
   void Update(size_t begin, size_t count, const T* gradients, const T* squares) const {
     if (!gradients) {
       Loop(begin, count, [](size_t) { return T(0); }, [](size_t) { return T(0); });
@@ -59,19 +59,19 @@ class Step {
   }
 
  private:
-  // In the order of their addresses, so that no two steps wait for each other.
+  // Locks in the order of the addresses, to avoid a deadlock between two steps.
   void Lock() {
     std::set<tensorflow::mutex*> mutexes;
     for (const auto& variable : variables_) mutexes.insert(variable->mu());
     for (tensorflow::mutex* mutex : mutexes) locks_.push_back(std::make_unique<tensorflow::mutex_lock>(*mutex));
   }
 
-  // Numbers that are changed where they are. While others have them, too (a value that was read before and is still in
-  // use), the variable gets a copy of its own first.
-  absl::Status OpenNumbers(OpKernelContext* context, int i) {
+  // Prepares an update in place. If the buffer is shared (an earlier read of the variable is still in use), the
+  // variable gets its own copy first.
+  absl::Status OpenElements(OpKernelContext* context, int i) {
     Tensor* tensor = variables_[i]->tensor();
     if (tensor->dtype() != tensorflow::DataTypeToEnum<T>::value || tensor->shape() != shape()) {
-      return absl::InvalidArgumentError("Adam's weights and moments must be of one dtype and shape.");
+      return absl::InvalidArgumentError("Adam's weights and moments must have the same dtype and shape.");
     }
     if (!tensor->RefCountIsOne()) {
       Tensor copy;
@@ -79,15 +79,15 @@ class Step {
       std::memcpy(copy.data(), tensor->data(), tensor->TotalBytes());
       *tensor = copy;
     }
-    numbers_[i] = static_cast<T*>(tensor->data());
+    elements_[i] = static_cast<T*>(tensor->data());
     return absl::OkStatus();
   }
 
   template <typename Gradient, typename Square>
   void Loop(size_t begin, size_t count, Gradient gradient, Square square) const {
-    T* __restrict weights = numbers_[0] + begin;
-    T* __restrict m = numbers_[1] + begin;
-    T* __restrict v = numbers_[2] + begin;
+    T* __restrict weights = elements_[0] + begin;
+    T* __restrict m = elements_[1] + begin;
+    T* __restrict v = elements_[2] + begin;
     const auto [alpha, rest_1, rest_2, epsilon] = scalars_;
     for (size_t i = 0; i < count; ++i) {
       m[i] += (gradient(i) - m[i]) * rest_1;
@@ -97,14 +97,15 @@ class Step {
   }
 
   tensorflow::core::RefCountPtr<Var> variables_[3];
-  std::vector<std::unique_ptr<tensorflow::mutex_lock>> locks_;  // given back before the variables are
-  T* numbers_[3];
+  std::vector<std::unique_ptr<tensorflow::mutex_lock>> locks_;  // declared after variables_: released before them
+  T* elements_[3];
   std::array<T, 4> scalars_;
 };
 
 template <typename Work>
-void ShareOut(OpKernelContext* context, int64_t total, int64_t numbers_each, const Work& work) {
-  context->device()->tensorflow_cpu_worker_threads()->workers->ParallelFor(total, kCyclesANumber * numbers_each, work);
+void ParallelFor(OpKernelContext* context, int64_t total, int64_t elements_each, const Work& work) {
+  auto* workers = context->device()->tensorflow_cpu_worker_threads()->workers;
+  workers->ParallelFor(total, kCyclesPerElement * elements_each, work);
 }
 
 template <typename T>
@@ -119,13 +120,13 @@ class Adam : public OpKernel {
     OP_REQUIRES(context, gradient.shape() == step.shape(),
                 absl::InvalidArgumentError("Adam's gradients must have the shape of the weights."));
     const T* from = gradient.flat<T>().data();
-    ShareOut(context, gradient.NumElements(), 1,
-             [&](int64_t begin, int64_t end) { step.Update(begin, end - begin, from + begin, nullptr); });
+    ParallelFor(context, gradient.NumElements(), 1,
+                [&](int64_t begin, int64_t end) { step.Update(begin, end - begin, from + begin, nullptr); });
   }
 };
 
-// All rows move, as their moments are there, and those that are named have a gradient besides. A row that is named twice
-// has the sum of both gradients, and the sum of both squares: Keras' Adam has it so.
+// Updates all rows, because each has moments; rows in `indices` also have a gradient. If `indices` has a row twice, its
+// gradient is the sum of both gradients, and its square the sum of both squares, as in Keras' Adam.
 template <typename T, typename Index>
 class SparseAdam : public OpKernel {
  public:
@@ -139,10 +140,11 @@ class SparseAdam : public OpKernel {
     const int64_t rows = shape.dims() ? shape.dim_size(0) : 0, width = rows ? shape.num_elements() / rows : 0;
     OP_REQUIRES(context, values.NumElements() == indices.NumElements() * width,
                 absl::InvalidArgumentError("Adam's gradients of rows must be as wide as the rows."));
-    std::vector<int64_t> place(rows, -1);  // of a row's sums, among those that are named
+    std::vector<int64_t> place(rows, -1);  // index of a row's sums in gradients and squares; -1 if it has no gradient
     std::vector<T> gradients, squares;
-    OP_REQUIRES_OK(context, AddUp(values.flat<T>().data(), indices.flat<Index>(), width, &place, &gradients, &squares));
-    ShareOut(context, rows, width, [&](int64_t begin, int64_t end) {
+    OP_REQUIRES_OK(context,
+                   SumRows(values.flat<T>().data(), indices.flat<Index>(), width, &place, &gradients, &squares));
+    ParallelFor(context, rows, width, [&](int64_t begin, int64_t end) {
       for (int64_t row = begin; row < end; ++row) {
         const int64_t at = place[row] * width;
         if (place[row] < 0) {
@@ -155,12 +157,12 @@ class SparseAdam : public OpKernel {
   }
 
  private:
-  static absl::Status AddUp(const T* value, typename tensorflow::TTypes<Index>::ConstFlat indices, int64_t width,
-                            std::vector<int64_t>* place, std::vector<T>* gradients, std::vector<T>* squares) {
+  static absl::Status SumRows(const T* value, typename tensorflow::TTypes<Index>::ConstFlat indices, int64_t width,
+                              std::vector<int64_t>* place, std::vector<T>* gradients, std::vector<T>* squares) {
     for (int64_t i = 0; width && i < indices.size(); ++i, value += width) {
       const int64_t row = indices(i), rows = place->size();
-      if (row < 0) continue;  // as tf.math.unsorted_segment_sum, and so Keras, leaves it out
-      if (row >= rows) return absl::InvalidArgumentError("A gradient is of a row that is not there.");
+      if (row < 0) continue;  // skipped, as in tf.math.unsorted_segment_sum and so in Keras
+      if (row >= rows) return absl::InvalidArgumentError("A gradient has the index of a row that does not exist.");
       if ((*place)[row] < 0) {
         (*place)[row] = gradients->size() / width;
         gradients->resize(gradients->size() + width);

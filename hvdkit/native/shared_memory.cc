@@ -1,18 +1,19 @@
-// Exchanges between ranks of one host, through memory that they share: HvdkitSharedSum adds tensors up, and
-// HvdkitSharedGather puts the ranks' rows one after another.
+// Collectives between ranks of one host through shared memory: HvdkitSharedSum is an allreduce that sums tensors, and
+// HvdkitSharedGather is an allgather of rows.
 //
-// Horovod moves gradients between ranks of one host through the loopback network: a negotiation and a ring of messages,
-// each of which wakes threads on both sides. Ranks that share memory need neither. Every rank copies its tensors, as one
-// stream of numbers cut into chunks, into a slot of its own; when all have written a chunk, every rank reads it.
+// Horovod sends gradients between ranks of one host through the loopback network. That takes a negotiation and a ring
+// of messages, each of which wakes threads on both sides. With shared memory, neither is needed: every rank copies its
+// tensors, as one stream of elements cut into chunks, into its own slot. After all ranks have written a chunk, every
+// rank reads it.
 //
-// One meeting a chunk is enough, because each slot holds two chunks in turn: a rank writes chunk k over chunk k - 2 only
-// after everyone came to the meeting of chunk k - 1, and so has read chunk k - 2. Sums are taken in the order of the
-// ranks on all of them, so all end with the same bits. Up to four ranks each add up all of a chunk; more than that
-// divide the adding among themselves (a reduce-scatter and an allgather; R. Thakur, R. Rabenseifner and W. Gropp,
-// "Optimization of Collective Communication Operations in MPICH", 2005), which takes a second meeting.
+// One barrier per chunk is enough, because each slot holds two chunks alternately. A rank overwrites chunk k - 2 with
+// chunk k after the barrier of chunk k - 1. At that time, every rank has read chunk k - 2. All ranks sum in the order
+// of the ranks, so they get bit-identical results. Up to four ranks each sum a complete chunk. More ranks divide the
+// sum among themselves (a reduce-scatter and an allgather; R. Thakur, R. Rabenseifner and W. Gropp, "Optimization of
+// Collective Communication Operations in MPICH", 2005), which takes a second barrier.
 //
-// An exchange runs on TensorFlow's thread for as long as the others come at once, and goes on in one of its own where it
-// has to wait: to start a thread takes longer than to exchange a small model's gradients.
+// A collective runs on TensorFlow's thread as long as it does not have to wait for other ranks, and continues on its
+// own thread otherwise: to start a thread takes longer than an allreduce of a small model's gradients.
 #include <fcntl.h>
 #include <linux/futex.h>
 #include <semaphore.h>
@@ -47,12 +48,12 @@ using tensorflow::OpKernelConstruction;
 using tensorflow::OpKernelContext;
 using tensorflow::Tensor;
 
-constexpr size_t kChunkBytes = 512 << 10;  // with its double and those of a few ranks it stays in the cache
-constexpr int kDivideAbove = 4;            // ranks from which on adding is divided among them
-constexpr uint64_t kSpinNanoseconds = 500'000;  // the ranks of a step differ by about that; to be woken takes longer
-constexpr long kLookUpNanoseconds = 50'000'000;  // how often a rank that waits looks whether its step was cancelled
+constexpr size_t kChunkBytes = 512 << 10;  // two chunks per slot, and the slots of a few ranks, fit into the cache
+constexpr int kDivideAbove = 4;            // more ranks than this divide the sum among themselves
+constexpr uint64_t kSpinNanoseconds = 500'000;  // typical time between ranks in a step; a wake-up takes longer
+constexpr long kCancelPollNanoseconds = 50'000'000;  // how often a waiting rank checks whether its step was cancelled
 
-std::atomic<uint64_t> nanoseconds_waiting{0}, nanoseconds_in_all{0}, exchanges{0}, bytes_brought{0};
+std::atomic<uint64_t> nanoseconds_waiting{0}, nanoseconds_in_all{0}, collectives{0}, input_bytes{0};
 
 uint64_t Now() {
   timespec now;
@@ -60,10 +61,10 @@ uint64_t Now() {
   return now.tv_sec * 1'000'000'000ull + now.tv_nsec;
 }
 
-// One rank's place in the segment, on a cache line of its own.
-struct alignas(64) Place {
-  std::atomic<uint32_t> arrived;   // meetings that it has come to
-  std::atomic<uint32_t> sleepers;  // ranks that sleep until it comes to the next one
+// One rank's counters in the segment, on a separate cache line.
+struct alignas(64) Counters {
+  std::atomic<uint32_t> arrived;   // number of barriers that it has reached
+  std::atomic<uint32_t> sleepers;  // number of ranks that sleep until it reaches the next one
 };
 
 bool Fail(OpKernelContext* context, const absl::Status& status) {
@@ -71,27 +72,27 @@ bool Fail(OpKernelContext* context, const absl::Status& status) {
   return false;
 }
 
-// Memory that the ranks of one host share, for the exchanges of one name.
+// Memory that the ranks of one host share, for the collectives of one name.
 class Segment {
  public:
   Segment(const std::string& path, int rank, int size) : path_(path), rank_(rank), size_(size) {
     sem_init(&free_, 0, 1);
   }
 
-  // All zeros is how it begins, so whoever comes first makes it and nobody waits for him.
+  // The initial content is all zeros. So the first rank can create it, and no rank waits for another.
   std::string Open() {
-    const size_t bytes = size_ * (sizeof(Place) + 2 * kChunkBytes);
+    const size_t bytes = size_ * (sizeof(Counters) + 2 * kChunkBytes);
     const int file = open(path_.c_str(), O_CREAT | O_RDWR | O_CLOEXEC | O_NOFOLLOW, 0600);
     if (file < 0) return Failed("opened");
-    // Reserved now: a page that is missing later would end the process with SIGBUS.
+    // Reserve the memory now: a missing page would later end the process with SIGBUS.
     const int refused = posix_fallocate(file, 0, bytes);
     void* at = refused ? MAP_FAILED : mmap(nullptr, bytes, PROT_READ | PROT_WRITE, MAP_SHARED, file, 0);
     if (refused) errno = refused;
     const std::string problem = at == MAP_FAILED ? Failed("mapped") : "";
     close(file);
     if (!problem.empty()) return problem;
-    places_ = static_cast<Place*>(at);
-    slots_ = static_cast<char*>(at) + size_ * sizeof(Place);
+    counters_ = static_cast<Counters*>(at);
+    slots_ = static_cast<char*>(at) + size_ * sizeof(Counters);
     return "";
   }
 
@@ -100,13 +101,13 @@ class Segment {
   int size() const { return size_; }
   void NextChunk() { parity_ ^= 1; }
 
-  // One exchange at a time. A semaphore, because the thread that ends an exchange may not be the one that began it.
+  // One collective at a time. A semaphore, not a mutex, because a different thread may end the collective.
   bool TryEnter() { return sem_trywait(&free_) == 0; }
   void Enter() {
     while (sem_wait(&free_)) {
     }
   }
-  // A rank that leaves between two meetings has not read what others count as read.
+  // A rank that stops between two barriers has not read chunks that the others may overwrite.
   void Leave(bool is_well) {
     is_broken_ |= has_arrived_ && !is_well;
     has_arrived_ = false;
@@ -114,49 +115,49 @@ class Segment {
   }
   bool is_broken() const { return is_broken_; }
 
-  // Comes to a meeting.
+  // Tells the other ranks that this one has reached the next barrier.
   void Arrive() {
     has_arrived_ = true;
-    Place& mine = places_[rank_];
-    mine.arrived.store(++meeting_, std::memory_order_seq_cst);
+    Counters& mine = counters_[rank_];
+    mine.arrived.store(++barrier_, std::memory_order_seq_cst);
     if (mine.sleepers.load(std::memory_order_seq_cst)) Futex(&mine.arrived, FUTEX_WAKE, INT_MAX, nullptr);
   }
 
-  // Whether all others have come to it, too, or come while this thread spins.
-  bool AllThere(bool spin) {
+  // Returns whether all other ranks have reached the barrier, or reach it while this thread spins.
+  bool AllHaveArrived(bool spin) {
     const uint64_t end = spin ? Now() + kSpinNanoseconds : 0;
-    while (!std::all_of(places_, places_ + size_, [&](const Place& place) { return There(place); })) {
+    while (!std::all_of(counters_, counters_ + size_, [&](const Counters& other) { return HasArrived(other); })) {
       if (Now() >= end) return false;
 #if defined(__x86_64__)
       __builtin_ia32_pause();
 #endif
     }
-    // Everybody has it open: nothing is left behind, however the job ends.
-    if (meeting_ == 1 && rank_ == 0) unlink(path_.c_str());
+    // All ranks have opened the file: remove its name now, so it does not remain if the job is killed.
+    if (barrier_ == 1 && rank_ == 0) unlink(path_.c_str());
     return true;
   }
 
-  // Sleeps until all others have come. False if the step was cancelled meanwhile.
+  // Sleeps until all other ranks have reached the barrier. Returns false if the step was cancelled meanwhile.
   bool Await(OpKernelContext* context) {
-    for (Place* other = places_; other != places_ + size_; ++other) {
-      while (!There(*other)) {
+    for (Counters* other = counters_; other != counters_ + size_; ++other) {
+      while (!HasArrived(*other)) {
         other->sleepers.fetch_add(1, std::memory_order_seq_cst);
         const uint32_t seen = other->arrived.load(std::memory_order_seq_cst);
-        if (static_cast<int32_t>(seen - meeting_) < 0) {
-          const timespec limit{0, kLookUpNanoseconds};
+        if (static_cast<int32_t>(seen - barrier_) < 0) {
+          const timespec limit{0, kCancelPollNanoseconds};
           Futex(&other->arrived, FUTEX_WAIT, seen, &limit);
         }
         other->sleepers.fetch_sub(1, std::memory_order_seq_cst);
         auto* manager = context->cancellation_manager();
-        if (!There(*other) && manager && manager->IsCancelled()) return false;
+        if (!HasArrived(*other) && manager && manager->IsCancelled()) return false;
       }
     }
-    return AllThere(false);
+    return AllHaveArrived(false);
   }
 
  private:
-  // Numbers of meetings wrap around, so they are compared by their difference.
-  bool There(const Place& place) const { return static_cast<int32_t>(place.arrived.load() - meeting_) >= 0; }
+  // Barrier numbers wrap around, so compare them by their difference.
+  bool HasArrived(const Counters& other) const { return static_cast<int32_t>(other.arrived.load() - barrier_) >= 0; }
 
   static void Futex(std::atomic<uint32_t>* word, int operation, uint32_t value, const timespec* limit) {
     syscall(SYS_futex, reinterpret_cast<uint32_t*>(word), operation, value, limit, nullptr, 0);
@@ -164,20 +165,20 @@ class Segment {
 
   std::string Failed(const char* what) {
     return "The shared memory " + path_ + " cannot be " + what + " (" + std::strerror(errno) +
-           "). Give this host more of /dev/shm, or set HVDKIT_SHARED_MEMORY=0 to exchange over the network.";
+           "). Give this host more of /dev/shm, or set HVDKIT_SHARED_MEMORY=0 to communicate over the network.";
   }
 
   const std::string path_;
   const int rank_, size_;
-  uint32_t meeting_ = 0;
+  uint32_t barrier_ = 0;
   int parity_ = 0;
-  Place* places_ = nullptr;
+  Counters* counters_ = nullptr;
   char* slots_ = nullptr;
   sem_t free_;
   bool has_arrived_ = false, is_broken_ = false;
 };
 
-// By path: a step that is traced anew on one rank alone goes on in the segment where the others are.
+// Finds segments by path: if only one rank traces its step again, it must continue in the segment of the others.
 Segment* FindSegment(const std::string& path, int rank, int size, std::string* problem) {
   static std::mutex guard;
   static auto* segments = new std::map<std::string, std::unique_ptr<Segment>>;
@@ -202,14 +203,14 @@ struct Piece {
 
 template <typename T>
 struct Wider {
-  using type = float;  // sums of 16-bit numbers are taken in 32 bits
+  using type = float;  // 16-bit elements are summed in 32 bits
 };
 template <>
 struct Wider<double> {
   using type = double;
 };
 
-// sum[i] = scale * (of[0][i] + of[1][i] + ...). Two ranks are common enough for a loop that the compiler sees whole.
+// sum[i] = scale * (of[0][i] + of[1][i] + ...). Two ranks are common, so they get a loop that compilers optimize well.
 template <typename T>
 void Add(const std::vector<const T*>& of, size_t offset, size_t count, typename Wider<T>::type scale, T* sum) {
   using W = typename Wider<T>::type;
@@ -230,14 +231,14 @@ void Add(const std::vector<const T*>& of, size_t offset, size_t count, typename 
   }
 }
 
-// One exchange of one step: what a rank does before, between and after the meetings.
-class Exchange {
+// One collective of one step: a rank's work before, between and after the barriers.
+class Collective {
  public:
-  Exchange(Segment* segment, OpKernelContext* context) : segment_(*segment), context_(context) {}
-  virtual ~Exchange() = default;
+  Collective(Segment* segment, OpKernelContext* context) : segment_(*segment), context_(context) {}
+  virtual ~Collective() = default;
 
-  // Does what is due. True if the ranks must meet before there is more to do; false at the end, and with the context's
-  // status set where it cannot be done.
+  // Does the next part of the work. Returns true if a barrier must follow, and false at the end or after an error,
+  // which is then in the context's status.
   virtual bool Advance() = 0;
 
  protected:
@@ -245,14 +246,14 @@ class Exchange {
   OpKernelContext* context_;
 };
 
-// Tensors added up over the ranks, as one stream of numbers cut into chunks.
+// Sums tensors over the ranks, as one stream of elements cut into chunks.
 template <typename T>
-class Sum : public Exchange {
+class Sum : public Collective {
  public:
   using W = typename Wider<T>::type;
 
   Sum(Segment* segment, OpKernelContext* context, float before, W after)
-      : Exchange(segment, context), before_(before), after_(after) {}
+      : Collective(segment, context), before_(before), after_(after) {}
 
   bool Advance() override {
     if (!is_cut_) {
@@ -282,7 +283,7 @@ class Sum : public Exchange {
     for (int i = 0; i < context_->num_inputs(); ++i) {
       const Tensor& in = context_->input(i);
       Tensor* out = nullptr;
-      // In place where nobody else holds the input: a rank reads its own numbers from its slot.
+      // In place if nothing else uses the input: a rank reads its own elements from its slot.
       const auto status = context_->forward_input_or_allocate_output({i}, i, in.shape(), &out);
       if (!status.ok()) return Fail(context_, status);
       Piece<T> rest{in.flat<T>().data(), out->flat<T>().data(), static_cast<size_t>(in.NumElements())};
@@ -310,7 +311,7 @@ class Sum : public Exchange {
     }
   }
 
-  // This rank's part of the chunk, which no other rank reads before it is a sum.
+  // Sums this rank's part of the chunk into its slot. No other rank reads this part before the next barrier.
   void AddPart() {
     const int rank = segment_.rank();
     Add<T>(Slots(), PartBegin(rank), PartBegin(rank + 1) - PartBegin(rank), after_, Slot(rank) + PartBegin(rank));
@@ -350,14 +351,15 @@ class Sum : public Exchange {
   size_t at_ = 0;
 };
 
-// Rows of all ranks, in the order of the ranks. In each chunk a rank's slot begins with how many bytes it has in all.
-class Gather : public Exchange {
+// Gathers the rows of all ranks, in the order of the ranks. In each chunk, a slot begins with the rank's total size in
+// bytes.
+class Gather : public Collective {
  public:
   Gather(Segment* segment, OpKernelContext* context)
-      : Exchange(segment, context), mine_(context->input(0)), length_(segment->size()), begin_(segment->size() + 1) {}
+      : Collective(segment, context), mine_(context->input(0)), length_(segment->size()), begin_(segment->size() + 1) {}
 
   bool Advance() override {
-    if (mine_.dims() < 1) return Fail(context_, absl::InvalidArgumentError("Rows are gathered, and a scalar has none."));
+    if (mine_.dims() < 1) return Fail(context_, absl::InvalidArgumentError("A scalar has no rows to gather."));
     if (has_put_) {
       if (at_ == 0 && !Allocate()) return false;
       Take();
@@ -388,7 +390,7 @@ class Gather : public Exchange {
     }
   }
 
-  // The output, whose size is known once all have put their first chunk.
+  // Allocates the output. Its size is known after all ranks have written their first chunk.
   bool Allocate() {
     for (int rank = 0; rank < segment_.size(); ++rank) {
       std::memcpy(&length_[rank], segment_.Slot(rank), sizeof(uint64_t));
@@ -396,9 +398,9 @@ class Gather : public Exchange {
       longest_ = std::max(longest_, length_[rank]);
     }
     tensorflow::TensorShape shape = mine_.shape();
-    int64_t numbers_a_row = 1;
-    for (int i = 1; i < shape.dims(); ++i) numbers_a_row *= shape.dim_size(i);
-    const uint64_t row = numbers_a_row * tensorflow::DataTypeSize(mine_.dtype());
+    int64_t row_elements = 1;
+    for (int i = 1; i < shape.dims(); ++i) row_elements *= shape.dim_size(i);
+    const uint64_t row = row_elements * tensorflow::DataTypeSize(mine_.dtype());
     shape.set_dim(0, row ? begin_.back() / row : mine_.dim_size(0));
     Tensor* out = nullptr;
     const auto status = context_->allocate_output(0, shape, &out);
@@ -408,16 +410,16 @@ class Gather : public Exchange {
   }
 
   const Tensor& mine_;
-  std::vector<uint64_t> length_, begin_;  // of each rank, bytes
+  std::vector<uint64_t> length_, begin_;  // of each rank's rows, in bytes
   uint64_t longest_ = 0, at_ = 0;
   char* to_ = nullptr;
   bool has_put_ = false;
 };
 
-// What the operations have in common: where the ranks meet, and the way through the meetings.
-class SharedExchange : public AsyncOpKernel {
+// The common base of the operations: finds the segment and runs a collective through its barriers.
+class SharedCollective : public AsyncOpKernel {
  public:
-  explicit SharedExchange(OpKernelConstruction* construction) : AsyncOpKernel(construction) {
+  explicit SharedCollective(OpKernelConstruction* construction) : AsyncOpKernel(construction) {
     OP_REQUIRES_OK(construction, construction->GetAttr("path", &path_));
     OP_REQUIRES_OK(construction, construction->GetAttr("rank", &rank_));
     OP_REQUIRES_OK(construction, construction->GetAttr("size", &size_));
@@ -429,40 +431,42 @@ class SharedExchange : public AsyncOpKernel {
     std::string problem;
     Segment* segment = FindSegment(path_, rank_, size_, &problem);
     OP_REQUIRES_ASYNC(context, segment, absl::ResourceExhaustedError(problem), done);
-    const std::shared_ptr<Exchange> exchange = Begin(segment, context);
+    const std::shared_ptr<Collective> collective = Begin(segment, context);
     const bool has_entered = segment->TryEnter();
-    if (has_entered && AdvanceWhileAllCome(exchange.get(), segment, context)) return End(segment, context, began, done);
-    // Who has to wait does so on a thread of its own: whatever TensorFlow has queued behind this call, which may be an
-    // exchange that other ranks have come to first, would wait with it.
+    if (has_entered && AdvanceWithoutSleep(collective.get(), segment, context)) {
+      return End(segment, context, began, done);
+    }
+    // Wait on a separate thread. Otherwise the work that TensorFlow has queued after this call would wait, too, and
+    // that may be a collective that other ranks run first: a deadlock.
     std::thread([=] {
       if (!has_entered) segment->Enter();
-      bool is_over = !has_entered && AdvanceWhileAllCome(exchange.get(), segment, context);
-      while (!is_over && Await(segment, context)) is_over = AdvanceWhileAllCome(exchange.get(), segment, context);
+      bool is_over = !has_entered && AdvanceWithoutSleep(collective.get(), segment, context);
+      while (!is_over && Await(segment, context)) is_over = AdvanceWithoutSleep(collective.get(), segment, context);
       End(segment, context, began, done);
     }).detach();
   }
 
  protected:
-  virtual std::unique_ptr<Exchange> Begin(Segment* segment, OpKernelContext* context) = 0;
+  virtual std::unique_ptr<Collective> Begin(Segment* segment, OpKernelContext* context) = 0;
 
  private:
-  // False where others are late for a meeting that this rank has come to.
-  bool AdvanceWhileAllCome(Exchange* exchange, Segment* segment, OpKernelContext* context) {
+  // Returns true at the end, and false if this rank has reached a barrier before the others and would have to sleep.
+  bool AdvanceWithoutSleep(Collective* collective, Segment* segment, OpKernelContext* context) {
     if (segment->is_broken()) {
-      context->SetStatus(absl::AbortedError("An earlier step was cancelled while ranks exchanged: start the job anew."));
+      context->SetStatus(absl::AbortedError("An earlier step was cancelled during a collective: start the job again."));
       return true;
     }
-    while (exchange->Advance()) {
+    while (collective->Advance()) {
       segment->Arrive();
       const uint64_t began = Now();
-      const bool all = segment->AllThere(own_core_);
+      const bool all = segment->AllHaveArrived(own_core_);
       nanoseconds_waiting += Now() - began;
       if (!all) return false;
     }
     return true;
   }
 
-  // False if the step was cancelled meanwhile.
+  // Returns false if the step was cancelled meanwhile.
   static bool Await(Segment* segment, OpKernelContext* context) {
     const uint64_t began = Now();
     const bool all = segment->Await(context);
@@ -474,8 +478,8 @@ class SharedExchange : public AsyncOpKernel {
   static void End(Segment* segment, OpKernelContext* context, uint64_t began, const DoneCallback& done) {
     segment->Leave(context->status().ok());
     nanoseconds_in_all += Now() - began;
-    ++exchanges;
-    for (int i = 0; i < context->num_inputs(); ++i) bytes_brought += context->input(i).TotalBytes();
+    ++collectives;
+    for (int i = 0; i < context->num_inputs(); ++i) input_bytes += context->input(i).TotalBytes();
     done();
   }
 
@@ -485,30 +489,30 @@ class SharedExchange : public AsyncOpKernel {
 };
 
 template <typename T>
-class SharedSum : public SharedExchange {
+class SharedSum : public SharedCollective {
  public:
-  explicit SharedSum(OpKernelConstruction* construction) : SharedExchange(construction) {
+  explicit SharedSum(OpKernelConstruction* construction) : SharedCollective(construction) {
     OP_REQUIRES_OK(construction, construction->GetAttr("before", &before_));
     OP_REQUIRES_OK(construction, construction->GetAttr("after", &after_));
     OP_REQUIRES_OK(construction, construction->GetAttr("divisor", &divisor_));
   }
 
  private:
-  std::unique_ptr<Exchange> Begin(Segment* segment, OpKernelContext* context) override {
+  std::unique_ptr<Collective> Begin(Segment* segment, OpKernelContext* context) override {
     using W = typename Wider<T>::type;
     return std::make_unique<Sum<T>>(segment, context, before_, W(after_) / W(divisor_));
   }
 
-  int divisor_;  // apart from `after`, which is a float: a third of a double must be one
+  int divisor_;  // not a part of `after`, which is a float: dividing a double by 3 needs double precision
   float before_, after_;
 };
 
-class SharedGather : public SharedExchange {
+class SharedGather : public SharedCollective {
  public:
-  using SharedExchange::SharedExchange;
+  using SharedCollective::SharedCollective;
 
  private:
-  std::unique_ptr<Exchange> Begin(Segment* segment, OpKernelContext* context) override {
+  std::unique_ptr<Collective> Begin(Segment* segment, OpKernelContext* context) override {
     return std::make_unique<Gather>(segment, context);
   }
 };
@@ -558,11 +562,11 @@ REGISTER(float);
 REGISTER(double);
 REGISTER_KERNEL_BUILDER(Name("HvdkitSharedGather").Device(tensorflow::DEVICE_CPU), SharedGather);
 
-// What this process has spent in exchanges so far: nanoseconds in all, of these waiting for others, and how many; and the
-// bytes that it has brought to them.
+// Returns what this process has spent in collectives so far: total nanoseconds, nanoseconds of waiting for other ranks,
+// number of collectives, and bytes of their inputs.
 extern "C" void hvdkit_exchange_times(uint64_t* in_all, uint64_t* waiting, uint64_t* number, uint64_t* bytes) {
   *in_all = nanoseconds_in_all;
   *waiting = nanoseconds_waiting;
-  *number = exchanges;
-  *bytes = bytes_brought;
+  *number = collectives;
+  *bytes = input_bytes;
 }

@@ -172,7 +172,7 @@ def test_a_row_that_is_not_there_is_an_error():
     fuse_updates(optimizer)
     optimizer.build(weights)
     (gradient,) = rows("float32")(1.0)
-    with pytest.raises(tf.errors.InvalidArgumentError, match="row that is not there"):
+    with pytest.raises(tf.errors.InvalidArgumentError, match="row that does not exist"):
         optimizer.apply([tf.IndexedSlices(gradient.values, gradient.indices)], weights)
     assert np.all(weights[0].numpy() == 1)
 
