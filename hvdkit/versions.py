@@ -33,9 +33,16 @@ OLDEST_PYTHON, NEWEST_PYTHON = (3, 10), (3, 13)
 
 # The names under which the folder tensorflow/ is distributed; another one is looked up, which takes longer.
 _TENSORFLOW = (
-    "tensorflow", "tensorflow-cpu", "tensorflow-cpu-aws", "tensorflow-gpu", "tensorflow-intel", "tensorflow-macos",
-    "tensorflow-rocm", "tf-nightly", "tf-nightly-cpu",
-)  # fmt: skip
+    "tensorflow",
+    "tensorflow-cpu",
+    "tensorflow-cpu-aws",
+    "tensorflow-gpu",
+    "tensorflow-intel",
+    "tensorflow-macos",
+    "tensorflow-rocm",
+    "tf-nightly",
+    "tf-nightly-cpu",
+)
 MISSING = "not installed"  # in place of a version
 _KERAS = ("keras", "keras-nightly")
 

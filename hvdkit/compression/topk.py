@@ -74,6 +74,7 @@ class TopK(ErrorFeedback):
         found = tf.cast(tf.where(size >= threshold)[:, 0], tf.int32)
         most = min(length, 2 * self._count(length))
         return tf.cond(
-            tf.size(found) > most, lambda: tf.gather(found, tf.math.top_k(tf.gather(size, found), most).indices),
+            tf.size(found) > most,
+            lambda: tf.gather(found, tf.math.top_k(tf.gather(size, found), most).indices),
             lambda: found,
-        )  # fmt: skip
+        )

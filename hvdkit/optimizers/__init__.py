@@ -1,5 +1,5 @@
-"""What stands between a gradient and a weight.
+"""Optimizers: everything between the gradients and the weight update.
 
-`exchanging` is the proxy around a Keras optimizer, `distributed` the one that averages gradients over ranks,
-`gradients` the allreduce itself, `state` what a training's variables are.
+`exchanging` is the proxy around a Keras optimizer, and `distributed` the proxy that averages gradients over ranks.
+`gradients` contains the allreduce itself, and `state` lists the variables of a training run.
 """

@@ -1,8 +1,8 @@
-"""The one hook into Keras' optimizers: what happens to gradients after accumulation, and before the update.
+"""The one hook into Keras optimizers: it runs after gradient accumulation and before the update.
 
-There Keras clips. With gradient accumulation the gradients are allreduced there, before Keras clips them; where ranks
-hold shards, clipping needs the norms of the other ranks. There is no public place, and one function of Keras' to
-replace: so it is replaced once, by both in their order.
+Keras clips gradients at this point. With gradient accumulation, the gradients are allreduced here, before Keras clips
+them. Where ranks hold shards, clipping needs the norms of the other ranks. Keras has no public API for this point, so
+this module replaces one Keras function. It replaces it once and serves both purposes in that order.
 """
 
 from collections.abc import Callable
@@ -22,12 +22,12 @@ def hook(
     exchange: Callable[[Grads], Grads] | None = None,
     clip: Callable[[Grads, Callable[[Grads], Grads]], Grads] | None = None,
 ) -> None:
-    """Hooks into an optimizer's updates. Call it once an optimizer.
+    """Installs the hook in an optimizer. Call it once per optimizer.
 
     Args:
-        optimizer: one that takes steps itself.
-        exchange: gets the accumulated gradients and returns those of all ranks; by default it is not called.
-        clip: gets those and Keras' own clipping, and returns clipped gradients; by default Keras clips.
+        optimizer: an optimizer that applies updates itself.
+        exchange: takes the accumulated gradients and returns those reduced over all ranks; None skips this step.
+        clip: takes these gradients and Keras' clipping function, and returns clipped gradients; None lets Keras clip.
     """
 
     def make(keras_clip: Callable[[Grads], Grads]) -> Callable[[Grads], Grads]:

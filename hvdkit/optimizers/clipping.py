@@ -1,7 +1,7 @@
-"""Clipping by norm where ranks hold shards of a model: the norm is that of the whole gradient.
+"""Clipping by norm for sharded models: the norm is that of the whole gradient.
 
-Keras clips what it is given, and a rank of a divided model is given parts. So the squared norms are added up over the
-ranks that hold one model between them, before Keras' rule is applied.
+Keras clips the gradients it is given, but a rank of a sharded model has only parts of them. This module therefore sums
+the squared norms over the ranks that hold one model together, and then applies Keras' rule.
 """
 
 from collections.abc import Callable, Sequence
@@ -21,10 +21,10 @@ def clip_over_shards(
     """Clips by the norms of whole gradients where variables are shards, and as Keras does elsewhere.
 
     Args:
-        optimizer: the one that says how to clip.
-        variables: those whose gradients these are.
-        grads: a gradient each.
-        keras_clip: Keras' own function of `grads`.
+        optimizer: the optimizer whose clipping settings apply.
+        variables: the variables that `grads` belong to.
+        grads: one gradient per variable.
+        keras_clip: Keras' own clipping function, which takes `grads`.
     """
     shards, mesh = [shard_of(v) for v in variables], mesh_of(variables)
     by_norm = optimizer.clipnorm or optimizer.global_clipnorm
@@ -36,10 +36,10 @@ def clip_over_shards(
 
 
 def _clip_each(grads: list[Any], shards: Sequence[Shard | None], mesh: Any, limit: float) -> list[Any]:
-    """`clipnorm`: each variable's gradient by its own norm."""
+    """Applies `clipnorm`: clips each variable's gradient by its own norm."""
     squares = [_square(g) for g in grads]
     divided = [i for i, shard in enumerate(shards) if shard is not None and shard.axis is not None]
-    if divided:  # the same ones on all ranks of a row
+    if divided:  # the same variables on all ranks of a row
         whole = _sum(tf.stack([squares[i] for i in divided]), mesh, "each")
         for number, place in enumerate(divided):
             squares[place] = whole[number]
@@ -47,12 +47,12 @@ def _clip_each(grads: list[Any], shards: Sequence[Shard | None], mesh: Any, limi
 
 
 def _clip_all(grads: list[Any], shards: Sequence[Shard | None], mesh: Any, limit: float) -> list[Any]:
-    """`global_clipnorm`: all gradients by their common norm, in which what all ranks have counts once."""
+    """Applies `global_clipnorm`: clips all gradients by their global norm, counting replicated gradients once."""
     counts = [shard is not None or mesh.model_index == 0 for shard in shards]
     mine = [_square(g) for g, counted in zip(grads, counts, strict=True) if counted]
     norm = tf.sqrt(_sum(tf.add_n(mine) if mine else wire.zeros([], tf.float32), mesh, "all"))
-    scale = limit * tf.minimum(1 / norm, 1 / limit) + (norm - norm)  # NaN where the norm is not finite, as in Keras
-    return [tf.convert_to_tensor(g) * tf.cast(scale, g.dtype) for g in grads]  # dense, as Keras makes them here
+    scale = limit * tf.minimum(1 / norm, 1 / limit) + (norm - norm)  # NaN if the norm is not finite, as in Keras
+    return [tf.convert_to_tensor(g) * tf.cast(scale, g.dtype) for g in grads]  # dense, as in Keras
 
 
 def _square(grad: Any) -> tf.Tensor:

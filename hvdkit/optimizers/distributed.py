@@ -1,13 +1,13 @@
-"""`DistributedOptimizer`: any Keras 3 optimizer, fed with the gradients of all ranks.
+"""`DistributedOptimizer`: any Keras 3 optimizer, applied to the gradients of all ranks.
 
-Keras 3 updates weights through `Optimizer.apply`, which Horovod's own Keras layer does not know. Here the user's
-optimizer is kept whole, inside a transparent proxy that changes one thing: what reaches `apply` is the average over all
-ranks. Everything after it (loss scale, clipping, weight decay, EMA, the update itself) then sees what one process
-with the global batch would see.
+Keras 3 updates weights through `Optimizer.apply`, which Horovod's own Keras layer does not support. This module wraps
+the user's optimizer in a transparent proxy that changes one thing: `apply` receives the average over all ranks.
+Everything after it (loss scale, clipping, weight decay, EMA, the update itself) sees the same values as one process
+that trains on the global batch.
 
-A proxy rather than a subclass made on the fly, because it *is* the user's optimizer for everyone who asks: its class,
-its configuration and its state are the inner one's. So `model.save` writes a plain Keras file, and `isinstance`,
-learning-rate callbacks and attribute access work as before.
+It is a proxy rather than a dynamically created subclass, because its class, configuration and state are those of the
+user's optimizer. So `model.save` writes a plain Keras file, and `isinstance`, learning-rate callbacks and attribute
+access work as before.
 """
 
 import functools
@@ -32,38 +32,40 @@ from hvdkit.optimizers.parts import parts_of
 
 
 class DistributedOptimizer(ExchangingOptimizer):
-    """Wraps a Keras optimizer so that gradients are averaged over all ranks before they are applied.
+    """Wraps a Keras optimizer and averages gradients over all ranks before it applies them.
 
     Args:
-        optimizer: any `keras.optimizers.Optimizer`. Under the global policy `mixed_float16` it is put into a
-            `LossScaleOptimizer` first, as `Model.compile` would do around it: the ranks then judge the *averaged*
-            gradients, and skip a step with an overflow together. Where a `LossScaleOptimizer` is put around this one,
-            the ranks agree on an overflow in one more exchange, of three numbers.
-        name: prefix of the exchanges' names.
-        device_dense: accepted for Horovod's sake: gradients travel from where they are.
+        optimizer: any `keras.optimizers.Optimizer`. Under the global policy `mixed_float16` it is wrapped in a
+            `LossScaleOptimizer` first, instead of by `Model.compile` later. The ranks then check the *averaged*
+            gradients for overflow and skip a step together. If a `LossScaleOptimizer` wraps this optimizer instead, the
+            ranks synchronize the overflow check with one more allreduce, of three numbers.
+        name: prefix of the names of the collectives.
+        device_dense: ignored, accepted for compatibility with Horovod: gradients are sent from the device they are on.
         device_sparse: likewise.
-        compression: `hvdkit.Compression.none`, `.fp16` or `.bf16`, or a class with the same two methods; or
-            one that keeps what it leaves out: `.int8()`, `.onebit()`, `.topk(fraction)`, `.powersgd(rank)`.
-        sparse_as_dense: turns sparse gradients (of embeddings) into dense ones. Off by default: Keras' adaptive
-            optimizers update only the rows that a sparse gradient names, so a dense one trains another model.
-        gradient_predivide_factor: divide by this before the sum over ranks, and by size / this after it; for
-            gradients so large that their sum overflows on the wire. Needs `op=hvdkit.Average`.
-        op: `hvdkit.Average` (the default), `hvdkit.Sum` or `hvdkit.Adasum`. The last lets each rank's optimizer take
-            its step, and combines the steps (see `hvdkit.collectives.adasum`): slots then are each rank's own.
-        backward_passes_per_step: exchange and apply only every so many calls, and the sum of the gradients in between:
-            Keras' own gradient accumulation, which this switches on in `optimizer`, with one exchange at its end. An
-            optimizer that has `gradient_accumulation_steps` already exchanges as seldom without this argument.
+        compression: `hvdkit.Compression.none`, `.fp16` or `.bf16`, or a class with the same two methods; or a
+            compressor with error feedback: `.int8()`, `.onebit()`, `.topk(fraction)`, `.powersgd(rank)`.
+        sparse_as_dense: converts sparse gradients (of embeddings) to dense ones. Off by default: Keras' adaptive
+            optimizers update only the rows in a sparse gradient, so a dense gradient gives other results.
+        gradient_predivide_factor: divides gradients by this factor before the sum over ranks, and by size / factor
+            after it. It helps where gradients are so large that their sum overflows in the format in which they are
+            sent. Needs `op=hvdkit.Average`.
+        op: `hvdkit.Average` (the default), `hvdkit.Sum` or `hvdkit.Adasum`. With Adasum each rank's optimizer takes
+            its own step, and the steps are combined (see `hvdkit.collectives.adasum`); slots then differ between ranks.
+        backward_passes_per_step: allreduce and apply the sum of the gradients every so many calls. This switches on
+            Keras' gradient accumulation in `optimizer`, with one allreduce at its end. An optimizer that already has
+            `gradient_accumulation_steps` allreduces at that interval without this argument.
         average_aggregated_gradients: apply the mean of these gradients instead of their sum.
         num_groups: old name of `groups`.
-        groups: None for a single group; a number of groups, the last layers' first; or a list of lists of variables
-            that travel together, each variable in no list by itself. No gain was measured with several.
-        process_set: the Horovod process set whose ranks take part; by default all. Other ranks exchange nothing.
-        scale_local_gradients: divide the gradients of variables that are kept local by the number of ranks, as the
-            others' average is.
+        groups: None for a single group; a number of groups, starting with the last layers; or a list of lists of
+            variables that are sent together, where each variable in no list is sent by itself. Several groups were not
+            faster in measurements.
+        process_set: the Horovod process set whose ranks take part; by default all. Other ranks send no gradients.
+        scale_local_gradients: divide the gradients of local variables by the number of ranks, as averaging does for the
+            others.
 
     Raises:
-        TypeError: `optimizer` is not a Keras 3 optimizer, or is wrapped already.
-        ValueError: an argument has a wrong value, or does not go together with another.
+        TypeError: `optimizer` is not a Keras 3 optimizer, or is already wrapped.
+        ValueError: an argument is invalid, or conflicts with another.
 
     References: A. Sergeev and M. Del Balso, "Horovod: fast and easy distributed deep learning in TensorFlow", 2018,
     https://arxiv.org/abs/1802.05799; the arguments are those of `horovod.tensorflow.keras.DistributedOptimizer` 0.28.1.
@@ -88,7 +90,7 @@ class DistributedOptimizer(ExchangingOptimizer):
     ) -> None:
         _refuse_what_is_no_optimizer(optimizer)
         exchange = GradientExchange(
-            # By class: Keras numbers the optimizers' names, differently on a rank that has made one more.
+            # Use the class name: Keras numbers optimizer names, so they differ on a rank that made one more optimizer.
             name=name or f"Distributed{type(optimizer).__name__}",
             compression=compression,
             sparse_as_dense=sparse_as_dense,
@@ -108,10 +110,10 @@ class DistributedOptimizer(ExchangingOptimizer):
         self._hook_into_updates(factor)
 
     def apply(self, grads: Sequence[Gradient], trainable_variables: Sequence[Any] | None = None) -> None:
-        """Exchanges `grads` with the other ranks and applies the result.
+        """Reduces `grads` over the ranks and applies the result.
 
         Args:
-            grads: this rank's gradients: `tf.Tensor`, `tf.IndexedSlices` or None, one a variable.
+            grads: this rank's gradients, one per variable: `tf.Tensor`, `tf.IndexedSlices` or None.
             trainable_variables: their variables; by default those that the optimizer was built with.
         """
         exchange = self._self_gradients
@@ -132,10 +134,10 @@ class DistributedOptimizer(ExchangingOptimizer):
             self.__wrapped__.apply(exchange(list(grads), variables), variables)
 
     def build(self, variables: Sequence[Any]) -> None:
-        """Builds the optimizer, and tells a `LossScaleOptimizer` around it to judge overflows with all ranks.
+        """Builds the optimizer, and makes a `LossScaleOptimizer` around it check for overflow on all ranks.
 
         Raises:
-            UsageError: the variables are shards of a divided model, and the optimizer looks at whole ones.
+            UsageError: the variables are shards of a model, and the optimizer needs whole variables.
         """
         outer = call_stack.loss_scale_in_build()
         if outer is not None:
@@ -150,18 +152,18 @@ class DistributedOptimizer(ExchangingOptimizer):
 
     @property
     def variables(self) -> list[Any]:
-        """The optimizer's variables, and what compression keeps from step to step."""
+        """The optimizer's variables, and the state of the compressor."""
         return [*self.__wrapped__.variables, *self._self_gradients.state()]
 
     @property
     def compression(self) -> ErrorFeedback | None:
-        """The compressor with error feedback, if there is one."""
+        """The compressor with error feedback, or None."""
         return self._self_gradients.feedback
 
     def wire_bytes(self, variables: Sequence[Any]) -> tuple[float, float]:
-        """Bytes that a rank sends a step for gradients of these variables, and what it would send of them uncompressed.
+        """Returns the bytes that a rank sends per step for gradients of these variables, compressed and uncompressed.
 
-        By a ring, as Horovod and Gloo reduce; sparse gradients are counted as if they were dense.
+        Assumes a ring allreduce, as in Horovod and Gloo. Sparse gradients count as dense ones.
         """
         exchange = self._self_gradients
         sent, whole = exchange.wire_bytes([tuple(v.shape) for v in variables if not exchange.is_local(v)])
@@ -171,17 +173,17 @@ class DistributedOptimizer(ExchangingOptimizer):
         return sent + own, whole + own
 
     def register_local_var(self, var: Any) -> None:
-        """Keeps the gradient of `var` (a Keras or TensorFlow variable) on this rank: each trains its own.
+        """Keeps the gradient of `var` (a Keras or TensorFlow variable) on this rank: each rank trains its own copy.
 
-        Tell `hvdkit.callbacks.BroadcastGlobalVariablesCallback(local_variables=...)` too.
+        Also pass the variable to `hvdkit.callbacks.BroadcastGlobalVariablesCallback(local_variables=...)`.
         """
         self._self_gradients.register_local(var)
 
     def keeps_local(self, variable: Any) -> bool:
-        """Whether a weight, or a slot of this optimizer, is each rank's own.
+        """Returns whether a weight, or a slot of this optimizer, differs between ranks.
 
-        Slots are under Adasum, and those of local variables; as Keras' slots do not tell whose they are, all slots
-        count as local once one variable does.
+        Slots differ under Adasum, and so do slots of local variables. Keras' slots do not name their variable, so all
+        slots count as local once one variable does.
         """
         exchange = self._self_gradients
         if exchange.feedback and any(variable is v for v in exchange.feedback.own):
@@ -193,16 +195,17 @@ class DistributedOptimizer(ExchangingOptimizer):
         return _accumulates(self.__wrapped__) and not self._self_gradients.is_adasum()
 
     def _hook_into_updates(self, factor: float) -> None:
-        """Puts what must happen between accumulation and update there.
+        """Installs the hooks that run between accumulation and the update.
 
-        With gradient accumulation that is the gradient allreduce, too: in the branch that all ranks take every N calls.
+        With gradient accumulation this includes the gradient allreduce. It runs in a branch that all ranks take every N
+        calls.
 
         Args:
-            factor: what accumulated gradients are multiplied by.
+            factor: factor by which accumulated gradients are multiplied.
         """
         for part in parts_of(self.__wrapped__):
             if isinstance(part, keras.optimizers.LossScaleOptimizer):
-                if self._self_exchanges_inside:  # it decides at each call whether the branch is reached at all
+                if self._self_exchanges_inside:  # this optimizer decides at each call whether the branch runs
                     loss_scale.judge_overflow_together(part, self._self_gradients)
                 continue
             before_update.hook(
@@ -213,7 +216,7 @@ class DistributedOptimizer(ExchangingOptimizer):
 
     def _exchange_accumulated(self, factor: float, grads: list[Gradient]) -> list[Gradient]:
         variables = self._self_variables
-        if variables is not None and len(variables) != len(grads):  # a part of a MultiOptimizer's
+        if variables is not None and len(variables) != len(grads):  # a part of a MultiOptimizer
             variables = None
         grads = self._self_gradients(grads, variables)
         return [g if g is None else g * tf.cast(factor, g.dtype) for g in grads]
@@ -222,7 +225,7 @@ class DistributedOptimizer(ExchangingOptimizer):
         return clipping.clip_over_shards(part, self._self_variables or [], grads, keras_clip)
 
     def _apply_by_adasum(self, grads: list[Gradient], variables: list[Any]) -> None:
-        """Takes this rank's own step and replaces it by the combination of all ranks' steps."""
+        """Takes this rank's own step and replaces it with the Adasum combination of all ranks' steps."""
         exchange = self._self_gradients
         shared = [v for v in variables if not exchange.is_local(v)]
         starts = [tf.identity(v.value) for v in shared]
@@ -235,7 +238,7 @@ class DistributedOptimizer(ExchangingOptimizer):
 def _refuse_what_looks_at_whole_variables(
     parts: Sequence[keras.optimizers.Optimizer], variables: Sequence[Any]
 ) -> None:
-    """An optimizer that takes norms or means of a variable would take those of a part of it."""
+    """Raises a `UsageError` if an optimizer takes norms or means of whole variables, but has only shards of them."""
     if not any(shard is not None and shard.axis is not None for shard in map(shard_of, variables)):
         return
     looks = {cls.__name__ for part in parts for cls in type(part).__mro__} & {"Adafactor", "Lamb", "Muon"}
@@ -260,15 +263,15 @@ def PartialDistributedOptimizer(  # noqa: N802 - Horovod's name
     local_layers: keras.layers.Layer | Sequence[keras.layers.Layer] | None = None,
     scale_local_gradients: bool = True,
 ) -> DistributedOptimizer:
-    """A `DistributedOptimizer` that leaves the weights of some layers to each rank.
+    """Returns a `DistributedOptimizer` that keeps the weights of some layers local to each rank.
 
     Args:
-        local_layers: a layer or layers, built already, whose gradients stay on this rank.
+        local_layers: one or several layers, already built, whose gradients stay on this rank.
 
     The other arguments are those of `DistributedOptimizer`.
 
     Raises:
-        TypeError: `local_layers` holds something else than layers.
+        TypeError: `local_layers` contains something other than layers.
         ValueError: a local layer is not built, so its weights do not exist yet.
     """
     distributed = DistributedOptimizer(
@@ -290,16 +293,16 @@ def PartialDistributedOptimizer(  # noqa: N802 - Horovod's name
 
 
 def scaled(learning_rate: float) -> float:
-    """The learning rate for the job's global batch: `learning_rate` times the number of ranks.
+    """Returns the learning rate for the global batch: `learning_rate` times the number of ranks.
 
-    The linear scaling rule of P. Goyal et al., "Accurate, Large Minibatch SGD", 2017,
-    https://arxiv.org/abs/1706.02677, section 2.1; use it together with a warm-up.
+    This is the linear scaling rule of P. Goyal et al., "Accurate, Large Minibatch SGD", 2017,
+    https://arxiv.org/abs/1706.02677, section 2.1. Use it together with a warm-up.
     """
     return learning_rate * world.size()
 
 
 def keeps_local(optimizer: Any, variable: Any) -> bool:
-    """Whether a `DistributedOptimizer`, at whatever depth of `optimizer`, leaves a weight or slot to each rank."""
+    """Returns whether a `DistributedOptimizer`, at any depth inside `optimizer`, keeps a weight or slot local."""
     if isinstance(optimizer, DistributedOptimizer):
         return optimizer.keeps_local(variable)
     inner = getattr(optimizer, "inner_optimizer", None)
@@ -307,7 +310,7 @@ def keeps_local(optimizer: Any, variable: Any) -> bool:
 
 
 def all_ranks_train(optimizers: Sequence[ExchangingOptimizer]) -> bool:
-    """Whether all ranks of the job train this model; otherwise some may not even call `fit`."""
+    """Returns whether all ranks of the job train this model; if not, some ranks may not call `fit` at all."""
     sets = [o._self_gradients.process_set for o in optimizers if isinstance(o, DistributedOptimizer)]
     return bool(optimizers) and all(s.process_set_id == 0 for s in sets)
 
@@ -348,7 +351,7 @@ def _replace_num_groups(num_groups: int, groups: Any) -> Any:
 
 
 def _accumulate(optimizer: keras.optimizers.Optimizer, passes: int) -> None:
-    """Switches Keras' gradient accumulation on in each part that takes steps."""
+    """Switches on Keras' gradient accumulation in each part that applies updates."""
     if isinstance(passes, bool) or not isinstance(passes, int) or passes < 1:
         raise ValueError(f"backward_passes_per_step must be 1 or more, but is {passes!r}.")
     if passes == 1:

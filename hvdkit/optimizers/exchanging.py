@@ -13,11 +13,11 @@ from hvdkit.optimizers.parts import optimizers_of
 
 
 class ExchangingOptimizer(wrapt.ObjectProxy):
-    """A Keras optimizer whose gradients pass through `exchange` on their way to `apply`.
+    """A Keras optimizer that passes its gradients through `exchange` before `apply`.
 
     Args:
-        optimizer: the optimizer that everything else is left to.
-        exchange: maps this replica's gradients (`tf.Tensor`, `tf.IndexedSlices` or None) to those that are applied.
+        optimizer: the wrapped optimizer, which does everything else.
+        exchange: maps this replica's gradients (`tf.Tensor`, `tf.IndexedSlices` or None) to the ones to apply.
     """
 
     def __init__(
@@ -28,16 +28,16 @@ class ExchangingOptimizer(wrapt.ObjectProxy):
         fuse_updates(optimizer)
 
     def apply(self, grads: Sequence[Gradient], trainable_variables: Sequence[Any] | None = None) -> None:
-        """Exchanges `grads` with the other replicas and applies the result.
+        """Passes `grads` through `exchange` and applies the result.
 
         Args:
-            grads: this replica's gradients: `tf.Tensor`, `tf.IndexedSlices` or None, one a variable.
+            grads: this replica's gradients, one per variable: `tf.Tensor`, `tf.IndexedSlices` or None.
             trainable_variables: their variables; by default those that the optimizer was built with.
         """
         self.__wrapped__.apply(self._self_exchange(list(grads)), trainable_variables)
 
     def apply_gradients(self, grads_and_vars: Iterable[tuple[Gradient, Any]]) -> Any:
-        """Exchanges and applies `(gradient, variable)` pairs, and returns the iteration counter."""
+        """Reduces and applies `(gradient, variable)` pairs, and returns the iteration counter."""
         grads, variables = zip(*grads_and_vars, strict=True)
         self.apply(grads, list(variables))
         return self.iterations
@@ -54,7 +54,7 @@ class ExchangingOptimizer(wrapt.ObjectProxy):
 
 
 def exchanging_optimizers_of(model: keras.Model) -> list[ExchangingOptimizer]:
-    """The model's optimizers that exchange, at whatever depth; those of its own attributes (GANs have two), too."""
+    """Returns the model's exchanging optimizers, at any depth, including those in its attributes (GANs have two)."""
     found = {id(o): o for optimizer in optimizers_of(model) for o in _exchanging(optimizer)}
     return list(found.values())
 

@@ -1,7 +1,7 @@
-"""Variables laid end to end as one vector, and cut into equal parts, one a rank.
+"""Variables concatenated into one vector, which is cut into equal parts, one per rank.
 
-A cut goes through variables where it must, so that parts are equal whatever the variables' sizes. Where variables lie
-does not depend on the number of ranks; only the zeros at the end do.
+A cut may go through a variable, so parts are equal whatever the sizes of the variables. The position of a variable does
+not depend on the number of ranks; only the zero padding at the end does.
 """
 
 from collections.abc import Sequence
@@ -10,14 +10,14 @@ from typing import Any, NamedTuple
 import numpy as np
 import tensorflow as tf
 
-# Variables and parts begin at multiples of 64 bytes: then TensorFlow gives out its slice of the vector without a copy.
+# Align variables and parts to 64 bytes: TensorFlow can then slice the vector without a copy.
 _ALIGNMENT = 16
 
 
 class Span(NamedTuple):
-    """Elements `start` to `stop` of the variable at `place`, or of what belongs to it: its gradient, or a slot.
+    """Elements `start` to `stop` of the variable at index `place`, or of its gradient or slot.
 
-    Between variables and at the end there are zeros; their place is None.
+    `place` is None for the zero padding between variables and at the end.
     """
 
     place: int | None
@@ -26,18 +26,18 @@ class Span(NamedTuple):
 
     @property
     def size(self) -> int:
-        """How many elements."""
+        """The number of elements."""
         return self.stop - self.start
 
 
 class Flat:
-    """How some variables of one dtype are divided.
+    """The layout of variables of one dtype in the vector.
 
     Args:
-        variables: their order is that of the vector.
-        places: their places among all variables of the optimizer.
-        ranks: how many parts there are.
-        rank: which of them is this process's.
+        variables: the variables, in the order of the vector.
+        places: their indices among all variables of the optimizer.
+        ranks: the number of parts.
+        rank: the index of this process's part.
     """
 
     def __init__(self, variables: Sequence[Any], places: Sequence[int], ranks: int, rank: int) -> None:
@@ -53,7 +53,7 @@ class Flat:
         self.mine = self.spans(rank)
 
     def spans(self, rank: int) -> list[Span]:
-        """What the part of a rank is made of, in order, without a gap."""
+        """Returns the spans of a rank's part, in order and without gaps."""
         begin, end = rank * self.part, (rank + 1) * self.part
         found, at = [], begin
         for place, start, size in zip(self.places, self.starts, self.sizes, strict=True):
@@ -67,21 +67,21 @@ class Flat:
         return [*found, Span(None, 0, end - at)] if at < end else found
 
     def take(self, tensors: Sequence[Any], spans: Sequence[Span]) -> list[tf.Tensor]:
-        """The spans as vectors, to be put end to end.
+        """Returns the spans as vectors, ready to concatenate.
 
         Args:
-            tensors: one for each of the optimizer's variables, of its shape; None is taken for zeros.
-            spans: which elements of them.
+            tensors: one per variable of the optimizer, of the variable's shape; None counts as zeros.
+            spans: the elements to take.
         """
         return [self._cut(None if span.place is None else tensors[span.place], span) for span in spans]
 
     def divide(self, vector: tf.Tensor) -> list[tf.Tensor]:
-        """All parts, [ranks * part], as tensors of the variables' shapes."""
+        """Splits the concatenated parts, [ranks * part], into tensors of the variables' shapes."""
         pieces = [vector[start : start + size] for start, size in zip(self.starts, self.sizes, strict=True)]
         return [tf.reshape(piece, shape) for piece, shape in zip(pieces, self.shapes, strict=True)]
 
     def join(self, arrays: Sequence[np.ndarray]) -> np.ndarray:
-        """Undoes `divide`, with an array for each of these variables: [ranks * part]."""
+        """Does the inverse of `divide`: concatenates one array per variable to [ranks * part]."""
         joined = np.zeros([self.ranks * self.part], self.dtype.as_numpy_dtype)
         for start, size, array in zip(self.starts, self.sizes, arrays, strict=True):
             joined[start : start + size] = np.ravel(array)

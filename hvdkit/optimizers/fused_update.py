@@ -1,9 +1,10 @@
-"""Updates of weights in one pass over memory, where Keras takes many.
+"""Weight updates in one pass over memory, where Keras makes many passes.
 
-Keras writes an optimizer in operations on whole arrays. Adam is a dozen, which read and write arrays as large as the
-weights thirty times, 31 ms a step for 5.8 million of them. Here an update is one operation a variable, and takes 10 ms:
-hvdkit's own for Adam, and TensorFlow's for gradient descent. The results are Keras', bit for bit. Where an operation
-does not fit (on GPUs, inside of XLA, and Adam in half precision or without `hvdkit.native`), Keras' are used.
+Keras writes an optimizer as operations on whole arrays. Adam has a dozen of them, which read and write weight-sized
+arrays thirty times: 31 ms a step for 5.8 million weights. Here an update is one operation per variable and takes 10 ms.
+Adam uses hvdkit's own operation, gradient descent uses TensorFlow's. The results equal Keras' bit for bit. Keras'
+operations still run where these do not apply: on GPUs, inside XLA, and for Adam in half precision or without
+`hvdkit.native`.
 """
 
 import functools
@@ -19,15 +20,15 @@ from hvdkit.optimizers.parts import parts_of
 
 
 def fuse(optimizer: keras.optimizers.Optimizer) -> None:
-    """Lets an Adam, AdamW or SGD of Keras' update each variable by one operation; others stay as they are.
+    """Makes a Keras Adam, AdamW or SGD update each variable with one operation; others stay unchanged.
 
-    Everything around the update is Keras' own: clipping, weight decay, moving averages, accumulation, loss scale.
+    Everything around the update remains Keras' own: clipping, weight decay, moving averages, accumulation, loss scale.
 
     Args:
-        optimizer: one that takes steps itself (see `hvdkit.optimizers.parts`), built or not.
+        optimizer: an optimizer that applies updates itself (see `hvdkit.optimizers.parts`), built or not.
     """
     kind, keras_own = type(optimizer), keras.optimizers.Optimizer
-    # None where a subclass, a proxy or this very optimizer has an update of its own, or one of the parts of Keras'.
+    # None if a subclass, a proxy or this optimizer overrides the update, or any part of Keras' update.
     if not issubclass(kind, keras_own):
         return
     fused = _FUSED.get(keras3.update_of(kind))
@@ -38,10 +39,10 @@ def fuse(optimizer: keras.optimizers.Optimizer) -> None:
 
 
 def _update(fits: Callable, update: Callable, optimizer: Any, gradient: Any, variable: Any, learning_rate: Any) -> None:
-    """Takes the place of `update_step`, which has the last three arguments."""
+    """Replaces `update_step`, which takes the last three arguments."""
     inner = keras3.native_variable(variable)
     is_on_host = "CPU" in inner.device or not tf.config.list_logical_devices("GPU")
-    has_its_shape = tf.TensorShape(gradient.shape).is_compatible_with(inner.shape)  # Keras would stretch it
+    has_its_shape = tf.TensorShape(gradient.shape).is_compatible_with(inner.shape)  # Keras would broadcast it
     if is_on_host and has_its_shape and fits(optimizer, gradient, inner) and not call_stack.is_in_xla():
         update(optimizer, gradient, inner, learning_rate)
     else:
@@ -56,7 +57,7 @@ def _fits_adam(optimizer: Any, gradient: Any, variable: tf.Variable) -> bool:
 
 
 def _adam(optimizer: Any, gradient: Any, variable: tf.Variable, learning_rate: Any) -> None:
-    """D. P. Kingma and J. Ba, "Adam", 2015, in the form at the end of its section 2."""
+    """Updates by D. P. Kingma and J. Ba, "Adam", 2015, in the form at the end of section 2."""
     dtype = variable.dtype
     slots = [slot.value.handle for slot in keras3.adam_slots(optimizer, variable)]
     step = tf.cast(optimizer.iterations + 1, dtype)
@@ -79,7 +80,7 @@ def _fits_sgd(optimizer: Any, gradient: Any, variable: tf.Variable) -> bool:
 
 
 def _sgd(optimizer: Any, gradient: Any, variable: tf.Variable, learning_rate: Any) -> None:
-    """Gradient descent, with momentum or with Nesterov's."""
+    """Updates by gradient descent, with or without momentum or Nesterov momentum."""
     dtype = variable.dtype
     gradient, rate = tf.cast(gradient, dtype), tf.cast(learning_rate, dtype)
     if not optimizer.momentum:
@@ -102,6 +103,6 @@ _FUSED = {
 
 
 def fuse_updates(optimizer: keras.optimizers.Optimizer) -> None:
-    """Lets an optimizer, and those inside of it, update each variable in one pass over memory."""
+    """Makes an optimizer, and those inside it, update each variable in one pass over memory."""
     for part in parts_of(optimizer):
         fuse(part)

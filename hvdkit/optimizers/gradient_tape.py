@@ -12,7 +12,7 @@ from hvdkit.optimizers.gradients import Gradient, GradientExchange, weights_of
 
 
 class ExchangingTape(wrapt.ObjectProxy):
-    """A tape whose `gradient` reduces over ranks; everything else is the user's tape."""
+    """A tape whose `gradient` reduces over ranks; everything else is forwarded to the user's tape."""
 
     def __init__(self, tape: tf.GradientTape, exchange: GradientExchange) -> None:
         super().__init__(tape)
@@ -30,13 +30,13 @@ class ExchangingTape(wrapt.ObjectProxy):
         use_generic_names: bool = False,
         unconnected_gradients: tf.UnconnectedGradients = tf.UnconnectedGradients.NONE,
     ) -> Any:
-        """The gradient of `target` for each of `sources`, reduced over the ranks.
+        """Returns the gradient of `target` for each of `sources`, reduced over the ranks.
 
         Args:
             target: as for `tf.GradientTape.gradient`.
-            sources: a variable or tensor, or any nest of them; alike on all ranks.
+            sources: a variable or tensor, or any nest of them; the same on all ranks.
             output_gradients: as for `tf.GradientTape.gradient`.
-            use_generic_names: accepted for Horovod's sake: names never depend on the variables' here.
+            use_generic_names: ignored, accepted for compatibility with Horovod: names never depend on variables here.
             unconnected_gradients: as for `tf.GradientTape.gradient`.
 
         Returns:
@@ -56,7 +56,7 @@ class ExchangingTape(wrapt.ObjectProxy):
     def get_local_and_global_gradients(
         self, target: Any, sources: Sequence[Any], output_gradients: Any = None, use_generic_names: bool = False
     ) -> tuple[list[tuple[Any, Gradient]], list[tuple[Any, Gradient]]]:
-        """`(source, gradient)` pairs of local sources, and of those whose gradients were reduced."""
+        """Returns two lists of `(source, gradient)` pairs: the local sources, and those with reduced gradients."""
         gradients = self.gradient(target, list(sources), output_gradients, use_generic_names)
         pairs = list(zip(sources, gradients, strict=True))
         local = [(s, g) for s, g in pairs if self._self_exchange.is_local(s)]
@@ -78,12 +78,12 @@ def DistributedGradientTape(  # noqa: N802 - Horovod's name
 ) -> ExchangingTape:
     """Wraps a `tf.GradientTape`, before or after it has recorded, so that `gradient` averages over the ranks.
 
-    Use it together with a plain optimizer: a `DistributedOptimizer` would exchange a second time. The arguments are
+    Use it with a plain optimizer: a `DistributedOptimizer` would reduce the gradients a second time. The arguments are
     those of `hvdkit.DistributedOptimizer`; `op=hvdkit.Adasum` combines the gradients themselves here.
 
     Raises:
-        TypeError: `gradtape` is no `tf.GradientTape`.
-        ValueError: an argument has a wrong value.
+        TypeError: `gradtape` is not a `tf.GradientTape`.
+        ValueError: an argument is invalid.
 
     Reference: `horovod.tensorflow.DistributedGradientTape` 0.28.1.
     """
@@ -116,21 +116,30 @@ def PartialDistributedGradientTape(  # noqa: N802 - Horovod's name
     local_layers: Any = None,
     scale_local_gradients: bool = True,
 ) -> ExchangingTape:
-    """A `DistributedGradientTape` that leaves the gradients of some layers' weights to each rank.
+    """Returns a `DistributedGradientTape` that keeps the gradients of some layers' weights local to each rank.
 
     Args:
-        local_layers: a layer or layers, built already, whose gradients stay on this rank.
+        local_layers: one or several layers, already built, whose gradients stay on this rank.
 
     The other arguments are those of `DistributedGradientTape`.
 
     Raises:
-        TypeError: `local_layers` holds something else than layers.
+        TypeError: `local_layers` contains something other than layers.
         ValueError: a local layer is not built yet.
     """
     tape = DistributedGradientTape(
-        gradtape, device_dense, device_sparse, compression, sparse_as_dense, op, gradient_predivide_factor,
-        num_groups, groups, process_set, scale_local_gradients,
-    )  # fmt: skip
+        gradtape,
+        device_dense,
+        device_sparse,
+        compression,
+        sparse_as_dense,
+        op,
+        gradient_predivide_factor,
+        num_groups,
+        groups,
+        process_set,
+        scale_local_gradients,
+    )
     for variable in weights_of(local_layers):
         tape.register_local_source(variable)
     return tape

@@ -1,4 +1,4 @@
-"""The exchange of gradients between ranks, with all of Horovod's options: what optimizers and tapes have in common."""
+"""The gradient reduction over ranks, with all of Horovod's options, shared by optimizers and tapes."""
 
 from collections.abc import Sequence
 from typing import Any
@@ -25,23 +25,23 @@ _Groups = int | Sequence[Sequence[Any]] | None
 class GradientExchange:
     """Reduces a list of gradients over ranks.
 
-    Dense gradients travel in groups and come back dense. Sparse ones are gathered, rows and indices, and stay
-    `tf.IndexedSlices`. None stays None. Those of a divided model's shards are reduced over the ranks that hold the same
+    Dense gradients are allreduced in groups. Sparse ones are allgathered, values and indices, and remain
+    `tf.IndexedSlices`. None remains None. Gradients of a model's shards are reduced over the ranks that hold the same
     shard (see `hvdkit.collectives.mesh`).
 
     Args:
-        name: prefix of the exchange's name, the same on all ranks.
+        name: prefix of the names of the collectives, the same on all ranks.
         compression: see `hvdkit.Compression`.
-        sparse_as_dense: turn sparse gradients into dense ones first.
+        sparse_as_dense: convert sparse gradients to dense ones first.
         op: `hvdkit.Average` (also for None), `hvdkit.Sum` or `hvdkit.Adasum`.
         process_set: the Horovod process set whose ranks take part; None for all.
-        gradient_predivide_factor: divide by this before the sum, and by size / this after it.
-        groups: None for a single group; a number of groups, the last layers' first; or lists of variables, each list
-            one group.
+        gradient_predivide_factor: divide by this factor before the sum, and by size / factor after it.
+        groups: None for a single group; a number of groups, starting with the last layers; or lists of variables, one
+            group per list.
         scale_local_gradients: divide the gradients of local variables by the number of ranks.
 
     Raises:
-        ValueError: arguments have wrong values, or do not go together.
+        ValueError: an argument is invalid, or conflicts with another.
     """
 
     def __init__(
@@ -76,10 +76,10 @@ class GradientExchange:
         self._scale_local = scale_local_gradients
         self._local: dict[int, Any] = {}
         self._has_shards = False
-        self.used = False  # whether gradients ever came here, if only where a step was traced
+        self.used = False  # whether this object ever received gradients, even only while a step was traced
 
     def is_adasum(self) -> bool:
-        """Whether updates are combined by Adasum."""
+        """Returns whether updates are combined by Adasum."""
         return self.op == world.horovod().Adasum
 
     def register_local(self, variable: Any) -> None:
@@ -87,20 +87,21 @@ class GradientExchange:
         self._local[id(native_variable(variable))] = variable
 
     def is_local(self, variable: Any) -> bool:
-        """Whether `variable` differs from rank to rank: registered as local, or a shard."""
+        """Returns whether `variable` differs between ranks: it is registered as local, or it is a shard."""
         return id(native_variable(variable)) in self._local or shard_of(variable) is not None
 
     def has_local(self) -> bool:
-        """Whether any variable differs from rank to rank."""
+        """Returns whether any variable differs between ranks."""
         return bool(self._local) or self._has_shards
 
     def build(self, variables: Sequence[Any]) -> None:
-        """Makes what compression keeps from step to step, for the gradients of these variables.
+        """Creates the compressor's state for the gradients of these variables.
 
-        An Embedding's is sparse, and goes as it is. Other variables of sparse gradients are not known here.
+        The gradient of an Embedding is sparse and is sent uncompressed. Other variables with sparse gradients are not
+        known here.
 
         Raises:
-            UsageError: some are shards of a divided model, and what was asked for knows whole ones only.
+            UsageError: some variables are shards of a model, and an option supports whole variables only.
         """
         self._has_shards = mesh_of(variables) is not None
         unfit = self.feedback or self.op != world.horovod().Average or self.process_set.process_set_id
@@ -116,7 +117,7 @@ class GradientExchange:
             self.feedback.build([tuple(v.shape) for v in dense], self.process_set.size())
 
     def wire_bytes(self, shapes: Sequence[tuple[int, ...]]) -> tuple[float, float]:
-        """Bytes that a rank sends for dense float32 gradients of these shapes, and what they would be uncompressed."""
+        """Returns the bytes a rank sends for dense float32 gradients of these shapes, compressed and uncompressed."""
         ranks = 1 if self.is_alone() else self.process_set.size()
         transport = transports.choose("allreduce", tf.float32, self.process_set)
         whole = transport.allreduce_bytes(4 * elements(shapes), ranks)
@@ -126,11 +127,11 @@ class GradientExchange:
         return whole * (cast.size / 4 if cast else 1), whole
 
     def state(self) -> list[Any]:
-        """The variables that compression keeps."""
+        """Returns the compressor's variables."""
         return [*self.feedback.common, *self.feedback.own] if self.feedback else []
 
     def is_alone(self) -> bool:
-        """Whether there is nobody to exchange with."""
+        """Returns whether there is no other rank to reduce with."""
         if world.size() == 1:
             return True
         if self.process_set.process_set_id is None:
@@ -144,8 +145,8 @@ class GradientExchange:
         """Returns the gradients reduced over the ranks, in the order given.
 
         Args:
-            grads: this rank's gradients: `tf.Tensor`, `tf.IndexedSlices` or None; alike on all ranks.
-            variables: their variables; needed where some are local, or groups are given by variable.
+            grads: this rank's gradients, the same kinds on all ranks: `tf.Tensor`, `tf.IndexedSlices` or None.
+            variables: their variables; needed if some are local, or if groups are given by variable.
         """
         result = list(grads)
         self.used = True
@@ -165,7 +166,7 @@ class GradientExchange:
         self._reduce_dense(result, self._group(dense, variables), name)
         mesh = mesh_of(variables or [])
         for place in sparse:
-            # Ranks that hold one model between them have the same rows: they count once.
+            # Ranks that hold one model together have the same rows: they count once.
             readers = mesh.data_set if mesh else self.process_set
             result[place] = self._gather_sparse(result[place], f"{name}.sparse{place}", readers)
         if mesh:
@@ -177,15 +178,15 @@ class GradientExchange:
         return result
 
     def _note(self, name: str, result: list[Gradient]) -> None:
-        """Notes the time at which all gradients are there."""
+        """Records the time at which all gradients are ready."""
         there = [place for place, grad in enumerate(result) if grad is not None]
         for place, grad in zip(there, marks.note(name, [result[place] for place in there]), strict=True):
             result[place] = grad
 
     def _group(self, dense: list[int], variables: Sequence[Any] | None) -> list[list[int]]:
-        """Divides places into the groups that the user asked for, by the order of the layers, as on all ranks.
+        """Sorts indices into the groups that the user asked for, in layer order, the same on all ranks.
 
-        Of a number of groups the last layers' comes first: the backward pass makes their gradients first.
+        For a number of groups, the last layers' group comes first: the backward pass computes their gradients first.
         """
         if self._groups is None or variables is None:
             return [dense]
@@ -195,12 +196,12 @@ class GradientExchange:
             return groups[::-1]
         group_of = {id(native_variable(v)): number for number, group in enumerate(self._groups) for v in group}
         given: dict[Any, list[int]] = {}
-        for place in dense:  # a variable in no list is a group of its own
+        for place in dense:  # a variable in no list is its own group
             given.setdefault(group_of.get(id(native_variable(variables[place])), ("alone", place)), []).append(place)
         return list(given.values())
 
     def _reduce_dense(self, result: list[Gradient], groups: list[list[int]], name: str) -> None:
-        """Replaces dense gradients by the reduced ones. The heartbeat travels with the first group."""
+        """Replaces dense gradients with the reduced ones. The heartbeat is sent with the first group."""
         beat = heartbeat.current()
         payload: tf.Tensor | None = beat.payload()
         if self.feedback:
@@ -219,7 +220,7 @@ class GradientExchange:
                 result[place] = self._compression.decompress(tensor, context)
 
     def _reduce_shards(self, result: list[Gradient], places: list[int], copies: Any, name: str) -> None:
-        """Replaces the gradients of shards by those reduced over the ranks that hold the same ones."""
+        """Replaces the gradients of shards with those reduced over the ranks that hold the same shards."""
         if copies.size() == 1:
             return
         dense = [place for place in places if not isinstance(result[place], tf.IndexedSlices)]
@@ -254,7 +255,7 @@ class GradientExchange:
                 prescale=1 / self._predivide,
                 postscale=self._predivide,
             )
-        *wires, payload = wires  # Adasum has one group, so the heartbeat is always there
+        *wires, payload = wires  # Adasum has one group, so the heartbeat is always in it
         beat = collectives.reduce_dense([payload], f"{name}.heartbeat", op=hvd.Sum, process_set=self.process_set)
         return [*(adasum(wires, f"{name}.adasum", self.process_set) if wires else []), *beat]
 
@@ -271,10 +272,10 @@ class GradientExchange:
 
 
 def weights_of(local_layers: Any) -> list[Any]:
-    """The weights of one layer or several, BatchNormalization's statistics among them.
+    """Returns the weights of one or several layers, including BatchNormalization's statistics.
 
     Raises:
-        TypeError: there is something else than layers.
+        TypeError: `local_layers` contains something other than layers.
         ValueError: a layer is not built yet.
     """
     layers = local_layers if isinstance(local_layers, (list, tuple, set)) else [local_layers]
@@ -291,7 +292,7 @@ def weights_of(local_layers: Any) -> list[Any]:
 
 
 def any_rank(flag: tf.Tensor, name: str, process_set: Any) -> tf.Tensor:
-    """Whether a boolean scalar is true on any rank of the process set; the heartbeat travels with it."""
+    """Returns whether a boolean scalar is true on any rank of the process set; also sends the heartbeat."""
     beat = heartbeat.current()
     message = tf.concat([beat.payload(), [tf.cast(flag, tf.float32)]], axis=0)
     op = world.horovod().Sum
@@ -319,7 +320,7 @@ def _check(op: Any, predivide: float, groups: _Groups, process_set: Any) -> None
 
 
 def _signature(grad: Gradient, variable: Any) -> tuple[Any, str, str]:
-    """Shape, dtype and path of what is exchanged: Horovod adds up tensors of different shapes without a word."""
+    """Returns shape, dtype and path of a gradient: Horovod adds up tensors of different shapes without an error."""
     sparse = isinstance(grad, tf.IndexedSlices)
     shape = grad.values.shape if sparse else grad.shape
     if shape.rank is not None:

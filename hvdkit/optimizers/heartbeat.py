@@ -1,10 +1,10 @@
-"""Three numbers that travel with every exchange of gradients: proof that it happened, and votes to stop or to leave.
+"""The heartbeat: three numbers sent with every gradient allreduce, as a check of the allreduce and as stop requests.
 
-Silence is what makes data parallel training dangerous: an optimizer that averages nothing trains on, and a rank that
-leaves `fit` alone leaves the others waiting. So every rank adds a vector to each exchange: its rank + 1, whether it
-wants to stop training, and whether it was told to leave the machine (a signal). The sum of the first over the ranks is
-known in closed form if the exchange does what it should, and all ranks learn of a wish in the same step, without a
-message of its own. The three floats ride in the gradients' buffer.
+Data parallel training can fail silently. An optimizer that does not average trains on without an error, and if one rank
+exits `fit` alone, the others hang. So every rank adds a vector to each allreduce: its rank + 1, whether it requests a
+stop of training, and whether a signal told it to exit. The sum of the first number over the ranks has a closed form,
+which proves that the allreduce works. All ranks learn of a stop request in the same step, without a message of its own.
+The three floats are part of the gradient buffer.
 """
 
 from collections.abc import Sequence
@@ -16,53 +16,53 @@ import tensorflow as tf
 from hvdkit import world
 
 LENGTH = 3
-_BROKEN = -1e30  # more than all exchanges of any training can make good again
+_BROKEN = -1e30  # more than all allreduces of any training run can add up to
 
 
 class Heartbeat:
-    """What this process sends with each exchange, and what came back since `begin`.
+    """What this process sends with each allreduce, and what it has received since `begin`.
 
     Attributes:
-        all_stop: set by a callback that stops training on all ranks alike, so that nobody needs to be told.
+        all_stop: set by a callback that stops training on all ranks alike, so no stop request is needed.
     """
 
     def __init__(self) -> None:
         self.all_stop = False
-        with tf.init_scope():  # variables cannot be made inside a tf.function, where the first exchange may be traced
+        with tf.init_scope():  # a tf.function, where the first allreduce may be traced, cannot create variables
             self._received = tf.Variable([0.0] * LENGTH, trainable=False, name="heartbeat_received")
             self._wish = tf.Variable(0.0, trainable=False, name="wish_to_stop")
             self._leave = tf.Variable(0.0, trainable=False, name="wish_to_leave")
 
     def begin(self) -> None:
-        """Forgets what was before: a training begins."""
+        """Resets the heartbeat at the start of training."""
         self._received.assign([0.0] * LENGTH)
         self._wish.assign(0.0)
         self._leave.assign(0.0)
         self.all_stop = False
 
     def wish_to_stop(self) -> None:
-        """Makes the next exchanges carry this rank's wish to stop."""
+        """Makes the next allreduces carry this rank's stop request."""
         self._wish.assign(1.0)
 
     def wish_to_leave(self) -> None:
-        """Makes the next exchanges say that this rank was told to leave."""
+        """Makes the next allreduces carry that this rank was told to exit."""
         self._leave.assign(1.0)
 
     def leaving(self) -> int:
-        """How many ranks were told to leave, as all ranks know since their last exchange."""
+        """Returns how many ranks were told to exit, as of the last allreduce; the same on all ranks."""
         return int(np.nan_to_num(self._received.numpy()[2]))
 
     def read(self) -> tuple[float, int]:
-        """The number of exchanges that were right, below zero once one was wrong; and the votes to stop."""
+        """Returns the number of correct allreduces, negative once one was wrong, and the number of stop requests."""
         proven, votes, _ = self._received.numpy()
         return float(proven), int(np.nan_to_num(votes))
 
     def payload(self) -> tf.Tensor:
-        """What this rank adds to an exchange: float32, [LENGTH]."""
+        """Returns what this rank adds to an allreduce: float32, [LENGTH]."""
         return tf.stack([tf.constant(world.rank() + 1.0), self._wish.read_value(), self._leave.read_value()])
 
     def receive(self, total: tf.Tensor, ranks: Sequence[int]) -> None:
-        """Takes the sum over `ranks`, float32 [LENGTH], in a graph or eagerly."""
+        """Receives the sum over `ranks`, float32 [LENGTH], in a graph or eagerly."""
         expected = float(sum(rank + 1 for rank in ranks))
         right = tf.abs(total[0] - expected) < 0.25
         before = self._received.read_value()

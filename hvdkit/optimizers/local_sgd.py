@@ -1,13 +1,14 @@
-"""`LocalSGD`: ranks train alone for some steps, then agree on one model. For slow links.
+"""`LocalSGD`: ranks train independently for some steps, then synchronize their weights. For slow networks.
 
-Every H steps the ranks average by how far each has moved the weights since they last agreed, and an outer optimizer
-takes that as its gradient:
+Every H steps the ranks average how far each has moved the weights since the last synchronization. An outer optimizer
+takes this average as its gradient:
 
     Δ = mean over ranks of (anchor - weights);  m ← μ m + Δ;  anchor ← anchor - η (Δ + μ m);  weights ← anchor
 
-With η = 1 and μ = 0 that is the mean of the weights: local SGD (S. Stich, "Local SGD converges fast and communicates
-little", 2019, https://arxiv.org/abs/1805.09767). With Nesterov's momentum it is DiLoCo (A. Douillard et al., "DiLoCo:
-distributed low-communication training of language models", 2023, https://arxiv.org/abs/2311.08105, algorithm 1).
+With η = 1 and μ = 0 the result is the mean of the weights: local SGD (S. Stich, "Local SGD converges fast and
+communicates little", 2019, https://arxiv.org/abs/1805.09767). With Nesterov momentum it is DiLoCo (A. Douillard et al.,
+"DiLoCo: distributed low-communication training of language models", 2023, https://arxiv.org/abs/2311.08105,
+algorithm 1).
 """
 
 from collections.abc import Sequence
@@ -26,23 +27,23 @@ from hvdkit.optimizers.parts import optimizers_of, parts_of
 
 
 class LocalSGD(DistributedOptimizer):
-    """Wraps a Keras optimizer so that ranks exchange every `steps` steps, not every step.
+    """Wraps a Keras optimizer so that ranks synchronize every `steps` steps, not every step.
 
-    `fit` sees one model where it matters: before an evaluation, at the end of each epoch and of the training the ranks
-    agree first. In a loop of your own, call `synchronise()` there, and `start()` before the first step.
+    In `fit`, the ranks synchronize before each evaluation, at the end of each epoch and at the end of training. In a
+    custom training loop, call `synchronise()` at these points, and `start()` before the first step.
 
     Args:
-        optimizer: what each rank trains with between the exchanges; its slots are each rank's own.
-        steps: H, from one exchange to the next. Stich's local SGD takes 4 to 64, DiLoCo hundreds.
-        outer_learning_rate: η. 0.7 is DiLoCo's, 1.0 that of local SGD.
-        outer_momentum: μ, of Nesterov's kind. 0.9 is DiLoCo's, 0.0 that of local SGD.
-        compression: of what is exchanged, as for `DistributedOptimizer`.
-        name: prefix of the exchanges' names.
+        optimizer: the optimizer of each rank between synchronizations; its slots differ between ranks.
+        steps: H, the number of steps between synchronizations. Stich's local SGD uses 4 to 64, DiLoCo hundreds.
+        outer_learning_rate: η. DiLoCo uses 0.7, local SGD 1.0.
+        outer_momentum: μ, as Nesterov momentum. DiLoCo uses 0.9, local SGD 0.0.
+        compression: compression of what the ranks send, as for `DistributedOptimizer`.
+        name: prefix of the names of the collectives.
         process_set: the ranks that take part; by default all.
 
     Raises:
-        TypeError: `optimizer` is not a Keras 3 optimizer, or is wrapped already.
-        ValueError: an argument has a wrong value, or the optimizer accumulates gradients: that is what this is for.
+        TypeError: `optimizer` is not a Keras 3 optimizer, or is already wrapped.
+        ValueError: an argument is invalid, or the optimizer accumulates gradients, which LocalSGD replaces.
     """
 
     def __init__(
@@ -70,7 +71,7 @@ class LocalSGD(DistributedOptimizer):
         self._self_momentum = outer_momentum
         self._self_weights: list[Any] = []
         self._self_own: list[Any] = []
-        self._self_outer: list[keras.Variable] = []  # steps since the ranks agreed, anchors, momenta
+        self._self_outer: list[keras.Variable] = []  # steps since the last synchronization, anchors, momenta
 
     def build(self, variables: Sequence[Any]) -> None:
         """Builds the optimizer, and keeps the weights as the first anchor."""
@@ -91,10 +92,10 @@ class LocalSGD(DistributedOptimizer):
         self._self_outer = [self._self_since, *self._self_anchors, *self._self_momenta]
 
     def apply(self, grads: Sequence[Gradient], trainable_variables: Sequence[Any] | None = None) -> None:
-        """Takes this rank's own step, and agrees with the others if it is the last of `steps`.
+        """Takes this rank's own step, and synchronizes with the other ranks after the last of `steps`.
 
         Args:
-            grads: this rank's gradients: `tf.Tensor`, `tf.IndexedSlices` or None, one a variable.
+            grads: this rank's gradients, one per variable: `tf.Tensor`, `tf.IndexedSlices` or None.
             trainable_variables: their variables; by default those that the optimizer was built with.
         """
         if not self.__wrapped__.built:
@@ -103,38 +104,38 @@ class LocalSGD(DistributedOptimizer):
         self.__wrapped__.apply(list(grads), trainable_variables)
         if not self._self_outer:
             return
-        self._self_gradients.used = True  # fit is told at the first exchange that it works, not at the first step
+        self._self_gradients.used = True  # fit learns that it works at the first synchronization, not at the first step
         self._self_since.assign_add(1)
         tf.cond(self._self_since.value >= self._self_steps, self._agree, lambda: None)
 
     @property
     def local_steps(self) -> int:
-        """Steps from one exchange to the next."""
+        """The number of steps between synchronizations."""
         return self._self_steps
 
     @property
     def variables(self) -> list[Any]:
-        """The optimizer's variables, the outer optimizer's, and what compression keeps."""
+        """The variables of the optimizer and of the outer optimizer, and the state of the compressor."""
         return [*super().variables, *self._self_outer]
 
     def wire_bytes(self, variables: Sequence[Any]) -> tuple[float, float]:
-        """As of `DistributedOptimizer`: a step's share of an exchange."""
+        """As for `DistributedOptimizer`: the bytes of a synchronization, divided by its steps."""
         sent, whole = super().wire_bytes(variables)
         return sent / self._self_steps, whole
 
     def keeps_local(self, variable: Any) -> bool:
-        """Whether it is each rank's own: weights and slots are, between exchanges; the outer optimizer's are not."""
+        """Returns whether a variable differs between ranks, as weights and slots do; the outer optimizer's do not."""
         return any(variable is v for v in self._self_own) or super().keeps_local(variable)
 
     def start(self) -> None:
-        """Makes the weights common, unless a training goes on in between two exchanges. A collective call."""
+        """Broadcasts the weights, unless training resumes between two synchronizations. A collective call."""
         if self._self_outer and not int(self._self_since.numpy()):
             collectives.broadcast_variables(self._self_weights, process_set=self._self_gradients.process_set)
             for anchor, weight in zip(self._self_anchors, self._self_weights, strict=True):
                 anchor.assign(weight)
 
     def synchronise(self) -> None:
-        """Agrees on one model now, unless the ranks have since their last step. A collective call."""
+        """Synchronizes the weights now, unless they are unchanged since the last time. A collective call."""
         if self._self_outer and int(self._self_since.numpy()):
             tf.function(self._agree, autograph=False)()
 
@@ -154,7 +155,7 @@ class LocalSGD(DistributedOptimizer):
 
 
 def local_optimizers(model: keras.Model) -> list[LocalSGD]:
-    """The optimizers of a model under which its ranks train alone for some steps."""
+    """Returns the model's `LocalSGD` optimizers."""
     return [o for o in optimizers_of(model) if isinstance(o, LocalSGD)] if world.is_initialized() else []
 
 

@@ -1,7 +1,7 @@
-"""Dynamic loss scaling on many ranks: all skip a step, or none.
+"""Dynamic loss scaling on many ranks: either all ranks skip a step, or none.
 
-`LossScaleOptimizer` skips a step in which gradients overflow float16, and halves the scale. A rank that skipped alone
-would train another model and leave the others waiting in the exchange.
+`LossScaleOptimizer` skips a step in which gradients overflow float16, and halves the scale. If one rank skipped alone,
+its replica would diverge, and the other ranks would hang in the allreduce.
 """
 
 import keras
@@ -14,7 +14,7 @@ _MARK = "_hvdkit_judges_together"
 
 
 def with_loss_scale(optimizer: keras.optimizers.Optimizer) -> keras.optimizers.Optimizer:
-    """Puts an optimizer into a `LossScaleOptimizer` if the global dtype policy is `mixed_float16`."""
+    """Wraps an optimizer in a `LossScaleOptimizer` if the global dtype policy is `mixed_float16`."""
     half = keras.config.dtype_policy().name == "mixed_float16"
     if half and not isinstance(optimizer, keras.optimizers.LossScaleOptimizer):
         return keras.optimizers.LossScaleOptimizer(optimizer)
@@ -22,10 +22,10 @@ def with_loss_scale(optimizer: keras.optimizers.Optimizer) -> keras.optimizers.O
 
 
 def judge_overflow_together(outer: keras.optimizers.LossScaleOptimizer, exchange: GradientExchange) -> None:
-    """Makes a `LossScaleOptimizer` around an exchange skip a step if any rank's gradients overflow.
+    """Makes a `LossScaleOptimizer` around a gradient reduction skip a step if any rank's gradients overflow.
 
-    One more exchange a step, of three numbers. Without it, its branch "gradients are finite", which holds the exchange,
-    would be taken by some ranks and not by others.
+    This costs one more allreduce per step, of three numbers. Without it, only some ranks would take the "gradients are
+    finite" branch, which contains the gradient reduction, and would hang.
     """
     if hasattr(outer, _MARK):
         return
@@ -42,14 +42,14 @@ def judge_overflow_together(outer: keras.optimizers.LossScaleOptimizer, exchange
 
 
 def refuse_a_branch_of_this_rank(wrapped: keras.optimizers.Optimizer, exchange: GradientExchange) -> None:
-    """Stops a hang before it happens: a `LossScaleOptimizer` decides for this rank alone whether there is an exchange.
+    """Prevents a hang: raises if a `LossScaleOptimizer` decides for this rank alone whether gradients are reduced.
 
     Args:
         wrapped: the optimizer inside the `DistributedOptimizer`.
-        exchange: its exchange.
+        exchange: its gradient reduction.
 
     Raises:
-        RuntimeError: there is such a one around; it was not met when the optimizer was built.
+        RuntimeError: such a `LossScaleOptimizer` is around it, and did not build it.
     """
     outer = call_stack.loss_scale_in_branch()
     if outer is not None and outer is not wrapped and not hasattr(outer, _MARK):

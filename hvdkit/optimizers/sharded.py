@@ -1,13 +1,13 @@
 """`ShardedOptimizer`: each rank keeps 1/N of the optimizer's state.
 
-All ranks hold all weights, as in data parallel training, but each updates only its part of them: gradients are
-reduce-scattered, so that a rank gets the average of its part; the optimizer, which knows nothing but this part, takes
-its step; the new weights are allgathered. That is stage 1 of ZeRO (S. Rajbhandari et al., "ZeRO: memory optimizations
-toward training trillion parameter models", 2020, https://arxiv.org/abs/1910.02054, section 5.1). A ring sends as much
-for the two exchanges as for the one allreduce of data parallel training: 2 (N - 1) / N times the weights.
+All ranks hold all weights, as in data parallel training, but each rank updates only its part of them. A step has three
+phases: a reduce-scatter gives each rank the average gradient of its part; the optimizer, which knows only this part,
+updates it; an allgather distributes the new weights. This is stage 1 of ZeRO (S. Rajbhandari et al., "ZeRO: memory
+optimizations toward training trillion parameter models", 2020, https://arxiv.org/abs/1910.02054, section 5.1). In a
+ring the two collectives send as much as the one allreduce of data parallel training: 2 (N - 1) / N times the weights.
 
-The weights are the model's own at every step; a rank's part of them is read anew before each update. So what changes
-them in between (a broadcast, loaded weights, a constraint) needs no notice.
+The weights are the model's own at every step: a rank reads its part of them again before each update. So other code may
+change them in between (a broadcast, loaded weights, a constraint) without notifying the optimizer.
 """
 
 import re
@@ -57,30 +57,30 @@ _WHY_NOT = {
 
 
 class ShardedOptimizer(DistributedOptimizer):
-    """Wraps a Keras optimizer so that each rank keeps, and updates with, its own part of the state.
+    """Wraps a Keras optimizer so that each rank keeps and updates only its own part of the state.
 
-    Takes the place of `DistributedOptimizer`, with the same numbers. The optimizer must treat each weight by itself:
-    Adadelta, Adagrad, Adam, AdamW, Adamax, Ftrl, Lion, Nadam, RMSprop or SGD. Clipping by norms, weight decay with
-    exclusions, moving averages, schedules and loss scaling are what they are in one process. With
-    `gradient_accumulation_steps` each micro-step's gradients are reduce-scattered, so that what is accumulated is
-    divided, too; weights are gathered once a step.
+    Use it in place of `DistributedOptimizer`; the results are the same. The optimizer must update each weight
+    independently: Adadelta, Adagrad, Adam, AdamW, Adamax, Ftrl, Lion, Nadam, RMSprop or SGD. Clipping by norms, weight
+    decay with exclusions, moving averages, schedules and loss scaling work as in one process. With
+    `gradient_accumulation_steps` the gradients of each micro-step are reduce-scattered, so the accumulators are
+    sharded, too; weights are allgathered once per step.
 
-    Gradients of embeddings become dense ones. Keras' optimizers then update all rows, not only those that a batch has
-    named: with momentum, or a moving average of squares, that is another training than `DistributedOptimizer`'s.
+    Gradients of embeddings become dense. Keras' optimizers then update all rows, not only those in the batch. With
+    momentum or a moving average of squares, the results differ from `DistributedOptimizer`.
 
-    `CheckpointCallback` keeps the whole state, and goes on with any number of ranks, sharded or not. `model.save` on
-    one rank has no way to the other ranks' parts: call `gather` on all ranks before it, or the file has none of the
-    optimizer's state. On one rank this is the optimizer as it is.
+    `CheckpointCallback` stores the whole state and resumes on any number of ranks, sharded or not. `model.save` on one
+    rank cannot read the other ranks' parts: call `gather` on all ranks before it, or the file has no optimizer state.
+    On one rank this is the wrapped optimizer, unchanged.
 
     Args:
         optimizer: an instance of one of these classes, or of a subclass with the same `update_step`; or a
-            `LossScaleOptimizer` around one. If it is built already, its state is taken over, and a copy is wrapped.
+            `LossScaleOptimizer` around one. If it is already built, this wraps a copy and takes over the state.
         process_set: the Horovod process set whose ranks take part; by default all.
-        name: prefix of the exchanges' names.
+        name: prefix of the names of the collectives.
 
     Raises:
-        TypeError: `optimizer` is not a Keras 3 optimizer, or is wrapped already.
-        UsageError: its update does not treat each weight by itself.
+        TypeError: `optimizer` is not a Keras 3 optimizer, or is already wrapped.
+        UsageError: its update does not treat each weight independently.
 
     Example: `model.compile(hvd.ShardedOptimizer(keras.optimizers.Adam(hvd.scaled(1e-3))), loss=loss)`
     """
@@ -94,18 +94,18 @@ class ShardedOptimizer(DistributedOptimizer):
         self._self_model: list[Any] = []  # the model's variables, in the order in which they were built
         self._self_flats: list[Flat] = []
         self._self_parts: list[_Part] = []  # this rank's part of each flat's weights
-        self._self_slots: dict[int, tuple[int, str]] = {}  # id of a slot: number of its flat, what it is of it
+        self._self_slots: dict[int, tuple[int, str]] = {}  # id of a slot: index of its flat, name of the slot
         self._self_whole: tuple[int, list[np.ndarray]] | None = None
         if not self._self_gradients.is_alone():
             self._take_over()
 
     # ---- Building -------------------------------------------------------------------------------------------------
     def build(self, variables: Sequence[Any]) -> None:
-        """Divides the variables over the ranks, and builds the optimizer for this rank's part.
+        """Shards the variables over the ranks, and builds the optimizer for this rank's part.
 
         Raises:
-            UsageError: a `LossScaleOptimizer` is around this one; or a variable is not trained by its gradient, or is
-                itself divided over ranks (see `hvdkit.parallel`).
+            UsageError: a `LossScaleOptimizer` is around this optimizer; or a variable is not trained by its gradient,
+                or is already sharded over ranks (see `hvdkit.parallel`).
         """
         if self._self_gradients.is_alone():
             super().build(variables)
@@ -134,7 +134,7 @@ class ShardedOptimizer(DistributedOptimizer):
                 self._self_given = []
 
     def _begin_anew(self) -> None:
-        """Exchanges an optimizer that is built, for whole variables, for one that is not, and keeps its state."""
+        """Replaces an optimizer built for whole variables with an unbuilt copy, and keeps its state."""
         built = next((part for part in parts_of(self.__wrapped__) if part.built), None)
         if built is not None and not self._self_gradients.is_alone():
             self._self_given = [v.numpy() for v in built.variables]
@@ -142,24 +142,24 @@ class ShardedOptimizer(DistributedOptimizer):
             fuse_updates(self.__wrapped__)
 
     def _take_over(self) -> None:
-        """Puts in what the inner optimizer would do with parts alone, where it must see whole variables."""
+        """Replaces the parts of the inner optimizer that need whole variables."""
         leaf = self._self_leaf
         for part in parts_of(self.__wrapped__)[:-1]:
             loss_scale.judge_overflow_together(part, self._self_gradients)
         if leaf.clipnorm or leaf.global_clipnorm:
             before_update.hook(leaf, clip=lambda grads, keras_clip: self._clip(grads))
-        if leaf is not self.__wrapped__:  # Keras saves the optimizer within once more, by itself
+        if leaf is not self.__wrapped__:  # Keras also saves the inner optimizer separately
             leaf.save_own_variables = lambda store: self._save(store, inner=True)
 
     def _hook_into_updates(self, factor: float) -> None:
-        """`_take_over` does, once it is known which optimizer is wrapped."""
+        """Does nothing: `_take_over` installs the hooks, once the wrapped optimizer is known."""
 
     def _exchanges_where_accumulated(self) -> bool:
-        """What is accumulated is divided: gradients are reduced before."""
+        """Returns False: the accumulators are sharded, so gradients are reduced before accumulation."""
         return False
 
     def _lay_out(self) -> None:
-        """Groups the variables by dtype, and by whether they decay, which is decided a variable."""
+        """Groups the variables by dtype, and by whether weight decay applies, which is decided per variable."""
         leaf, process_set = self._self_leaf, self._self_gradients.process_set
         groups: dict[tuple[bool, str], list[int]] = {}
         for place, variable in enumerate(self._self_model):
@@ -175,7 +175,7 @@ class ShardedOptimizer(DistributedOptimizer):
             self._self_parts.append(part)
             kept += [] if has_decay else [part]
         if leaf.weight_decay:
-            leaf.exclude_from_weight_decay(var_list=kept)  # and no longer by the names of the model's variables
+            leaf.exclude_from_weight_decay(var_list=kept)  # no longer by the names of the model's variables
 
     def _find_slots(self) -> None:
         for number, part in enumerate(self._self_parts):
@@ -186,11 +186,11 @@ class ShardedOptimizer(DistributedOptimizer):
 
     # ---- A step ---------------------------------------------------------------------------------------------------
     def apply(self, grads: Sequence[Gradient], trainable_variables: Sequence[Any] | None = None) -> None:
-        """Reduce-scatters `grads`, updates this rank's part of the weights, and gathers all ranks' parts.
+        """Reduce-scatters `grads`, updates this rank's part of the weights, and allgathers all ranks' parts.
 
         Args:
-            grads: this rank's gradients: `tf.Tensor`, `tf.IndexedSlices` or None, one a variable.
-            trainable_variables: their variables, of those that the optimizer was built with; by default these.
+            grads: this rank's gradients, one per variable: `tf.Tensor`, `tf.IndexedSlices` or None.
+            trainable_variables: their variables, a subset of those that the optimizer was built with; by default all.
         """
         exchange = self._self_gradients
         if exchange.is_alone():
@@ -222,7 +222,7 @@ class ShardedOptimizer(DistributedOptimizer):
                 variable.assign(variable.constraint(variable))
 
     def finalize_variable_values(self, var_list: Sequence[Any]) -> None:
-        """Sets variables to their moving averages where the optimizer keeps these; a collective call."""
+        """Sets variables to their moving averages if the optimizer keeps these; a collective call."""
         leaf = self._self_leaf
         if self._self_gradients.is_alone() or not self._self_flats:
             self.__wrapped__.finalize_variable_values(var_list)
@@ -232,7 +232,7 @@ class ShardedOptimizer(DistributedOptimizer):
                 variable.assign(average)
 
     def _in_order(self, grads: Sequence[Gradient], variables: Sequence[Any] | None) -> list[Any]:
-        """The gradients as dense tensors, one for each variable of the optimizer, None where there is none."""
+        """Returns the gradients as dense tensors, one per variable of the optimizer, None where there is none."""
         given = list(self._self_model if variables is None else variables)
         grads, given = without_empty_gradients(self._self_leaf, list(grads), given)
         place_of = {id(native_variable(v)): place for place, v in enumerate(self._self_model)}
@@ -247,7 +247,7 @@ class ShardedOptimizer(DistributedOptimizer):
         return dense
 
     def _reduce(self, dense: list[Any]) -> list[tf.Tensor]:
-        """The ranks' average of this rank's part of each flat. The heartbeat travels along."""
+        """Returns the average over ranks of this rank's part of each flat. Also sends the heartbeat."""
         exchange = self._self_gradients
         present = [place for place, grad in enumerate(dense) if grad is not None]
         if exchange.process_set.process_set_id == 0:
@@ -276,16 +276,16 @@ class ShardedOptimizer(DistributedOptimizer):
         return marks.note("reduced", [parts[n] for n in range(len(self._self_flats))])
 
     def _scatter(self, flats: list[Flat], dense: list[Any], rider: Any, dtype: str) -> tuple[list[tf.Tensor], Any]:
-        """By a reduce-scatter: each rank gets everybody's numbers for its parts and the rider, and adds them up.
+        """Reduce-scatters through an alltoall: each rank sums all ranks' values for its parts and for `rider`.
 
-        That is an alltoall, which sends no more than Horovod's own reduce-scatter, and over Gloo takes a third of the
-        time, or less (two and three ranks of one host, 23 MB).
+        The alltoall sends no more than Horovod's own reduce-scatter. Over Gloo it takes a third of the time or less
+        (two and three ranks on one host, 23 MB).
         """
         exchange, ranks = self._self_gradients, flats[0].ranks
         behind = [] if rider is None else [rider]
         rows = [[*(t for flat in flats for t in flat.take(dense, flat.spans(r))), *behind] for r in range(ranks)]
         sent = tf.reshape(tf.concat([tensor for row in rows for tensor in row], axis=0), [ranks, -1])
-        wires = [collectives.to_wire(sent), tf.constant([], tf.int32)]  # a row to each
+        wires = [collectives.to_wire(sent), tf.constant([], tf.int32)]  # one row per rank
         received, _ = wire.run("alltoall", wires, f"{exchange.name}.scatter.{dtype}", exchange.process_set)
         received = tf.ensure_shape(collectives.from_wire(received, sent.dtype), sent.shape)
         wide = tf.cast(received, tf.float32) if sent.dtype.size < 4 else received
@@ -295,7 +295,7 @@ class ShardedOptimizer(DistributedOptimizer):
         return found, rest
 
     def _sum_and_cut(self, flats: list[Flat], dense: list[Any], rider: Any, dtype: str) -> tuple[list[tf.Tensor], Any]:
-        """By an allreduce of the gradients as they are: in shared memory that is faster, and nothing is copied."""
+        """Allreduces the gradients as they are: in shared memory this is faster, without a copy."""
         places = [place for flat in flats for place in flat.places if dense[place] is not None]
         sent = [*(dense[place] for place in places), *([] if rider is None else [rider])]
         averages = collectives.reduce_dense(
@@ -310,7 +310,7 @@ class ShardedOptimizer(DistributedOptimizer):
         return [tf.concat(flat.take(by_place, flat.mine), axis=0) for flat in flats], averages[-1]
 
     def _clip(self, grads: list[tf.Tensor]) -> list[tf.Tensor]:
-        """Keras' clipping by norms: those of whole variables, which the ranks add up in one exchange of a vector."""
+        """Clips by norm as Keras does, with the norms of whole variables, summed over ranks in one allreduce."""
         leaf = self._self_leaf
         pieces = [tf.split(g, [s.size for s in f.mine]) for f, g in zip(self._self_flats, grads, strict=True)]
         squares: list[Any] = [wire.zeros([], tf.float32)] * len(self._self_model)
@@ -341,13 +341,13 @@ class ShardedOptimizer(DistributedOptimizer):
         ]
 
     def _update_weights(self, moved: Sequence[int]) -> None:
-        """Gathers the weights, and assigns those that had a gradient."""
+        """Allgathers the weights, and assigns those that had a gradient."""
         weights = self._gather(self._self_parts, "weights")
         for place in moved:
             self._self_model[place].assign(weights[place])
 
     def _gather(self, parts: Sequence[Any], what: str) -> list[tf.Tensor]:
-        """Tensors of the variables' shapes from the ranks' parts, one a flat."""
+        """Allgathers the ranks' parts, one per flat, into tensors of the variables' shapes."""
         found: list[Any] = [None] * len(self._self_model)
         for number, (flat, part) in enumerate(zip(self._self_flats, parts, strict=True)):
             name = f"{self._self_gradients.name}.{what}.{number}"
@@ -360,13 +360,13 @@ class ShardedOptimizer(DistributedOptimizer):
 
     # ---- The state ------------------------------------------------------------------------------------------------
     def keeps_local(self, variable: Any) -> bool:
-        """Whether a variable is each rank's own: all slots are."""
+        """Returns whether a variable differs between ranks: all slots do."""
         return id(variable) in self._self_slots or super().keeps_local(variable)
 
     def wire_bytes(self, variables: Sequence[Any]) -> tuple[float, float]:
-        """Bytes that a rank sends a step, by rings, and what an allreduce of the gradients would send.
+        """Returns the bytes that a rank sends per step in a ring, and what an allreduce of the gradients would send.
 
-        What is counted is what is exchanged: the vectors that are reduce-scattered and gathered, with the zeros between
+        Counts what is sent: the vectors of the reduce-scatter and the allgather, including the zero padding between
         variables. Ranks that share memory send nothing.
         """
         _, whole = super().wire_bytes(variables)
@@ -379,13 +379,13 @@ class ShardedOptimizer(DistributedOptimizer):
         return ring_bytes(scattered + vectors, ranks) / 2, whole
 
     def state_bytes(self) -> tuple[int, int]:
-        """Bytes of the optimizer's variables that this rank holds, and that one rank alone would hold."""
+        """Returns the bytes of the optimizer's variables on this rank, and those that a single rank would hold."""
         mine = sum(tf.as_dtype(v.dtype).size * elements([v.shape]) for v in self.__wrapped__.variables)
         whole = sum(tf.as_dtype(v.dtype).size * elements([v.shape]) for v in self.whole_variables())
         return mine, whole
 
     def whole_variables(self) -> list[Any]:
-        """The variables that the optimizer has in one process, in its order; divided ones as `WholeSlot`s."""
+        """Returns the variables that the optimizer has in one process, in its order; sharded ones as `WholeSlot`s."""
         if not self._self_flats:
             return self.variables
         slots = {key: v for v in self.__wrapped__.variables if (key := self._self_slots.get(id(v)))}
@@ -403,11 +403,11 @@ class ShardedOptimizer(DistributedOptimizer):
         return found
 
     def gather(self) -> list[np.ndarray]:
-        """Brings the whole state to rank 0, where `model.save` then writes it, until the next step; a collective call.
+        """Gathers the whole state on rank 0, where `model.save` then writes it, until the next step; a collective call.
 
         Returns:
-            On rank 0 the values of the variables that the optimizer has in one process, in its order; elsewhere
-            nothing. It takes the memory that this optimizer saves elsewhere.
+            On rank 0 the values of the variables that the optimizer has in one process, in its order; on other ranks an
+            empty list. On rank 0 it takes the memory that sharding saves.
         """
         variables = self.whole_variables()
         arrays = iter(gather([v for v in variables if isinstance(v, WholeSlot)]))
@@ -418,14 +418,14 @@ class ShardedOptimizer(DistributedOptimizer):
         return values
 
     def save_own_variables(self, store: Any) -> None:
-        """Writes the whole state, as the optimizer in one process would, if `gather` has brought it here."""
+        """Writes the whole state, as the optimizer would in one process, if `gather` was called on this rank."""
         if self._self_flats:
             self._save(store)
         else:
             self.__wrapped__.save_own_variables(store)
 
     def load_own_variables(self, store: Any) -> None:
-        """Takes this rank's part of a whole state that was saved."""
+        """Loads this rank's part of a saved whole state."""
         if self._self_flats:
             self._assign_whole([store[str(place)] for place in range(len(store.keys()))])
         else:
@@ -442,12 +442,12 @@ class ShardedOptimizer(DistributedOptimizer):
                     stacklevel=2,
                 )
             return
-        around = len(own_variables(self.__wrapped__)) if inner else 0  # a LossScaleOptimizer's own
+        around = len(own_variables(self.__wrapped__)) if inner else 0  # a LossScaleOptimizer's own variables
         for place, value in enumerate(whole[1][around:]):
             store[str(place)] = value
 
     def _assign_whole(self, values: Sequence[Any]) -> None:
-        """Takes this rank's part of the whole state; what comes first may be missing (a new loss scale)."""
+        """Assigns this rank's part of the whole state; the first values may be missing (a new loss scale)."""
         variables = self.whole_variables()[-len(values) :]
         for variable, value in zip(variables, values, strict=True):
             if not isinstance(variable, WholeSlot):
@@ -458,16 +458,16 @@ class ShardedOptimizer(DistributedOptimizer):
 
 
 class _Part(VectorVariable):
-    """This rank's part of some weights, while the optimizer updates it: between steps it takes no memory."""
+    """This rank's part of some weights, only during an update: between steps it takes no memory."""
 
     def release(self) -> None:
-        """Gives the memory back; the next step begins with an assignment."""
+        """Frees the memory; the next step starts with an assignment."""
         native = native_variable(self)
         native.assign(tf.zeros([0], native.dtype))
 
 
 def _refuse_what_looks_at_more(parts: Sequence[keras.optimizers.Optimizer]) -> None:
-    """Raises a `UsageError` unless the optimizer's update treats each weight by itself."""
+    """Raises a `UsageError` unless the optimizer's update treats each weight independently."""
     if any(hasattr(part, "optimizers") for part in parts):
         leaf = next(part for part in parts if hasattr(part, "optimizers"))
     else:
@@ -484,7 +484,7 @@ def _refuse_what_looks_at_more(parts: Sequence[keras.optimizers.Optimizer]) -> N
 
 
 def _unbuilt(optimizer: keras.optimizers.Optimizer) -> keras.optimizers.Optimizer:
-    """The same optimizer, before it was built."""
+    """Returns an unbuilt copy of the optimizer."""
     fresh = type(optimizer).from_config(optimizer.get_config())
     for one, other in zip(parts_of(optimizer), parts_of(fresh), strict=True):
         copy_decay_exclusions(one, other)
@@ -492,10 +492,10 @@ def _unbuilt(optimizer: keras.optimizers.Optimizer) -> keras.optimizers.Optimize
 
 
 def _roles(optimizer: keras.optimizers.Optimizer, number: int) -> list[tuple[int | None, str]]:
-    """What the variables are that an optimizer like this has for so many variables, in its order.
+    """Returns the roles of the variables that such an optimizer has for so many variables, in its order.
 
     Returns:
-        For a slot, the place of the variable that it belongs to, and its name; for what all variables share, None.
+        For a slot, the index of its variable and the name of the slot; for variables that all share, None and the name.
     """
     like = type(optimizer).from_config(optimizer.get_config())
     with tf.init_scope():

@@ -1,4 +1,4 @@
-"""Which variables a training has, and whether each is common to all ranks, a rank's own, a metric's or a seed."""
+"""The variables of a training run, and whether each is synchronized, local to a rank, a metric or a seed."""
 
 import dataclasses
 from typing import Any
@@ -18,19 +18,21 @@ COMMON, OWN, METRIC, SEED = "common", "own", "metric", "seed"
 
 @dataclasses.dataclass(frozen=True)
 class Kept:
-    """A variable, and how ranks stand to it: one of the constants above."""
+    """A variable and its kind, which is one of the constants above."""
 
     variable: Any
     kind: str
-    columns: int = 0  # ranks that hold the model between them, if it is divided: rank r has what rank r mod that has
+    columns: int = (
+        0  # for a sharded model, how many ranks hold it together: rank r has the shards of rank r mod columns
+    )
 
     @property
     def signature(self) -> list[Any]:
-        """What must be the same where it is restored: shape, dtype and kind; and the path, for messages."""
+        """What must match where the variable is restored: shape, dtype and kind; the path is for messages."""
         return [self.variable.path, list(self.variable.shape), str(self.variable.dtype), self.kind]
 
     def parts(self) -> list[tf.Variable]:
-        """The TensorFlow variables behind it: under `tf.distribute` one a replica; of a divided slot none."""
+        """Returns its TensorFlow variables: under `tf.distribute` one per replica; none for a sharded slot."""
         if isinstance(self.variable, WholeSlot):
             return []
         native = getattr(self.variable, "value", self.variable)
@@ -38,7 +40,7 @@ class Kept:
 
 
 def kept_of(model: keras.Model) -> list[Kept]:
-    """All variables that training changes, each once, in an order that is the same in each run of a program."""
+    """Returns all variables that training changes, each once, in an order that is the same in each run of a program."""
     optimizers = optimizers_of(model)
     frozen = {id(v) for layer in layers_of(model) if not layer.trainable for v in layer.weights}
     gathered = {id(v) for v in model.non_trainable_weights if "float" in str(v.dtype)} - frozen
@@ -70,13 +72,13 @@ def _slots(optimizer: Any) -> list[Any]:
 
 
 def seeds_of(model: keras.Model) -> list[Any]:
-    """The states of a model's seed generators, int [seed, counter] each."""
+    """Returns the states of a model's seed generators, int [seed, counter] each."""
     return [v for v in model.variables if is_seed(v)]
 
 
 def tell_seeds_apart(model: keras.Model) -> None:
-    """Makes seeds that are equal on all ranks different again: ranks would drop the same units of other examples."""
+    """Makes seeds that are equal on all ranks differ; otherwise all ranks would drop the same units."""
     for variable in seeds_of(model):
         seed = keras.ops.convert_to_numpy(variable)
-        seed[0] += copy_index(model)  # ranks that hold one model between them drop the same units
+        seed[0] += copy_index(model)  # ranks that hold one model together drop the same units
         variable.assign(seed)

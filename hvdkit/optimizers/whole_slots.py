@@ -1,7 +1,7 @@
-"""Optimizer slots of which each rank holds a part, brought together and divided again.
+"""Sharded optimizer slots: gathers them into whole slots and scatters them again.
 
-What is stored of them is what one process would store: an array for each variable, of its shape. So a checkpoint does
-not tell by how many ranks it was written, or whether they divided their state.
+The stored form is that of a single process: one array per variable, of its shape. So a checkpoint does not depend on
+the number of ranks that wrote it, or on whether they sharded their state.
 """
 
 import dataclasses
@@ -18,15 +18,15 @@ from hvdkit.optimizers.flat import Flat
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class WholeSlot:
-    """A variable's slot, as one process would have it.
+    """A variable's slot, as it is in one process.
 
     Attributes:
-        path: as Keras names it.
-        shape: the variable's.
-        dtype: likewise.
-        held: this rank's part of the slots of all variables that lie in `flat`.
-        flat: how they are divided.
-        place: the variable's, among those of the optimizer.
+        path: its Keras path.
+        shape: the shape of the variable.
+        dtype: the dtype of the variable.
+        held: this rank's part of the slots of all variables in `flat`.
+        flat: the layout of these variables.
+        place: the index of the variable among those of the optimizer.
     """
 
     path: str
@@ -38,9 +38,9 @@ class WholeSlot:
 
 
 def gather(slots: Sequence[WholeSlot]) -> list[np.ndarray]:
-    """The slots' values on rank 0, and nothing elsewhere; a collective call of all ranks.
+    """Returns the slots' values on rank 0, and an empty list on other ranks; a collective call of all ranks.
 
-    By an alltoall in which only rank 0 receives: others need no memory for it.
+    Uses an alltoall in which only rank 0 receives, so other ranks need no memory for the result.
     """
     vectors: dict[int, list[np.ndarray]] = {}
     for slot in slots:
@@ -58,8 +58,8 @@ def scatter(slots: Sequence[WholeSlot], values: Sequence[np.ndarray]) -> None:
     """Gives each rank its part of the slots; a collective call of all ranks.
 
     Args:
-        slots: all that lie in a flat, of each flat that has one here.
-        values: theirs, on rank 0; elsewhere nothing.
+        slots: all slots of each flat that has one here.
+        values: their values on rank 0; an empty list on other ranks.
     """
     if world.rank() == 0:
         whole = {id(held): vector for held, _, vector in joined(list(zip(slots, values, strict=True)))}
@@ -75,7 +75,7 @@ def scatter(slots: Sequence[WholeSlot], values: Sequence[np.ndarray]) -> None:
 def joined(
     slots: Sequence[tuple[WholeSlot, np.ndarray]],
 ) -> Iterator[tuple[keras.Variable, Flat, np.ndarray]]:
-    """All ranks' parts of slots, one after another, for each variable that holds this rank's."""
+    """Yields the parts of all ranks, concatenated, for each variable that holds this rank's part."""
     groups: dict[int, dict[int, np.ndarray]] = {}
     for slot, value in slots:
         groups.setdefault(id(slot.held), {})[slot.place] = value
