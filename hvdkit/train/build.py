@@ -2,7 +2,6 @@
 
 import ast
 import dataclasses
-import gc
 import importlib.util
 import inspect
 import sys
@@ -16,13 +15,7 @@ import keras
 import tensorflow as tf
 from hvdkit_models.recipe import Recipe
 
-from hvdkit.compression import by_name
-from hvdkit.data.sources import Source, TokenSource
-from hvdkit.data.vocabulary import Vocabulary
 from hvdkit.errors import UsageError
-from hvdkit.strategies import Strategy
-from hvdkit.train import flags
-from hvdkit.train.flags import Config, Settings
 
 
 @dataclasses.dataclass(frozen=True)
@@ -203,58 +196,3 @@ def _describe(error: Exception) -> str:
     last = traceback.extract_tb(error.__traceback__)[-1]
     message = (str(error).strip().splitlines() or ["no message"])[0].rstrip(".")
     return f"{type(error).__name__}: {message} (line {last.lineno} of {last.filename})"
-
-
-def compile_model(
-    config: Config,
-    settings: Settings,
-    strategy: Strategy,
-    model_source: ModelSource,
-    source: Source,
-    vocabulary: Vocabulary | None,
-    spec: tf.TensorSpec,
-) -> tuple[keras.Model, Settings]:
-    """Builds and compiles the model. Returns it with the settings that it really uses."""
-    given = _given_by_data(source, vocabulary, spec)
-    model = build_model(model_source, given, settings.model_arguments)
-    each_token = isinstance(source, TokenSource)
-    labels = given["vocabulary_size" if each_token else "num_classes"]
-    check_output(model, spec, labels, model_source.name, each_token=each_token)
-    options: dict[str, Any] = {} if settings.compression == "none" else {"compression": by_name(settings.compression)}
-    if settings.shard_optimizer:
-        options["shard"] = True
-    if settings.local_steps:
-        options |= {n: getattr(settings, n) for n in ("local_steps", "outer_learning_rate", "outer_momentum")}
-    from_logits, whole, compiled = not ends_in_probabilities(model), model, model.compiled
-    model = strategy.divide(whole)
-    if compiled and model is not whole:
-        model.compile_from_config(whole.get_compile_config())
-    del whole  # under model parallelism, frees the weights that other ranks hold
-    gc.collect()
-    if compiled:
-        rate = float(keras.ops.convert_to_numpy(model.optimizer.learning_rate))
-        settings = flags.leave_optimizer_to_model(config, settings, model_source.name, rate)
-        model.optimizer = strategy.distribute(model.optimizer, **options)
-    else:
-        model.compile(
-            strategy.distribute(make_optimizer(settings.optimizer, settings.learning_rate), **options),
-            loss=keras.losses.SparseCategoricalCrossentropy(from_logits=from_logits),
-            metrics=[keras.metrics.SparseCategoricalAccuracy(name="accuracy")],
-            jit_compile=False,  # XLA cannot compile the collectives of Horovod and tf.distribute
-        )
-    # Build it before the first step is traced: slots that start from the weights' values (ScheduleFreeAdamW's) would
-    # otherwise start from 0.
-    if not model.optimizer.built:
-        model.optimizer.build(model.trainable_variables)
-    return model, settings
-
-
-def _given_by_data(source: Source, vocabulary: Vocabulary | None, spec: tf.TensorSpec) -> dict[str, Any]:
-    """The arguments that a build function may use, by name."""
-    given: dict[str, Any] = {"input_shape": tuple(spec.shape)}
-    if isinstance(source, TokenSource):
-        return given | {"vocabulary_size": source.vocabulary_size, "sequence_length": source.sequence_length}
-    given["num_classes"] = len(source.label_names)
-    if vocabulary:
-        given |= {"vocabulary_size": vocabulary.size, "sequence_length": vocabulary.sequence_length}
-    return given

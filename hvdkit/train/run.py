@@ -10,34 +10,25 @@ differences.
 import dataclasses
 import logging
 import math
-import os
-import time
 from collections.abc import Callable, Sequence
-from pathlib import Path
 from typing import Any
 
 import keras
 import tensorflow as tf
-from hvdkit_models.recipe import Recipe
 
-from hvdkit import callbacks, collectives, reporting, strategies, versions, world
-from hvdkit.checkpoint import resuming
-from hvdkit.checkpoint.store import Checkpoint
+from hvdkit import callbacks, collectives, reporting, versions, world
 from hvdkit.collectives.agreement import check_equal, together
 from hvdkit.collectives.mesh import shard_of
-from hvdkit.data.sources import Source, TokenSource, open_source
-from hvdkit.errors import UsageError
+from hvdkit.data.sources import TokenSource
 from hvdkit.optimizers.distributed import DistributedOptimizer
 from hvdkit.optimizers.sharded import ShardedOptimizer
-from hvdkit.train import artifacts, flags
+from hvdkit.train import artifacts
 from hvdkit.train import data as job_data
-from hvdkit.train.build import (
-    ModelSource,
-    compile_model,
-    find_model,
-)
 from hvdkit.train.callbacks import checkpoint_callback, steps_per_execution, training_callbacks
-from hvdkit.train.flags import Config, Settings
+from hvdkit.train.compiled import compile_model
+from hvdkit.train.data import TrainingData
+from hvdkit.train.flags import Config
+from hvdkit.train.job import Job, open_job
 
 _log = logging.getLogger("hvdkit.train")  # the job's logger
 
@@ -61,92 +52,107 @@ def run(
         UsageError: an input of the user's is wrong; raised on all ranks before training starts.
         ReplicasDiverged: the ranks' weights differ at the end.
     """
-    # ---- Ranks and strategy ---------------------------------------------------------------------------------------
-    if config.threads:
-        os.environ["TF_NUM_INTRAOP_THREADS"] = os.environ["TF_NUM_INTEROP_THREADS"] = str(config.threads)
-    with together():
-        strategy = strategies.create(config.strategy, config.replicas, _division(config))
-
-    # ---- Model, data set and settings -----------------------------------------------------------------------------
-    with together():
-        model_source = find_model(config.model)
-        dataset = config.dataset or model_source.recipes[0].dataset
-        if config.download and strategy.world.local_rank == 0:  # one rank a host; the others wait at the block's end
-            open_source(dataset, config.data_dir, download=True, image_size=config.image_size)
-    with together():
-        source = open_source(dataset, config.data_dir, image_size=config.image_size)
-        recipe = model_source.recipe_for(source.name)
-        settings = flags.resolve(config, recipe, strategy.size)
-        source = job_data.prepared(source, settings)
-    keras.utils.set_random_seed(settings.seed)
-    keras.config.set_dtype_policy(settings.precision)
-
-    # ---- Workdir and checkpoint -----------------------------------------------------------------------------------
-    workdir, found = _make_workdir(settings, model_source, source)
-    artifacts.log_to(workdir, strategy.world, append=found is not None)
-    identity = {"model": model_source.name, "dataset": source.name}
-    if found:
-        settings = _go_on(config, settings, recipe, found, identity)
-    identity |= _identity(settings)
+    job = open_job(config)
+    settings, strategy, source = job.settings, job.strategy, job.source
 
     # ---- Data -----------------------------------------------------------------------------------------------------
-    vocabulary = job_data.make_vocabulary(source, settings, recipe, workdir) if source.kind == "text" else None
-    data = job_data.read_training_data(settings, strategy, source, vocabulary, found)
-    steps_per_epoch = data.steps_per_epoch
-    steps = settings.steps or settings.epochs * steps_per_epoch
+    vocabulary = None
+    if source.kind == "text":
+        vocabulary = job_data.make_vocabulary(source, settings, job.recipe, job.workdir)
+    data = job_data.read_training_data(settings, strategy, source, vocabulary, job.found)
     test_batches = job_data.read_test_data(settings, strategy, source, vocabulary)
+    steps = settings.steps or settings.epochs * data.steps_per_epoch
 
     # ---- Model ----------------------------------------------------------------------------------------------------
     with together(), strategy.scope():
-        model, settings = compile_model(config, settings, strategy, model_source, source, vocabulary, data.spec)
-        model.steps_per_execution = steps_per_execution(settings.steps_per_execution, steps, steps_per_epoch, found)
+        model, settings = compile_model(job, vocabulary, data.spec)
+        model.steps_per_execution = steps_per_execution(
+            settings.steps_per_execution, steps, data.steps_per_epoch, job.found
+        )
+    job = dataclasses.replace(job, settings=settings)
     if strategy.world.is_root:
-        reporting.write_json(workdir / "config.json", {**vars(settings), "versions": versions.installed()})
+        reporting.write_json(job.workdir / "config.json", {**vars(settings), "versions": versions.installed()})
 
     # ---- Training -------------------------------------------------------------------------------------------------
-    progress = callbacks.ProgressCallback(steps, steps_per_epoch, settings.global_batch, show=strategy.world.is_root)
-    chosen = [
-        *training_callbacks(settings, strategy, steps, steps_per_epoch, workdir, found),
-        progress,
-        *more_callbacks,
-    ]
-    if settings.checkpoint_steps != "never":
-        chosen.append(checkpoint_callback(settings, strategy, workdir, identity, found, data))
-    first_step = found.state["step"] if found else 0
+    progress = callbacks.ProgressCallback(
+        steps, data.steps_per_epoch, settings.global_batch, show=strategy.world.is_root
+    )
+    first_step = job.found.state["step"] if job.found else 0
     history = model.fit(
         tap(data.batches, first_step) if tap else data.batches,
-        epochs=math.ceil(steps / steps_per_epoch),
-        steps_per_epoch=min(steps, steps_per_epoch),
+        epochs=math.ceil(steps / data.steps_per_epoch),
+        steps_per_epoch=min(steps, data.steps_per_epoch),
         validation_data=test_batches if settings.eval_every else None,
         validation_freq=settings.eval_every or 1,
-        callbacks=[*strategy.callbacks(), *chosen],
+        callbacks=[*strategy.callbacks(), *_callbacks(job, data, steps, progress, more_callbacks)],
         shuffle=False,  # the batches are shuffled already
         verbose=0,
     )
 
     # ---- Results --------------------------------------------------------------------------------------------------
     test = strategy.evaluate(model, test_batches)
+    return _finish(job, model, _Trained(history.history, test, progress, steps, data.steps_per_epoch))
+
+
+def _callbacks(
+    job: Job,
+    data: TrainingData,
+    steps: int,
+    progress: callbacks.ProgressCallback,
+    more: Sequence[keras.callbacks.Callback],
+) -> list[keras.callbacks.Callback]:
+    """The callbacks after the strategy's own. The one that saves checkpoints comes last."""
+    settings, strategy, found = job.settings, job.strategy, job.found
+    chosen = training_callbacks(settings, strategy, steps, data.steps_per_epoch, job.workdir, found)
+    saving: list[keras.callbacks.Callback] = []
+    if settings.checkpoint_steps != "never":
+        saving = [checkpoint_callback(settings, strategy, job.workdir, job.identity, found, data)]
+    return [*chosen, progress, *more, *saving]
+
+
+@dataclasses.dataclass(frozen=True)
+class _Trained:
+    """What `fit` and the evaluation returned.
+
+    Attributes:
+        history: values of each metric by epoch.
+        test: metrics on the test split.
+        progress: the callback that measured the speed.
+        steps: total steps, including those before the run was resumed.
+        steps_per_epoch: steps per epoch.
+    """
+
+    history: dict[str, Any]
+    test: dict[str, float]
+    progress: callbacks.ProgressCallback
+    steps: int
+    steps_per_epoch: int
+
+
+def _finish(job: Job, model: keras.Model, trained: _Trained) -> dict[str, Any]:
+    """Checks that the ranks' weights are equal, and writes the artifacts; returns the content of `result.json`."""
+    settings, strategy, steps = job.settings, job.strategy, trained.steps
     common = [w for w in model.weights if shard_of(w) is None]
     check_equal([w.path for w in common], [collectives.digest([w]) for w in common])
     whole = strategy.whole(model)
     result = {
-        "model": model_source.name,
-        "dataset": source.name,
+        "model": job.model_source.name,
+        "dataset": job.source.name,
         "strategy": strategy.name,
         "size": strategy.size,
         "global_batch": settings.global_batch,
-        "epochs": math.ceil(steps / steps_per_epoch),
+        "epochs": math.ceil(steps / trained.steps_per_epoch),
         "steps": steps,
-        **_speed(progress, steps * settings.global_batch),
+        **_speed(trained.progress, steps * settings.global_batch),
         **_wire_bytes(model),
-        **_measured(whole, history.history, test),
+        **_measured(whole, trained.history, trained.test),
     }
-    if isinstance(source, TokenSource) and isinstance(model.loss, keras.losses.SparseCategoricalCrossentropy):
-        result["test_bits_per_byte"] = test["loss"] / math.log(2)
+    if isinstance(job.source, TokenSource) and isinstance(model.loss, keras.losses.SparseCategoricalCrossentropy):
+        result["test_bits_per_byte"] = trained.test["loss"] / math.log(2)
     if isinstance(model.optimizer, ShardedOptimizer):
         model.optimizer.gather()
     if whole is not None and strategy.world.is_root:
-        _write_artifacts(workdir, whole, history.history, steps_per_epoch, settings.eval_every, result)
+        _write_artifacts(job, whole, trained, result)
     collectives.barrier()  # until the artefacts are written: a launcher ends the job when the first rank exits
     return result
 
@@ -178,64 +184,11 @@ def _measured(whole: keras.Model | None, history: dict[str, Any], test: dict[str
     }
 
 
-def _make_workdir(settings: Settings, model: ModelSource, source: Source) -> tuple[Path, Checkpoint | None]:
-    """Creates the run's folder, and opens the checkpoint to resume from, if there is one."""
-    name = f"{model.name}-{source.name.split(':')[0]}-{time.strftime('%Y%m%d-%H%M%S')}"
-    workdir = Path(collectives.broadcast_object(settings.workdir or f"runs/{name}", name="workdir")).expanduser()
-    with together():
-        artifacts.make_workdir(workdir, overwrite=settings.overwrite, begin_anew=settings.resume == "never")
-    finished = collectives.broadcast_object((workdir / "result.json").exists(), name="finished")
-    resume = "never" if finished and settings.resume == "auto" else settings.resume  # --overwrite was given
-    found = resuming.open_checkpoint(workdir / "checkpoints", resume)
-    if world.rank() == 0:
-        keep = ["tensorboard", "checkpoints"] if found else ["checkpoints"] if resume == "auto" else []
-        artifacts.clear(workdir, keep=keep)
-    return workdir, found
-
-
-def _go_on(config: Config, settings: Settings, recipe: Recipe, found: Checkpoint, identity: dict[str, Any]) -> Settings:
-    """The settings of the resumed run, for the current number of replicas.
-
-    Raises:
-        UsageError: the checkpoint has another model, data set or training setting.
-    """
-    if not isinstance(found.state["extra"], dict) or "stretches" not in found.state["extra"]:
-        raise UsageError(
-            f"The checkpoint {found.path} was written by a script, not by hvdkit.train: resume it with that script."
-        )
-    resuming.refuse_another_job(found, identity)
-    before = found.state["job"]
-    if config.local_batch and settings.global_batch != before["global_batch"]:
-        _log.info("the global batch stays %d, so --local-batch is left out", before["global_batch"])
-        kept = dataclasses.replace(config, local_batch=None, global_batch=before["global_batch"])
-        settings = flags.resolve(kept, recipe, settings.replicas)
-    resuming.refuse_another_job(found, _identity(settings))
-    return dataclasses.replace(settings, warmup_epochs=found.state["extra"]["warmup_epochs"])
-
-
-def _identity(settings: Settings) -> dict[str, Any]:
-    """The settings that must not change when a run resumes, besides model and data."""
-    data = ("image_size", "fold", "seed", "global_batch", "sampling", "class_weights", "sequence_length")
-    training = ("optimizer", "learning_rate", "lr_schedule", "precision", "model_args")
-    return {name: getattr(settings, name) for name in (*data, *training)}
-
-
-def _division(config: Config) -> strategies.Division:
-    patterns = tuple(config.branches.split(",")) if config.branches else None
-    return strategies.Division(config.model_ranks, config.micro_batches, config.schedule, patterns)
-
-
-def _write_artifacts(
-    workdir: Path,
-    model: keras.Model,
-    history: dict[str, Any],
-    steps_per_epoch: int,
-    eval_every: int,
-    result: dict[str, Any],
-) -> None:
+def _write_artifacts(job: Job, model: keras.Model, trained: _Trained, result: dict[str, Any]) -> None:
+    workdir = job.workdir
     artifacts.save_model(model, workdir / "model.keras")
     title = f"{result['model']} on {result['dataset']}, {result['strategy']}, {result['size']} replica(s)"
-    artifacts.plot_curves(workdir, history, steps_per_epoch, eval_every, title)
+    artifacts.plot_curves(workdir, trained.history, trained.steps_per_epoch, job.settings.eval_every, title)
     reporting.write_json(workdir / "result.json", result)
     accuracy = result["test_accuracy"]
     bits = f" ({result['test_bits_per_byte']:.3f} bits a byte)" if "test_bits_per_byte" in result else ""
