@@ -25,11 +25,11 @@ from hvdkit.plan import score as scoring
 from hvdkit.plan.cost import Cluster, Compute, Link, Mode
 from hvdkit.world.devices import usable_cores
 
-_MEMORY = Link(5e-6, 1 / 4e9, 2e-4)  # between ranks of a host, where nothing was measured: shared memory
+_MEMORY = Link(5e-6, 1 / 4e9, 2e-4)  # default between ranks of one host: shared memory
 
 
 def main(argv: list[str]) -> int:
-    """Plans, and returns the exit code: 2 if something that the user gave is wrong."""
+    """Run the planner and return the exit code: 2 for a usage error."""
     try:
         if argv[1:2] == ["score"]:
             return _score(argv[2:])
@@ -44,7 +44,7 @@ def main(argv: list[str]) -> int:
 
 
 def parser() -> Parser:
-    """The planner's parser."""
+    """Create the planner's argument parser."""
     made = Parser("plan", description=__doc__)
     made.add_argument("--batch", type=int, default=64, help="samples a step of each rank [64]")
     made.add_argument("--ranks", default="1,2,4,8", help="numbers of ranks, to thousands [1,2,4,8]")
@@ -105,11 +105,12 @@ def _measure(arguments: argparse.Namespace) -> int:
 def _predict(
     arguments: argparse.Namespace, numbers: list[int], threads: int
 ) -> tuple[list[dict[str, Any]], dict[str, Mode], dict[str, Any]]:
-    """Rows of predictions, the modes by name, and what is known of the model, to be written down."""
+    """Return the prediction rows, the modes by name, and the model's measurements for the JSON file."""
     if arguments.batch < 1 or arguments.ranks_per_host < 1:
         raise UsageError("--batch and --ranks-per-host must be 1 or more.")
     cluster, deviations = _cluster(arguments)
-    # Parts of a shared machine do not know of each other; ranks of one host get cores of their own from the launcher.
+    # The launcher binds the ranks of one host to separate cores. Hosts that share one machine do not coordinate, so
+    # their ranks are not bound.
     beside = max(numbers) if arguments.shared_machine else arguments.ranks_per_host
     bound = not arguments.shared_machine and beside * threads <= usable_cores()
     if arguments.model_from:
@@ -144,7 +145,7 @@ def _read_model(path: str) -> tuple[Compute, dict[str, Any]]:
 
 
 def _cluster(arguments: argparse.Namespace) -> tuple[Cluster, dict[str, float]]:
-    deviations = {"start": 0.2, "byte": 0.1}  # of what was not measured
+    deviations = {"start": 0.2, "byte": 0.1}  # defaults without a measurement
     if arguments.links:
         between, deviations = links.read(arguments.links)
     else:

@@ -1,22 +1,22 @@
-"""Which way to train, in a sentence, with the command."""
+"""Recommend a training mode in one sentence, with the command to run."""
 
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 from hvdkit.plan.cost import Mode
 
-WORTH = 1.1  # times one process, below which more of them are not worth their trouble
-LOSSY_WORTH = 1.5  # times the best exact way, from which on one that changes the training is named, too
+WORTH = 1.1  # minimum speed-up over one process to recommend several
+LOSSY_WORTH = 1.5  # minimum speed-up over the best exact mode to also name a lossy one
 
 
 def advise(rows: Sequence[Mapping[str, Any]], modes: Mapping[str, Mode], flags: str, hosts: str) -> str:
-    """The sentence, and the command to run.
+    """Return the recommendation and the command to run.
 
     Args:
-        rows: predictions: `mode`, `ranks`, `samples_per_second`, `speedup`.
-        modes: by name.
-        flags: the user's, of hvdkit.train.
-        hosts: as `-H` takes them; empty for this host.
+        rows: predictions with `mode`, `ranks`, `samples_per_second` and `speedup`.
+        modes: the training modes by name.
+        flags: the user's flags of hvdkit.train.
+        hosts: hosts in the form of `-H`; empty for this host.
     """
     several = [row for row in rows if row["ranks"] > 1]
     training = [row for row in several if row["mode"] != "independent"]

@@ -1,4 +1,6 @@
-"""What compressors compute: a program of its own, so that several can be timed side by side, as ranks run.
+"""Measure the compute time of gradient compressors.
+
+This is a separate program because the planner runs several copies in parallel, as ranks run.
 
 python -m hvdkit.plan.compressing int8,topk "[[784, 128], [128]]" THREADS        prints {"int8": seconds, ...}
 """
@@ -9,7 +11,7 @@ import statistics
 import sys
 import time
 
-os.environ["HOROVOD_CYCLE_TIME"] = "0.05"  # alone there is nothing to wait for: exchanges are counted elsewhere
+os.environ["HOROVOD_CYCLE_TIME"] = "0.05"  # one rank waits for no other; `cost` predicts communication
 
 import tensorflow as tf
 
@@ -17,11 +19,11 @@ import hvdkit as hvd
 from hvdkit import world
 from hvdkit.compression import ErrorFeedback, by_name
 
-_LEAST, _TRIES = 0.5, 10  # seconds, and timings
+_LEAST, _TRIES = 0.5, 10  # minimum total seconds, and minimum number of timings
 
 
 def seconds(name: str, shapes: list[list[int]]) -> float:
-    """Of one compression and all that belongs to it, without an exchange."""
+    """Return the median seconds of one compression and decompression on one rank, without communication."""
     compressor = by_name(name)
     if not isinstance(compressor, ErrorFeedback):
         return 0.0
@@ -44,7 +46,7 @@ def seconds(name: str, shapes: list[list[int]]) -> float:
 
 
 def main(argv: list[str]) -> None:
-    """Times each, and prints JSON."""
+    """Time each compressor and print the result as JSON."""
     tf.config.threading.set_intra_op_parallelism_threads(int(argv[3]))
     hvd.init()
     print(json.dumps({name: seconds(name, json.loads(argv[2])) for name in argv[1].split(",")}))

@@ -1,33 +1,33 @@
-"""What a step takes on N ranks: the model on paper.
+"""The cost model: predict the time of a training step on N ranks.
 
-A step of data parallel training is the computation on the local batch, then an exchange of the gradients:
+A data-parallel step computes on the local batch, then allreduces the gradients:
 
-    step(N) = slowest of N (t0 + t1 · local batch) + compression + (1 - overlap) · exchange(N, bytes)
+    step(N) = slowest of N (t0 + t1 · local batch) + compression + (1 - overlap) · communication(N, bytes)
 
-- **Computation** grows with the batch, by a straight line that is fitted to three batch sizes. Ranks that share cores
-  share them evenly: N ranks of c threads on a machine of C cores take max(1, N c / C) times as long; what was measured
-  with several ranks side by side is that much slower already.
-- **Stragglers.** N ranks wait for the slowest. If step times are normal with deviation σ, the largest of N is on
-  average σ · √(2 ln N) above the mean (H. Cramér, "Mathematical methods of statistics", 1946, section 28.6, to first
-  order), capped at 3 σ.
+- **Computation** is linear in the batch size; the line is fitted to three batch sizes. Ranks divide shared cores
+  evenly: N ranks of c threads on C cores take max(1, N c / C) times as long. A measurement with several processes in
+  parallel already includes this slowdown.
+- **Stragglers.** N ranks wait for the slowest. If step times are normal with standard deviation σ, the expected maximum
+  is σ · √(2 ln N) above the mean (H. Cramér, "Mathematical methods of statistics", 1946, section 28.6, to first
+  order). The model caps it at 3 σ.
 - **Ring allreduce** of n bytes: 2 (N - 1) α + 2 (N - 1)/N n β (P. Patarasuk and X. Yuan, "Bandwidth optimal all-reduce
-  algorithms for clusters of workstations", 2009). α is a message's latency in seconds, β a byte's time.
-- **Tree allreduce** (recursive doubling): ⌈log2 N⌉ (α + n β) (R. Thakur et al., 2005), better for small messages. The
-  faster of both is taken.
-- **Agreeing.** Before it moves data Horovod lets all ranks agree on what is ready, every cycle (A. Sergeev and M. Del
-  Balso, 2018, section 4): γ seconds for two ranks, by the depth of a tree for N: γ ⌈log2 N⌉.
-- **Hosts with several ranks**: first inside, over links of their own (shared memory, NVLink), then one ring between
-  hosts of a rank's 1/L part each (X. Jia et al., "Highly scalable deep learning training system", 2018, section 4.2).
-- **Allgather** (top-k) of n bytes from each: (N - 1) (α + n β') (Thakur et al.), where β' is a byte's time as measured
-  of an allgather. Few-bit compression scatters 1/N of its bytes to each and gathers as much: two of these of n/N.
+  algorithms for clusters of workstations", 2009). α is the latency of a message in seconds, β the seconds per byte.
+- **Tree allreduce** (recursive doubling): ⌈log2 N⌉ (α + n β) (R. Thakur et al., 2005). It is faster for small messages.
+  The model takes the faster of the two.
+- **Negotiation.** In every cycle, before it moves data, Horovod negotiates which tensors are ready on all ranks (A.
+  Sergeev and M. Del Balso, 2018, section 4). This takes γ seconds for two ranks, and γ ⌈log2 N⌉ for a tree of N.
+- **Hosts with L ranks each**: an allreduce inside each host over its own links (shared memory, NVLink), then an
+  allreduce between hosts in which each rank handles 1/L of the data (X. Jia et al., "Highly scalable deep learning
+  training system", 2018, section 4.2).
+- **Allgather** (top-k) of n bytes from each rank: (N - 1) (α + n β') (Thakur et al.). β' is the seconds per byte
+  measured for an allgather. Few-bit compression is an alltoall and an allgather: two such operations of n/N bytes.
+- **Model parallelism** has no gradient allreduce, and one batch for all ranks of the model. With tensor parallelism,
+  the divided share of the weights computes N times as fast. Each pair of layers needs two allreduces of activations (M.
+  Shoeybi et al., 2019, section 3). A pipeline of N stages and M micro-batches takes M + N - 1 turns. Each turn is the
+  computation of one stage and two transfers (Y. Huang et al., 2018, section 2.3).
 
-- **A divided model** has no gradients to exchange, and one batch for all its ranks. By tensors: the share of the
-  weights that is divided computes N times as fast, and each pair of layers is two allreduces of activations (M. Shoeybi
-  et al., 2019, section 3). In a pipeline of N stages and M micro-batches, M + N - 1 turns of a stage's computation and
-  two transfers (Y. Huang et al., 2018, section 2.3).
-
-Every exchange's bytes are those that `Compression` itself counts. Accumulation over k steps and local SGD over H steps
-divide the exchange by k or H. Independent tasks exchange nothing.
+`Compression` itself counts the bytes of each operation. Gradient accumulation over k steps divides communication by k,
+local SGD over H steps divides it by H. Independent tasks do not communicate.
 """
 
 import dataclasses
@@ -36,14 +36,14 @@ import math
 
 @dataclasses.dataclass(frozen=True)
 class Link:
-    """What an exchange between two ranks takes.
+    """The communication cost between two ranks.
 
     Attributes:
-        latency: α, seconds a message.
-        byte_seconds: β, seconds a byte: one over the bandwidth.
-        agreeing: γ, seconds until two ranks have agreed that a tensor is ready.
-        gather_byte_seconds: β of an allgather, where it is another; 0 for the same. Gloo sends each rank's rows whole,
-            which takes up to twice as long over a slow link as the small pieces of its allreduce.
+        latency: α, seconds per message.
+        byte_seconds: β, seconds per byte: the inverse of the bandwidth.
+        agreeing: γ, seconds of Horovod's negotiation between two ranks.
+        gather_byte_seconds: β', seconds per byte of an allgather; 0 if it equals β. Gloo's allgather sends each rank's
+            rows whole. Over a slow link this takes up to twice as long as the small chunks of its allreduce.
     """
 
     latency: float
@@ -54,18 +54,18 @@ class Link:
 
 @dataclasses.dataclass(frozen=True)
 class Compute:
-    """What a rank computes, and what it needs for it.
+    """The compute time and the memory of one rank.
 
     Attributes:
-        fixed: t0, seconds a step.
-        sample: t1, seconds a sample.
-        deviation: of a step's seconds, as a share of them.
+        fixed: t0, seconds per step.
+        sample: t1, seconds per sample.
+        deviation: standard deviation of the step time, relative to it.
         threads: cores that a rank uses.
-        beside: ranks that ran at the same time on one machine when this was measured.
-        gradient_bytes: of all trainable weights, in float32.
-        state_bytes: weights and optimizer slots.
-        activation_bytes: of one sample.
-        base_bytes: of a process that has loaded TensorFlow.
+        beside: ranks that ran in parallel on one machine during the measurement.
+        gradient_bytes: bytes of the gradients of all trainable weights, in float32.
+        state_bytes: bytes of the weights and optimizer slots.
+        activation_bytes: bytes of the activations of one sample.
+        base_bytes: bytes of a process that has loaded TensorFlow.
     """
 
     fixed: float
@@ -79,11 +79,11 @@ class Compute:
     base_bytes: float = 0.0
 
     def seconds(self, local_batch: float) -> float:
-        """Of a step on one rank."""
+        """Return the seconds of a step on one rank."""
         return self.fixed + self.sample * local_batch
 
     def memory(self, local_batch: float, exchanges: bool) -> float:
-        """Bytes that a rank needs; an exchange holds the gradients once more."""
+        """Return the bytes that a rank needs; an allreduce needs a second copy of the gradients."""
         return (
             self.base_bytes
             + self.state_bytes
@@ -94,14 +94,14 @@ class Compute:
 
 @dataclasses.dataclass(frozen=True)
 class Cluster:
-    """Where ranks run.
+    """The hosts and links that ranks run on.
 
     Attributes:
         between: the link between hosts.
         inside: the link between ranks of one host.
-        ranks_per_host: at most.
-        cores: of one host; 0 if each rank has a device of its own.
-        shared_machine: all "hosts" are parts of one machine, whose cores they share.
+        ranks_per_host: maximum number of ranks on one host.
+        cores: cores of one host; 0 if each rank has its own accelerator.
+        shared_machine: whether all "hosts" are parts of one machine and share its cores.
     """
 
     between: Link
@@ -113,14 +113,14 @@ class Cluster:
 
 @dataclasses.dataclass(frozen=True)
 class Division:
-    """How ranks hold a model between them.
+    """How model parallelism divides a model over ranks.
 
     Attributes:
-        stages: whether they are the stages of a pipeline; otherwise they divide tensors.
-        share: of the weights that is divided.
-        bytes: of activations that a sample sends in all: over a border between stages, or in allreduces.
-        exchanges: allreduces of a step, forwards and backwards.
-        micro_batches: of a pipeline.
+        stages: True for pipeline parallelism, False for tensor parallelism.
+        share: fraction of the weights that is divided.
+        bytes: bytes of activations sent for each sample: between two pipeline stages, or in all allreduces.
+        exchanges: allreduces per step, in the forward and backward pass.
+        micro_batches: number of micro-batches of a pipeline.
     """
 
     stages: bool
@@ -132,20 +132,20 @@ class Division:
 
 @dataclasses.dataclass(frozen=True)
 class Mode:
-    """A way to train.
+    """A training mode.
 
     Attributes:
-        name: as shown.
-        flags: of hvdkit.train.
-        share: of the gradients' bytes that an exchange moves.
-        every: steps from one exchange to the next.
-        extra: seconds a step that compression computes.
-        gathers: whether the exchange is an allgather, whose `share` each rank sends to all others.
-        scatters: whether it is an alltoall and an allgather, of a rank's part of the `share`.
-        exact: whether it trains the model that dense data parallelism does.
-        exchanges: exchanges one after the other.
+        name: name to show.
+        flags: flags of hvdkit.train that select it.
+        share: bytes communicated, as a fraction of the gradients' bytes.
+        every: steps between two synchronizations.
+        extra: seconds per step that compression computes.
+        gathers: whether gradients are allgathered; each rank sends its `share` to all others.
+        scatters: whether gradients go through an alltoall and an allgather; each moves 1/N of the `share`.
+        exact: whether the result equals that of dense data parallelism.
+        exchanges: number of collectives that run one after the other.
         one_host: whether it works on one host only.
-        division: of the model, if it is not whole on each rank.
+        division: how the model is divided; None if each rank holds the whole model.
     """
 
     name: str
@@ -163,7 +163,7 @@ class Mode:
 
 @dataclasses.dataclass(frozen=True)
 class Prediction:
-    """Of one mode on so many ranks; seconds, samples a second over all ranks, bytes a rank."""
+    """The prediction for one mode and number of ranks: seconds, samples per second of all ranks, bytes per rank."""
 
     step_seconds: float
     samples_per_second: float
@@ -173,22 +173,22 @@ class Prediction:
 
 
 def ring(ranks: int, size: float, link: Link) -> float:
-    """Seconds of a ring allreduce of `size` bytes."""
+    """Return the seconds of a ring allreduce of `size` bytes."""
     return 2 * (ranks - 1) * link.latency + 2 * (ranks - 1) / ranks * size * link.byte_seconds
 
 
 def tree(ranks: int, size: float, link: Link) -> float:
-    """Seconds of an allreduce by recursive doubling."""
+    """Return the seconds of an allreduce of `size` bytes by recursive doubling."""
     return math.ceil(math.log2(ranks)) * (link.latency + size * link.byte_seconds) if ranks > 1 else 0.0
 
 
 def agreeing(ranks: int, link: Link) -> float:
-    """Seconds until all ranks know that all have the tensors."""
+    """Return the seconds of Horovod's negotiation, after which all ranks know which tensors are ready."""
     return link.agreeing * math.ceil(math.log2(ranks)) if ranks > 1 else 0.0
 
 
 def allreduce(ranks: int, size: float, cluster: Cluster) -> float:
-    """Seconds of an allreduce over ranks of one or several hosts."""
+    """Return the seconds of an allreduce of `size` bytes over ranks of one or several hosts."""
     inside = min(ranks, cluster.ranks_per_host)
     hosts = math.ceil(ranks / cluster.ranks_per_host)
     seconds = 0.0
@@ -201,7 +201,7 @@ def allreduce(ranks: int, size: float, cluster: Cluster) -> float:
 
 
 def exchange(ranks: int, size: float, mode: Mode, cluster: Cluster) -> float:
-    """Seconds of all that a step exchanges."""
+    """Return the communication seconds per step, for gradients of `size` bytes."""
     if ranks == 1:
         return 0.0
     if mode.gathers or mode.scatters:
@@ -210,12 +210,12 @@ def exchange(ranks: int, size: float, mode: Mode, cluster: Cluster) -> float:
         one = agreeing(ranks, link) + (ranks - 1) * (link.latency + mode.share * part * byte)
         return mode.exchanges * one / mode.every
     one = allreduce(ranks, mode.share * size, cluster)
-    again = allreduce(ranks, 0.0, cluster)  # what further exchanges of the same bytes add
+    again = allreduce(ranks, 0.0, cluster)  # latency of each further collective; the bytes are counted once
     return (one + (mode.exchanges - 1) * again) / mode.every
 
 
 def computation(ranks: int, local_batch: float, compute: Compute, mode: Mode, cluster: Cluster) -> float:
-    """Seconds that the slowest of all ranks computes, compression included."""
+    """Return the compute seconds of the slowest rank, compression included."""
     beside = ranks if cluster.shared_machine else min(ranks, cluster.ranks_per_host)
     crowd = 1.0
     if cluster.cores:
@@ -226,7 +226,7 @@ def computation(ranks: int, local_batch: float, compute: Compute, mode: Mode, cl
 
 
 def wire_bytes(ranks: int, size: float, mode: Mode) -> float:
-    """Bytes that a rank sends a step."""
+    """Return the bytes that a rank sends per step."""
     factor = (ranks - 1) if mode.gathers else 2 * (ranks - 1) / ranks
     return factor * mode.share * size / mode.every
 
@@ -234,16 +234,16 @@ def wire_bytes(ranks: int, size: float, mode: Mode) -> float:
 def predict(
     ranks: int, local_batch: float, compute: Compute, mode: Mode, cluster: Cluster, overlap: float = 0.0
 ) -> Prediction:
-    """What N ranks make of a training.
+    """Predict step time, throughput, efficiency and memory of training on N ranks.
 
     Args:
         ranks: N.
-        local_batch: samples a step of each.
-        compute: of one rank.
-        mode: how they train.
-        cluster: where.
-        overlap: share of the exchange that runs while gradients are still computed: 0 for gradients that travel as one
-            group, which is hvdkit's default.
+        local_batch: samples per step of each rank.
+        compute: compute time and memory of one rank.
+        mode: the training mode.
+        cluster: the hosts and links.
+        overlap: fraction of communication that overlaps the backward pass. It is 0 for hvdkit's default, which
+            allreduces all gradients as one group.
     """
     if mode.division and ranks > 1:
         return _predict_divided(ranks, local_batch, compute, mode, mode.division, cluster)
@@ -264,7 +264,7 @@ def predict(
 def _predict_divided(
     ranks: int, batch: float, compute: Compute, mode: Mode, division: Division, cluster: Cluster
 ) -> Prediction:
-    """What N ranks make of a batch that they take between them."""
+    """Predict training with model parallelism, where N ranks process one batch together."""
     link = cluster.between if ranks > cluster.ranks_per_host else cluster.inside
     sent = division.bytes * batch
     if division.stages:

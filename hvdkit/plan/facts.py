@@ -1,4 +1,4 @@
-"""What is measured of the user's model: seconds by batch, bytes of all kinds, and what compression costs to compute."""
+"""Measure the user's model: step time by batch size, memory, and the compute time of compression."""
 
 import contextlib
 import json
@@ -18,22 +18,22 @@ from hvdkit.plan.cost import Compute
 def measure(
     flags: Sequence[str], local_batch: int, threads: int, beside: int, bound: bool, seconds: float
 ) -> tuple[Compute, dict[str, Any]]:
-    """Trains the model for some seconds at half, one and two times its batch, in processes that exchange nothing.
+    """Train the model for some seconds at 0.5, 1 and 2 times its batch size, in processes that do not communicate.
 
-    Ranks of one machine share its memory's bandwidth and its caches, so as many processes train side by side.
+    As many processes train in parallel as one machine has ranks, because ranks share memory bandwidth and caches.
 
     Args:
-        flags: of hvdkit.train, without a batch.
-        local_batch: samples a step of a rank.
-        threads: that each rank has.
-        beside: ranks that run at the same time on one machine.
-        bound: whether each has cores of its own.
-        seconds: of each measurement.
+        flags: flags of hvdkit.train, without a batch size.
+        local_batch: samples per step of a rank.
+        threads: threads of each rank.
+        beside: ranks that run in parallel on one machine.
+        bound: whether each rank is bound to its own cores.
+        seconds: duration of each measurement.
 
     Returns:
-        What a rank takes; and by name `shapes`, `divisions`, and `one_process`: samples a second of one process that
-        has all cores to itself and the batch of all of this machine's ranks. None if a rank has all cores, or shares
-        them without having its own.
+        The compute cost of a rank, and a dictionary with `shapes`, `divisions` and `one_process`. The last is the
+        samples per second of one process that has all cores and the batch of all ranks of this machine. It is None if
+        one rank runs alone or ranks are not bound to their own cores.
     """
     runs = {}
     for batch in sorted({max(1, local_batch // 2), local_batch, 2 * local_batch}):
@@ -48,20 +48,26 @@ def measure(
     known["one_process"] = None
     if bound and beside > 1:
         own = [*flags, f"--global_batch={local_batch * beside}", "--strategy=single"]
-        with contextlib.suppress(UsageError):  # so large a batch may be more than there are data
+        with contextlib.suppress(UsageError):  # the batch may exceed the data set
             known["one_process"] = statistics.median(jobs.train(["-np", "1"], own, seconds)["samples_per_second"])
     return from_runs(runs, threads, beside), known
 
 
 def from_runs(runs: dict[int, dict[str, Any]], threads: int, beside: int = 1) -> Compute:
-    """Fits the line through what was measured, by batch."""
+    """Fit step time as a linear function of the batch size.
+
+    Args:
+        runs: measurements by batch size.
+        threads: threads of each rank.
+        beside: ranks that ran in parallel on one machine.
+    """
     steps = {batch: [batch / rate for rate in run["samples_per_second"]] for batch, run in runs.items()}
     batches = np.array(sorted(steps), float)
     middle = np.array([statistics.median(steps[int(b)]) for b in batches])
     slope, start = (0.0, float(middle[0]))
     if len(batches) > 1:
         slope, start = np.polyfit(batches, middle, 1, w=1 / middle)
-    if start < 0 or slope < 0:  # noise: then the line goes through the origin, or is level
+    if start < 0 or slope < 0:  # noise: force the line through the origin, or make it constant
         slope, start = (float(np.mean(middle / batches)), 0.0) if start < 0 else (0.0, float(np.mean(middle)))
     spreads = [np.subtract(*np.quantile(s, [0.75, 0.25])) / 1.349 / np.median(s) for s in steps.values()]
     least, most = runs[int(batches[0])], runs[int(batches[-1])]
@@ -85,14 +91,14 @@ def from_runs(runs: dict[int, dict[str, Any]], threads: int, beside: int = 1) ->
 def compression_seconds(
     names: Sequence[str], shapes: Sequence[Sequence[int]], threads: int, beside: int, bound: bool
 ) -> dict[str, float]:
-    """Seconds that each compressor computes for gradients of these shapes; see `hvdkit.plan.compressing`.
+    """Measure the compute seconds of each compressor for gradients of these shapes; see `hvdkit.plan.compressing`.
 
     Args:
-        names: of compressors.
-        shapes: of the gradients.
-        threads: that each rank has.
-        beside: processes that do so at the same time.
-        bound: whether each has cores of its own.
+        names: names of compressors.
+        shapes: shapes of the gradients.
+        threads: threads of each rank.
+        beside: processes that run in parallel.
+        bound: whether each process is bound to its own cores.
     """
     program = [sys.executable, "-m", "hvdkit.plan.compressing", ",".join(names), json.dumps(shapes), str(threads)]
 
@@ -104,7 +110,7 @@ def compression_seconds(
 
 
 def _side_by_side(one: Callable[[list[int] | None], Any], threads: int, beside: int, bound: bool) -> list[Any]:
-    """Does the same so many times at once, each on these cores."""
+    """Call `one` `beside` times in parallel, each time with its own cores if `bound`."""
     usable = jobs.usable_cores()
     places = [usable[i * threads : (i + 1) * threads] if bound else None for i in range(beside)]
     with ThreadPoolExecutor(len(places)) as pool:

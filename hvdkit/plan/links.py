@@ -1,4 +1,4 @@
-"""From measured exchanges to a link's α, β and γ."""
+"""Fit a link's α, β and γ (see `cost`) to measured collectives."""
 
 import json
 import re
@@ -17,10 +17,10 @@ _SECONDS = {"s": 1.0, "ms": 1e-3, "us": 1e-6, "µs": 1e-6}
 
 
 def read(path: str) -> tuple[Link, dict[str, Any]]:
-    """The link of a file that `hvdkit.bench collectives --json` wrote, and how sure it is.
+    """Read the file that `hvdkit.bench collectives --json` wrote; return the link and its relative deviations.
 
     Raises:
-        UsageError: there is no such file, or it holds something else.
+        UsageError: the file is missing or has another form.
     """
     try:
         content = json.loads(Path(path).expanduser().read_text())
@@ -42,25 +42,26 @@ def fit(
     is_memory: bool = False,
     gathered: Sequence[dict[str, Any]] = (),
 ) -> tuple[Link, dict[str, float]]:
-    """A byte's time from the two largest exchanges, and what any exchange takes from the smallest.
+    """Fit the seconds per byte to the two largest sizes, and the fixed cost to the smallest.
 
-    Not by least squares over all: what shapes a slow link lets the first kilobytes pass, so medium sizes look cheaper
-    than they are in a long exchange.
+    A least-squares fit over all sizes would be wrong: traffic shapers of slow links let the first kilobytes pass, so
+    medium sizes look cheaper than they are in a long transfer.
 
-    Seconds of a ring of N ranks are γ ⌈log2 N⌉ + 2 (N - 1) α + 2 (N - 1)/N n β. One number of ranks does not tell α
-    from γ: a hundredth of the sum is taken for messages, the rest for agreeing; in memory there is no agreeing.
+    A ring allreduce of N ranks takes γ ⌈log2 N⌉ + 2 (N - 1) α + 2 (N - 1)/N n β seconds. One number of ranks does not
+    determine both α and γ. The fit therefore attributes 1 % of the fixed cost to messages (α) and the rest to
+    negotiation (γ). Shared memory needs no negotiation.
 
     Args:
-        rows: with `bytes`, `seconds` and `quartiles`, of allreduces; two sizes at least.
+        rows: allreduce measurements with `bytes`, `seconds` and `quartiles`, of at least two sizes.
         ranks: N.
-        is_memory: whether the ranks exchange through shared memory.
-        gathered: the same of allgathers, if they were measured.
+        is_memory: whether ranks communicate through shared memory.
+        gathered: the same for allgathers, if measured.
 
     Returns:
-        The link, and the deviations of its numbers as shares of them: `start` and `byte`.
+        The link, and its relative deviations `start` and `byte`.
 
     Raises:
-        ValueError: there are fewer than two sizes, or ranks.
+        ValueError: there are fewer than two sizes or two ranks.
     """
     if len({row["bytes"] for row in rows}) < 2 or ranks < 2:
         raise ValueError("two ranks and two sizes at least are needed")
@@ -78,7 +79,7 @@ def fit(
 
 
 def _line(rows: Sequence[dict[str, Any]]) -> tuple[float, float]:
-    """Seconds of nothing, and seconds a byte."""
+    """Return the seconds of an empty message, and the seconds per byte."""
     *_, (small, before), (large, longest) = ordered = sorted((row["bytes"], row["seconds"]) for row in rows)
     byte = (longest - before) / (large - small)
     if byte <= 0:  # noise
@@ -88,10 +89,10 @@ def _line(rows: Sequence[dict[str, Any]]) -> tuple[float, float]:
 
 
 def given(latency: str, bandwidth: str, agreeing: str) -> Link:
-    """The link of flags such as `50us` and `10Gbit/s`.
+    """Create a link from flags such as `50us` and `10Gbit/s`.
 
     Raises:
-        UsageError: a value is not understood.
+        UsageError: a value cannot be parsed.
     """
     return Link(_parse_seconds(latency), 1 / _parse_rate(bandwidth), _parse_seconds(agreeing))
 

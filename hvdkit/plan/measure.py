@@ -1,4 +1,4 @@
-"""`plan measure`: each way to train, predicted and then tried on the hosts at hand."""
+"""`plan measure`: predict each training mode, then measure it on the given hosts."""
 
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -7,8 +7,8 @@ from hvdkit import reporting
 from hvdkit.bench import jobs
 from hvdkit.plan.cost import Mode
 
-_MANY_STEPS = 10  # an execution, where steps are short: Python's part of them then does not count
-_SHORT = 0.2  # seconds
+_MANY_STEPS = 10  # steps per execution for short steps; this makes Python's overhead negligible
+_SHORT = 0.2  # seconds of a step
 
 
 def measure(
@@ -18,18 +18,19 @@ def measure(
     launcher: Sequence[str],
     seconds: float,
 ) -> list[dict[str, Any]]:
-    """Trains for some seconds in each mode, and puts the speed beside the prediction.
+    """Train for some seconds in each mode, and return the measured speed beside the prediction.
 
     Args:
-        predicted: rows of `plan`, for the ranks that the launcher starts.
-        modes: by name.
-        flags: of hvdkit.train, with batch and threads.
+        predicted: prediction rows for the ranks that the launcher starts.
+        modes: the training modes by name.
+        flags: flags of hvdkit.train, with batch size and threads.
         launcher: arguments of hvdkit.launch.
-        seconds: of each measurement, and longer where two exchanges take longer.
+        seconds: duration of each measurement. It is longer if two synchronizations take longer.
 
     Returns:
-        A row a mode: `case`, `predicted` and `measured` in samples a second, `dense` (how many times as fast as dense
-        data parallelism), and bytes that a host sends a step, predicted and counted at its network interfaces.
+        One row per mode: `case`, `predicted` and `measured` in samples per second, `dense` (speed relative to dense
+        data parallelism), and the bytes that a host sends per step, both predicted and counted at its network
+        interfaces.
     """
     found: list[dict[str, Any]] = []
     for row in predicted:
@@ -55,7 +56,7 @@ def measure(
 
 
 def table(found: Sequence[Mapping[str, Any]]) -> str:
-    """The table."""
+    """Format the measurements as a table."""
     heads = [
         "case",
         "predicted samples/s",

@@ -1,11 +1,11 @@
-"""The ways to train that are compared, with the bytes that each really sends."""
+"""The training modes that the planner compares, with the bytes that each sends."""
 
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 from hvdkit.plan.cost import Division, Mode
 
-LOCAL_STEPS, DILOCO_STEPS, ACCUMULATED = 20, 100, 5  # of which executions of 10 steps make a round
+LOCAL_STEPS, DILOCO_STEPS, ACCUMULATED = 20, 100, 5  # these fit executions of 10 steps
 _SCATTERING = ("int8", "onebit")
 FEEDBACK = ("int8", "onebit", "topk", "powersgd")
 
@@ -16,13 +16,13 @@ def all_modes(
     compression_seconds: Mapping[str, float],
     divisions: Mapping[str, Mapping[str, Any]] | None = None,
 ) -> dict[str, Mode]:
-    """Every mode by name.
+    """Return all modes by name.
 
     Args:
-        shapes: of the trainable weights.
-        optimizer: as the flag of hvdkit.train has it.
-        compression_seconds: what a compressor computes a step, by name.
-        divisions: by strategy, how the model can be divided (see `hvdkit.bench.rank`).
+        shapes: shapes of the trainable weights.
+        optimizer: value of the flag `--optimizer` of hvdkit.train.
+        compression_seconds: compute seconds per step, by compressor.
+        divisions: by model-parallel strategy, how it divides the model (see `hvdkit.bench.rank`).
     """
     colon = "," if ":" in optimizer else ":"
     accumulate = f"--optimizer={optimizer}{colon}gradient_accumulation_steps={ACCUMULATED}"
@@ -51,7 +51,7 @@ def _with_feedback(name: str, shapes: Sequence[Sequence[int]], seconds: float) -
     compressor: Any = by_name(name)
     known = [tuple(shape) for shape in shapes]
     sent, whole = compressor.wire_bytes(known, 2), ring_bytes(4 * elements(known), 2)
-    gathers = name == "topk"  # of what each rank brings, not of a ring's two passes
+    gathers = name == "topk"  # its share is of one rank's bytes, not of the ring's two passes
     share = sent / (4 * elements(known)) if gathers else sent / whole
     return Mode(
         name,

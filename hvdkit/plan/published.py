@@ -1,4 +1,4 @@
-"""What others have measured with ResNet-50 and its like on many GPUs, to hold predictions against."""
+"""Published scaling results of ResNets on many GPUs, to compare predictions with."""
 
 import dataclasses
 
@@ -7,7 +7,13 @@ from hvdkit.plan.cost import Cluster, Compute, Link, Mode, predict
 
 @dataclasses.dataclass(frozen=True)
 class Published:
-    """Weak scaling as it was published: GPUs, and the share of N times one GPU that they reach."""
+    """A published weak-scaling result.
+
+    Attributes:
+        name: the hardware and model.
+        source: where it was published.
+        points: pairs of the number of GPUs and the efficiency, relative to N times one GPU.
+    """
 
     name: str
     source: str
@@ -26,9 +32,9 @@ GOYAL = Published(
 )
 ALL = (HOROVOD, GOYAL)
 
-# A V100 with float32 and a batch of 96 trains 385 images/s (NVIDIA DeepLearningExamples, RN50v1.5). NVLink inside (300
-# GB/s a GPU, half of it used), 25 Gbit/s between hosts of eight, 50 µs a message and as much to agree. ResNet-50 has
-# 25.6 million weights.
+# A V100 with float32 and a batch size of 96 trains 385 images/s (NVIDIA DeepLearningExamples, RN50v1.5). Hosts have
+# eight GPUs. NVLink connects them inside (300 GB/s per GPU, half of it used); 25 Gbit/s connects hosts. A message takes
+# 50 µs, and a negotiation the same. ResNet-50 has 25.6 million weights.
 RESNET_50 = Compute(fixed=0.0, sample=1 / 385, deviation=0.01, gradient_bytes=4 * 25.6e6)
 BATCH = 96
 CLUSTER = Cluster(Link(50e-6, 8 / 25e9, 50e-6), Link(10e-6, 1 / 150e9, 20e-6), ranks_per_host=8)
@@ -36,6 +42,10 @@ RANKS = (1, 2, 4, 8, 16, 32, 64, 128, 256, 512, 1024)
 
 
 def predicted(overlap: float) -> list[tuple[float, float]]:
-    """Efficiency of ResNet-50 by the number of GPUs, with a share of the exchange hidden behind the backward pass."""
+    """Predict the efficiency of ResNet-50 for each number of GPUs.
+
+    Args:
+        overlap: fraction of the gradient allreduce that overlaps the backward pass.
+    """
     mode = Mode("data parallel")
     return [(n, predict(n, BATCH, RESNET_50, mode, CLUSTER, overlap).efficiency) for n in RANKS]

@@ -1,4 +1,4 @@
-"""What a plan shows: a table, and how sure it is of each number."""
+"""The planner's report: a table of predictions with uncertainty intervals."""
 
 import dataclasses
 from collections.abc import Mapping, Sequence
@@ -22,17 +22,17 @@ def rows(
     price: float | None = None,
     one_process: float | None = None,
 ) -> list[dict[str, Any]]:
-    """Predictions of every mode for every number of ranks, with 90 % intervals of the samples a second.
+    """Predict every mode for every number of ranks, with 90 % intervals of the samples per second.
 
     Args:
         ranks: numbers of ranks.
-        local_batch: of each.
-        compute: as measured.
-        modes: by name.
-        cluster: where they run.
-        deviations: of `compute`, `start` and `byte`, as shares of them.
-        price: of a rank for an hour, in whatever currency; for the cost of a million samples.
-        one_process: samples a second of one process that has a whole host, if a rank has less.
+        local_batch: samples per step of each rank.
+        compute: measured compute cost of a rank.
+        modes: the training modes by name.
+        cluster: the hosts and links.
+        deviations: relative deviations of `compute`, `start` and `byte`.
+        price: price of one rank per hour, in any currency; gives the cost of a million samples.
+        one_process: samples per second of one process that has a whole host, if a rank has less.
     """
     one = predict(1, local_batch, compute, Mode("one process"), cluster)
     alone = max(one.samples_per_second, one_process or 0.0)
@@ -60,7 +60,7 @@ def rows(
 def _interval(
     ranks: int, local_batch: int, compute: Compute, mode: Mode, cluster: Cluster, deviations: Mapping[str, float]
 ) -> tuple[float, float]:
-    """Draws what was measured anew, as uncertain as it is, and predicts with each."""
+    """Sample the measured values from their uncertainty, predict with each sample, and return the 90 % interval."""
     generator = np.random.default_rng(ranks)
     drawn = []
     for work, start, byte in generator.normal(size=(_DRAWS, 3)):
@@ -77,7 +77,7 @@ def _interval(
 
 
 def table(found: Sequence[Mapping[str, Any]]) -> str:
-    """The table."""
+    """Format the predictions as a table."""
     priced = any(row["cost_per_million"] is not None for row in found)
     heads = [
         "mode",

@@ -1,4 +1,4 @@
-"""Predictions against what was measured later."""
+"""Compare predictions with later measurements."""
 
 import json
 import statistics
@@ -10,19 +10,19 @@ from hvdkit.errors import UsageError
 
 
 def score(pairs: Sequence[Mapping[str, Any]]) -> float:
-    """The median of |predicted - measured| / measured.
+    """Return the median relative error: |predicted - measured| / measured.
 
     Args:
-        pairs: with `predicted` and `measured`, samples a second.
+        pairs: rows with `predicted` and `measured`, in samples per second.
     """
     return statistics.median(abs(p["predicted"] - p["measured"]) / p["measured"] for p in pairs)
 
 
 def read(path: str) -> list[dict[str, Any]]:
-    """Rows of a file: `{"rows": [{"case": ..., "predicted": ..., "measured": ...}, ...]}`.
+    """Read the rows of a file: `{"rows": [{"case": ..., "predicted": ..., "measured": ...}, ...]}`.
 
     Raises:
-        UsageError: the file is not there, or holds something else.
+        UsageError: the file is missing or has another form.
     """
     try:
         rows = json.loads(Path(path).read_text())["rows"]
