@@ -1,1 +1,1 @@
-"""Measures: `python -m hvdkit.bench throughput|collectives|scaling|peers|accuracy`."""
+"""Benchmarks: `python -m hvdkit.bench throughput|collectives|scaling|peers|accuracy`."""

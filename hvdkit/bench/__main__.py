@@ -26,7 +26,7 @@ _COMMANDS = {
 
 
 def parser() -> Parser:
-    """The parser, with one for each command."""
+    """Create the argument parser, with a subparser for each command."""
     made = Parser("bench", description=__doc__)
     commands = made.add_subparsers(dest="command", required=True, metavar="COMMAND")
     for name, module in _COMMANDS.items():
@@ -41,7 +41,7 @@ def parser() -> Parser:
 
 
 def main(argv: list[str]) -> int:
-    """Measures, shows, and returns the exit code: 2 if something that the user gave is wrong."""
+    """Run the benchmark, print its table and return the exit code: 2 for a usage error."""
     arguments = parser().parse_args(argv[1:])
     module = _COMMANDS[arguments.command]
     try:

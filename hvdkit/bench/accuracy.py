@@ -16,7 +16,7 @@ from hvdkit.errors import UsageError
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """The command's own arguments."""
+    """Add the arguments of this command."""
     parser.add_argument("--target", type=float, required=True, help="test accuracy to reach, as in 0.97")
     how = "how the job is started [-np 1 and -np 2]"
     parser.add_argument("--case", action="append", default=[], metavar="'LAUNCHER ARGS'", help=how)
@@ -24,7 +24,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def measure(arguments: argparse.Namespace) -> dict[str, Any]:
-    """Trains each case in turn, as often as asked for."""
+    """Train each case in turn, once per round."""
     if not 0 < arguments.target < 1:
         raise UsageError(f"--target={arguments.target} is no accuracy between 0 and 1.")
     found: dict[str, list[dict[str, Any]]] = {}
@@ -65,7 +65,7 @@ def _summary(runs: list[dict[str, Any]]) -> dict[str, Any]:
 
 
 def report(found: dict[str, Any]) -> str:
-    """The table."""
+    """Format the results as a table."""
     rows = [
         [row["case"], f"{row['target']:.1%}", *("not reached" if row[n] is None else f"{row[n]:.1f}" for n in _SHOWN)]
         for row in found["rows"]
@@ -77,7 +77,7 @@ _SHOWN = ("epochs", "train_seconds", "seconds_with_start")
 
 
 def lines(found: dict[str, Any]) -> dict[str, list[tuple[float, float]]]:
-    """What is plotted: seconds of training, by round."""
+    """Return the points to plot: seconds of training by round, for each case."""
     return {
         row["case"]: [(i + 1, run["train_seconds"]) for i, run in enumerate(row["runs"]) if run["train_seconds"]]
         for row in found["rows"]

@@ -1,7 +1,8 @@
 """`collectives`: latency and bus bandwidth of exchanges by size, against what this machine's network and memory can do.
 
-Bus bandwidth is the bytes that a rank must move at least, by the time they take: 2 (N - 1) / N of an allreduce's size,
-(N - 1) times a part for an allgather, the size itself for a broadcast (NVIDIA's nccl-tests, PERFORMANCE.md).
+Bus bandwidth is the minimum number of bytes that a rank must move, divided by the time. This minimum is 2 (N - 1) / N
+times the size for an allreduce, (N - 1) times each rank's size for an allgather, and the size for a broadcast (NVIDIA's
+nccl-tests, PERFORMANCE.md).
 """
 
 import argparse
@@ -23,14 +24,14 @@ _LIMIT_BYTES = 64 << 20
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """The command's own arguments."""
+    """Add the arguments of this command."""
     parser.add_argument("--sizes", default="4,1024,65536,1048576,16777216", help="bytes that each rank brings")
     how = "how the ranks are started, as in '-np 2 --mpi' or '-H h1:1,h2:1' [-np 2]"
     parser.add_argument("--case", action="append", default=[], metavar="'LAUNCHER ARGS'", help=how)
 
 
 def measure(arguments: argparse.Namespace) -> dict[str, Any]:
-    """Measures the limits, then each case."""
+    """Measure the machine's limits, then each case."""
     found: dict[str, Any] = {"limits": {"loopback": loopback_bandwidth(), "memory_copy": copy_bandwidth()}, "cases": []}
     for case in arguments.case or ["-np 2"]:
         print(f"measuring {case}", file=sys.stderr, flush=True)
@@ -48,18 +49,18 @@ def measure(arguments: argparse.Namespace) -> dict[str, Any]:
             one = json.loads(result.read_text())
         controller = "mpi" if "--mpi" in case.split() else "gloo"
         found["cases"].append({"case": case, "controller": controller, **one})
-    return {**found, **found["cases"][0]}  # the first one's rows at the top, for hvdkit.plan
+    return {**found, **found["cases"][0]}  # hvdkit.plan reads the first case's rows at the top level
 
 
 def bus_bytes(operation: str, size: int, ranks: int) -> float:
-    """Bytes that a rank must move at least, where each brings `size` bytes."""
+    """Return the minimum bytes that a rank must move if each rank contributes `size` bytes."""
     if operation.endswith("allreduce"):
         return 2 * (ranks - 1) / ranks * size
     return (ranks - 1) * size if operation == "allgather" else size
 
 
 def loopback_bandwidth() -> float:
-    """Bytes a second between two sockets of this machine, one way."""
+    """Measure the bytes per second from one socket of this machine to another."""
     server = socket.create_server(("127.0.0.1", 0))
     block = bytes(1 << 20)
 
@@ -80,7 +81,7 @@ def loopback_bandwidth() -> float:
 
 
 def copy_bandwidth() -> float:
-    """Bytes a second that one core copies in memory, of a block that no cache holds."""
+    """Measure the bytes per second that one core copies in memory; the block is larger than the caches."""
     source, target = np.ones(_LIMIT_BYTES, np.uint8), np.zeros(_LIMIT_BYTES, np.uint8)
     seconds = []
     for _ in range(5):
@@ -91,7 +92,7 @@ def copy_bandwidth() -> float:
 
 
 def report(found: dict[str, Any]) -> str:
-    """The table."""
+    """Format the results as a table."""
     rows = [
         [
             case["case"],
@@ -110,7 +111,7 @@ def report(found: dict[str, Any]) -> str:
 
 
 def lines(found: dict[str, Any]) -> dict[str, list[tuple[float, float]]]:
-    """What is plotted: microseconds by bytes."""
+    """Return the points to plot: microseconds by bytes, for each case and operation."""
     drawn: dict[str, list[tuple[float, float]]] = {}
     for case in found["cases"]:
         for row in case["rows"]:

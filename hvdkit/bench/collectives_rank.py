@@ -1,4 +1,4 @@
-"""The rank of `collectives`: times Horovod's operations, and those of other transports, inside a TensorFlow graph.
+"""The rank program of `collectives`: time the collectives of Horovod and other transports in a TensorFlow graph.
 
 python -m hvdkit.launch -np 2 -- python -m hvdkit.bench.collectives_rank RESULT.json BYTES,BYTES,... SECONDS
 """
@@ -18,11 +18,11 @@ from hvdkit import collectives, world
 from hvdkit.collectives import transports, wire
 from hvdkit.collectives.transports import Kind
 
-_FEWEST = 5  # timings of one size
+_FEWEST = 5  # minimum number of timings for one size
 
 
 def operations(elements: int) -> dict[str, Callable[[tf.Tensor], tf.Tensor]]:
-    """What is timed, by name: functions of a float32 tensor of so many elements."""
+    """Return the operations to time by name, each a function of a float32 tensor with `elements` elements."""
     everyone = world.horovod().global_process_set
     sums = {"op": world.horovod().Sum}
     found = {
@@ -40,13 +40,13 @@ def operations(elements: int) -> dict[str, Callable[[tf.Tensor], tf.Tensor]]:
 
 
 def _own_transport(kind: Kind) -> transports.Transport | None:
-    """The transport that takes Horovod's place, if there is one."""
+    """Return the transport that replaces Horovod, or None."""
     chosen = transports.choose(kind, tf.float32, world.horovod().global_process_set)
     return None if isinstance(chosen, transports.Horovod) else chosen
 
 
 def _transfers(elements: int) -> dict[str, Callable[[tf.Tensor], tf.Tensor]]:
-    """Ways to send a tensor from rank 0 to rank 1, by collectives; a broadcast and an allreduce are two more."""
+    """Return collectives that can send a tensor from rank 0 to rank 1, besides broadcast and allreduce."""
     sends, everyone = world.rank() == 0, world.horovod().global_process_set
     splits = tf.constant([0, elements] if sends else [0, 0])
 
@@ -66,11 +66,11 @@ def _transfers(elements: int) -> dict[str, Callable[[tf.Tensor], tf.Tensor]]:
 
 
 def timings(operation: Callable[[tf.Tensor], tf.Tensor], elements: int, seconds: float) -> list[float]:
-    """Seconds of each of many exchanges, the slowest rank's."""
+    """Time an operation many times; return the seconds of one call for each timing, on the slowest rank."""
 
     @tf.function
     def repeat(x: tf.Tensor, times: tf.Tensor) -> tf.Tensor:
-        total = 0.0  # of what came back: TensorFlow leaves out what nobody uses
+        total = 0.0  # use the results, because TensorFlow prunes unused operations
         for _ in tf.range(times):
             tf.autograph.experimental.set_loop_options(parallel_iterations=1)
             with tf.control_dependencies([total]):
@@ -78,7 +78,7 @@ def timings(operation: Callable[[tf.Tensor], tf.Tensor], elements: int, seconds:
         return total
 
     x = tf.ones([elements])
-    repeat(x, tf.constant(3))  # traces, and lets Horovod remember the operation
+    repeat(x, tf.constant(3))  # trace the graph, and fill Horovod's response cache
     collectives.barrier(name="bench")
     began = time.perf_counter()
     repeat(x, tf.constant(3))
@@ -94,9 +94,9 @@ def timings(operation: Callable[[tf.Tensor], tf.Tensor], elements: int, seconds:
 
 
 def main(argv: list[str]) -> None:
-    """Times all operations at all sizes, and leaves the result in a file on rank 0."""
+    """Time all operations at all sizes; rank 0 writes the result to a file."""
     me = hvd.init()
-    # Nothing in the loop changes what is exchanged, and TensorFlow would move the exchange out of it.
+    # The collective's input is constant in the loop, so TensorFlow would otherwise hoist the collective out of it.
     tf.config.optimizer.set_experimental_options({"loop_optimization": False})
     rows = []
     for size in map(int, argv[2].split(",")):

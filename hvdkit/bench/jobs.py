@@ -1,4 +1,4 @@
-"""Starts what is measured, as a user would, and reads what it found."""
+"""Start the measured jobs the way a user does, and read their results."""
 
 import json
 import os
@@ -15,20 +15,20 @@ _LIMIT = 600  # seconds for one measurement
 
 
 def usable_cores() -> list[int]:
-    """The numbers of the cores that this process may use."""
+    """Return the numbers of the cores that this process may use."""
     return sorted(os.sched_getaffinity(0))
 
 
 def bound_to(cores: Sequence[int] | None) -> list[str]:
-    """What to put before a command that may use these cores only."""
+    """Return the command prefix that binds a command to these cores."""
     return ["taskset", "-c", ",".join(map(str, cores))] if cores else []
 
 
 def run(command: Sequence[str], environment: dict[str, str] | None = None, limit: float = _LIMIT) -> str:
-    """Runs a command and returns what it printed.
+    """Run a command and return its output.
 
     Raises:
-        UsageError: it failed, or was not done in time; with its last lines.
+        UsageError: the command failed or timed out; the message contains the last lines of its output.
     """
     everything = {**os.environ, "TF_CPP_MIN_LOG_LEVEL": "2", "PYTHONUNBUFFERED": "1", **(environment or {})}
     process = subprocess.Popen(
@@ -37,7 +37,7 @@ def run(command: Sequence[str], environment: dict[str, str] | None = None, limit
     try:
         output, _ = process.communicate(timeout=limit)
     except subprocess.TimeoutExpired:
-        process.terminate()  # the launcher ends its ranks
+        process.terminate()  # the launcher then stops its ranks
         output, _ = process.communicate()
         raise UsageError(f"{' '.join(command)} was not done within {limit:g} s:\n{_end(output)}") from None
     if process.returncode:
@@ -52,14 +52,14 @@ def train(
     environment: dict[str, str] | None = None,
     cores: Sequence[int] | None = None,
 ) -> dict[str, Any]:
-    """Measures one training job.
+    """Measure one training job.
 
     Args:
-        launcher: arguments of hvdkit.launch, such as `-np 2`; none for a process without a launcher.
-        flags: of hvdkit.train.
-        seconds: to measure.
-        environment: variables besides.
-        cores: of this host that the job may use; by default all.
+        launcher: arguments of hvdkit.launch, such as `-np 2`; empty for one process without a launcher.
+        flags: flags of hvdkit.train.
+        seconds: duration of the measurement.
+        environment: additional environment variables.
+        cores: cores of this host that the job may use; None for all.
     """
     with tempfile.TemporaryDirectory() as folder:
         result = Path(folder, "result.json")

@@ -1,8 +1,8 @@
-"""The rank of a measurement: `hvdkit.train` for some seconds, with a clock beside.
+"""The rank program of a benchmark: run `hvdkit.train` for some seconds and time its steps.
 
     python -m hvdkit.launch -np 2 -- python -m hvdkit.bench.rank SECONDS RESULT.json [flags of hvdkit.train]
 
-What is timed is the main job itself, with its input pipeline, metrics and guards; no checkpoints are written.
+It times the real training job, with its input pipeline, metrics and guards. The job writes no checkpoints.
 """
 
 import itertools
@@ -18,7 +18,7 @@ from typing import Any
 import psutil
 
 _STARTED = psutil.Process().create_time()
-_LOADING = time.time()  # imports that take seconds come after it
+_LOADING = time.time()  # taken before the imports, which take seconds
 
 import keras  # noqa: E402
 import numpy as np  # noqa: E402
@@ -31,53 +31,54 @@ from hvdkit.train import flags as train_flags  # noqa: E402
 from hvdkit.train.run import run  # noqa: E402
 
 _LOADED = time.time()
-_WINDOWS = 20  # into which the measured time is cut
-_FIRST_STEPS = 3  # in which graphs are traced, and memory is not yet what it will be
-_WARM_UP = 0.2  # of it, dropped: caches, and threads that find their cores
+_WINDOWS = 20  # number of windows that the measured time is divided into
+_FIRST_STEPS = 3  # steps that trace graphs; memory is not stable yet
+_WARM_UP = 0.2  # fraction of the measured time to drop: caches fill and threads settle on cores
 
 
 class Clock(keras.callbacks.Callback):
-    """Notes the time at the end of each execution, and ends training when there are enough.
+    """Record the time at the end of each execution, and stop training after enough seconds.
 
     Args:
-        seconds: from the first execution's end to the last's; longer if two exchanges do not fit into it.
+        seconds: time from the end of the first execution to the end of the last. It is longer if two synchronizations
+            take longer.
     """
 
     checkpointed = False
 
     def __init__(self, seconds: float) -> None:
         super().__init__()
-        self.ends: list[tuple[float, int, int]] = []  # time, steps done by then, bytes that left this host
+        self.ends: list[tuple[float, int, int]] = []  # time, steps done, bytes that this host has sent
         self.began = self.first_step = 0.0
-        self.peak = 0  # bytes resident at most in steps, without what is checked and written at the end
+        self.peak = 0  # maximum resident bytes in training steps, without the final checks and files
         self._seconds = seconds
         self._epoch = 0
         self._every = 1
 
     def on_train_begin(self, logs: dict | None = None) -> None:
-        """Training begins: everything before was start-up."""
+        """Record the end of the start-up phase."""
         self.began = time.time()
         self._every = max(exchanges_every(self.model.optimizer), 1)
 
     def on_epoch_begin(self, epoch: int, logs: dict | None = None) -> None:
-        """Counts on."""
+        """Store the epoch, to count steps over all epochs."""
         self._epoch = epoch
 
     def on_train_batch_end(self, batch: int, logs: dict | None = None) -> None:
-        """Notes the time."""
+        """Record the time, steps, bytes and peak memory; rank 0 stops training when the time is over."""
         self.first_step = self.first_step or time.time()
         if len(self.ends) == _FIRST_STEPS:
             _forget_peak()
         self.peak = _peak()
         sent = psutil.net_io_counters().bytes_sent
         self.ends.append((time.perf_counter(), self._epoch * self.params["steps"] + batch + 1, sent))
-        # The rank that reports decides: another one's time may have begun before its own.
+        # Only rank 0 decides, because it reports the result, and another rank's measurement may have begun earlier.
         is_over = self.ends[-1][0] - self.ends[0][0] > self._seconds and len(self._whole()) > 1
         if world.rank() == 0 and is_over:
             self.model.stop_training = True
 
     def facts(self) -> dict[str, Any]:
-        """Shapes and bytes of the model that was trained."""
+        """Return the shapes, bytes and possible divisions of the trained model."""
         weights, optimizer = self.model.trainable_weights, self.model.optimizer
         slots = getattr(optimizer, "variables", [])
         return {
@@ -89,13 +90,16 @@ class Clock(keras.callbacks.Callback):
         }
 
     def rates(self) -> list[float]:
-        """Steps a second, of windows of about equal length after the warm-up."""
+        """Return the steps per second of each window after the warm-up; windows have about equal length."""
         kept = self._kept()
         marks = kept[:: max(1, len(kept) // _WINDOWS)]
         return [(b[1] - a[1]) / (b[0] - a[0]) for a, b in itertools.pairwise(marks)]
 
     def means(self) -> tuple[float, float]:
-        """Steps a second, and bytes that leave this host a step, over whole rounds of steps and their exchange."""
+        """Return the steps per second, and the bytes that this host sends per step.
+
+        Both are means over whole rounds: the steps up to a synchronization, and the synchronization itself.
+        """
         first, *_, last = self._whole()
         return (last[1] - first[1]) / (last[0] - first[0]), (last[2] - first[2]) / (last[1] - first[1])
 
@@ -108,12 +112,12 @@ class Clock(keras.callbacks.Callback):
 
 
 def _forget_peak() -> None:
-    """Begins anew to look for the most memory (proc(5), clear_refs)."""
+    """Reset the process's peak memory (proc(5), clear_refs)."""
     Path("/proc/self/clear_refs").write_text("5")
 
 
 def _peak() -> int:
-    """The most bytes that were resident since then."""
+    """Return the peak resident bytes since the last reset."""
     status = Path("/proc/self/status").read_text()
     return 1024 * int(next(line.split()[1] for line in status.splitlines() if line.startswith("VmHWM:")))
 
@@ -123,13 +127,13 @@ def _bytes(variables: Sequence[Any]) -> int:
 
 
 def exchanges_every(optimizer: Any) -> int:
-    """Steps from one exchange of this optimizer to the next: those of local SGD, or of accumulation."""
+    """Return the steps between two synchronizations of this optimizer, from local SGD or gradient accumulation."""
     local = optimizer.local_steps if isinstance(optimizer, local_sgd.LocalSGD) else 1
     return int(max(local, getattr(optimizer, "gradient_accumulation_steps", None) or 1))
 
 
 def measure(seconds: float, flags: list[str]) -> dict[str, Any]:
-    """Trains, and returns what was measured: samples a second, seconds to the first step, bytes; on rank 0 alone."""
+    """Train, and return the measurements on rank 0: throughput, start-up time and memory; empty on other ranks."""
     clock = Clock(seconds)
     with tempfile.TemporaryDirectory() as folder:
         fixed = ["--checkpoint_every=never", "--notensorboard", f"--workdir={folder}/run", "--steps=1000000000"]
@@ -160,7 +164,7 @@ def measure(seconds: float, flags: list[str]) -> dict[str, Any]:
 
 
 def _exchange() -> dict[str, Any]:
-    """How the gradients travelled and, where that is counted, what an exchange took."""
+    """Return the transport of the gradient allreduce and, if the transport counts them, its seconds per collective."""
     if world.size() == 1:
         return {"exchange": "none"}
     transport = transports.choose("allreduce", tf.float32, world.horovod().global_process_set)
@@ -175,7 +179,7 @@ def _exchange() -> dict[str, Any]:
 
 
 def main(argv: list[str]) -> None:
-    """Measures, and leaves the result in a file on rank 0."""
+    """Measure; rank 0 writes the result to a file."""
     found = measure(float(argv[1]), argv[3:])
     if world.rank() == 0:
         Path(argv[2]).write_text(json.dumps(found))

@@ -1,7 +1,7 @@
 """`scaling`: what N ranks make of a training, against N times what one makes.
 
-Weak scaling keeps the local batch, strong scaling the global one (J. Gustafson, "Reevaluating Amdahl's law", 1988).
-One rank is bound to as many cores as each of N has, so that ranks are compared with ranks.
+Weak scaling keeps the local batch size, strong scaling the global one (J. Gustafson, "Reevaluating Amdahl's law",
+1988). One rank is bound to as many cores as each of N ranks has, for a fair comparison.
 """
 
 import argparse
@@ -16,7 +16,7 @@ from hvdkit.errors import UsageError
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """The command's own arguments."""
+    """Add the arguments of this command."""
     parser.add_argument("--workloads", default="mlp,lenet", help="of " + ", ".join(workloads.WORKLOADS))
     parser.add_argument("--ranks", default="1,2", help="numbers of ranks, the smallest being the yardstick")
     parser.add_argument("--mode", choices=("weak", "strong"), default="weak", help="keep the local or the global batch")
@@ -24,7 +24,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def measure(arguments: argparse.Namespace) -> dict[str, Any]:
-    """Measures each number of ranks in turn, as often as asked for."""
+    """Measure each number of ranks in turn, once per round."""
     try:
         ranks = sorted({int(number) for number in arguments.ranks.split(",")})
     except ValueError:
@@ -55,7 +55,7 @@ def _case(
 
 
 def _cores(number: int, most: int) -> list[int]:
-    """Cores for `number` ranks: as many each as each of `most` ranks has."""
+    """Return the cores for `number` ranks; each rank gets as many as it has in the job of `most` ranks."""
     usable = jobs.usable_cores()
     return usable[: number * max(1, len(usable) // most)]
 
@@ -75,7 +75,7 @@ def _row(found: dict[tuple[str, int], list[float]], name: str, number: int, yard
 
 
 def report(found: dict[str, Any]) -> str:
-    """The table."""
+    """Format the results as a table."""
     rows = [
         [
             row["workload"],
@@ -92,7 +92,7 @@ def report(found: dict[str, Any]) -> str:
 
 
 def lines(found: dict[str, Any]) -> dict[str, list[tuple[float, float]]]:
-    """What is plotted: the speed-up of each workload, and the ideal."""
+    """Return the points to plot: the speed-up of each workload, and the ideal speed-up."""
     by_name: dict[str, list[tuple[float, float]]] = {}
     for row in found["rows"]:
         by_name.setdefault(row["workload"], []).append((row["ranks"], row["speedup"]))

@@ -1,4 +1,4 @@
-"""What may be concluded from repeated measurements on a machine that is never quiet."""
+"""Statistics of repeated measurements on a noisy machine."""
 
 import statistics
 from collections.abc import Sequence
@@ -7,23 +7,23 @@ from typing import Any
 import numpy as np
 from scipy import stats
 
-NOISY = 0.25  # spread over median from which on a result says nothing
+NOISY = 0.25  # interquartile range divided by the median, above which a result is unreliable
 
 
 def median_and_quartiles(values: Sequence[float]) -> tuple[float, float, float]:
-    """Median, lower and upper quartile."""
+    """Return the median, the lower and the upper quartile."""
     low, middle, high = np.quantile(np.asarray(values, float), [0.25, 0.5, 0.75])
     return float(middle), float(low), float(high)
 
 
 def is_noisy(values: Sequence[float]) -> bool:
-    """Whether the values lie too far apart: half of them beyond a quarter of the median."""
+    """Return whether the interquartile range exceeds `NOISY` times the median."""
     middle, low, high = median_and_quartiles(values)
     return bool((high - low) > NOISY * abs(middle))
 
 
 def confidence_interval(values: Sequence[float], level: float = 0.95) -> tuple[float, float]:
-    """Of the median, by the bootstrap (percentiles; B. Efron, 1979); the extremes where there are fewer than three."""
+    """Return a percentile bootstrap interval of the median (B. Efron, 1979); minimum and maximum below three values."""
     if len(values) < 3:
         return min(values), max(values)
     found = stats.bootstrap(
@@ -37,7 +37,7 @@ def confidence_interval(values: Sequence[float], level: float = 0.95) -> tuple[f
 
 
 def ratio(ours: Sequence[float], theirs: Sequence[float]) -> dict[str, Any]:
-    """Of measurements that were taken in pairs, one after the other: what the machine did at that time hits both."""
+    """Summarize the ratios of paired measurements, each pair taken back to back so that noise affects both alike."""
     ratios = [a / b for a, b in zip(ours, theirs, strict=True)]
     return {
         "median": statistics.median(ratios),

@@ -10,7 +10,7 @@ from hvdkit.bench import jobs, statistic, workloads
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """The command's own arguments."""
+    """Add the arguments of this command."""
     parser.add_argument("--workloads", default="mlp,lenet", help="of " + ", ".join(workloads.WORKLOADS))
     how = (
         "how the job is started, as in '-np 2 --bind none'; a word with = at the front is a variable of the "
@@ -21,7 +21,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def measure(arguments: argparse.Namespace) -> dict[str, Any]:
-    """Measures every case of every workload, in turn, as often as asked for."""
+    """Measure every case of every workload in turn, once per round."""
     trainings = {"yours": arguments.flags}
     if not arguments.flags:
         trainings = {w.name: w.train_flags() for w in workloads.named(arguments.workloads)}
@@ -38,7 +38,7 @@ def measure(arguments: argparse.Namespace) -> dict[str, Any]:
 
 
 def run_case(case: str, flags: list[str], seconds: float, cores: list[int] | None = None) -> dict[str, Any]:
-    """Measures one case: words with `=` are variables of the environment, the rest is the launcher's."""
+    """Measure one case. Words with `=` are environment variables, all others are arguments of the launcher."""
     words = case.split()
     environment = dict(word.split("=", 1) for word in words if "=" in word and not word.startswith("-"))
     launcher = [word for word in words if "=" not in word or word.startswith("-")]
@@ -67,7 +67,7 @@ def _row(runs: list[dict[str, Any]]) -> dict[str, Any]:
 
 
 def report(found: dict[str, Any]) -> str:
-    """The table."""
+    """Format the results as a table."""
     rows = [
         [
             row["workload"],
@@ -88,7 +88,7 @@ def report(found: dict[str, Any]) -> str:
 
 
 def lines(found: dict[str, Any]) -> dict[str, list[tuple[float, float]]]:
-    """What is plotted: rounds of each case."""
+    """Return the points to plot: samples per second by round, for each case."""
     return {
         f"{row['workload']}, {row['case']}": [(i + 1, rate) for i, rate in enumerate(row["rounds"])]
         for row in found["rows"]

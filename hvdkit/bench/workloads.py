@@ -1,24 +1,24 @@
-"""What is trained when speed is measured: named models with made-up data of the right shape."""
+"""The benchmark workloads: named models with synthetic data of the right shape."""
 
 import dataclasses
 from pathlib import Path
 
 from hvdkit.errors import UsageError
 
-_EXAMPLES = 8192  # in memory, so that what is measured is training
+_EXAMPLES = 8192  # in memory: a benchmark measures training, not the disk
 
 
 @dataclasses.dataclass(frozen=True)
 class Workload:
-    """A training whose speed is measured.
+    """A model, data set and batch size to benchmark.
 
     Attributes:
-        name: as it is asked for and shown.
-        model: as the flag `--model` of hvdkit.train has it.
-        dataset: as the flag `--dataset` has it.
-        local_batch: examples a step of each rank.
-        optimizer: as the flag `--optimizer` has it.
-        flags: further flags of hvdkit.train.
+        name: name on the command line and in tables.
+        model: value of the flag `--model` of hvdkit.train.
+        dataset: value of the flag `--dataset`.
+        local_batch: examples per step of each rank.
+        optimizer: value of the flag `--optimizer`.
+        flags: additional flags of hvdkit.train.
     """
 
     name: str
@@ -29,7 +29,7 @@ class Workload:
     flags: tuple[str, ...] = ()
 
     def train_flags(self) -> list[str]:
-        """The flags of hvdkit.train."""
+        """Return the flags of hvdkit.train."""
         return [
             f"--model={self.model}",
             f"--dataset={self.dataset}",
@@ -52,10 +52,10 @@ WORKLOADS = {
 
 
 def named(names: str) -> list[Workload]:
-    """The workloads of a list separated by commas.
+    """Return the workloads of a comma-separated list.
 
     Raises:
-        UsageError: there is none of that name.
+        UsageError: a name is unknown.
     """
     for name in names.split(","):
         if name not in WORKLOADS:

@@ -1,6 +1,6 @@
 """`peers`: the same models and batches under what else there is, each in an environment of its own.
 
-Every peer is tried with each sensible thread setting in the first round, and keeps the best one after it.
+The first round tries every peer with each sensible thread setting. Later rounds use the best one.
 """
 
 import argparse
@@ -59,14 +59,14 @@ PEERS: dict[str, Callable[[int], list[str]]] = {
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """The command's own arguments."""
+    """Add the arguments of this command."""
     parser.add_argument("--workloads", default=",".join(workloads.WORKLOADS), help="[all]")
     parser.add_argument("--peers", default=",".join(PEERS), help="[all]")
     parser.add_argument("--ranks", type=int, default=2, help="ranks, or replicas [2]")
 
 
 def measure(arguments: argparse.Namespace) -> dict[str, Any]:
-    """Measures hvdkit and every peer in turn, as often as asked for."""
+    """Measure hvdkit and every peer in turn, once per round."""
     names = [w.name for w in workloads.named(arguments.workloads)]
     commands, missing = _commands(arguments)
     best: dict[tuple[str, str], dict[str, str]] = {}
@@ -77,7 +77,7 @@ def measure(arguments: argparse.Namespace) -> dict[str, Any]:
         for peer, command in list(commands.items()):
             try:
                 found = (_again if number else _tune)(peer, command, names, arguments, best)
-            except UsageError as error:  # the others' numbers are not lost for it
+            except UsageError as error:  # keep the results of the other peers
                 missing[peer] = str(error)
                 del commands[peer]
                 continue
@@ -88,7 +88,7 @@ def measure(arguments: argparse.Namespace) -> dict[str, Any]:
 
 
 def _commands(arguments: argparse.Namespace) -> tuple[dict[str, list[str]], dict[str, str]]:
-    """How each peer is started, and why some cannot be."""
+    """Return the start command of each available peer, and the reason why others are unavailable."""
     commands, missing = {}, {}
     for peer in filter(None, arguments.peers.split(",")):
         if peer not in PEERS:
@@ -107,7 +107,7 @@ def _ours(name: str, arguments: argparse.Namespace) -> float:
 
 
 def _settings(ranks: int) -> list[dict[str, str]]:
-    """Threads of a rank: its share of the cores, bound to them or not, or all of them."""
+    """Return the thread settings to try: a rank's share of the cores, bound or not, and all cores."""
     share = max(1, usable_cores() // ranks)
     tried = [(share, "1"), (share, "0"), (usable_cores(), "0")]
     return [{"HVDKIT_BENCH_THREADS": str(threads), "HVDKIT_BENCH_PIN": pin} for threads, pin in tried]
@@ -116,7 +116,7 @@ def _settings(ranks: int) -> list[dict[str, str]]:
 def _tune(
     peer: str, command: list[str], names: list[str], arguments: argparse.Namespace, best: dict[Any, dict[str, str]]
 ) -> dict[tuple[str, str], float]:
-    """Runs a peer with every setting, keeps each workload's best, and returns what that reached."""
+    """Run a peer with every setting, store each workload's best in `best`, and return its samples per second."""
     reached: dict[tuple[str, str], float] = {}
     for setting in _settings(1 if peer == "mirrored" else arguments.ranks):
         for name, rate in _run(command, names, setting, arguments).items():
@@ -128,7 +128,7 @@ def _tune(
 def _again(
     peer: str, command: list[str], names: list[str], arguments: argparse.Namespace, best: dict[Any, dict[str, str]]
 ) -> dict[tuple[str, str], float]:
-    """Runs a peer with each workload's best setting."""
+    """Run a peer with each workload's best setting, and return the samples per second."""
     reached: dict[tuple[str, str], float] = {}
     for setting in _distinct(best[peer, name] for name in names):
         these = [name for name in names if best[peer, name] == setting]
@@ -180,7 +180,7 @@ def _distinct(settings: Any) -> list[dict[str, str]]:
 
 
 def report(found: dict[str, Any]) -> str:
-    """The table."""
+    """Format the results as a table."""
     rows = []
     for row in found["rows"]:
         ratio = row.get("ratio")
@@ -197,7 +197,7 @@ def report(found: dict[str, Any]) -> str:
 
 
 def lines(found: dict[str, Any]) -> dict[str, list[tuple[float, float]]]:
-    """What is plotted: each peer's rate, workload by workload."""
+    """Return the points to plot: samples per second by workload, for each peer."""
     drawn: dict[str, list[tuple[float, float]]] = {}
     for row in found["rows"]:
         points = drawn.setdefault(row["peer"], [])

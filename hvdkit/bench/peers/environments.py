@@ -1,4 +1,4 @@
-"""The peers' own Python environments: made when they are first needed, in the cache, and kept."""
+"""The Python environments of the peers, created in the cache folder at first use and kept."""
 
 import dataclasses
 import os
@@ -19,12 +19,12 @@ _HOROVOD = {
 
 @dataclasses.dataclass(frozen=True)
 class Environment:
-    """What a peer needs.
+    """The Python environment of a peer.
 
     Attributes:
-        name: of the folder.
-        installs: arguments of `pip install`, one call each.
-        newest_python: minor version of Python 3 above which its packages have no wheels.
+        name: name of its folder.
+        installs: arguments of each `pip install` call.
+        newest_python: newest minor version of Python 3 for which its packages have wheels.
     """
 
     name: str
@@ -32,10 +32,10 @@ class Environment:
     newest_python: int = 99
 
     def python(self) -> Path:
-        """Its interpreter; the environment is made if it is not there.
+        """Return the path of its interpreter; create the environment if it is missing.
 
         Raises:
-            UsageError: it cannot be made, with the reason.
+            UsageError: the environment cannot be created; the message gives the reason.
         """
         folder = Path(os.environ.get("HVDKIT_CACHE") or Path.home() / ".cache" / "hvdkit", "peers", self.name)
         python, ready = folder / "bin" / "python", folder / ".hvdkit-ready"

@@ -1,4 +1,7 @@
-"""`fit` of Keras 2 or 3 as TensorFlow and Horovod have it: keras_fit.py horovod|mirrored|multiworker mlp,lenet."""
+"""Benchmark `fit` of Keras 2 or 3 under Horovod or tf.distribute.
+
+keras_fit.py horovod|mirrored|multiworker mlp,lenet
+"""
 
 import json
 import os
@@ -9,11 +12,11 @@ import sys
 import models
 
 os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
-os.environ["TF_ENABLE_ONEDNN_OPTS"] = "1"  # the faster kernels, as hvdkit has them
+os.environ["TF_ENABLE_ONEDNN_OPTS"] = "1"  # faster kernels, which hvdkit also enables
 
 
 def start_workers():
-    """Starts this program once for each worker, with the TF_CONFIG that tells them of each other."""
+    """Start this program once for each worker, with a TF_CONFIG that lists all workers; return the exit code."""
     size = int(os.environ["HVDKIT_BENCH_RANKS"])
     sockets = [socket.create_server(("127.0.0.1", 0)) for _ in range(size)]
     addresses = [f"127.0.0.1:{s.getsockname()[1]}" for s in sockets]
@@ -68,12 +71,12 @@ def main():
 
 def measure(tf, keras, name, rank, size, strategy, wrap, callbacks):
     keras.utils.set_random_seed(0)
-    batch = models.BATCHES[name] * (size if strategy else 1)  # tf.distribute divides a global batch
+    batch = models.BATCHES[name] * (size if strategy else 1)  # tf.distribute expects the global batch size
 
     def build():
         model = models.build_keras(keras, name)
         loss = keras.losses.SparseCategoricalCrossentropy(from_logits=True)
-        # Keras 3 fails under MirroredStrategy with more than one (seen with 3.15 and TensorFlow 2.21).
+        # Keras 3 fails under MirroredStrategy with more than one step per execution (Keras 3.15, TensorFlow 2.21).
         steps = 1 if isinstance(strategy, tf.distribute.MirroredStrategy) else models.STEPS_PER_CALL
         model.compile(wrap(models.optimizer_of(keras, name)), loss, steps_per_execution=steps)
         return model
@@ -95,7 +98,7 @@ def measure(tf, keras, name, rank, size, strategy, wrap, callbacks):
 
     def run(steps):
         model.fit(data, epochs=1, steps_per_epoch=steps, callbacks=given, verbose=0)
-        given.clear()  # the broadcast is needed once
+        given.clear()  # broadcast the variables only once
 
     weights = sum(int(tf.size(w)) for w in model.trainable_weights)
     models.timed(run, rank, name, models.BATCHES[name] * size, weights)

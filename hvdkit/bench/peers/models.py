@@ -1,6 +1,6 @@
-"""The workloads of `hvdkit.bench` again, for any Keras and for PyTorch: same layers, same weights, same optimizer.
+"""The workloads of `hvdkit.bench` for any Keras and for PyTorch: same layers, number of weights and optimizer.
 
-Nothing of hvdkit is imported here: this file runs in the peers' own environments.
+This file does not import hvdkit, because it runs in the peers' environments.
 """
 
 import json
@@ -17,19 +17,22 @@ _DENSE = {"mlp": (128, 64), "large_mlp": (2048, 2048)}
 
 
 def threads():
-    """How many threads this rank is to use."""
+    """Return the number of threads for this rank."""
     return int(os.environ["HVDKIT_BENCH_THREADS"])
 
 
 def pin(local_rank):
-    """Binds this rank to cores of its own, if that is to be tried."""
+    """Bind this rank to its own cores if HVDKIT_BENCH_PIN is 1."""
     if os.environ.get("HVDKIT_BENCH_PIN") == "1":
         cores = sorted(os.sched_getaffinity(0))
         os.sched_setaffinity(0, cores[local_rank * threads() : (local_rank + 1) * threads()])
 
 
 def agree(rank, name, value):
-    """Rank 0's value, on all ranks of this host: through a file, as not every peer has a broadcast of objects."""
+    """Return rank 0's value on all ranks of this host.
+
+    It goes through a file, because not every peer can broadcast objects.
+    """
     file = Path(os.environ["HVDKIT_BENCH_FOLDER"], name)
     if rank == 0:
         aside = file.with_suffix(".new")
@@ -41,7 +44,7 @@ def agree(rank, name, value):
 
 
 def say(rank, workload, rates, weights):
-    """Tells what was measured: samples a second of all ranks together, of several windows."""
+    """Print the result on rank 0: samples per second of all ranks together, for each window."""
     if rank == 0:
         print(
             "BENCH " + json.dumps({"workload": workload, "samples_per_second": rates, "weights": weights}), flush=True
@@ -49,7 +52,7 @@ def say(rank, workload, rates, weights):
 
 
 def timed(run, rank, workload, global_batch, weights):
-    """Times `run(steps)`, which trains so many steps: once to warm up, once to see how long it takes, then for good."""
+    """Time `run(steps)`, which trains `steps` steps: one call to warm up, one to choose the length, then five."""
     seconds = float(os.environ["HVDKIT_BENCH_SECONDS"])
     run(2 * STEPS_PER_CALL)
     began = time.perf_counter()
@@ -65,7 +68,7 @@ def timed(run, rank, workload, global_batch, weights):
 
 
 def build_keras(keras, name):
-    """The model in Keras 2 or 3, compiled by nobody yet."""
+    """Build the uncompiled model in Keras 2 or 3."""
     layers = keras.layers
     image = keras.Input(SHAPES[name])
     if name in _DENSE:
@@ -95,10 +98,10 @@ def build_keras(keras, name):
 
 
 def optimizer_of(keras, name):
-    """The workload's optimizer in Keras 2 or 3."""
+    """Create the workload's optimizer in Keras 2 or 3."""
     return keras.optimizers.SGD(0.05, momentum=0.9) if name == "resnet20" else keras.optimizers.Adam(1e-3)
 
 
 def chosen():
-    """The workloads that are to be measured, from the command line."""
+    """Return the names of the workloads to measure, from the command line."""
     return sys.argv[-1].split(",")

@@ -1,4 +1,7 @@
-"""PyTorch DistributedDataParallel over Gloo: torchrun --nproc_per_node 2 torch_ddp.py mlp,lenet."""
+"""Benchmark PyTorch DistributedDataParallel over Gloo.
+
+torchrun --nproc_per_node 2 torch_ddp.py mlp,lenet
+"""
 
 import itertools
 import os
@@ -13,7 +16,7 @@ _DENSE = {"mlp": (128, 64), "large_mlp": (2048, 2048)}
 
 
 class Scale(nn.Module):
-    """Pixels to numbers around 0, as the Keras models do."""
+    """Scale pixels as the Keras models do."""
 
     def __init__(self, factor, offset=0.0):
         super().__init__()
@@ -24,7 +27,7 @@ class Scale(nn.Module):
 
 
 class Block(nn.Module):
-    """Two convolutions and a shortcut."""
+    """A residual block: two convolutions and a shortcut."""
 
     def __init__(self, before, filters, strides):
         super().__init__()
