@@ -1,4 +1,5 @@
-"""The command `hvdkit`: its jobs by name, how their options are spelled, completion in shells, `--version`.
+"""The command `hvdkit`: its jobs, the spelling of options, shell completion and `--version`.
 
-Jobs are on top of everything, and take `arguments.Parser` from here: this package loads them by name alone.
+Jobs import `arguments.Parser` from this package. To avoid an import cycle, this package imports jobs only by name, when
+it runs them.
 """

@@ -1,4 +1,4 @@
-"""How options are spelled, the same for all jobs: shown as --start-timeout, and also taken as --start_timeout."""
+"""The spelling of options in all jobs: shown as --start-timeout, and also accepted as --start_timeout."""
 
 import argparse
 import itertools
@@ -9,12 +9,12 @@ from typing import Any
 class Parser(argparse.ArgumentParser):
     """The parser of a job's command line.
 
-    Every long option may be written with dashes or with underscores, and has no abbreviations: a job that gains an
-    option would change what they mean. Define options with dashes, which is what help and errors show.
+    Define options with dashes: help and error messages show this form. Users may write dashes or underscores.
+    Abbreviations of options are not accepted, because a new option could change their meaning.
 
     Args:
-        job: the job's name, as behind `hvdkit`.
-        **settings: argparse's.
+        job: the job's name, as in `hvdkit JOB`.
+        **settings: arguments of `argparse.ArgumentParser`.
     """
 
     def __init__(self, job: str = "", **settings: Any) -> None:
@@ -22,8 +22,8 @@ class Parser(argparse.ArgumentParser):
         super().__init__(**{"prog": f"hvdkit {dashed(job)}", **settings})
 
     def parse_known_args(self, args: Any = None, namespace: Any = None) -> Any:
-        """Parses as argparse does; each option under both of its names."""
-        options = self._option_string_actions  # help and errors read the names in the actions instead
+        """Parse as argparse does, and accept both spellings of each option."""
+        options = self._option_string_actions  # help and errors use the names in the actions
         for name, action in list(options.items()):
             if name.startswith("--"):
                 options.setdefault(f"--{underscored(name[2:])}", action)
@@ -31,21 +31,22 @@ class Parser(argparse.ArgumentParser):
 
 
 def dashed(name: str) -> str:
-    """A name as it is shown."""
+    """Return a name with dashes, as help and errors show it."""
     return name.replace("_", "-")
 
 
 def underscored(name: str) -> str:
-    """A name as Python and absl have it."""
+    """Return a name with underscores, as Python and absl use it."""
     return name.replace("-", "_")
 
 
 def as_absl_has_them(arguments: Iterable[str], known: Callable[[str], tuple[str, bool] | None]) -> list[str]:
-    """The same arguments, with the names of known flags as absl spells them. Values stay as they are.
+    """Return the arguments with the names of known flags spelled as absl expects. Values do not change.
 
     Args:
-        arguments: flags as --name=value, --name value or --name, and what stands behind a --.
-        known: for a name with underscores, the flag's own name, and whether it takes a value; None for others.
+        arguments: flags as --name=value, --name value or --name. Arguments after `--` stay as they are.
+        known: function from a name with underscores to the flag's name and whether it takes a value. It returns None
+            for an unknown name.
     """
     spelled: list[str] = []
     rest = iter(arguments)
@@ -59,5 +60,5 @@ def as_absl_has_them(arguments: Iterable[str], known: Callable[[str], tuple[str,
             continue
         spelled.append(f"--{flag[0]}{equals}{value}")
         if flag[1] and not equals:
-            spelled.extend(itertools.islice(rest, 1))  # the value, whatever it looks like
+            spelled.extend(itertools.islice(rest, 1))  # the value, even if it looks like a flag
     return spelled

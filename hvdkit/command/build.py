@@ -1,4 +1,4 @@
-"""What is installed, and how Horovod was built: for `hvdkit --version`."""
+"""The installed versions and how Horovod was built, for `hvdkit --version`."""
 
 import importlib
 import importlib.util
@@ -13,7 +13,8 @@ from hvdkit import versions
 
 _BACKENDS = {"gloo": "Gloo", "mpi": "MPI", "nccl": "NCCL"}
 _SECONDS = 60
-# Horovod's library answers without TensorFlow's Python, but needs its libraries, which may log and may crash.
+# Asks Horovod's library without importing TensorFlow. This runs in a separate process, because loading TensorFlow's
+# shared libraries may log or crash.
 _ASK = """
 import ctypes, json, sys
 library = ctypes.CDLL(sys.argv[1])
@@ -22,7 +23,7 @@ print(json.dumps({name: getattr(library, f"horovod_{name}_built")() for name in 
 
 
 def versions_text() -> str:
-    """Versions of hvdkit and of what it stands on, in three lines."""
+    """Return the versions of hvdkit, Python, TensorFlow, Keras and Horovod in three lines."""
     found = {name: versions.of(name) for name in ("tensorflow", "keras", "horovod")}
     own = importlib.import_module("hvdkit").__version__
     built = "" if found["horovod"] == versions.MISSING else f", {how_horovod_was_built()}"
@@ -34,7 +35,7 @@ def versions_text() -> str:
 
 
 def how_horovod_was_built() -> str:
-    """As in: built with Gloo and MPI, without NCCL."""
+    """Return how Horovod was built, as in: built with Gloo and MPI, without NCCL."""
     tensorflow, library = _folder("tensorflow"), next(_folder("horovod").glob("tensorflow/mpi_lib*.so"), None)
     if library is None:
         return "built without TensorFlow: build it with launch/bootstrap.sh"

@@ -1,4 +1,4 @@
-"""Completion of `hvdkit` in shells, by shtab: a script that is written once, so that a TAB starts no Python."""
+"""Shell completion of `hvdkit` with shtab, which generates a static script: pressing TAB does not start Python."""
 
 import argparse
 import importlib
@@ -15,7 +15,7 @@ _FILES = ("FILE", "FILE.png", "PATH", "RUN_FOLDER", "DIR")
 
 
 def show(shells: list[str]) -> int:
-    """Prints the script for the shell that was named, and returns the exit code."""
+    """Print the completion script for the named shell and return the exit code: 2 for a usage error."""
     if len(shells) != 1 or shells[0] not in _SHELLS:
         given = " ".join(shells) or "nothing"
         expected = ", ".join(_SHELLS)
@@ -35,7 +35,7 @@ def show(shells: list[str]) -> int:
 
 
 def whole_parser() -> argparse.ArgumentParser:
-    """A parser with all jobs as its commands, and their options. Loads the jobs, but not TensorFlow."""
+    """Create a parser with all jobs as subcommands. This imports the jobs, but not TensorFlow."""
     parser = Parser(prog="hvdkit", description="Train Keras 3 models on TensorFlow with Horovod.")
     parser.add_argument("--version", action="store_true", help="versions, and how Horovod was built")
     parser.add_argument("--print-completion", choices=_SHELLS, help="print this shell's completion script")
@@ -47,7 +47,7 @@ def whole_parser() -> argparse.ArgumentParser:
 
 
 def parser_of(job: str) -> argparse.ArgumentParser:
-    """The parser of a job: what its module's `parser()` makes."""
+    """Return the parser that the `parser()` function of the job's module creates."""
     name = f"hvdkit.{job}"
     spec = importlib.util.find_spec(name)
     is_package = spec is not None and spec.submodule_search_locations is not None

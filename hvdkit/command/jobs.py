@@ -1,4 +1,4 @@
-"""The jobs of the command `hvdkit`, by what you want to do. Each is also `python -m hvdkit.<job>`."""
+"""The jobs of the command `hvdkit`, grouped by purpose. Each is also `python -m hvdkit.<job>`."""
 
 import sys
 from pathlib import Path
@@ -30,8 +30,8 @@ JOBS = {name: summary for jobs in GROUPS.values() for name, summary in jobs.item
 
 
 def run(job: str, arguments: list[str]) -> int:
-    """Does what `python -m hvdkit.JOB ARGUMENTS` does. Where the job ends the process itself, its exit code stays."""
-    # `python -m` finds modules in the current folder, such as those that a user's model imports; a script does not.
+    """Run a job as `python -m hvdkit.JOB ARGUMENTS` does. A job that exits the process sets the exit code."""
+    # `python -m` puts the current folder on sys.path; a script does not. A user's model may import modules from there.
     import runpy
 
     here = str(Path.cwd())
@@ -43,12 +43,12 @@ def run(job: str, arguments: list[str]) -> int:
 
 
 def named(name: str) -> str | None:
-    """The job of this name, with dashes or underscores; None if there is none."""
+    """Return the job with this name, spelled with dashes or underscores; None if there is none."""
     return underscored(name) if underscored(name) in JOBS else None
 
 
 def nearest(name: str) -> str | None:
-    """The job whose name is most like this one."""
+    """Return the job with the most similar name; None if no name is similar."""
     import difflib
 
     return next(iter(difflib.get_close_matches(underscored(name), JOBS, n=1, cutoff=0.5)), None)

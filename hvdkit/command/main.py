@@ -1,4 +1,4 @@
-"""The command line of `hvdkit`. It loads no job but the one that it runs, and TensorFlow only where that job does."""
+"""The command line of `hvdkit`. It imports only the job that it runs, and TensorFlow only if that job needs it."""
 
 import sys
 
@@ -20,7 +20,7 @@ train` is `python -m hvdkit.train`. In a script of your own: import hvdkit as hv
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Runs the job that the command line names, and returns the exit code: 2 if there is no such job."""
+    """Run the job that the command line names and return the exit code: 2 if there is no such job."""
     arguments = sys.argv[1:] if argv is None else argv
     if not arguments:
         print(help_text(), file=sys.stderr)
@@ -43,7 +43,7 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def help_text() -> str:
-    """All jobs, by what a user wants to do."""
+    """Return the help text, with all jobs grouped by purpose."""
     lines = [f"usage: {_USAGE}", "", "Train Keras 3 models on TensorFlow across GPUs and hosts with Horovod.", ""]
     for group, members in jobs.GROUPS.items():
         lines += [f"{group}:", *(f"  {dashed(name):<15} {summary}" for name, summary in members.items()), ""]

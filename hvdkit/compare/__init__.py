@@ -1,1 +1,1 @@
-"""`python -m hvdkit.compare`: one task, trained in every way to use several processors, side by side."""
+"""`python -m hvdkit.compare`: train one task under each parallelism strategy and compare the results."""

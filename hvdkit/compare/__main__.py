@@ -27,7 +27,7 @@ _LIMIT = 3600.0  # seconds for one training
 
 
 def main(argv: list[str]) -> int:
-    """Compares, shows, and returns the exit code: 2 if something that the user gave is wrong."""
+    """Run the comparison, print its table and return the exit code: 2 for a usage error."""
     arguments = parser().parse_args(argv[1:])
     arguments.flags = train_flags.spelled(arguments.flags)
     try:
@@ -46,7 +46,7 @@ def main(argv: list[str]) -> int:
 
 
 def parser() -> Parser:
-    """The parser of the comparison."""
+    """Create the comparison's argument parser."""
     made = Parser("compare", description=__doc__)
     made.add_argument("-np", dest="number", type=int, default=2, help="ranks [2]")
     made.add_argument(
@@ -60,18 +60,19 @@ def parser() -> Parser:
 
 
 def compare(ways: Sequence[str], number: int, flags: Sequence[str]) -> dict[str, Any]:
-    """Trains in each way, one after another.
+    """Train under each parallelism strategy, one after another.
 
     Args:
-        ways: of `WAYS`, or one that divides the model and a number of ranks, as "tensor:2".
-        number: ranks.
-        flags: of hvdkit.train, without a strategy.
+        ways: strategies of `WAYS`. A model-parallel one may have a number of ranks, as in "tensor:2".
+        number: number of ranks.
+        flags: flags of hvdkit.train, without a strategy.
 
     Returns:
-        `rows`, what `hvdkit.compare.rank` found of each way; and `left_out`, by way why it was.
+        `rows`, the measurements of `hvdkit.compare.rank` for each strategy, and `left_out`, a dictionary from each
+        strategy that failed to the reason.
 
     Raises:
-        UsageError: a way is unknown, or none of them works.
+        UsageError: a strategy is unknown, or all of them fail.
     """
     for way in ways:
         name, colon, columns = way.partition(":")
@@ -105,18 +106,18 @@ def _train(way: str, number: int, flags: Sequence[str]) -> dict[str, Any]:
 
 
 def _reason(output: str) -> str:
-    """The sentence in which a training said what was wrong."""
+    """Return the last error message of the training in its output, or the whole output if there is none."""
     said = [line.partition("hvdkit.compare: ")[2] for line in output.splitlines() if "hvdkit.compare: " in line]
     return said[-1] if said else output
 
 
 def recommend(number: int, row: dict[str, Any], flags: Sequence[str]) -> str:
-    """What the planner says to the same question, in its words.
+    """Return the planner's recommendation for the same task.
 
     Args:
-        number: ranks.
-        row: what was found of one way, for the batch.
-        flags: of hvdkit.train.
+        number: number of ranks.
+        row: measurements of one strategy, for its batch size.
+        flags: flags of hvdkit.train.
     """
     lengths = ("--steps", "--epochs", "--global_batch", "--local_batch")
     kept = list(flags)
@@ -128,18 +129,18 @@ def recommend(number: int, row: dict[str, Any], flags: Sequence[str]) -> str:
     ranks = ["--ranks", f"1,{number}", "--ranks-per-host", str(number), "--batch", str(batch)]
     try:
         output = jobs.run([sys.executable, "-m", "hvdkit.plan", *ranks, "--", *kept], limit=_LIMIT)
-    except UsageError as error:  # what was trained is not lost for it
+    except UsageError as error:  # keep the results of the comparison
         return f"nothing, because it failed: {error}"
     return output.strip().split("\n\n")[-1]
 
 
 def fastest(found: dict[str, Any]) -> str:
-    """The way with the most samples a second."""
+    """Return the strategy with the most samples per second."""
     return str(max(found["rows"], key=lambda row: row["samples_per_second"])["way"])
 
 
 def table(found: dict[str, Any]) -> str:
-    """The table."""
+    """Format the comparison as a table."""
     first = found["rows"][0]["samples_per_second"]
     speed, quality = ["samples/s", "times the first", "s of training"], ["test accuracy", "test loss"]
     heads = ["way", "ranks", *speed, *quality, "cores busy", "MiB a rank", "MB sent a step"]
@@ -162,7 +163,7 @@ def table(found: dict[str, Any]) -> str:
 
 
 def draw(path: str | None, found: dict[str, Any]) -> None:
-    """Bars of speed, memory and bytes, if a file was named."""
+    """Draw bar charts of speed, memory and sent bytes, if `path` is given."""
     if not path:
         return
     from matplotlib.figure import Figure  # takes a second to load

@@ -1,4 +1,4 @@
-"""The rank of a comparison: `hvdkit.train` to its end, with meters beside.
+"""The rank program of a comparison: run `hvdkit.train` to its end and measure CPU, memory and network use.
 
 python -m hvdkit.launch -np 2 -- python -m hvdkit.compare.rank RESULT.json [flags of hvdkit.train]
 """
@@ -20,34 +20,37 @@ from hvdkit.train.run import run
 
 
 class Meters(keras.callbacks.Callback):
-    """What the host's cores, and its network, did while `fit` ran."""
+    """Measure the use of the host's cores and network during `fit`."""
 
     checkpointed = False
 
     def on_train_begin(self, logs: dict | None = None) -> None:
-        """Starts to look."""
+        """Start measuring."""
         psutil.cpu_percent(percpu=True)
         self._sent, self._steps = sent_bytes(), 0
 
     def on_train_batch_end(self, batch: int, logs: dict | None = None) -> None:
-        """Counts on."""
+        """Count steps; `batch` starts again from 0 in each epoch."""
         self._steps = batch + 1 if batch >= self._steps else self._steps + batch + 1
 
     def on_train_end(self, logs: dict | None = None) -> None:
-        """Looks for the last time."""
+        """Store the core percentages and the bytes sent since the start."""
         self.cores = psutil.cpu_percent(percpu=True)
         self.sent = sent_bytes() - self._sent
 
 
 def sent_bytes() -> int:
-    """Bytes that left this process past all networks so far, or this host by any network, its own loopback included."""
+    """Return the bytes sent so far, by this host over all network interfaces and by this process without a network.
+
+    The interfaces include loopback. The rest is what transports send in other ways, such as shared memory.
+    """
     used = [transport.usage() for transport in transports.in_use()]
     hidden = sum(usage.hidden_bytes for usage in used if usage is not None)
     return int(hidden + psutil.net_io_counters().bytes_sent)
 
 
 def main(argv: list[str]) -> int:
-    """Trains, and leaves what was measured in a file on rank 0."""
+    """Train and return the exit code; rank 0 writes the measurements to a file."""
     meters = Meters()
     try:
         result = run(flags.parse(["hvdkit.compare", *argv[2:]]), [meters])
