@@ -29,7 +29,7 @@ _SSH_SECONDS = 5
 
 
 def main(argv: list[str]) -> int:
-    """Examines what the command line names, shows what was found, and returns the exit code."""
+    """Examine the hosts, print the report and return the exit code."""
     arguments = parser().parse_args(argv[1:])
     if arguments.list:
         print(reporting.fields([(check.name, check.title) for check in CHECKS]))
@@ -42,7 +42,7 @@ def main(argv: list[str]) -> int:
     except UsageError as error:
         print(f"hvdkit.doctor: {error}", file=sys.stderr)
         return outcome.USAGE
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))  # so that probes are ended
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))  # exit normally, to stop the probes
     found = Examination(settings).run()
     results = judge(found, skip)
     print(report.show(found, results))
@@ -87,7 +87,7 @@ def _try_to_write(file: Path) -> None:
 
 
 def parser() -> Parser:
-    """The doctor's parser."""
+    """Create the doctor's argument parser."""
     made = Parser("doctor", description=__doc__)
     one = made.add_mutually_exclusive_group(required=True)
     one.add_argument("-H", dest="hosts", metavar="h1:2,h2:2", help="hosts, and how many ranks each is to take")

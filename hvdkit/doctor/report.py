@@ -1,4 +1,4 @@
-"""What the doctor shows: one table, the mends, one verdict; and the same for machines."""
+"""The doctor's report: a table, the fixes and a verdict, as text and as JSON."""
 
 import dataclasses
 from collections.abc import Sequence
@@ -12,7 +12,7 @@ _HEAD = ("check", "result", "where", "found")
 
 
 def show(found: Findings, results: Sequence[Result]) -> str:
-    """The table, the mends and the verdict."""
+    """Return the table, the fixes and the verdict as text."""
     parts = [_table(results)]
     for status, head in ((FAILED, "To mend what failed:"), (WARNING, "To look into:")):
         mends = _mends(results, status)
@@ -22,7 +22,7 @@ def show(found: Findings, results: Sequence[Result]) -> str:
 
 
 def verdict(found: Findings, results: Sequence[Result]) -> str:
-    """One sentence."""
+    """Return the verdict in one sentence."""
     hosts = ", ".join(f"{name}:{host.slots}" for name, host in found.hosts.items())
     checks = list(dict.fromkeys(result.check for result in results))
     bad = list(dict.fromkeys(result.check for result in results if result.status == FAILED))
@@ -35,7 +35,7 @@ def verdict(found: Findings, results: Sequence[Result]) -> str:
 
 
 def as_json(found: Findings, results: Sequence[Result]) -> dict[str, Any]:
-    """The results, and all that was found."""
+    """Return the results and all findings, ready for JSON."""
     return {
         "ok": not any(result.status == FAILED for result in results),
         "verdict": verdict(found, results),
@@ -45,7 +45,7 @@ def as_json(found: Findings, results: Sequence[Result]) -> dict[str, Any]:
 
 
 def _table(results: Sequence[Result]) -> str:
-    """A row for each result; a check that has several is named once."""
+    """Return a table with one row per result; only the first row of a check shows its name."""
     rows, last = [], ""
     for result in results:
         rows.append(("" if result.check == last else result.check, result.status, result.where, result.found))
@@ -54,7 +54,7 @@ def _table(results: Sequence[Result]) -> str:
 
 
 def _mends(results: Sequence[Result], status: str) -> list[str]:
-    """A line for each mend, in the order of the checks: what stands first is often the cause of what follows."""
+    """Return a line for each fix, in the order of the checks, because earlier failures often cause later ones."""
     lines = []
     for result in results:
         for mend in result.mends if result.status == status else ():

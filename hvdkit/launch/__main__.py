@@ -19,12 +19,12 @@ from hvdkit.launch.restarts import ElasticJob, Roster
 
 
 def main(argv: list[str]) -> int:
-    """Launches, waits, and returns the exit code: that of the first rank that failed, 0 if none did."""
+    """Launch the ranks, wait for them, and return the exit code of the first rank that failed, or 0."""
     return launch(options.parse(argv))
 
 
 def launch(arguments: options.argparse.Namespace) -> int:
-    """Launches what was parsed, and returns the exit code."""
+    """Launch a parsed command line and return the exit code."""
     try:
         return _launch(arguments)
     except UsageError as error:

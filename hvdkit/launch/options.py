@@ -21,7 +21,7 @@ _DESCRIPTION = "Runs a command on N ranks, on this host or on many; exits with t
 
 
 def parser() -> Parser:
-    """The launcher's parser, with the command that ranks run."""
+    """Create the launcher's argument parser, with the command that ranks run."""
     made = Parser("launch", description=_DESCRIPTION, usage="%(prog)s [-np N] [options] -- command")
     _add_options(made)
     made.add_argument("command", nargs=argparse.REMAINDER, help="-- and the command that every rank runs")
@@ -29,7 +29,7 @@ def parser() -> Parser:
 
 
 def parse(argv: list[str]) -> argparse.Namespace:
-    """Parses the command line; leaves with 0 for `--help`, with 2 and a sentence for a mistake."""
+    """Parse the command line; exit with 0 for `--help`, and with 2 and an error message for a usage error."""
     made = parser()
     arguments = made.parse_args(argv[1:])
     if arguments.command[:1] == ["--"]:
@@ -41,14 +41,15 @@ def parse(argv: list[str]) -> argparse.Namespace:
 
 
 def divide(argv: list[str], prog: str) -> tuple[argparse.Namespace, list[str]]:
-    """Divides a command line on which the launcher's options and flags of a training stand in any order.
+    """Split a command line that mixes the launcher's options and flags of hvdkit.train in any order.
 
     Args:
         argv: the command line.
-        prog: what the user called, for messages.
+        prog: the program name for messages.
 
     Returns:
-        What the launcher's options say, without a command; and all the rest, in its order, `--help` included.
+        The parsed options of the launcher, without a command, and all other arguments in their order, `--help`
+        included.
     """
     made = Parser(prog=prog, usage=f"{prog} [-np N] [options of hvdkit launch] [flags of hvdkit train]", add_help=False)
     _add_options(made)
@@ -175,10 +176,10 @@ def _check_elastic(parser: Parser, arguments: argparse.Namespace) -> None:
 
 
 def settings(arguments: argparse.Namespace) -> Settings:
-    """What the job needs to know.
+    """Create the job's settings.
 
     Raises:
-        UsageError: the hosts are not understood, or are not given where they must be.
+        UsageError: the hosts cannot be parsed, or are required but missing.
     """
     given = discover(arguments)
     ranks = arguments.np or sum(host.slots for host in given)
@@ -204,7 +205,7 @@ def settings(arguments: argparse.Namespace) -> Settings:
 
 
 def policy(arguments: argparse.Namespace, settings: Settings) -> Policy | None:
-    """How the job may change; None where it is started once, as it is."""
+    """Return the restart policy; None for a job that starts once and never changes."""
     if arguments.elastic:
         return Policy(
             least=arguments.min_np or 1,
@@ -223,21 +224,21 @@ def _starts_again(arguments: argparse.Namespace) -> bool:
 
 
 def console(arguments: argparse.Namespace) -> Console:
-    """What takes the ranks' output.
+    """Create the console that receives the ranks' output.
 
     Raises:
-        UsageError: the folder for logs cannot be made.
+        UsageError: the folder for logs cannot be created.
     """
     logs = Path(arguments.workdir) / "logs" if arguments.workdir else None
-    # What is kept nowhere must be seen.
+    # Without log files, show all output.
     return Console(arguments.output or ("errors" if logs else "all"), logs)
 
 
 def discover(arguments: argparse.Namespace) -> list[Host]:
-    """The hosts that there are now.
+    """Return the hosts that are available now.
 
     Raises:
-        UsageError: they are not understood, or are not given where they must be.
+        UsageError: the hosts cannot be parsed, or are required but missing.
     """
     if arguments.host_discovery_script:
         return run_script(arguments.host_discovery_script, arguments.slots)

@@ -18,7 +18,7 @@ from hvdkit.sweep.options import parser as parser
 
 
 def main(argv: list[str]) -> int:
-    """Runs the sweep, and returns the exit code."""
+    """Run the sweep and return the exit code."""
     try:
         chosen = options.parse(argv)
         with _own_folder(chosen):
@@ -29,7 +29,7 @@ def main(argv: list[str]) -> int:
 
 
 def _sweep(chosen: Options) -> int:
-    # These load Optuna, which takes a second: a wrong command line is told before.
+    # Import these after parsing: they import Optuna, which takes a second, and usage errors should appear at once.
     from hvdkit.sweep import show
     from hvdkit.sweep.coordinator import Coordinator
     from hvdkit.sweep.study import Study
@@ -83,10 +83,10 @@ def _report(chosen: Options, study: Any, code: int, seconds: float, table: str) 
 
 @contextmanager
 def _own_folder(chosen: Options) -> Iterator[None]:
-    """Makes the sweep's folder, and keeps other sweeps out of it.
+    """Create the sweep's folder and lock it against other sweeps.
 
     Raises:
-        UsageError: it cannot be written to, is in use, or has another sweep.
+        UsageError: the folder cannot be written to, is in use, or contains another sweep or a training's run.
     """
     folder, identity = chosen.folder, chosen.identity()
     try:

@@ -1,4 +1,4 @@
-"""The sweep's command line, checked as a whole before anything starts: the training's flags, too."""
+"""The sweep's command line. It is checked completely before anything starts, including the training's flags."""
 
 import argparse
 import dataclasses
@@ -36,28 +36,28 @@ _GOALS: dict[str, Direction] = {"accuracy": "maximize", "loss": "minimize"}
 
 @dataclasses.dataclass(frozen=True)
 class Options:
-    """What the command line decided.
+    """The parsed command line.
 
     Attributes:
-        parameters: what is searched.
+        parameters: the hyperparameters to search.
         repeats: trials of each combination of the grid.
         search: `random` or `tpe`.
-        seed: of the search.
-        asha: reduction factor and first rung, in epochs; None to let every trial train to its end.
-        folds: tasks a trial, each testing on another fold; 0 for none.
-        goal: `accuracy` or `loss`, on the test split or on the folds.
-        flags: of the training, as given.
-        folder: where the sweep writes.
-        storage: Optuna's, by URL.
-        study: the study's name in it.
+        seed: seed of the search.
+        asha: reduction factor and first rung in epochs; None to train every trial to its end.
+        folds: tasks per trial, each with a different test fold; 0 for no cross-validation.
+        goal: metric to optimize, `accuracy` or `loss`, on the test split or on the folds.
+        flags: flags of hvdkit.train, as given.
+        folder: folder that the sweep writes to.
+        storage: URL of Optuna's storage.
+        study: name of the study in the storage.
         ranks_per_task: ranks of each task.
-        launch: where to run, as the launcher has it.
-        launcher: the launcher's options behind that, for each task.
-        retries: of a task that crashed or hung.
-        stall_limit: seconds without a sign of life of a task; 0 for no limit.
-        time_limit: seconds of a task in all; 0 for no limit.
-        host_limit: seconds that a host may be silent.
-        keep_models: keep the models of all trials, not only of the best.
+        launch: hosts and other settings of the launcher.
+        launcher: additional launcher options for each task.
+        retries: retries of a task that crashed or hung.
+        stall_limit: seconds without progress of a task, after which it counts as hung; 0 for no limit.
+        time_limit: maximum seconds of a task; 0 for no limit.
+        host_limit: maximum seconds between signs of life of a host.
+        keep_models: whether to keep the models of all trials, or only the best one.
     """
 
     parameters: tuple[Parameter, ...]
@@ -82,11 +82,11 @@ class Options:
 
     @property
     def direction(self) -> Direction:
-        """As Optuna has it."""
+        """The direction of the goal in Optuna's terms."""
         return _GOALS[self.goal]
 
     def identity(self) -> dict[str, Any]:
-        """What must not change when a sweep goes on: what its results so far depend on."""
+        """Return the options that earlier results depend on; they must be equal when a sweep resumes."""
         return {
             "parameters": [{**vars(p), "values": list(p.values)} for p in self.parameters],
             "flags": list(self.flags),
@@ -100,10 +100,10 @@ class Options:
 
 
 def parse(argv: list[str]) -> Options:
-    """Parses the command line; leaves with 0 for `--help`, with 2 and a sentence where argparse finds a mistake.
+    """Parse the command line; exit with 0 for `--help`, and with 2 and a message for an error that argparse finds.
 
     Raises:
-        UsageError: what was given is wrong, a flag of the training included.
+        UsageError: any other value is wrong, including flags of hvdkit.train.
     """
     given = parser().parse_args(argv[1:])
     parameters = tuple(space.parse(kind, text) for kind in space.FORMS for text in getattr(given, kind))
@@ -145,7 +145,7 @@ def parse(argv: list[str]) -> Options:
 
 
 def parser() -> Parser:
-    """The sweep's parser."""
+    """Create the sweep's argument parser."""
     made = Parser(
         "sweep",
         description=_DESCRIPTION,
@@ -256,7 +256,7 @@ def _check_search(given: argparse.Namespace, parameters: Sequence[Parameter]) ->
 
 
 def _check_flags(parameters: Sequence[Parameter], flags: Sequence[str]) -> None:
-    """Parses the training's flags with each value that is listed, and with the ends of each range."""
+    """Validate the training's flags with each listed value and with both ends of each range."""
     names = [p.flag for p in parameters]
     twice = next((name for name in names if names.count(name) > 1), None)
     if twice:
@@ -287,5 +287,5 @@ def _asha(text: str) -> tuple[int, int]:
 
 
 def print_error(error: Exception) -> None:
-    """Says what was wrong, as the sweep."""
+    """Print an error message of the sweep to standard error."""
     print(f"hvdkit.sweep: {error}", file=sys.stderr, flush=True)

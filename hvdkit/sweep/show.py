@@ -1,4 +1,4 @@
-"""What people see of a sweep: a table that lives on a terminal, plain lines elsewhere, and a table at the end."""
+"""The output of a sweep: a live table on a terminal, plain lines elsewhere, and a table at the end."""
 
 import contextlib
 import sys
@@ -16,14 +16,14 @@ from hvdkit.sweep.options import Options
 from hvdkit.sweep.study import Trial
 
 _DRAW_SECONDS = 0.5
-_MOST_ROWS = 30  # of the table at the end; result.json has all
+_MOST_ROWS = 30  # of the table at the end; result.json contains all trials
 
 
 class Screen:
-    """Takes lines; on a terminal it draws the tasks that run below them.
+    """Print lines, and on a terminal draw the running tasks below them.
 
     Args:
-        options: the sweep's.
+        options: the options of the sweep.
     """
 
     def __init__(self, options: Options) -> None:
@@ -32,7 +32,7 @@ class Screen:
         self._began = self._drawn = time.monotonic()
 
     def say(self, text: str) -> None:
-        """Shows a line of what has happened."""
+        """Print a line about an event."""
         if self._console.is_terminal:
             self._console.print(text, soft_wrap=True)
         else:
@@ -40,7 +40,7 @@ class Screen:
 
     @contextlib.contextmanager
     def live(self, coordinator: Coordinator) -> Iterator[Callable[[], None]]:
-        """Gives a function that draws the tasks, to be called as long as the sweep runs."""
+        """Yield a function that redraws the running tasks; call it repeatedly while the sweep runs."""
         if not self._console.is_terminal:
             yield lambda: None
             return
@@ -83,7 +83,7 @@ class Screen:
 
 
 def final_table(trials: Sequence[Trial], options: Options) -> str:
-    """A table of all trials, the best first."""
+    """Return a table of the best trials, at most `_MOST_ROWS`, the best one first."""
     sign = -1.0 if options.direction == "maximize" else 1.0
 
     def order(trial: Trial) -> tuple[bool, float, int]:
