@@ -1,4 +1,4 @@
-"""Fixtures for all tests: ranks started for real, the shared data, and a watch over what a test leaves behind."""
+"""Fixtures for all tests: real ranks, test hosts, shared data, and checks for leaked processes and variables."""
 
 import json
 import os
@@ -22,11 +22,11 @@ def pytest_configure(config):
     os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
     os.environ.setdefault("TF_ENABLE_ONEDNN_OPTS", "1")  # as in launched ranks
     if config.getoption("dist", "no") == "no":  # tests run in this process
-        # Loaded once, before any test: TensorFlow and TFDS set environment variables of their own when imported.
+        # Import these before any test, because TensorFlow and TFDS set environment variables when imported.
         import tensorflow  # noqa: F401
         import tensorflow_datasets  # noqa: F401
     elif not hasattr(config, "workerinput"):
-        _serve_programs(config)  # before there are workers, which inherit the addresses
+        _serve_programs(config)  # before the workers start, because they inherit the servers' addresses
 
 
 def pytest_collection_finish(session):
@@ -35,7 +35,7 @@ def pytest_collection_finish(session):
 
 
 def _serve_programs(config):
-    """Starts the servers of `tests/forked.py`, for all workers."""
+    """Start the servers of `tests/forked.py` for all workers."""
     if os.environ.get(forked.ADDRESSES) != "":
         config.forked = Path(tempfile.mkdtemp(prefix="hvdkit-forked-"))
         config.forked_servers = forked.start(config.forked)
@@ -49,8 +49,8 @@ def pytest_unconfigure(config):
 
 @pytest.fixture(autouse=True)
 def nothing_left_behind():
-    """Fails a test that leaves environment variables changed or processes running."""
-    os.environ["HVDKIT_TEST"] = mark = str(uuid.uuid4())  # all that a test starts inherits it
+    """Fail a test that changes environment variables or does not stop its processes."""
+    os.environ["HVDKIT_TEST"] = mark = str(uuid.uuid4())  # all processes of the test inherit it
     environment = dict(os.environ)
     yield
     left = remains(mark)
@@ -69,18 +69,18 @@ def nothing_left_behind():
 def _environment(process):
     try:
         return process.environ()
-    except psutil.Error:  # gone by now, or a zombie, or somebody else's
+    except psutil.Error:  # the process has ended, is a zombie, or belongs to another user
         return {}
 
 
 def remains(mark=None):
-    """The processes that a test has started, on whichever test host, and that still run."""
+    """Return the processes of a test that still run, on any test host."""
     mark = mark or os.environ["HVDKIT_TEST"]
     return [p for p in psutil.process_iter() if p.pid != os.getpid() and _environment(p).get("HVDKIT_TEST") == mark]
 
 
 class Ended:
-    """How a command ended: its exit code and all that it printed."""
+    """The exit code of a command and everything that it printed."""
 
     def __init__(self, code, output):
         self.code = code
@@ -88,7 +88,7 @@ class Ended:
 
 
 def run_command(command, *, timeout, env=None, cwd=None):
-    """Runs a command with a hard time limit, and ends it with all its children when the limit is hit."""
+    """Run a command; after `timeout` seconds, kill it and all its children and fail the test."""
     process = subprocess.Popen(
         [str(part) for part in command],
         stdout=subprocess.PIPE,
@@ -115,7 +115,7 @@ def run_command(command, *, timeout, env=None, cwd=None):
 
 @pytest.fixture(scope="session")
 def resident_ranks():
-    """Ranks that stay from test to test."""
+    """Ranks that keep running from test to test."""
     pool = resident.Pool(dict(os.environ))
     yield pool
     pool.close()
@@ -123,10 +123,10 @@ def resident_ranks():
 
 @pytest.fixture
 def ranks(tmp_path, resident_ranks):
-    """Calls a module-level function on N ranks, and returns what each returned: `ranks(2, function, key=value)`.
+    """Call a module-level function on N ranks and return each rank's result: `ranks(2, function, key=value)`.
 
-    The ranks are those of earlier calls; with `fresh=True`, and where the job is to fail, the launcher starts new ones.
-    Ask for new ones where a function changes what lasts as long as its process: modules, devices, signal handlers.
+    Calls reuse the ranks of earlier calls. With `fresh=True` or `fails=True`, the launcher starts new ranks. Use
+    `fresh=True` if the function changes state of the process, such as modules, devices or signal handlers.
     """
 
     def start(number, function, *, timeout=540, env=None, fails=False, fresh=False, **arguments):
@@ -159,7 +159,7 @@ def ranks(tmp_path, resident_ranks):
 
 @pytest.fixture
 def train(tmp_path):
-    """Runs `python -m hvdkit.train` on N ranks (0: without a launcher): `train(2, "--model=...")`."""
+    """Run `python -m hvdkit.train` on N ranks (0: without a launcher): `train(2, "--model=...")`."""
 
     def start(number, *flags, timeout=300, cwd=None, env=None):
         launcher = [sys.executable, "-m", "hvdkit.launch", "-np", number, "--"] if number else []
@@ -170,7 +170,7 @@ def train(tmp_path):
 
 
 class Cluster:
-    """Hosts h1, h2, ... made of this machine by `launch/testhosts.sh`."""
+    """A local test cluster with hosts h1, h2, ..., which `launch/testhosts.sh` creates on this machine."""
 
     script = ROOT / "launch" / "testhosts.sh"
 
@@ -179,18 +179,18 @@ class Cluster:
         self.environment = {"HVDKIT_TESTHOSTS": name}
 
     def command(self, host, *command):
-        """What runs a command on a host."""
+        """Return the command that runs `command` on a host."""
         return [self.script, "run", host, *command]
 
     def run(self, host, *command, timeout=120, env=None):
         return run_command(self.command(host, *command), timeout=timeout, env={**self.environment, **(env or {})})
 
     def etc(self, host, file):
-        """The file that the host has in place of this machine's in /etc."""
+        """Return the path of the host's own version of a file in /etc."""
         return Path(f"/etc/netns/{self.name}-{host}") / file
 
     def change(self, what, host):
-        """Takes a host's cable out (`cut`) and puts it in again (`mend`), or kills all on it (`halt`, then `boot`)."""
+        """Disconnect a host (`cut`) and reconnect it (`mend`), or kill its processes (`halt`) and start it (`boot`)."""
         ended = run_command([self.script, what, host], timeout=60, env=self.environment)
         assert ended.code == 0, ended.output
 
@@ -203,14 +203,14 @@ class Cluster:
 
 @pytest.fixture(scope="session")
 def cluster():
-    """Three hosts, of a name of this process's own: other tests may have theirs at the same time."""
-    for stale in Path("/run/hvdkit-testhosts").glob("t*"):  # of tests that were killed
+    """A cluster of three hosts. Its name contains the process id, because other test runs may have clusters, too."""
+    for stale in Path("/run/hvdkit-testhosts").glob("t*"):  # clusters of tests that were killed
         if not psutil.pid_exists(int(stale.name[1:])):
             Cluster(stale.name).down()
     hosts = Cluster(f"t{os.getpid()}")
     ended = hosts.up(3)
     if ended.code != 0:
-        # Where the variable is set, as CI does, there must be hosts: a skip would pass for a success.
+        # CI sets the variable and requires hosts: a skip would look like success.
         refuse = pytest.fail if os.environ.get("HVDKIT_TEST_HOSTS") else pytest.skip
         refuse(f"no test hosts: {ended.output.strip()}")
     yield hosts
@@ -219,10 +219,10 @@ def cluster():
 
 @pytest.fixture(scope="session")
 def shared_data():
-    """The directory of prepared TFDS data sets beside the checkout: MNIST, CIFAR-10 and sentence polarity."""
+    """The folder of prepared TFDS data sets (MNIST, CIFAR-10, sentence polarity): HVDKIT_TEST_DATA or the default."""
     path = Path(os.environ.get("HVDKIT_TEST_DATA", ROOT.parent / "shared" / "tfds"))
     if not (path / "mnist").is_dir():
-        # Where the variable is set, as CI does, the data must be there: a skip would pass for a success.
+        # CI sets the variable and requires the data: a skip would look like success.
         refuse = pytest.fail if "HVDKIT_TEST_DATA" in os.environ else pytest.skip
         refuse(
             f"no prepared TFDS data sets under {path}: set HVDKIT_TEST_DATA to a data_dir that has mnist, cifar10 and "

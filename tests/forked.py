@@ -1,15 +1,20 @@
-"""Runs Python programs in processes forked from one that has loaded TensorFlow already.
+"""Run Python programs in processes forked from a server that has already imported TensorFlow.
 
-Ranks load TensorFlow for longer than most tests train. `python -S -E forked.py -m package.module ...` and `python -S -E
-forked.py program.py ...` do what `python` with these arguments does, but for the loading: this process, of which the
-launcher knows, sends its arguments, environment, cores and outputs to a server, which forks; it passes on signals, and
-ends as the forked process does. Nothing has been asked of TensorFlow before the fork, as threads would not survive it.
+Importing TensorFlow takes longer than most tests train. Use `python -S -E forked.py -m package.module ...` or
+`python -S -E forked.py program.py ...` in place of `python` with the same arguments:
 
-Where a process from the server would not be as `python`'s own, it is `python`'s own: with variables that are read while
-modules are loaded, another user, limits, or a network, mounts or control group that are not the server's.
+- The launcher starts this process, the stand-in. It sends its arguments, environment, cores and outputs to a server.
+- The server forks a process that runs the program.
+- The stand-in forwards signals to the forked process, and exits with its exit code or signal.
 
-There are two servers, for ranks of even and of odd number: each has a hash seed of its own, as ranks do, and ranks that
-rely on the order of a set do not agree by chance.
+The server runs no TensorFlow operation before it forks, because threads do not survive a fork.
+
+Some programs need a real `python` process, because a forked one would differ. Then the stand-in runs `python` itself:
+if the server has another user, limits, network, mounts or control group, or if variables that are read during imports
+differ.
+
+There are two servers, one for even ranks and one for odd ranks. Each has its own hash seed, as real ranks do, so tests
+detect ranks that rely on the order of a set.
 """
 
 import array
@@ -24,15 +29,15 @@ import subprocess
 import sys
 import time
 
-ADDRESSES = "HVDKIT_TEST_FORKED"  # the variable with the servers' socket files; without it, all is `python`'s own
-NOT_FORKED = {ADDRESSES: ""}  # the environment of programs that die, and whose launcher is to see it at that moment
+ADDRESSES = "HVDKIT_TEST_FORKED"  # variable with the servers' socket files; without it, `python` runs
+NOT_FORKED = {ADDRESSES: ""}  # environment for programs whose launcher must see their death at once
 _LOADING_SECONDS = 180
 _PASSED_ON = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGUSR1, signal.SIGUSR2)
 _READ_WHILE_LOADING = ("LD_", "PYTHON", "OMP_", "KERAS_", "TF_ENABLE_", "TF_USE_", "TF_FORCE_", "OPENBLAS_")
 
 
 def command(*arguments):
-    """The command in place of `python *arguments`."""
+    """Return the command to run in place of `python *arguments`."""
     return [sys.executable, "-S", "-E", __file__, *map(str, arguments)]
 
 
@@ -40,7 +45,7 @@ def command(*arguments):
 
 
 def stand_in(arguments):
-    """Has a server run `python *arguments`, and ends as that does."""
+    """Let a server run `python *arguments`, and exit with the same exit code or signal."""
     rank = int(os.environ.get("HOROVOD_RANK", 0))
     servers = os.environ.get(ADDRESSES, "").split(":")
     needs_tensorflow = arguments[0].endswith(".py") or (arguments[0] == "-m" and arguments[1] != "hvdkit.launch")
@@ -54,7 +59,7 @@ def stand_in(arguments):
         "directory": os.getcwd(),
         "cores": sorted(os.sched_getaffinity(0)),
     }
-    # Signals that come before there is someone to pass them on to wait here.
+    # Block signals until there is a process to forward them to.
     signal.pthread_sigmask(signal.SIG_BLOCK, _PASSED_ON)
     data = json.dumps(order).encode()
     outputs = array.array("i", [0, 1, 2])
@@ -69,7 +74,7 @@ def stand_in(arguments):
         signal.signal(number, lambda number, _: _signal(pid, number))
     signal.pthread_sigmask(signal.SIG_UNBLOCK, _PASSED_ON)
     for end in (0, 1, 2):
-        os.close(end)  # the outputs are at their end when the other process says so
+        os.close(end)  # then readers see the end of the output when the forked process closes it
     code = json.loads(answers.readline())
     if code < 0:
         if -code != signal.SIGKILL:
@@ -86,7 +91,7 @@ def _reach(address):
             connection.connect(address)
         except (FileNotFoundError, ConnectionRefusedError):
             connection.close()
-            if not os.path.isdir(os.path.dirname(address)):  # the tests have ended
+            if not os.path.isdir(os.path.dirname(address)):  # the test run has ended
                 return None
             time.sleep(0.1)
         else:
@@ -95,7 +100,7 @@ def _reach(address):
 
 
 def surroundings():
-    """What a forked process has from its server, and cannot change."""
+    """Return the properties of this process that a forked process inherits and cannot change."""
     import resource
 
     limits = [name for name in sorted(dir(resource)) if name.startswith("RLIMIT_")]
@@ -123,7 +128,7 @@ def _umask():
 
 
 def _signal(pid, number):
-    with contextlib.suppress(ProcessLookupError):  # it has ended, and its code is on its way
+    with contextlib.suppress(ProcessLookupError):  # it has ended; the server sends its exit code
         os.killpg(pid, number)
 
 
@@ -131,13 +136,13 @@ def _signal(pid, number):
 
 
 def start(folder):
-    """Starts both servers, with their sockets and what they say in `folder`."""
-    environment = {**os.environ, "PYTHONUNBUFFERED": "1", "TF_ENABLE_ONEDNN_OPTS": "1"}  # as launched ranks have it
+    """Start both servers, with their sockets and logs in `folder`."""
+    environment = {**os.environ, "PYTHONUNBUFFERED": "1", "TF_ENABLE_ONEDNN_OPTS": "1"}  # as in launched ranks
     environment.pop(ADDRESSES, None)
     addresses = [os.path.join(folder, str(number)) for number in (0, 1)]
     servers = []
     for address in addresses:
-        with open(f"{address}.log", "wb") as log:  # TensorFlow greets, in each of them
+        with open(f"{address}.log", "wb") as log:  # TensorFlow logs messages when imported
             program = [sys.executable, __file__, "--serve", address]
             servers.append(subprocess.Popen(program, stdin=subprocess.PIPE, stderr=log, env=environment))
     os.environ[ADDRESSES] = ":".join(addresses)
@@ -145,7 +150,7 @@ def start(folder):
 
 
 def stop(servers, folder):
-    """Ends the servers and what they have forked; returns what servers said that had ended by themselves."""
+    """Stop the servers and their forked processes; return the logs of servers that had already ended."""
     import shutil
 
     said = []
@@ -154,25 +159,25 @@ def stop(servers, folder):
             with open(os.path.join(folder, f"{number}.log")) as log:
                 said.append(log.read())
     for server in servers:
-        server.communicate()  # it ends when its input is closed
+        server.communicate()  # a server exits when its input is closed
     shutil.rmtree(folder)
     return said
 
 
 def serve(address):
-    """Forks a process for each order that comes in; returns in each such process with what it is to run."""
-    import hvdkit.train.run  # noqa: F401 - with TensorFlow, Keras, and all of hvdkit that a training needs
+    """Fork a process for each request. In the forked process, return the arguments to run."""
+    import hvdkit.train.run  # noqa: F401 - imports TensorFlow, Keras, and the parts of hvdkit that training needs
 
     gc.collect()
-    gc.freeze()  # processes that collect garbage would copy all of it otherwise
+    gc.freeze()  # otherwise garbage collection in a forked process would copy all memory pages
     own = surroundings()
     listener = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
     listener.bind(f"{address}.new")
     listener.listen(64)
     os.rename(f"{address}.new", address)
-    children = {}  # by the file that tells of a child's end, and by the connection of who asked for it
+    children = {}  # by the pidfd of the child, and by the connection of its stand-in
     while True:
-        # The listener is the last: what a new child opens must not pass for what a dead one has closed.
+        # Handle the listener last: a new child may get the file descriptor number of one that this loop has closed.
         for ready in select.select([0, *children, listener], [], [])[0]:
             if ready == 0:
                 for pid, *_ in children.values():
@@ -202,12 +207,12 @@ def _close(*files):
 
 
 def _answer(connection, what):
-    with contextlib.suppress(OSError):  # nobody is there to hear of it
+    with contextlib.suppress(OSError):  # the stand-in has ended
         connection.sendall(json.dumps(what).encode() + b"\n")
 
 
 def _receive(connection):
-    """What is to be run, and its outputs; None in place of it if who asks was killed before all of it was said."""
+    """Return the request and its outputs; the request is None if the stand-in was killed before it was complete."""
     outputs = array.array("i")
     size, ancillary, _, _ = connection.recvmsg(8, socket.CMSG_SPACE(3 * outputs.itemsize))
     for *_, files in ancillary:
@@ -220,10 +225,10 @@ def _receive(connection):
 
 
 def _bury(pid, end, connection, children):
-    """One of the two has ended: the process, or who asked for it, and with whom it ends."""
+    """Clean up after the child or its stand-in has ended. If the stand-in ended first, kill the child."""
     if not os.waitid(os.P_PIDFD, end, os.WEXITED | os.WNOHANG | os.WNOWAIT):
         _signal(pid, signal.SIGKILL)
-        os.kill(pid, signal.SIGKILL)  # it may not have a process group of its own yet
+        os.kill(pid, signal.SIGKILL)  # the child may not have its own process group yet
     _answer(connection, os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]))
     del children[end], children[connection]
     os.close(end)
@@ -237,7 +242,7 @@ def _become(order, outputs, connection):
     import numpy
 
     os.setsid()
-    ctypes.CDLL(None).prctl(1, signal.SIGKILL)  # PR_SET_PDEATHSIG: it ends with the server
+    ctypes.CDLL(None).prctl(1, signal.SIGKILL)  # PR_SET_PDEATHSIG: the kernel kills it when the server ends
     for end, number in zip(outputs, (0, 1, 2), strict=True):
         os.dup2(end, number)
         os.close(end)
@@ -248,12 +253,12 @@ def _become(order, outputs, connection):
     random.seed()
     numpy.random.seed()
     _answer(connection, os.getpid())
-    connection.detach()  # open until this process ends; what it starts does not inherit it
+    connection.detach()  # keep it open until this process ends; its child processes do not inherit it
     return order["arguments"]
 
 
 def run(arguments):
-    """As `python *arguments`."""
+    """Run a program as `python *arguments` does."""
     import runpy
 
     os.environ["HVDKIT_TEST_PYTHON"] = sys.executable

@@ -1,7 +1,7 @@
-"""Ranks that stay: started once by the launcher, they run one test's function after another.
+"""Resident ranks: the launcher starts them once, and they run the functions of many tests.
 
-Starting ranks takes several seconds of a core's time each, and most tests train for less. A `Pool` keeps the ranks of
-the last sizes that were asked for. Whatever goes wrong in a call ends these ranks, and the next call gets new ones.
+Starting a rank takes several seconds of CPU time, and most tests train for less. A `Pool` keeps the ranks of the last
+job sizes. A call that fails stops its ranks, and the next call gets new ones.
 """
 
 import collections
@@ -22,17 +22,17 @@ import pytest
 from tests import forked
 
 RANK_MAIN = Path(__file__).parent / "parallel" / "rank_main.py"
-_KEPT = 2  # sizes of jobs that wait for their next call
+_KEPT = 2  # number of jobs, of different sizes, that are kept for the next call
 _START_SECONDS = 240
-_OTHERS_SECONDS = 5  # for the other ranks to say what they met, when one has failed
-MARK = "resident"  # of these processes, in place of a test's own
+_OTHERS_SECONDS = 5  # after one rank fails, time for the other ranks to report their errors
+MARK = "resident"  # HVDKIT_TEST of these processes, which belong to no single test
 
 
 class Pool:
-    """The resident ranks of one process that runs tests.
+    """The resident ranks of one test process.
 
     Args:
-        environment: the variables that ranks are started with, before any test has changed them.
+        environment: the environment variables of the ranks, before any test changes them.
     """
 
     def __init__(self, environment):
@@ -40,7 +40,7 @@ class Pool:
         self._jobs = collections.OrderedDict()
 
     def call(self, number, file, timeout):
-        """Has `number` ranks make the call in `file`; returns what each returned, in their order."""
+        """Run the call in `file` on `number` ranks, and return their results in the order of ranks."""
         job = self._jobs.pop(number, None) or Ranks(number, self._environment)
         while len(self._jobs) >= _KEPT:
             self._jobs.popitem(last=False)[1].end()
@@ -53,13 +53,13 @@ class Pool:
         return [pickle.loads((file.parent / f"{rank}.pickle").read_bytes()) for rank in range(number)]
 
     def close(self):
-        """Ends all ranks."""
+        """Stop all ranks."""
         while self._jobs:
             self._jobs.popitem()[1].end()
 
 
 class Ranks:
-    """Ranks of one job, each at the other end of a socket."""
+    """The ranks of one job, each connected by a socket."""
 
     def __init__(self, number, environment):
         self._folder = tempfile.TemporaryDirectory(prefix="hvdkit-ranks-")
@@ -93,7 +93,7 @@ class Ranks:
                 self._readers[connection] = (json.loads(reader.readline())["rank"], reader)
 
     def call(self, file, timeout):
-        """Runs one call on all ranks, then readies them for the next."""
+        """Run one call on all ranks, then reset their state for the next call."""
         begin = self._log.stat().st_size
         self._ask(json.dumps(str(file)), "the call", timeout, begin)
         self._ask('"begin anew"', "clearing up", 60, begin)
@@ -124,7 +124,7 @@ class Ranks:
             pytest.fail(f"{what} failed: {late}{shown}---- their output:\n{said}")
 
     def end(self):
-        """Ends the ranks, and keeps what they printed."""
+        """Stop the ranks and keep their output."""
         for connection in self._connections:
             connection.close()
         for _, reader in self._readers.values():

@@ -29,7 +29,7 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
-from hvdkit.versions import OLDEST_KERAS  # noqa: E402 - of this checkout, without TensorFlow
+from hvdkit.versions import OLDEST_KERAS  # noqa: E402 - from this checkout; does not import TensorFlow
 
 SUITES = {
     "private names": ("tests/unit/compat",),
@@ -61,12 +61,12 @@ print(json.dumps({"python": sys.version.split()[0], "tensorflow": tf.__version__
 
 
 class StepError(Exception):
-    """A command of this script ended with an error: says which, and where its output is."""
+    """A command of this script failed; the message contains the command and the path of its log."""
 
 
 @dataclasses.dataclass
 class Tested:
-    """One Keras on one TensorFlow: how many tests of each suite passed, of how many."""
+    """The result of one Keras version on one TensorFlow version: passed and total tests of each suite."""
 
     keras: str
     python: str
@@ -89,7 +89,7 @@ class Tested:
 
 @dataclasses.dataclass
 class Row:
-    """One TensorFlow: its build and the Keras versions tried on it. `error` tells what ended it early."""
+    """One TensorFlow version: its build and the Keras versions tested on it. `error` says why it stopped early."""
 
     minor: str
     compile_seconds: int | None = None
@@ -163,7 +163,7 @@ def prove(row, prefix, options):
             overlay = install_keras(python, keras, options.cache)
             results = options.cache / f"{prefix.name}-keras{Path(keras).name}"
             row.tested.append(run_tests(python, overlay, results, options.k))
-        except StepError as error:  # the other Keras is tried all the same
+        except StepError as error:  # continue with the other Keras
             row.error = f"Keras {keras}: {error}"
 
 
@@ -178,7 +178,7 @@ def make_environment(minor, prefix, python):
 
 
 def build_horovod(prefix):
-    """Runs launch/bootstrap.sh, unless neither it nor what it installs has changed. Returns the compiler's seconds."""
+    """Run launch/bootstrap.sh if it or its dependencies have changed. Return the compile time in seconds."""
     needs = re.search(r"^dependencies = \[.*?^\]", (ROOT / "pyproject.toml").read_text(), re.MULTILINE | re.DOTALL)[0]
     script = (ROOT / "launch" / "bootstrap.sh").read_text()
     inputs = hashlib.sha256((needs + script).encode()).hexdigest()
@@ -190,19 +190,19 @@ def build_horovod(prefix):
         run([ROOT / "launch" / "bootstrap.sh", "--into", prefix], log)
         run([prefix / "bin" / "python", "-m", "pip", "check"], log)
         compiled = re.search(r"==> Compiling Horovod.*?done in (\d+) s", log.read_text(), re.DOTALL)
-        # None: the wheel was in the cache.
+        # Without a compile time in the log, the wheel came from the cache; keep the earlier time, if any.
         built = {"inputs": inputs, "seconds": int(compiled[1]) if compiled else built.get("seconds")}
         note.write_text(json.dumps(built))
     return built["seconds"]
 
 
 def newest_keras():
-    """The Keras that requirements.txt pins."""
+    """Return the Keras version that requirements.txt pins."""
     return re.search(r"^keras==(\S+)", (ROOT / "requirements.txt").read_text(), re.MULTILINE)[1]
 
 
 def install_keras(python, version, cache):
-    """Returns a folder with this Keras alone: in front of an environment's own it is the one that is imported."""
+    """Return a folder that contains only this Keras; first on PYTHONPATH, it overrides the environment's Keras."""
     if Path(version).is_dir():
         return Path(version).resolve()
     overlay = cache / "keras" / version
@@ -233,13 +233,13 @@ def run_tests(python, overlay, results, selected):
         options += ["-k", selected] if selected else []
         run([python, "-m", "pytest", *options, *targets], log, environment)
     except StepError:
-        if not report.exists():  # otherwise it says which tests have failed
+        if not report.exists():  # otherwise the report contains the failed tests
             raise
     return count(report, log, versions, round(time.monotonic() - start))
 
 
 def count(report, log, versions, seconds):
-    """A test counts as passed if it ran and nothing failed: a skip or an expected failure does not."""
+    """Count the passed tests of each suite. Skipped tests and expected failures do not count as passed."""
     passed, total, failed = dict.fromkeys(SUITES, 0), dict.fromkeys(SUITES, 0), []
     for case in ElementTree.parse(report).iter("testcase"):
         suite = next((s for s, targets in SUITES.items() if any(is_of(case, target) for target in targets)), None)
@@ -253,7 +253,7 @@ def count(report, log, versions, seconds):
 
 
 def is_of(case, target):
-    """Whether a test case is of a folder, a file or a test function, as they are told to pytest."""
+    """Return whether a test case belongs to a pytest target: a folder, a file or a test function."""
     path, _, function = target.partition("::")
     module = path.removesuffix(".py").replace("/", ".")
     there = case.get("classname") == module or case.get("classname").startswith(f"{module}.")
@@ -261,7 +261,7 @@ def is_of(case, target):
 
 
 def report(rows, options):
-    """Written after each row, so that an interrupted run leaves what it has found."""
+    """Write the results; called after each row, to keep the results of an interrupted run."""
     if options.json:
         content = [{**dataclasses.asdict(row), "ok": row.ok} for row in rows]
         options.json.write_text(json.dumps(content, indent=2) + "\n")

@@ -56,7 +56,7 @@ class Options:
         retries: retries of a task that crashed or hung.
         stall_limit: seconds without progress of a task, after which it counts as hung; 0 for no limit.
         time_limit: maximum seconds of a task; 0 for no limit.
-        host_limit: maximum seconds between signs of life of a host.
+        host_limit: maximum seconds without a heartbeat from a host.
         keep_models: whether to keep the models of all trials, or only the best one.
     """
 

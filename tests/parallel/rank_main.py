@@ -1,7 +1,7 @@
-"""What each rank of a parallel test runs: calls functions of tests, and writes down what they returned.
+"""The program of each rank in parallel tests: call test functions and write their results to files.
 
-`rank_main.py CALL.json` makes one call. `rank_main.py --serve SOCKET` makes all that `tests/resident.py` asks for, one
-after another; Horovod is shut down and Keras is cleared after each, so that every call begins as the first one did.
+`rank_main.py CALL.json` makes one call. `rank_main.py --serve SOCKET` makes all calls that `tests/resident.py`
+requests. After each call it shuts Horovod down and clears Keras, so every call starts from the same state.
 """
 
 import contextlib
@@ -15,23 +15,23 @@ import sys
 import traceback
 from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[2]))  # for `tests.conftest`, as pytest has it
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))  # to import `tests.conftest`, as under pytest
 
 
 def call(file):
-    """Calls what the file says, and writes what it returned beside it."""
+    """Make the call that the file describes, and write its result beside the file."""
     what = json.loads(file.read_text())
     os.environ.update(what["environment"])
     spec = importlib.util.spec_from_file_location("rank_program", what["file"])
     module = importlib.util.module_from_spec(spec)
-    sys.modules["rank_program"] = module  # where TensorFlow's autograph looks for the source of a function
+    sys.modules["rank_program"] = module  # TensorFlow's AutoGraph looks here for a function's source
     spec.loader.exec_module(module)
     returned = getattr(module, what["function"])(**what["arguments"])
     file.with_name(f"{_rank()}.pickle").write_bytes(pickle.dumps(returned))
 
 
 def serve(address):
-    """Makes one call after another, until the socket closes."""
+    """Make one call after another until the socket closes."""
     with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as connection:
         connection.connect(address)
         orders = connection.makefile("r")
@@ -39,12 +39,12 @@ def serve(address):
         def say(**what):
             connection.sendall(json.dumps(what).encode() + b"\n")
 
-        import hvdkit.train.run  # noqa: F401 - what most calls need
+        import hvdkit.train.run  # noqa: F401 - most calls need it
 
-        gc.freeze()  # collecting garbage would look at all of TensorFlow each time
+        gc.freeze()  # otherwise each garbage collection would scan all objects of TensorFlow
         say(rank=_rank())
         for order in orders:
-            # In two steps: no rank shuts Horovod down before all have returned.
+            # In two steps, because no rank may shut Horovod down before all calls have returned.
             say(error=_attempt(call, Path(json.loads(order))))
             if not orders.readline():
                 return
@@ -56,7 +56,7 @@ def _rank():
 
 
 def _attempt(function, *arguments):
-    """The traceback of what went wrong, or None."""
+    """Call the function; return the traceback if it raises, or else None. Restore the environment and folder."""
     environment, folder = dict(os.environ), Path.cwd()
     try:
         function(*arguments)
@@ -79,7 +79,7 @@ def _begin_anew():
     import hvdkit as hvd
 
     hvd.shutdown()
-    keras.backend.clear_session()  # it collects garbage, too
+    keras.backend.clear_session()  # this also collects garbage
     keras.config.set_dtype_policy("float32")
     tf.config.run_functions_eagerly(False)
     if left := psutil.Process().children():
