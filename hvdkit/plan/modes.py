@@ -5,7 +5,7 @@ from typing import Any
 
 from hvdkit.plan.cost import Division, Mode
 
-LOCAL_STEPS, DILOCO_STEPS, ACCUMULATED = 20, 100, 5  # these fit executions of 10 steps
+LOCAL_STEPS, DILOCO_STEPS, ACCUMULATED = 20, 100, 5  # DiLoCo and local SGD rounds are whole executions of 10 steps
 _SCATTERING = ("int8", "onebit")
 FEEDBACK = ("int8", "onebit", "topk", "powersgd")
 
