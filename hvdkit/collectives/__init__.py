@@ -1,8 +1,8 @@
-"""All that moves tensors between ranks.
+"""Collectives: everything that moves tensors between ranks.
 
-`transports` are the ways between ranks, and `wire` runs one operation over them under a name that all ranks share;
-`tensors`, `variables` and `objects` are the collectives that the rest of hvdkit is built from, and are handed on here;
-`operations` are the public ones, with Horovod's names.
+`transports` are the ways to send data between ranks. `wire` runs one operation over a transport, under a name that is
+the same on all ranks. `tensors`, `variables` and `objects` are the collectives that the rest of hvdkit uses, and this
+package re-exports them. `operations` are the public collectives, with Horovod's names.
 """
 
 from hvdkit.collectives.objects import allgather_object, broadcast_object, gather_object, scatter_object

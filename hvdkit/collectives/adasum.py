@@ -1,12 +1,12 @@
-"""Adasum: adds up updates of several ranks so that orthogonal ones add and parallel ones average.
+"""Adasum: combines the updates of several ranks; orthogonal updates are summed, parallel ones averaged.
 
 S. Maleki et al., "Scaling Distributed Training with Adaptive Summation", MLSys 2021, https://arxiv.org/abs/2006.02924:
 
     Adasum(a, b) = (1 - a·b / (2 |a|²)) a + (1 - a·b / (2 |b|²)) b
 
-for each tensor, in a binary tree over the ranks. Horovod has this for MPI alone; here it is built from alltoall and
-allgather, so it works over Gloo and NCCL too. The tree is the paper's vector halving with distance doubling: at each
-level partners exchange halves of what they hold, so the traffic is that of a ring allreduce, about twice the buffer.
+for each tensor, in a binary tree over the ranks. Horovod implements this for MPI only. Here it uses alltoall and
+allgather, so it also works over Gloo and NCCL. The tree is the paper's vector halving with distance doubling: at each
+level, two ranks exchange halves of their vectors. So the traffic is that of a ring allreduce, about twice the buffer.
 """
 
 from collections.abc import Sequence
@@ -22,12 +22,12 @@ def adasum(tensors: Sequence[tf.Tensor], name: str, process_set: Any) -> list[tf
     """Reduces tensors by Adasum over the ranks of a process set; in a graph or eagerly.
 
     Args:
-        tensors: dense tensors of any shape and float dtype, alike on all ranks; each is reduced by itself.
-        name: prefix of the exchanges' names, the same on all ranks.
+        tensors: dense tensors of any shape and float dtype, the same on all ranks; each is reduced independently.
+        name: prefix of the names of the collectives, the same on all ranks.
         process_set: the Horovod process set that takes part; its size must be a power of two.
 
     Raises:
-        ValueError: the number of ranks is no power of two.
+        ValueError: the number of ranks is not a power of two.
     """
     ranks = process_set.size()
     if ranks & (ranks - 1):
@@ -40,7 +40,9 @@ def adasum(tensors: Sequence[tf.Tensor], name: str, process_set: Any) -> list[tf
     length = tf.size(flat)
     padding = -length % ranks
     vector = tf.pad(flat, [[0, padding]])
-    owners = tf.repeat(tf.range(len(tensors) + 1), tf.stack([*sizes, padding]))  # to which tensor an element belongs
+    owners = tf.repeat(
+        tf.range(len(tensors) + 1), tf.stack([*sizes, padding])
+    )  # the tensor that each element belongs to
     mine = process_set.rank()
     for level in range(ranks.bit_length() - 1):
         vector, owners = _combine(vector, owners, len(tensors) + 1, level, mine, f"{name}.{level}", process_set)
@@ -53,7 +55,7 @@ def adasum(tensors: Sequence[tf.Tensor], name: str, process_set: Any) -> list[tf
 def _combine(
     vector: tf.Tensor, owners: tf.Tensor, count: int, level: int, mine: int, name: str, process_set: Any
 ) -> tuple[tf.Tensor, tf.Tensor]:
-    """One level of the tree: this rank keeps one half of its vector and its partner's half of the same place."""
+    """Computes one level of the tree: this rank keeps one half of its vector and receives the partner's same half."""
     upper = bool(mine >> level & 1)
     halves, halves_of_owners = tf.split(vector, 2), tf.split(owners, 2)
     kept, sent, owners = halves[upper], halves[not upper], halves_of_owners[upper]
@@ -62,7 +64,7 @@ def _combine(
     pairs = ((first, first), (first, second), (second, second))
     products = [tf.cast(a, tf.float64) * tf.cast(b, tf.float64) for a, b in pairs]
     dots = tf.stack([tf.math.unsorted_segment_sum(p, owners, count) for p in products])
-    # The two vectors lie in pieces on the ranks of this subtree.
+    # The two vectors are distributed over the ranks of this subtree.
     everyone = collectives.gather_rows(dots[tf.newaxis], f"{name}.dots", process_set)
     base = mine >> (level + 1) << (level + 1)
     aa, ab, bb = tf.unstack(tf.reduce_sum(everyone[base : base + (2 << level)], axis=0))
@@ -77,6 +79,6 @@ def _swap(tensor: tf.Tensor, partner: int, name: str, process_set: Any) -> tf.Te
 
 
 def _order_of_pieces(ranks: int) -> list[int]:
-    """Which rank holds each piece of the result: the ranks in the order of their numbers' reversed bits."""
+    """Returns the rank that holds each piece of the result: the ranks ordered by their bit-reversed numbers."""
     bits = ranks.bit_length() - 1
     return sorted(range(ranks), key=lambda rank: [rank >> level & 1 for level in range(bits)])

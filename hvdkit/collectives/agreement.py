@@ -1,4 +1,4 @@
-"""One rank's mistake is everyone's: all ranks leave together, for the same reason."""
+"""Shared errors: if one rank fails, all ranks stop together with the same error."""
 
 import contextlib
 from collections.abc import Iterator, Sequence
@@ -9,17 +9,17 @@ from hvdkit.errors import ReplicasDiverged, UsageError
 
 @contextlib.contextmanager
 def together() -> Iterator[None]:
-    """Ends a block on all ranks with the `UsageError` of the first rank that had one.
+    """Ends a block on all ranks with the `UsageError` of the first rank that raised one.
 
-    The block must not contain a collective: a rank that fails before it would leave the others waiting. All ranks must
-    pass through the same blocks.
+    The block must not contain a collective: if a rank failed before it, the other ranks would hang. All ranks must run
+    the same blocks.
     """
     mistake: UsageError | None = None
     try:
         yield
     except UsageError as error:
         mistake = error
-    if not world.is_initialized():  # the mistake is in the flags or the launch, and so the same on all ranks
+    if not world.is_initialized():  # the error is in the flags or the launch, so it is the same on all ranks
         if mistake:
             raise mistake
         return
@@ -33,11 +33,11 @@ def check_equal(names: Sequence[str], digests: Sequence[str]) -> None:
     """Compares digests over all ranks, position by position.
 
     Args:
-        names: what each digest is of, for the message.
-        digests: as `collectives.digest` makes them.
+        names: what each digest belongs to, for the message.
+        digests: digests from `collectives.digest`.
 
     Raises:
-        ReplicasDiverged: they differ; the message names the ranks and the first name that differs.
+        ReplicasDiverged: digests differ; the message names the ranks and the first name that differs.
     """
     everyone = collectives.allgather_object(list(digests), name="digests")
     for place, name in enumerate(names):
@@ -51,12 +51,12 @@ def check_equal(names: Sequence[str], digests: Sequence[str]) -> None:
 
 
 def check_equal_steps(steps: int | None) -> None:
-    """Compares over all ranks how many steps an epoch takes, before training starts.
+    """Compares the number of steps per epoch over all ranks, before training starts.
 
-    A rank with a step more than another would wait for ever in its exchange of gradients.
+    A rank with one step more than the others would hang in its gradient allreduce.
 
     Args:
-        steps: of this rank; None where it is not known, such as for a generator, whose rank is then not compared.
+        steps: the number on this rank; None if unknown, such as for a generator: this rank is then not compared.
 
     Raises:
         UsageError: on all ranks, if the known numbers differ.

@@ -1,13 +1,13 @@
-"""`Mesh`: the ranks of a job, laid out in two directions, data and model; and which rank holds which shard.
+"""`Mesh`: the ranks of a job in two dimensions, data and model, and the shard that each rank holds.
 
-Ranks of one row hold one model between them; ranks of one column hold the same part of it and read different data:
+Ranks of one row hold one model together. Ranks of one column hold the same shards and read different data:
 
                 model 0   model 1
     data 0      rank 0    rank 1        rank = data index * model + model index,
-    data 1      rank 2    rank 3        so that a row is on one host where that can be
+    data 1      rank 2    rank 3        so that a row is on one host if possible
 
-What a rank holds a part of carries a mark (`mark`). From it gradients, checkpoints, guards and broadcasts know that
-the variable is not the same on all ranks (see `hvdkit.parallel` for what sets it).
+`mark` marks each sharded variable. The mark tells gradients, checkpoints, guards and broadcasts that the variable is
+not the same on all ranks (see `hvdkit.parallel` for what sets it).
 """
 
 import dataclasses
@@ -22,7 +22,7 @@ from hvdkit.errors import UsageError
 
 
 class Alone:
-    """Stands for a process set of this rank alone, with whom nothing is exchanged; Horovod does not know it."""
+    """A process set of this rank alone, which Horovod does not know; its collectives send nothing."""
 
     process_set_id = -1
 
@@ -30,15 +30,15 @@ class Alone:
         self.ranks = [rank]
 
     def size(self) -> int:
-        """One."""
+        """Returns 1."""
         return 1
 
     def rank(self) -> int:
-        """The first."""
+        """Returns 0."""
         return 0
 
     def included(self) -> bool:
-        """It is this rank's."""
+        """Returns True."""
         return True
 
     def __repr__(self) -> str:
@@ -48,15 +48,15 @@ class Alone:
 class Mesh:
     """The ranks of a job as a table of `data` rows and `model` columns.
 
-    Make it before `hvdkit.init`, and hand it over: `hvdkit.init(mesh=hvdkit.Mesh(model=2))`.
+    Create it before `hvdkit.init` and pass it there: `hvdkit.init(mesh=hvdkit.Mesh(model=2))`.
 
     Args:
-        data: how many copies of the model there are, each with its own part of the data; by default as many as there
-            are rows of `model` ranks.
-        model: over how many ranks a model is divided.
+        data: the number of model replicas, each with its own data shard; by default the number of ranks divided by
+            `model`.
+        model: the number of ranks over which a model is sharded.
 
     Raises:
-        UsageError: a number is not 1 or more.
+        UsageError: a number is less than 1 or not an integer.
     """
 
     def __init__(self, data: int | None = None, model: int = 1) -> None:
@@ -68,22 +68,22 @@ class Mesh:
 
     @property
     def data(self) -> int:
-        """Number of rows: copies of the model."""
+        """The number of rows: model replicas."""
         return self._data or max(1, world.current().size // self.model)
 
     @property
     def data_index(self) -> int:
-        """This rank's row: which copy of the model it is part of, and which share of the data it reads."""
+        """This rank's row: the model replica that it is part of, and the data shard that it reads."""
         return world.rank() // self.model
 
     @property
     def model_index(self) -> int:
-        """This rank's column: which part of the model it holds."""
+        """This rank's column: the part of the model that it holds."""
         return world.rank() % self.model
 
     @property
     def model_set(self) -> Any:
-        """The ranks that hold this copy of the model between them, as a process set."""
+        """The ranks that hold this model replica together, as a process set."""
         return self.process_set(range(self.data_index * self.model, (self.data_index + 1) * self.model))
 
     @property
@@ -92,15 +92,15 @@ class Mesh:
         return self.process_set(range(self.model_index, self.data * self.model, self.model))
 
     def neighbours(self, stage: int) -> Any:
-        """The ranks of this row in columns `stage` and `stage + 1`, as a process set: between them a pipeline flows."""
+        """Returns the process set of adjacent pipeline stages: this row's ranks in columns `stage` and `stage + 1`."""
         first = self.data_index * self.model + stage
         return self.process_set([first, first + 1])
 
     def process_set(self, ranks: Iterable[int]) -> Any:
-        """The process set of some ranks: Horovod's own, all ranks', or `Alone`.
+        """Returns the process set of some ranks: a registered Horovod process set, the global one, or `Alone`.
 
         Raises:
-            RuntimeError: it is not one of the mesh's, or the mesh was not given to `hvdkit.init`.
+            RuntimeError: the process set is not one of the mesh's, or the mesh was not passed to `hvdkit.init`.
         """
         wanted = tuple(ranks)
         if len(wanted) == 1:
@@ -112,10 +112,10 @@ class Mesh:
         return self._sets[wanted]
 
     def process_sets(self, size: int) -> list[Any]:
-        """All process sets of a mesh of `size` ranks, for `horovod.init`: rows, columns, and pairs of neighbours.
+        """Returns all process sets of a mesh of `size` ranks, for `horovod.init`: rows, columns, and adjacent pairs.
 
         Raises:
-            UsageError: so many ranks do not fill the table.
+            UsageError: `size` ranks do not fill the table.
         """
         if size % self.model or (self._data and self._data * self.model != size):
             wanted = f"{self._data} × {self.model} = {self._data * self.model}" if self._data else str(self.model)
@@ -134,7 +134,7 @@ class Mesh:
         return f"Mesh(data={self._data if self._data else 'any'}, model={self.model})"
 
     def describe(self) -> str:
-        """The table of ranks, for people."""
+        """Returns the table of ranks as readable text."""
         rows = [
             f"data {row}: " + "  ".join(f"rank {row * self.model + column}" for column in range(self.model))
             for row in range(self.data)
@@ -144,11 +144,12 @@ class Mesh:
 
 @dataclasses.dataclass(frozen=True)
 class Shard:
-    """What this rank holds of a variable of the whole model.
+    """This rank's shard of a variable of the whole model.
 
     Attributes:
-        mesh: among whose columns the variable is divided.
-        axis: along which, in even parts; None if this rank has it whole, and the other columns have it not.
+        mesh: the mesh over whose columns the variable is sharded.
+        axis: the axis that is split into equal parts; None if this rank holds the whole variable and the other columns
+            do not have it.
     """
 
     mesh: Mesh
@@ -156,23 +157,23 @@ class Shard:
 
 
 def mark(variable: Any, shard: Shard) -> None:
-    """Says that a Keras variable is a shard."""
+    """Marks a Keras variable as a shard."""
     variable._hvdkit_shard = shard
-    native_variable(variable)._hvdkit_shard = shard  # gradients may be asked for by either
+    native_variable(variable)._hvdkit_shard = shard  # callers may look up either variable
 
 
 def shard_of(variable: Any) -> Shard | None:
-    """What `mark` said of a Keras or TensorFlow variable; None if it is the same on all ranks."""
+    """Returns the `Shard` that `mark` set on a Keras or TensorFlow variable; None if it is the same on all ranks."""
     return getattr(variable, "_hvdkit_shard", None)
 
 
 def mesh_of(variables: Iterable[Any]) -> Mesh | None:
-    """The mesh over which a model with these variables is divided; None if every rank has all of it."""
+    """Returns the mesh over which a model with these variables is sharded; None if every rank has all of it."""
     return next((shard.mesh for shard in map(shard_of, variables) if shard is not None), None)
 
 
 def copies_of(model: keras.Model) -> Any:
-    """The ranks that hold the same as this one of a model, as a process set: all, if the model is not divided."""
+    """Returns the process set of the ranks with the same part of a model as this one: all, if it is not sharded."""
     mesh = mesh_of(model.weights)
     if mesh is None:
         return Alone(world.rank()) if world.size() == 1 else world.horovod().global_process_set
@@ -180,13 +181,13 @@ def copies_of(model: keras.Model) -> Any:
 
 
 def copy_index(model: keras.Model) -> int:
-    """Which copy of a model this rank is part of: what tells random seeds apart."""
+    """Returns the index of the model replica that this rank is part of; random seeds differ by it."""
     mesh = mesh_of(model.weights)
     return world.rank() if mesh is None else mesh.data_index
 
 
 def share(variables: Sequence[Any]) -> None:
-    """Gives the ranks that hold the same shards the values of the first of them. A collective call."""
+    """Broadcasts shards from the first of the ranks that hold the same ones. A collective call."""
     shards = [v for v in variables if shard_of(v) is not None]
     mesh = mesh_of(shards)
     if mesh is not None and mesh.data > 1:

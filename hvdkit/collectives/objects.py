@@ -1,4 +1,4 @@
-"""Python objects between ranks, pickled with cloudpickle."""
+"""Collectives for Python objects, pickled with cloudpickle."""
 
 from collections.abc import Sequence
 from typing import Any
@@ -11,19 +11,19 @@ from hvdkit import world
 from hvdkit.collectives import wire
 from hvdkit.collectives.tensors import check_root, takes_part
 
-_PIECE = 1 << 30  # bytes that one exchange of objects moves at most
+_PIECE = 1 << 30  # maximum number of bytes per collective
 
 
 def broadcast_object(
     obj: Any, root_rank: int = 0, session: Any = None, name: str | None = None, process_set: Any = None
 ) -> Any:
-    """Returns the root rank's `obj` on all ranks (pickled with cloudpickle, between the ranks of this job only).
+    """Returns the root rank's `obj` on all ranks (pickled with cloudpickle, only between the ranks of this job).
 
     Args:
-        obj: any object that can be pickled; what ranks other than the root pass is not looked at.
-        root_rank: the rank (among all ranks, also with a process set) whose object is taken.
-        session: accepted for Horovod's sake.
-        name: what is broadcast, the same on all ranks; by default the function that calls.
+        obj: any object that can be pickled; ignored on ranks other than the root.
+        root_rank: the rank whose object is returned; a global rank, even with a process set.
+        session: ignored, accepted for compatibility with Horovod.
+        name: name of the broadcast, the same on all ranks; by default the name of the calling function.
         process_set: the ranks that take part; by default all.
 
     Raises:
@@ -42,12 +42,12 @@ def broadcast_object(
 
 
 def allgather_object(obj: Any, session: Any = None, name: str | None = None, process_set: Any = None) -> list[Any]:
-    """Returns the objects of all ranks, in the order of the ranks.
+    """Returns the objects of all ranks, in rank order.
 
     Args:
         obj: any object that can be pickled.
-        session: accepted for Horovod's sake.
-        name: what is gathered, the same on all ranks; by default the line that calls.
+        session: ignored, accepted for compatibility with Horovod.
+        name: name of the allgather, the same on all ranks; by default the calling line.
         process_set: the ranks that take part; by default all.
     """
     if not takes_part(process_set):
@@ -61,11 +61,11 @@ def allgather_object(obj: Any, session: Any = None, name: str | None = None, pro
 
 
 def gather_object(obj: Any, name: str) -> list[Any]:
-    """Returns the objects of all ranks on rank 0, and nothing elsewhere: other ranks need no memory for them.
+    """Returns the objects of all ranks on rank 0, and an empty list on other ranks, which need no memory for them.
 
     Args:
         obj: any object that can be pickled.
-        name: what is gathered, the same on all ranks.
+        name: name of the gather, the same on all ranks.
     """
     if not takes_part(None):
         return [obj]
@@ -74,11 +74,11 @@ def gather_object(obj: Any, name: str) -> list[Any]:
 
 
 def scatter_object(objects: Sequence[Any], name: str) -> Any:
-    """Returns to each rank its own of the objects that rank 0 has.
+    """Returns to each rank its own object of rank 0's list.
 
     Args:
-        objects: one a rank, on rank 0; elsewhere not looked at.
-        name: what is scattered, the same on all ranks.
+        objects: one object per rank, on rank 0; ignored on other ranks.
+        name: name of the scatter, the same on all ranks.
     """
     if not takes_part(None):
         return objects[0]
@@ -87,7 +87,7 @@ def scatter_object(objects: Sequence[Any], name: str) -> Any:
 
 
 def _exchange_bytes(contents: Sequence[bytes], name: str) -> list[bytes]:
-    """Sends to each rank its bytes, and returns those from each; in pieces, as a collective counts in int32."""
+    """Sends each rank its bytes and returns those received from each, in pieces: a collective counts in int32."""
     lengths = tf.constant([max(map(len, contents))], tf.int64)
     (lengths,) = wire.run("allgather", [lengths], f"{name}.lengths", None)
     received: list[list[bytes]] = [[] for _ in contents]

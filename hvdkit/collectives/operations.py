@@ -1,15 +1,16 @@
 """Horovod's operations on tensors, with the names and arguments of `horovod.tensorflow.keras`.
 
-They take whatever TensorFlow makes a tensor of (arrays, numbers, Keras and TensorFlow variables), eagerly and in
-graphs, and return tensors. All ranks of the process set must call them. In a job of one rank each is the identity.
+They accept everything that TensorFlow converts to a tensor (arrays, numbers, Keras and TensorFlow variables), eagerly
+and in graphs, and return tensors. All ranks of the process set must call them. In a job of one rank each is the
+identity.
 
-**Names.** Horovod matches the ranks' calls by name, and here names hold in eager calls too. A call without a name is
-known by its line of the user's code: if ranks call in different order, the job does not mix up values, but stops, with
-Horovod's report of the lines that wait. Ranks that call on different lines pass the same `name`. An unnamed
-`broadcast` is known by the function around it, because the root rank's call and the others' are often two branches.
+**Names.** Horovod matches the ranks' calls by name; here names also apply to eager calls. A call without a name is
+identified by its line in the user's code. If ranks call in a different order, values are not mixed up: the job stops,
+and Horovod reports the lines that wait. Ranks that call on different lines must pass the same `name`. An unnamed
+`broadcast` is identified by its enclosing function, because the root rank often calls in another branch.
 
-**Dtypes.** What Horovod lacks (bfloat16, 16 and 32 bit unsigned integers, ...) is converted on the way where that is
-exact, and refused with a `TypeError` where there is no meaning (sums of bool, of strings).
+**Dtypes.** Dtypes that Horovod does not support (bfloat16, 16 and 32 bit unsigned integers, ...) are converted if the
+conversion is exact. Operations without a meaning (sums of bool or strings) raise a `TypeError`.
 """
 
 from collections.abc import Callable, Sequence
@@ -22,12 +23,12 @@ from hvdkit.collectives import transports, wire
 from hvdkit.collectives.adasum import adasum
 from hvdkit.collectives.casting import NoneCompressor
 
-# What Horovod cannot add up, and what it travels as.
+# Dtypes that Horovod cannot sum, and the dtype in which they are sent instead.
 _ADDED_AS = {"bfloat16": "float32", "int16": "int32", "uint16": "int32", "uint32": "int64"}
 _SCATTERED_AS = {**_ADDED_AS, "int8": "int32", "uint8": "int32"}
 _ADDED = {"uint8", "int8", "int32", "int64", "float16", "float32", "float64"}
 
-# Autograph would rewrite these functions for the user's graph, and cannot.
+# Autograph would rewrite these functions for the user's graph, which fails.
 _as_it_is = tf.autograph.experimental.do_not_convert
 
 
@@ -48,26 +49,26 @@ def allreduce(
     """Reduces a value over all ranks.
 
     Args:
-        value: tensor-like of any shape, the same on all ranks; or `tf.IndexedSlices`, whose rows are gathered.
-        name: what is reduced, the same on all ranks.
+        value: tensor-like of any shape, the same on all ranks; or `tf.IndexedSlices`, whose rows are allgathered.
+        name: name of the allreduce, the same on all ranks.
         average: deprecated: True for `op=Average`, False for `op=Sum`.
-        prescale_factor: multiplied in before the reduction.
-        postscale_factor: multiplied in after it.
-        op: `hvdkit.Average` (the default; of integers it is cut off), `Sum`, `Min`, `Max`, `Product` or `Adasum`.
-        compression: rounds the value for the wire: `hvdkit.Compression.none`, `fp16` or `bf16` (which travels as
-            float32 here; only `DistributedOptimizer` sends its half).
-        device_dense: where dense values are reduced, as in `tf.device`.
+        prescale_factor: factor before the reduction.
+        postscale_factor: factor after the reduction.
+        op: `hvdkit.Average` (the default; truncated for integers), `Sum`, `Min`, `Max`, `Product` or `Adasum`.
+        compression: rounds the value before it is sent: `hvdkit.Compression.none`, `fp16` or `bf16` (sent as float32
+            here; only `DistributedOptimizer` sends half the bytes).
+        device_dense: device on which dense values are reduced, as in `tf.device`.
         device_sparse: likewise for `tf.IndexedSlices`.
         process_set: the ranks that take part; by default all.
-        ignore_name_scope: accepted for Horovod's sake: names never contain scopes here.
+        ignore_name_scope: ignored, accepted for compatibility with Horovod: names never contain scopes here.
 
     Returns:
         A tensor of the value's shape and dtype, or `tf.IndexedSlices`.
 
     Raises:
-        ValueError: both `op` and `average` are given, this rank is not in the process set, or the operation has no
-            such `op`.
-        TypeError: values of this dtype cannot be added up.
+        ValueError: both `op` and `average` are given, this rank is not in the process set, or the operation does not
+            support `op`.
+        TypeError: values of this dtype cannot be summed.
     """
     op = _op(op, average)
     name = name or wire.caller("allreduce")
@@ -92,7 +93,7 @@ def grouped_allreduce(
     ignore_name_scope: bool = False,
     name: str | None = None,
 ) -> list[Any]:
-    """Reduces several values over all ranks, which Horovod starts on together; see `allreduce`.
+    """Reduces several values over all ranks as one Horovod group; see `allreduce`.
 
     Args:
         tensors: tensor-likes or `tf.IndexedSlices`, in the same order on all ranks; dtypes may be mixed.
@@ -127,12 +128,12 @@ def grouped_allreduce(
 
 @_as_it_is
 def allgather(value: Any, name: str | None = None, ignore_name_scope: bool = False, process_set: Any = None) -> Any:
-    """Concatenates the ranks' values along the first dimension, in the order of the ranks.
+    """Concatenates the ranks' values along the first dimension, in rank order.
 
     Args:
-        value: tensor-like of at least one dimension; only the first may differ from rank to rank.
-        name: what is gathered, the same on all ranks.
-        ignore_name_scope: accepted for Horovod's sake.
+        value: tensor-like of at least one dimension; only the first dimension may differ between ranks.
+        name: name of the allgather, the same on all ranks.
+        ignore_name_scope: ignored, accepted for compatibility with Horovod.
         process_set: the ranks that take part; by default all.
 
     Returns:
@@ -158,9 +159,9 @@ def broadcast(
 
     Args:
         value: tensor-like, of the same shape and dtype on all ranks.
-        root_rank: the rank (among all ranks, also with a process set) whose value is taken.
-        name: what is broadcast, the same on all ranks.
-        ignore_name_scope: accepted for Horovod's sake.
+        root_rank: the rank whose value is returned; a global rank, even with a process set.
+        name: name of the broadcast, the same on all ranks.
+        ignore_name_scope: ignored, accepted for compatibility with Horovod.
         process_set: the ranks that take part; by default all.
 
     Raises:
@@ -190,17 +191,17 @@ def reducescatter(
 
     Args:
         value: tensor-like of at least one dimension, of the same shape on all ranks.
-        name: what is reduced, the same on all ranks.
+        name: name of the reduce-scatter, the same on all ranks.
         op: `hvdkit.Average` (the default) or `hvdkit.Sum`.
-        device_dense: where it is reduced, as in `tf.device`.
+        device_dense: device on which it is reduced, as in `tf.device`.
         compression: see `allreduce`.
         process_set: the ranks that take part; by default all.
-        ignore_name_scope: accepted for Horovod's sake.
-        prescale_factor: multiplied in before the reduction.
-        postscale_factor: multiplied in after it.
+        ignore_name_scope: ignored, accepted for compatibility with Horovod.
+        prescale_factor: factor before the reduction.
+        postscale_factor: factor after the reduction.
 
     Returns:
-        The rows of this rank, in the order of the ranks; where they do not divide evenly, the first ranks get one more.
+        The rows of this rank, in rank order; if they do not divide evenly, the first ranks get one row more.
     """
     inputs, scale = [_tensor(value)], (prescale_factor, postscale_factor)
     name = name or wire.caller("reducescatter")
@@ -235,10 +236,10 @@ def alltoall(
     """Sends some rows to each rank, and returns the rows that all ranks sent to this one.
 
     Args:
-        tensor: tensor-like of at least one dimension; only the first may differ from rank to rank.
-        splits: how many rows each rank gets, in the order of the ranks; by default equally many.
-        name: what is exchanged, the same on all ranks.
-        ignore_name_scope: accepted for Horovod's sake.
+        tensor: tensor-like of at least one dimension; only the first dimension may differ between ranks.
+        splits: the number of rows for each rank, in rank order; by default equal numbers.
+        name: name of the alltoall, the same on all ranks.
+        ignore_name_scope: ignored, accepted for compatibility with Horovod.
         process_set: the ranks that take part; by default all.
 
     Returns:
@@ -263,10 +264,9 @@ def alltoall(
 
 @_as_it_is
 def join() -> Any:
-    """Says that this rank has no more data, and waits until all ranks have said so.
+    """Signals that this rank has no more data, and waits until all ranks have done so.
 
-    Meanwhile it takes part in the others' `allreduce` with zeros. Other operations than `allreduce` cannot be used
-    while a rank has joined.
+    Meanwhile this rank contributes zeros to the others' `allreduce`. Only `allreduce` works while a rank has joined.
 
     Returns:
         The rank that joined last, as an integer tensor.
@@ -281,12 +281,12 @@ def join() -> Any:
 
 
 def broadcast_global_variables(root_rank: int) -> None:
-    """Raises: TensorFlow 2 keeps no list of all variables, so there is nothing that it could broadcast.
+    """Raises an error: TensorFlow 2 keeps no list of all variables, so there is nothing to broadcast.
 
     In a job of one rank it does nothing.
 
     Raises:
-        RuntimeError: says what to write instead.
+        RuntimeError: always with several ranks; the message says what to write instead.
     """
     if world.size() > 1:
         raise RuntimeError(
@@ -315,7 +315,7 @@ def _tensor(value: Any) -> tf.Tensor:
 def _reduce(
     tensors: list[tf.Tensor], kind: str, name: str, op: Any, scale: Any, compression: Any, device: str, process_set: Any
 ) -> list[tf.Tensor]:
-    """All reductions of dense tensors. Those of one dtype go together, as Horovod's groups must."""
+    """Runs all reductions of dense tensors. Tensors of one dtype form a group, as Horovod requires."""
     scatter = "reducescatter" in kind
     if scatter:
         _check_rows(tensors, kind)
@@ -392,14 +392,14 @@ def _run_by_dtype(tensors: list[tf.Tensor], kind: str, name: str, process_set: A
 
 
 def _moved(move: Callable[[list[tf.Tensor]], list[tf.Tensor]], tensors: list[tf.Tensor]) -> list[tf.Tensor]:
-    """Moves tensors without looking at their values: what Horovod lacks travels as float32, or as its bytes."""
+    """Moves tensors without changing values: dtypes that Horovod does not support are sent as float32 or as bytes."""
     for tensor in tensors:
         if tensor.dtype in (tf.string, tf.resource, tf.variant):
             raise TypeError(
                 f"Tensors of dtype {tensor.dtype.name} cannot be sent between ranks. Send Python objects, such as "
                 f"tensor.numpy(), with hvdkit.allgather_object or hvdkit.broadcast_object."
             )
-    half = [t.dtype == tf.bfloat16 for t in tensors]  # exact in float32, which gradients can pass through
+    half = [t.dtype == tf.bfloat16 for t in tensors]  # exact in float32, and gradients can flow through it
     wires = [tf.cast(t, tf.float32) if h else collectives.to_wire(t) for t, h in zip(tensors, half, strict=True)]
     outputs = zip(move(wires), tensors, half, strict=True)
     return [tf.cast(o, t.dtype) if h else collectives.from_wire(o, t.dtype) for o, t, h in outputs]

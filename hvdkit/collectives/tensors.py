@@ -1,7 +1,7 @@
-"""Moving values between ranks: the collectives that the rest of hvdkit is built from.
+"""Collectives for tensors, which the rest of hvdkit uses.
 
-Every function here must be called by all ranks of the process set. Each is the identity in a job of one rank. The
-ranks' calls are matched by name (see `hvdkit.collectives.wire`).
+All ranks of the process set must call each function here. In a job of one rank each is the identity. The ranks' calls
+are matched by name (see `hvdkit.collectives.wire`).
 """
 
 from collections.abc import Sequence
@@ -16,11 +16,11 @@ from hvdkit.collectives.transports import Scale
 
 
 def allreduce_sum(values: np.ndarray, name: str, process_set: Any = None) -> np.ndarray:
-    """Sums an array over the ranks, outside of any graph.
+    """Sums an array over the ranks, outside any graph.
 
     Args:
         values: array of any shape; int64 and float64 keep their precision.
-        name: what is summed; the same on all ranks.
+        name: name of the allreduce, the same on all ranks.
         process_set: the Horovod process set that takes part; by default all ranks.
     """
     if not takes_part(process_set):
@@ -34,15 +34,15 @@ def barrier(process_set: Any = None, name: str | None = None) -> None:
 
     Args:
         process_set: the ranks that wait for each other; by default all.
-        name: tells barriers apart, so that ranks cannot pass different ones together; by default the same for all.
+        name: distinguishes barriers, so ranks at different barriers do not match; by default one name for all.
     """
-    if takes_part(process_set):  # horovod.tensorflow has none of its own
+    if takes_part(process_set):  # horovod.tensorflow has no barrier
         op = world.horovod().Sum
         wire.run("allreduce", [tf.zeros([1])], f"hvdkit.barrier.{name}", process_set, op=op)
 
 
 def takes_part(process_set: Any) -> bool:
-    """Whether there is anybody to exchange with: False in a job of one rank.
+    """Returns whether there are other ranks to communicate with: False in a job of one rank.
 
     Raises:
         ValueError: the process set is not registered, or this rank is not in it.
@@ -67,12 +67,12 @@ def takes_part(process_set: Any) -> bool:
 
 
 def size_of(process_set: Any) -> int:
-    """Number of ranks that take part."""
+    """Returns the number of ranks that take part."""
     return world.size() if process_set is None or world.size() == 1 else process_set.size()
 
 
 def check_root(root_rank: int, process_set: Any) -> None:
-    """Raises a `ValueError` if no such rank takes part: Horovod would wait for it, or end the process."""
+    """Raises a `ValueError` if `root_rank` does not take part: Horovod would hang, or end the process."""
     ranks = range(world.size()) if process_set is None or not process_set.process_set_id else process_set.ranks
     if root_rank not in ranks:
         raise ValueError(f"root_rank={root_rank} does not take part; the ranks are {list(ranks)}.")
@@ -89,14 +89,14 @@ def reduce_dense(
 ) -> list[tf.Tensor]:
     """Averages or sums tensors over the ranks of a process set; in a graph or eagerly.
 
-    All tensors of one dtype travel together, by the transport that serves them (see `hvdkit.collectives.transports`).
+    All tensors of one dtype are sent together, by the transport that serves them (see `hvdkit.collectives.transports`).
 
     Args:
         tensors: dense tensors, in the same order and of the same shapes on all ranks.
-        name: prefix of the exchange's name, the same on all ranks.
+        name: prefix of the name of the allreduce, the same on all ranks.
         op: Horovod's `Average` or `Sum`.
         process_set: the Horovod process set that takes part.
-        prescale: factor before the sum; after it for Horovod's bfloat16, whose sums are taken in float32.
+        prescale: factor before the sum; for bfloat16 over Horovod, summed in float32, it applies after the sum.
         postscale: factor after the sum.
     """
     scale = Scale(prescale, postscale, average=op == world.horovod().Average)
@@ -110,6 +110,6 @@ def reduce_dense(
 
 
 def gather_rows(tensor: tf.Tensor, name: str, process_set: Any) -> tf.Tensor:
-    """Concatenates the ranks' tensors along the first dimension, whose length may differ from rank to rank."""
+    """Concatenates the ranks' tensors along the first dimension, whose length may differ between ranks."""
     rows = wire.allgather(tensor, name, process_set)
     return tf.ensure_shape(rows, [None, *tensor.shape[1:]])

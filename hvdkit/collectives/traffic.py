@@ -1,4 +1,4 @@
-"""How many bytes an exchange sends."""
+"""The number of bytes that a collective sends."""
 
 from collections.abc import Sequence
 
@@ -6,10 +6,10 @@ import numpy as np
 
 
 def elements(shapes: Sequence[tuple[int, ...]]) -> int:
-    """How many numbers there are in tensors of these shapes."""
+    """Returns the number of elements in tensors of these shapes."""
     return int(sum(np.prod(shape) for shape in shapes))
 
 
 def ring_bytes(size: float, ranks: int) -> float:
-    """Bytes that a rank sends when `size` bytes are reduced by a ring: 2 (N - 1) / N times."""
+    """Returns the bytes that a rank sends in a ring allreduce of `size` bytes: 2 (N - 1) / N times `size`."""
     return 2 * (ranks - 1) / ranks * size

@@ -1,4 +1,4 @@
-"""The variables of a model or an optimizer between ranks: broadcast, averages, checksums."""
+"""Collectives for the variables of a model or optimizer: broadcast, averages, checksums."""
 
 import hashlib
 from collections.abc import Sequence
@@ -19,14 +19,14 @@ def broadcast_variables(
 ) -> None:
     """Assigns the root rank's values to `variables` on all ranks.
 
-    What all ranks have alike, as after equal seeds, is told by its SHA-256 and does not travel.
+    Variables that are equal on all ranks, as after equal seeds, are detected by their SHA-256 and not sent.
 
     Args:
         variables: `keras.Variable`s or `tf.Variable`s of any dtype, in the same order and of the same shapes on all
             ranks.
-        root_rank: the rank (among all ranks, also with a process set) whose values are taken.
+        root_rank: the rank whose values are assigned; a global rank, even with a process set.
         process_set: the ranks that take part; by default all.
-        inplace: accepted for Horovod's sake, where it saves the memory of a copy.
+        inplace: ignored, accepted for compatibility with Horovod, where it saves the memory of a copy.
 
     Raises:
         ValueError: the ranks' lists differ in length, shape or dtype; the message shows the first difference. Or there
@@ -53,7 +53,7 @@ def broadcast_variables(
 
 
 def average_variables(variables: Sequence[Any], process_set: Any = None) -> None:
-    """Sets float variables to their mean over the ranks; those that all hold alike are left as they are."""
+    """Sets float variables to their mean over the ranks; variables that are equal on all ranks do not change."""
     if not takes_part(process_set):
         return
     digests = allgather_object([digest([v]) for v in variables], name="average.digests", process_set=process_set)
@@ -64,7 +64,7 @@ def average_variables(variables: Sequence[Any], process_set: Any = None) -> None
 
 
 def digest(variables: Sequence[Any]) -> str:
-    """SHA-256 over the shapes and values of variables, in hexadecimal: equal if and only if all bits are equal."""
+    """Returns the hexadecimal SHA-256 of variables' shapes and values: equal if and only if all bits are equal."""
     sha = hashlib.sha256()
     for variable in variables:
         value = np.ascontiguousarray(tf.convert_to_tensor(variable).numpy())
@@ -76,9 +76,9 @@ def digest(variables: Sequence[Any]) -> str:
 def _differing(
     variables: Sequence[Any], native: Sequence[tf.Variable], process_set: Any
 ) -> list[tuple[int, tf.Variable]]:
-    """The variables whose values are not the same on all ranks, with their places.
+    """Returns the variables whose values are not the same on all ranks, with their indices.
 
-    By position: names are numbered, differently on a rank that has made one more model.
+    Compares by position: names contain numbers, which differ on a rank that created one more model.
 
     Raises:
         ValueError: the ranks' lists differ in length, shape or dtype.

@@ -1,12 +1,12 @@
-"""One collective, under a name that all ranks agree on: what every exchange of tensors goes through.
+"""One collective under a name that is the same on all ranks: every collective on tensors goes through this module.
 
-`run` is an operation of Horovod's. `allreduce`, `allgather`, `send` and `receive` go by whichever transport serves them
-best (see `hvdkit.collectives.transports`).
+`run` runs one of Horovod's operations. `allreduce`, `allgather`, `send` and `receive` use the transport that serves
+them best (see `hvdkit.collectives.transports`).
 
-Horovod matches the ranks' operations by name. It takes the name from the operation's node in a graph: outside of a
-graph it sees none, and pairs whatever operation of that kind each rank comes to next, without an error. So an eager
-call is run here as a graph of one node. And nodes get their names here, not from TensorFlow, whose automatic names
-differ once one rank has made another layer or traced a function more often.
+Horovod matches the ranks' operations by name, and takes the name from the operation's node in a graph. Outside a graph
+it has no name: it pairs the next operation of that kind on each rank, without an error. So this module runs an eager
+call as a graph of one node. It also names the nodes itself: TensorFlow's automatic names differ once one rank has
+created one more layer or traced a function more often.
 """
 
 import collections
@@ -24,8 +24,8 @@ from hvdkit import watchdog, world
 from hvdkit.collectives import transports
 from hvdkit.collectives.transports import Scale, horovod
 
-_OURS = ("hvdkit", "tensorflow", "keras")  # packages in which the user's line is not to be found
-# How often each name is used in each graph: a second node of one name would be taken for the first.
+_OURS = ("hvdkit", "tensorflow", "keras")  # packages that are skipped in the search for the user's line
+# How often each name is used in each graph: Horovod would confuse two nodes with the same name.
 _used: weakref.WeakKeyDictionary[Any, collections.Counter[str]] = weakref.WeakKeyDictionary()
 
 
@@ -37,15 +37,16 @@ def run(
     device: str = "",
     **attributes: Any,
 ) -> list[tf.Tensor]:
-    """Runs one operation of Horovod, eagerly or as part of the graph that is being traced.
+    """Runs one of Horovod's operations, eagerly or as part of the graph that is being traced.
 
     Args:
         kind: name of the operation in `horovod.tensorflow`: "allreduce", "grouped_allgather", "alltoall", ...
-        tensors: its inputs, of dtypes that Horovod has; for "alltoall" the rows and the splits (empty for even ones).
-        name: the same on all ranks; characters that TensorFlow does not take are replaced. If it is used again in one
-            graph, a number is added.
+        tensors: its inputs, of dtypes that Horovod supports; for "alltoall" the rows and the splits (empty for even
+            splits).
+        name: the same on all ranks; characters that TensorFlow does not allow are replaced. If one graph uses the name
+            again, a number is appended.
         process_set: the process set that takes part; None for all ranks.
-        device: where the operation is placed, as in `tf.device`.
+        device: device of the operation, as in `tf.device`.
         **attributes: further arguments, such as `op` and `root_rank`.
 
     Returns:
@@ -62,14 +63,14 @@ def allreduce(tensors: Sequence[tf.Tensor], name: str, process_set: Any, scale: 
         tensors: dense, in the same order and of the same shapes on all ranks.
         name: as for `run`.
         process_set: the process set that takes part.
-        scale: what the sums are multiplied by.
+        scale: factors of the sum.
     """
     transport = transports.choose("allreduce", tensors[0].dtype, process_set)
     return _run(transport.allreduce, transport.needs_graph, "allreduce", tensors, name, process_set, scale=scale)
 
 
 def allgather(tensor: tf.Tensor, name: str, process_set: Any) -> tf.Tensor:
-    """Puts the ranks' rows one after another, by the transport that serves them (see `Transport.allgather`)."""
+    """Concatenates the ranks' rows, by the transport that serves them (see `Transport.allgather`)."""
     transport = transports.choose("allgather", tensor.dtype, process_set)
     return _run(transport.allgather, transport.needs_graph, "allgather", [tensor], name, process_set)[0]
 
@@ -78,7 +79,7 @@ def send(tensor: tf.Tensor, name: str, pair: Any) -> tf.Tensor:
     """Sends a tensor of at least one dimension to the other rank of a process set, which calls `receive`.
 
     Returns:
-        Something that is there once the tensor was sent.
+        A tensor that is available once the tensor is sent.
     """
     transport = transports.choose("transfer", tensor.dtype, pair)
     options = {"root": world.rank()}
@@ -86,13 +87,13 @@ def send(tensor: tf.Tensor, name: str, pair: Any) -> tf.Tensor:
 
 
 def receive(shape: tf.Tensor, dtype: Any, name: str, pair: Any, root: int) -> tf.Tensor:
-    """What the other rank of a process set gives to `send`.
+    """Returns the tensor that the other rank of a process set passes to `send`.
 
     Args:
-        shape: int32 [dimensions], of what is sent.
-        dtype: of what is sent.
-        name: as for `run`, and as on the other side.
-        pair: the process set of the two.
+        shape: shape of the tensor, int32 [dimensions].
+        dtype: dtype of the tensor.
+        name: as for `run`, and the same as on the other rank.
+        pair: the process set of the two ranks.
         root: the rank that sends.
     """
     transport = transports.choose("transfer", dtype, pair)
@@ -122,21 +123,21 @@ def _run(
 
 
 def zeros(shape: Any, dtype: Any) -> tf.Tensor:
-    """Zeros to bring to an exchange, of which TensorFlow does not know that they are constant.
+    """Returns zeros as input of a collective; TensorFlow does not know that they are constant.
 
-    Of a constant it computes whatever follows when it optimises the graph, an exchange too, on this rank alone.
+    TensorFlow folds constants when it optimizes a graph: it would run a collective on a constant, on this rank alone.
     """
     return tf.raw_ops.Empty(shape=tf.convert_to_tensor(shape, tf.int32), dtype=tf.as_dtype(dtype), init=True)
 
 
 def _clean(name: str) -> str:
-    """The name in characters that TensorFlow takes for a node's."""
+    """Replaces the characters that TensorFlow does not allow in a node's name."""
     name = re.sub(r"[^A-Za-z0-9_.\-]", "_", name)
     return name if name[:1].isalnum() else f"x{name}"
 
 
 def _detail(kind: str, tensors: Sequence[tf.Tensor]) -> str:
-    """What must be alike on all ranks: `float32[3, 4]`, or `float32[any, 4]` where each may bring rows of its own."""
+    """Returns what must match on all ranks: `float32[3, 4]`, or `float32[any, 4]` if the number of rows may differ."""
     own_rows = any(part in kind for part in ("gather", "alltoall", "transfer"))
     shapes = [["any", *t.shape[1:]] if own_rows else list(t.shape) for t in tensors]
     return ", ".join(f"{t.dtype.name}[{', '.join(map(str, s))}]" for t, s in zip(tensors, shapes, strict=True))
@@ -148,29 +149,29 @@ def forget() -> None:
 
 
 def caller(kind: str, line: bool = True) -> str:
-    """A name for a call to which the user gave none: `kind` and where in the user's code it is made.
+    """Returns a name for an unnamed call: `kind` and the position of the call in the user's code.
 
-    So calls that ranks make in different order do not meet; Horovod then reports the names that it waits for.
+    So calls that ranks make in a different order do not match; Horovod then reports the names that it waits for.
 
     Args:
         kind: name of the operation.
-        line: whether the line counts; otherwise all calls of one function are alike (for what the root rank and
-            the others call on two lines of an `if`).
+        line: whether the name contains the line number. Without it, all calls in one function have the same name, such
+            as those of the root rank and of the others on two branches of an `if`.
     """
     frame = sys._getframe(1)
     while frame.f_back is not None and frame.f_globals.get("__name__", "").partition(".")[0] in _OURS:
         frame = frame.f_back
     file = PurePath(frame.f_code.co_filename).name
-    # Autograph writes the user's function into a file of random name: its lines are the same on all ranks.
+    # Autograph writes the user's function to a file with a random name, but its lines are the same on all ranks.
     place = frame.f_code.co_name if file.startswith("__autograph_generated") else f"{file}.{frame.f_code.co_name}"
     return f"hvdkit.{kind}.{place}.{frame.f_lineno}" if line else f"hvdkit.{kind}.{place}"
 
 
 def _unique(name: str) -> str:
-    """Tells apart operations of one name that may run at the same time, by their order in the outermost graph.
+    """Numbers operations with the same name that may run at the same time, by their order in the outermost graph.
 
-    Two optimizers of one class in a custom `train_step`, for example. Each rank traces the same graph, so the numbers
-    agree, whatever else a rank has traced before.
+    An example is two optimizers of one class in a custom `train_step`. Each rank traces the same graph, so the numbers
+    match, whatever else a rank has traced before.
     """
     graph = tf.compat.v1.get_default_graph()
     while getattr(graph, "outer_graph", None) is not None and graph.outer_graph.building_function:
@@ -182,9 +183,9 @@ def _unique(name: str) -> str:
 
 @functools.lru_cache(maxsize=1024)
 def _one_node(operation: Any, specs: tuple[Any, ...], name: str, process_set: Any, number: int, options: Any) -> Any:
-    """The concrete function, which is a graph even while `tf.config.run_functions_eagerly` is on.
+    """Returns the concrete function, which is a graph even while `tf.config.run_functions_eagerly` is on.
 
-    `number` is part of the key: a process set that is registered anew gets another one, which graphs hold.
+    `number` is part of the cache key: a process set that is registered again gets a new number, which graphs contain.
     """
 
     def call(*tensors: tf.Tensor) -> list[tf.Tensor]:

@@ -1,7 +1,7 @@
-"""The ways for tensors to get from rank to rank, and the one place where one is chosen.
+"""The transports between ranks, and the only place that selects one.
 
-All ranks agree on the transports of a job when it begins (`start`). Then each collective goes by the first of them that
-serves it (`choose`); nothing else asks which one that is. `base` says how to add one.
+All ranks select the same transports when a job starts (`start`). Each collective then uses the first transport that
+serves it (`choose`). No other code checks which transport that is. `base` documents how to add one.
 """
 
 import logging
@@ -17,14 +17,14 @@ from hvdkit.world.ranks import World
 
 __all__ = ["Horovod", "Kind", "Scale", "Transport", "Usage", "choose", "in_use", "refuse_to_join", "start", "stop"]
 
-_KNOWN: tuple[type[Transport], ...] = (SharedMemory, Horovod)  # whoever comes first is asked first
+_KNOWN: tuple[type[Transport], ...] = (SharedMemory, Horovod)  # in order of preference
 _log = logging.getLogger(__name__)
 
 _in_use: tuple[Transport, ...] = (Horovod(),)
 
 
 def start(world: World) -> None:
-    """Agrees with all ranks on the transports of this job. A collective call, before TensorFlow starts."""
+    """Selects the transports of this job, the same on all ranks. A collective call, before TensorFlow starts."""
     global _in_use
     started = [known.start(world) for known in _KNOWN]
     _in_use = tuple(transport for transport in started if transport is not None)
@@ -33,7 +33,7 @@ def start(world: World) -> None:
 
 
 def stop() -> None:
-    """Ends this process's part in the job."""
+    """Stops the transports of this process."""
     global _in_use
     for transport in _in_use:
         transport.stop()
@@ -41,16 +41,16 @@ def stop() -> None:
 
 
 def in_use() -> Sequence[Transport]:
-    """The transports of this job, whoever is asked first in front."""
+    """Returns the transports of this job, in order of preference."""
     return _in_use
 
 
 def choose(kind: Kind, dtype: Any, process_set: Any) -> Transport:
-    """The transport that carries such tensors between these ranks; alike on all ranks.
+    """Returns the transport for such tensors between these ranks; the same on all ranks.
 
     Args:
         kind: "allreduce", "allgather" or "transfer".
-        dtype: of the tensors.
+        dtype: dtype of the tensors.
         process_set: the Horovod process set that takes part.
     """
     dtype = tf.as_dtype(dtype)
@@ -58,10 +58,10 @@ def choose(kind: Kind, dtype: Any, process_set: Any) -> Transport:
 
 
 def refuse_to_join() -> None:
-    """Ends a job whose rank leaves the collectives to the others, if a transport would let them wait for it.
+    """Raises if this rank stops calling collectives while the others continue, and a transport would hang.
 
     Raises:
-        UsageError: says how to do without.
+        UsageError: a transport does not support this; the message gives an alternative.
     """
     for transport in _in_use:
         transport.refuse_to_join()

@@ -1,6 +1,6 @@
-"""Horovod as a transport: it serves every request that no other one takes. And its operations as they are: `run`.
+"""Horovod as a transport, which serves every request that no other transport serves; and its operations: `run`.
 
-Horovod matches the ranks' operations by the names of their nodes, which `hvdkit.collectives.wire` gives.
+Horovod matches the ranks' operations by the names of their nodes, which `hvdkit.collectives.wire` sets.
 """
 
 from collections.abc import Sequence
@@ -12,7 +12,7 @@ from hvdkit import world
 from hvdkit.collectives.transports.base import Kind, Scale, Transport
 from hvdkit.world.ranks import World
 
-# Horovod moves these; anything else (uint32 seeds, bfloat16 weights, ...) travels as bytes.
+# Dtypes that Horovod can send; others (uint32 seeds, bfloat16 weights, ...) are sent as bytes.
 _DTYPES = {"uint8", "int8", "uint16", "int16", "int32", "int64", "float16", "float32", "float64", "bool"}
 
 
@@ -25,15 +25,15 @@ class Horovod(Transport):
 
     @classmethod
     def start(cls, world: World) -> "Horovod":
-        """There whenever there are ranks."""
+        """Returns the transport: it is always available."""
         return cls()
 
     def serves(self, kind: Kind, dtype: tf.DType, process_set: Any) -> bool:
-        """Everything."""
+        """Returns True: Horovod serves every request."""
         return True
 
     def allreduce(self, tensors: Sequence[tf.Tensor], name: str, process_set: Any, *, scale: Scale) -> list[tf.Tensor]:
-        """As one group, so that Horovod starts on them together and fuses them."""
+        """Allreduces the tensors as one group, so Horovod starts them together and fuses them."""
         if tensors[0].dtype == tf.bfloat16:
             return self._sum_bfloat16(tensors, name, process_set, scale)
         hvd = world.horovod()
@@ -48,30 +48,30 @@ class Horovod(Transport):
         )
 
     def allgather(self, tensors: Sequence[tf.Tensor], name: str, process_set: Any) -> list[tf.Tensor]:
-        """Of dtypes that Horovod lacks, the bytes."""
+        """Allgathers the tensor, as bytes if Horovod does not support its dtype."""
         (rows,) = run([to_wire(tensors[0])], name, process_set, kind="allgather")
         return [from_wire(rows, tensors[0].dtype)]
 
     def transfer(self, tensors: Sequence[tf.Tensor], name: str, process_set: Any, *, root: int) -> list[tf.Tensor]:
-        """By a broadcast, which of Horovod's ways is the fastest (`python -m hvdkit.bench collectives`)."""
+        """Moves the tensor by a broadcast, Horovod's fastest way (`python -m hvdkit.bench collectives`)."""
         (moved,) = run([to_wire(tensors[0])], name, process_set, kind="broadcast", root_rank=root)
         return [from_wire(moved, tensors[0].dtype)]
 
     def room(self, shape: tf.Tensor) -> tf.Tensor:
-        """A broadcast takes tensors of one shape."""
+        """Returns the shape unchanged: all ranks pass the same shape to a broadcast."""
         return shape
 
     def describe(self) -> str:
-        """With what it was built and started."""
+        """Names the libraries it was built and started with."""
         hvd = world.horovod()
         parts = {"MPI": hvd.mpi_enabled(), "Gloo": hvd.gloo_enabled(), "NCCL": hvd.nccl_built()}
         return f"Horovod ({', '.join(name for name, there in parts.items() if there)})"
 
     def _sum_bfloat16(self, tensors: Sequence[tf.Tensor], name: str, process_set: Any, scale: Scale) -> list[tf.Tensor]:
-        """A ring's traffic without a bfloat16 allreduce: scatter the parts, sum each in float32, gather the sums.
+        """Sums bfloat16 tensors with the traffic of a ring: scatter the parts, sum each in float32, gather the sums.
 
-        Each rank sends and receives 2 (N - 1) / N times the buffer, as a ring allreduce does, and every rank ends with
-        the same bits, because each part is summed and rounded in one place.
+        Each rank sends and receives 2 (N - 1) / N times the buffer, as in a ring allreduce. The result has the same
+        bits on every rank, because each part is summed and rounded on one rank.
         """
         ranks = process_set.size()
         flat = tf.concat([tf.reshape(t, [-1]) for t in tensors], axis=0)
@@ -91,13 +91,13 @@ class Horovod(Transport):
 def run(
     tensors: Sequence[tf.Tensor], name: str, process_set: Any, *, kind: str, device: str = "", **attributes: Any
 ) -> list[tf.Tensor]:
-    """One operation of Horovod, as a node of the graph that is being traced; see `hvdkit.collectives.wire.run`."""
+    """Runs one of Horovod's operations as a node of the current graph; see `hvdkit.collectives.wire.run`."""
     hvd = world.horovod()
     common = {"name": name, "process_set": process_set, "ignore_name_scope": True}
     with tf.device(device or None):
         if kind == "alltoall":
             return list(hvd.alltoall(tensors[0], splits=tensors[1], **common, **attributes))
-        if kind == "grouped_reducescatter":  # the public one takes no name
+        if kind == "grouped_reducescatter":  # the public function has no name argument
             return list(hvd.mpi_ops._grouped_reducescatter(list(tensors), **common, **attributes))
         if kind.startswith("grouped_"):
             return list(getattr(hvd, kind)(list(tensors), **common, **attributes))
@@ -105,12 +105,12 @@ def run(
 
 
 def to_wire(tensor: tf.Tensor) -> tf.Tensor:
-    """Returns what Horovod can move: the tensor itself or, of dtypes that it lacks, its bytes."""
+    """Returns what Horovod can send: the tensor itself, or its bytes if Horovod does not support the dtype."""
     if tensor.dtype.name in _DTYPES:
         return tensor
     return tf.bitcast(tensor, tf.uint8)  # adds a last dimension of the dtype's size in bytes
 
 
 def from_wire(tensor: tf.Tensor, dtype: tf.DType) -> tf.Tensor:
-    """Undoes `to_wire`."""
+    """Does the inverse of `to_wire`."""
     return tensor if dtype.name in _DTYPES else tf.bitcast(tensor, dtype)

@@ -1,10 +1,10 @@
-"""Exchanges between ranks that share a host, through its memory instead of its network.
+"""Collectives between ranks on one host, through shared memory instead of the network.
 
-Horovod has no way between CPU ranks of one host but TCP over loopback: about 3 ms for the gradients of a small model on
-two cores, where the model itself takes 1 ms. `hvdkit.native` does it in 0.3 ms. It is chosen when a job begins, for
-all ranks alike, and carries what `collectives.reduce_dense` and `collectives.gather_rows` move, of all ranks or of a
-process set. Everything else stays with Horovod, and so do jobs on several hosts, on GPUs (NCCL does this itself), and
-those whose ranks come and go (`horovodrun --min-np`: there a death must end an exchange, which only Horovod can do).
+Between CPU ranks of one host, Horovod only has TCP over loopback. It needs about 3 ms for the gradients of a small
+model on two cores, where the model itself takes 1 ms. `hvdkit.native` needs 0.3 ms. It is selected when a job starts,
+for all ranks together. It runs `collectives.reduce_dense` and `collectives.gather_rows`, over all ranks or a process
+set. Everything else uses Horovod. So do jobs on several hosts, jobs on GPUs (NCCL has its own shared memory), and
+elastic jobs (`horovodrun --min-np`), where the death of a rank must end a collective, which only Horovod can do.
 """
 
 import contextlib
@@ -30,9 +30,9 @@ from hvdkit.world.ranks import World
 _FOLDER = Path("/dev/shm")
 _SUMMED = {"float16", "bfloat16", "float32", "float64"}
 _GATHERED = {*_SUMMED, "bool", "int8", "uint8", "int16", "uint16", "int32", "uint32", "int64", "uint64"}
-_BYTES_A_RANK = 1 << 20  # of a segment: two chunks, as in shared_memory.cc
-_SEGMENTS = 16  # that must fit, for a start
-_STALE = 3600.0  # seconds after which a segment where ranks have not met is one of a job that was killed
+_BYTES_A_RANK = 1 << 20  # per segment: two chunks, as in shared_memory.cc
+_SEGMENTS = 16  # number of segments that must fit at the start
+_STALE = 3600.0  # seconds after which a segment where ranks have not met belongs to a killed job
 _log = logging.getLogger(__name__)
 _LACKING = (
     "The ranks of this host exchange over the loopback network, several times slower than through memory, because %s. "
@@ -41,13 +41,13 @@ _LACKING = (
 
 
 class SharedMemory(Transport):
-    """Segments of this host's memory, one for each collective's name.
+    """Shared memory segments of this host, one per name of a collective.
 
     Args:
-        rank: of this process.
+        rank: the rank of this process.
         size: number of ranks; all of them are on this host.
-        token: the same on all ranks; ranks of another job, or user, find none of its segments.
-        own_core: whether nobody else needs this rank's core, so that it may spin while it waits.
+        token: the same on all ranks; hides the segments from ranks of other jobs or users.
+        own_core: whether this rank has a core of its own, so it may spin while it waits.
     """
 
     name = "shared memory"
@@ -61,7 +61,7 @@ class SharedMemory(Transport):
 
     @classmethod
     def start(cls, world: World) -> "SharedMemory | None":
-        """Agrees with all ranks whether there is a memory that they share, and nothing else is better."""
+        """Decides with all ranks whether they share memory, and no other transport is better."""
         if world.local_rank == 0:
             remove_stale()
         mine = {
@@ -82,24 +82,24 @@ class SharedMemory(Transport):
         return cls(world.rank, world.size, answers[0]["token"], own_core)
 
     def serves(self, kind: Kind, dtype: tf.DType, process_set: Any) -> bool:
-        """Sums of floats, and rows of all numbers."""
+        """Returns True for sums of floats, and for rows of all numeric dtypes."""
         return dtype.name in (_SUMMED if kind == "allreduce" else _GATHERED)
 
     def allreduce(self, tensors: Sequence[tf.Tensor], name: str, process_set: Any, *, scale: Scale) -> list[tf.Tensor]:
-        """Every rank adds up what all have written, in the order of the ranks."""
+        """Sums on every rank what all ranks have written, in rank order."""
         place = self._place(name, tensors[0].dtype, process_set)
         factors = {"before": scale.before, "after": scale.after, "divisor": place["size"] if scale.average else 1}
         with tf.device("CPU:0"):
             return native.load().hvdkit_shared_sum(list(tensors), name=name, **factors, **place)
 
     def allgather(self, tensors: Sequence[tf.Tensor], name: str, process_set: Any) -> list[tf.Tensor]:
-        """Every rank reads what all have written."""
+        """Reads on every rank what all ranks have written."""
         place = self._place(name, tensors[0].dtype, process_set)
         with tf.device("CPU:0"):
             return [native.load().hvdkit_shared_gather(tensors[0], name=name, **place)]
 
     def refuse_to_join(self) -> None:
-        """Ends a job whose rank leaves the collectives to the others: in shared memory they would wait for it.
+        """Raises if this rank stops calling collectives: in shared memory the other ranks would hang.
 
         Raises:
             UsageError: gradients of this rank went through shared memory.
@@ -111,17 +111,17 @@ class SharedMemory(Transport):
             )
 
     def usage(self) -> Usage:
-        """As the compiled operations have counted."""
+        """Returns the statistics of the compiled operations."""
         in_all, waiting, number, brought = native.exchange_times()
         return Usage(in_all / 1e9, waiting / 1e9, number, brought)
 
     def describe(self) -> str:
-        """Where, for whom, and how they wait."""
+        """Describes the folder, the ranks, and how they wait."""
         waits = "spin on cores of their own" if self._own_core else "sleep"
         return f"shared memory ({_FOLDER}, {self._size} ranks, which {waits} while they wait)"
 
     def _place(self, name: str, dtype: tf.DType, process_set: Any) -> dict[str, Any]:
-        """Where the ranks meet, and who this one is among them."""
+        """Returns the path of the segment, and this rank's position among the ranks that use it."""
         self._has_exchanged = True
         ranks = list(range(self._size)) if process_set.process_set_id == 0 else list(process_set.ranks)
         key = hashlib.sha256(f"{name} {dtype.name} {ranks}".encode()).hexdigest()[:16]
@@ -134,9 +134,9 @@ class SharedMemory(Transport):
 
 
 def remove_stale() -> None:
-    """Removes what jobs of this user have left that were killed before their ranks had met there.
+    """Removes this user's segments of jobs that were killed before all their ranks had met.
 
-    Where all have met, a segment has no name any more, and goes with its last process.
+    Once all ranks have met, a segment has no name any more, and disappears with its last process.
     """
     for path in _FOLDER.glob("hvdkit-*-*"):
         with contextlib.suppress(OSError):  # another job's rank may be faster
@@ -146,7 +146,7 @@ def remove_stale() -> None:
 
 
 def _what_is_used_instead(world: World) -> str:
-    """Why Horovod is right for this job; empty if nothing but a lack speaks for it."""
+    """Returns the reason to prefer Horovod for this job; empty if shared memory is preferable."""
     if os.environ.get("HVDKIT_SHARED_MEMORY") == "0":
         return "HVDKIT_SHARED_MEMORY=0 is set"
     if world.local_size != world.size:
@@ -157,7 +157,7 @@ def _what_is_used_instead(world: World) -> str:
 
 
 def _lack(world: World) -> str:
-    """What is missing on this rank's host, with the mend."""
+    """Returns what is missing on this rank's host, with the fix."""
     if not native.is_built():
         return "hvdkit.native is not compiled for this TensorFlow: python -m hvdkit.native"
     needed = _SEGMENTS * world.size * _BYTES_A_RANK
@@ -167,6 +167,6 @@ def _lack(world: World) -> str:
 
 
 def _where() -> str:
-    """Tells one host's folder from another's, and a container's from its neighbour's."""
+    """Returns an identifier of this host's folder, which differs between hosts and between containers."""
     boot, folder = Path("/proc/sys/kernel/random/boot_id"), _FOLDER.stat() if _FOLDER.is_dir() else None
     return f"{boot.read_text().strip() if boot.is_file() else ''} {folder and (folder.st_dev, folder.st_ino)}"
