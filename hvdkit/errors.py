@@ -1,13 +1,13 @@
-"""The one exception that means "the user can mend this": shown as a sentence, without a traceback, exit code 2."""
+"""Exceptions for users. `UsageError` means "the user can fix this": shown without a traceback, exit code 2."""
 
 
 class UsageError(ValueError):
-    """A mistake in what the user gave: the message says what was given, what was expected and how to mend it."""
+    """An error in the user's input: the message says what was given, what was expected and how to fix it."""
 
 
 class UnfitSizeError(UsageError):
-    """This number of ranks cannot be used, and a smaller one could: an elastic job is started again with one less."""
+    """This number of ranks is not usable, but a smaller one may be: an elastic job restarts with one rank less."""
 
 
 class ReplicasDiverged(RuntimeError):  # noqa: N818 - says what happened, as Horovod's own exceptions do
-    """Replicas that must hold the same weights do not: the message names the ranks and the first variable."""
+    """Replicas that must hold the same weights differ: the message names the ranks and the first variable."""

@@ -1,4 +1,4 @@
-"""The start and the end of this process's part in the job: `init` and `shutdown`."""
+"""Starts and ends this process's part in the job: `init` and `shutdown`."""
 
 from typing import Any
 
@@ -11,16 +11,18 @@ from hvdkit.world.ranks import World
 
 
 def init(*args: Any, mesh: Mesh | None = None, **kwargs: Any) -> World:
-    """Starts Horovod, takes this rank's share of the host, and puts the guards in place.
+    """Starts Horovod, assigns this rank its part of the host's resources, and installs the guards.
 
-    Call it before TensorFlow makes its first tensor: devices and threads are fixed from then on (see
-    `hvdkit.world.init` for which). With several ranks there are from then on a watchdog, which reports a job that
-    stands still and ends it (see `hvdkit.watchdog`), a guarded `keras.Model.fit` (see `hvdkit.model.fit`), and
-    `BatchNormalization(synchronized=True)` that means all ranks (see `hvdkit.model.batch_normalization`).
+    Call it before TensorFlow creates its first tensor: this fixes devices and threads (see `hvdkit.world.init`). With
+    several ranks it also installs
+
+    - a watchdog, which reports a job that hangs and ends it (see `hvdkit.watchdog`);
+    - a guarded `keras.Model.fit` (see `hvdkit.model.fit`);
+    - `BatchNormalization(synchronized=True)` over all ranks (see `hvdkit.model.batch_normalization`).
 
     Args:
         *args: passed to `horovod.tensorflow.init` (process sets, for example).
-        mesh: how the ranks are laid out, where a model is to be divided (see `hvdkit.parallel`).
+        mesh: the layout of the ranks, for model parallelism (see `hvdkit.parallel`).
         **kwargs: as `args`.
 
     Returns:
@@ -41,7 +43,7 @@ def init(*args: Any, mesh: Mesh | None = None, **kwargs: Any) -> World:
             watchdog.start(me)
             transports.start(me)
         except BaseException:
-            world.shutdown()  # so that a second `init` starts all of it
+            world.shutdown()  # a second `init` must start everything again
             raise
         fit.install()
         batch_normalization.honour_flag()
@@ -49,7 +51,7 @@ def init(*args: Any, mesh: Mesh | None = None, **kwargs: Any) -> World:
 
 
 def shutdown() -> None:
-    """Leaves the job: no collective may follow. A second `init` starts anew."""
+    """Leaves the job: no collective may follow. A second `init` starts from scratch."""
     fit.uninstall()
     keras2.leave_keras_alone()
     watchdog.stop()

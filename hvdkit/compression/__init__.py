@@ -1,7 +1,7 @@
-"""What a gradient looks like on the wire, by name: `Compression`.
+"""Gradient compression by name: `Compression`.
 
-Two kinds. A *cast* (fp16, bf16) is made and unmade around the exchange, tensor by tensor, and has no memory. A
-*compressor with error feedback* replaces the exchange by one of its own, and keeps what it left out for the next step.
+There are two kinds. A *cast* (fp16, bf16) converts each tensor before and after the allreduce, and has no state. A
+*compressor with error feedback* replaces the allreduce, and keeps the compression error for the next step.
 """
 
 from hvdkit.collectives.casting import BF16Compressor, FP16Compressor, NoneCompressor
@@ -31,10 +31,10 @@ class Compression:
 
 
 def by_name(spec: str) -> type[NoneCompressor] | ErrorFeedback:
-    """The compression of a flag: a name, with arguments after a colon where it has any, as in `powersgd:rank=4`.
+    """Returns the compression for the value of a flag: a name, and optional arguments after a colon: `powersgd:rank=4`.
 
     Raises:
-        UsageError: there is no such compression or argument, or a value is wrong.
+        UsageError: there is no such compression or argument, or a value is invalid.
     """
     name, _, rest = spec.partition(":")
     found = getattr(Compression, name, None) if name.isidentifier() and not name.startswith("_") else None

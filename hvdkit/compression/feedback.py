@@ -1,9 +1,9 @@
-"""What compressors with error feedback have in common.
+"""The common base of compressors with error feedback.
 
-Each rank adds what it left out of earlier gradients to the next one, so that nothing is lost, only late (F. Seide et
-al., "1-bit stochastic gradient descent", 2014; S. Karimireddy et al., "Error feedback fixes SignSGD", 2019,
-https://arxiv.org/abs/1901.09847). The gradients of a model travel as one vector: a compressor sees no layers, unless it
-asks for them.
+Each rank adds the compression error of earlier gradients to the next gradient, so it is sent later, not lost (F. Seide
+et al., "1-bit stochastic gradient descent", 2014; S. Karimireddy et al., "Error feedback fixes SignSGD", 2019,
+https://arxiv.org/abs/1901.09847). A model's gradients are sent as one vector: a compressor does not see layers, unless
+it asks for them.
 """
 
 import abc
@@ -21,44 +21,44 @@ State = Sequence[tuple[keras.Variable, tf.Tensor]]
 
 
 class ErrorFeedback(abc.ABC):
-    """An exchange of gradients that sends less than all of them.
+    """A gradient reduction that sends compressed gradients.
 
-    A user makes one for each optimizer; its state is made when the optimizer is built, and saved with it. `reduce` is
-    called by `GradientExchange`, in the graph of a step.
+    Create one per optimizer. Its state is created when the optimizer is built, and saved with the optimizer.
+    `GradientExchange` calls `reduce` in the graph of a step.
     """
 
     def __init__(self) -> None:
         self._shapes: list[tuple[int, ...]] = []
-        self.common: list[keras.Variable] = []  # state that all ranks have alike
+        self.common: list[keras.Variable] = []  # state that is the same on all ranks
         self.own: list[keras.Variable] = []  # state of this rank
         self._dense: keras.Variable | None = None
 
     @abc.abstractmethod
     def make_state(self, shapes: Sequence[tuple[int, ...]], ranks: int) -> None:
-        """Makes the variables in `common` and `own` for gradients of these shapes."""
+        """Creates the variables in `common` and `own` for gradients of these shapes."""
 
     @abc.abstractmethod
     def average(
         self, gradients: list[tf.Tensor], payload: tf.Tensor, name: str, process_set: Any
     ) -> tuple[list[tf.Tensor], tf.Tensor, State]:
-        """Exchanges, and assigns nothing.
+        """Averages gradients over the ranks, and assigns nothing.
 
-        A gradient of any rank that is no finite number must make the result of all ranks no finite number.
+        If a gradient of any rank is not finite, the result on all ranks must not be finite.
 
         Returns:
-            The ranks' mean of `gradients` (float32, dense), nearly; their exact sum of `payload` (float32 [n]); and
-            what the variables of the state are to be.
+            The approximate mean of `gradients` over the ranks (float32, dense); the exact sum of `payload` (float32
+            [n]); and the new values of the state's variables.
         """
 
     @abc.abstractmethod
     def wire_bytes(self, shapes: Sequence[tuple[int, ...]], ranks: int) -> float:
-        """Bytes that a rank sends for gradients of these shapes, a step."""
+        """Returns the bytes that a rank sends per step for gradients of these shapes."""
 
     def build(self, shapes: Sequence[tuple[int, ...]], ranks: int) -> keras.Variable:
-        """Makes the state, once, and returns the switch: whether all is sent.
+        """Creates the state once, and returns the switch that turns compression off.
 
         Raises:
-            ValueError: it was made for other gradients: a compressor serves one optimizer.
+            ValueError: the state exists for other gradients: a compressor serves only one optimizer.
         """
         shapes = [tuple(shape) for shape in shapes]
         if self._dense is None:
@@ -76,10 +76,10 @@ class ErrorFeedback(abc.ABC):
 
     @classmethod
     def compress(cls, tensor: tf.Tensor) -> Any:
-        """Refuses a single tensor.
+        """Rejects a single tensor.
 
         Raises:
-            TypeError: always: what was left out would have nowhere to stay.
+            TypeError: always: a single tensor has no place to keep the compression error.
         """
         raise TypeError(
             f"{cls.__name__} compresses the gradients of an optimizer, and keeps what it leaves out with it: give it "
@@ -88,11 +88,11 @@ class ErrorFeedback(abc.ABC):
 
     @property
     def is_dense(self) -> bool:
-        """Whether it has been told to send everything."""
+        """Whether compression is turned off."""
         return self._dense is not None and bool(self._dense.numpy())
 
     def set_dense(self, dense: bool) -> None:
-        """Sends everything from the next step on, or compresses again; on all ranks alike."""
+        """Turns compression off or on again from the next step; call it on all ranks alike."""
         if self._dense is None:
             raise RuntimeError("The optimizer is not built yet: there is nothing to switch.")
         self._dense.assign(int(dense))
@@ -100,14 +100,14 @@ class ErrorFeedback(abc.ABC):
     def reduce(
         self, gradients: Sequence[tf.Tensor], payload: tf.Tensor, name: str, process_set: Any
     ) -> tuple[list[tf.Tensor], tf.Tensor]:
-        """As `average`, for gradients of any float dtype, and all of them where that was asked for."""
+        """Averages gradients of any float dtype, with `average` or, while compression is off, with an allreduce."""
         wide = [tf.cast(g, tf.float32) for g in gradients]
         dense = self.build([tuple(g.shape) for g in wide], process_set.size())
 
         def compressed() -> list[tf.Tensor]:
             averages, total, state = self.average(wide, payload, f"{name}.{_name_of(self)}", process_set)
-            # A step that overflowed is skipped (see `optimizers.loss_scale`), and must not live on in what is kept. The
-            # averages are the same on all ranks, and so is this.
+            # A step that overflowed is skipped (see `optimizers.loss_scale`), and must not affect the state. The
+            # averages are the same on all ranks, and so is this decision.
             is_finite = tf.math.is_finite(tf.add_n([tf.reduce_sum(a) for a in averages]))
             tf.cond(is_finite, lambda: _assign(state), lambda: None)
             return [*averages, total]
@@ -124,7 +124,7 @@ class ErrorFeedback(abc.ABC):
 
 
 def variable(shape: tuple[int, ...], name: str, dtype: str = "float32") -> keras.Variable:
-    """Zeros that training keeps."""
+    """Returns a variable of zeros for a compressor's state."""
     return keras.Variable(np.zeros(shape), trainable=False, dtype=dtype, name=f"compression_{name}")
 
 
@@ -134,17 +134,17 @@ def _assign(state: State) -> None:
 
 
 def poison(vector: tf.Tensor, axis: int | None = None) -> tf.Tensor:
-    """0 where a vector, or each of its rows, is finite; otherwise NaN. To be added to what other ranks are sent."""
+    """Returns 0 where a vector, or each of its rows, is finite, and NaN elsewhere; add it to what this rank sends."""
     return 0.0 * tf.reduce_sum(vector, axis=axis)
 
 
 def join(tensors: Sequence[tf.Tensor]) -> tf.Tensor:
-    """All elements as one vector."""
+    """Concatenates all elements into one vector."""
     return tf.concat([tf.reshape(t, [-1]) for t in tensors], axis=0)
 
 
 def part(vector: tf.Tensor, shapes: Sequence[tuple[int, ...]]) -> list[tf.Tensor]:
-    """Undoes `join`."""
+    """Does the inverse of `join`."""
     pieces = tf.split(vector, [elements([shape]) for shape in shapes])
     return [tf.reshape(piece, shape) for piece, shape in zip(pieces, shapes, strict=True)]
 

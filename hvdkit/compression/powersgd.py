@@ -1,8 +1,9 @@
-"""PowerSGD: each matrix of gradients travels as a product of two thin ones.
+"""PowerSGD: sends each gradient matrix as a product of two low-rank factors.
 
 T. Vogels, S. Karimireddy and M. Jaggi, "PowerSGD: practical low-rank gradient compression for distributed
-optimization", 2019, https://arxiv.org/abs/1905.13727, algorithm 1: one step of power iteration, from the last step's
-right factor, with error feedback. Kernels of convolutions are matrices of (height × width × inputs) by outputs.
+optimization", 2019, https://arxiv.org/abs/1905.13727, algorithm 1: one step of power iteration, starting from the right
+factor of the last step, with error feedback. Convolution kernels become matrices of (height × width × inputs) by
+outputs.
 """
 
 from collections.abc import Sequence
@@ -18,13 +19,13 @@ from hvdkit.compression.feedback import ErrorFeedback, State, variable
 
 
 class PowerSGD(ErrorFeedback):
-    """Sends low-rank factors of the gradients; vectors, and matrices too small to gain, go as they are.
+    """Sends low-rank factors of the gradients; sends vectors and small matrices uncompressed.
 
     Args:
-        rank: of the approximation, 1 or more. Vogels et al. use 2 for a ResNet-18 and 4 for an LSTM.
+        rank: rank of the approximation, 1 or more. Vogels et al. use 2 for a ResNet-18 and 4 for an LSTM.
 
     Raises:
-        ValueError: the rank is none.
+        ValueError: `rank` is not an integer of 1 or more.
     """
 
     def __init__(self, rank: int = 4) -> None:
@@ -34,7 +35,7 @@ class PowerSGD(ErrorFeedback):
         self.rank = int(rank)
 
     def make_state(self, shapes: Sequence[tuple[int, ...]], ranks: int) -> None:
-        """Each matrix's right factor, alike on all ranks, and what was left out of it."""
+        """Creates the right factor of each matrix, the same on all ranks, and its compression error."""
         generator = np.random.default_rng(0)  # the same on all ranks
         self._right: dict[int, keras.Variable] = {}
         self._error: dict[int, keras.Variable] = {}
@@ -50,7 +51,7 @@ class PowerSGD(ErrorFeedback):
     def average(
         self, gradients: list[tf.Tensor], payload: tf.Tensor, name: str, process_set: Any
     ) -> tuple[list[tf.Tensor], tf.Tensor, State]:
-        """Two exchanges: left factors with all that travels whole, then right factors."""
+        """Averages with two allreduces: left factors and uncompressed gradients, then right factors."""
         results = list(gradients)
         matrices = {
             place: tf.reshape(gradients[place], _matrix(tuple(gradients[place].shape))) + error.value
@@ -74,7 +75,7 @@ class PowerSGD(ErrorFeedback):
         return results, total, state
 
     def wire_bytes(self, shapes: Sequence[tuple[int, ...]], ranks: int) -> float:
-        """Both factors of each matrix, and what goes whole, by a ring."""
+        """Counts both factors of each matrix, and the uncompressed gradients, in a ring."""
         numbers = [self.rank * sum(_matrix(s)) if self._gains(s) else elements([s]) for s in map(tuple, shapes)]
         return ring_bytes(4 * sum(numbers), ranks)
 

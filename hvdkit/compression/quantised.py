@@ -1,8 +1,8 @@
-"""Few bits a number: 8, or one, with a scale for each block.
+"""Quantization: 8 bits or 1 bit per number, with one scale per block.
 
-The exchange is a ring's traffic, as for a dense allreduce: each rank sends every other its part, compressed; adds up
-the part that is its own; and sends the sum to all, compressed again. What either compression loses is kept and added
-the next time, on both sides (H. Tang et al., "DoubleSqueeze", 2019, https://arxiv.org/abs/1905.05957).
+The traffic is that of a ring, as for a dense allreduce. Each rank sends every other rank its part, compressed; sums its
+own part; and sends the sum to all ranks, compressed again. Both compression errors are kept and added the next time (H.
+Tang et al., "DoubleSqueeze", 2019, https://arxiv.org/abs/1905.05957).
 """
 
 import abc
@@ -16,28 +16,28 @@ from hvdkit.collectives import wire
 from hvdkit.collectives.traffic import elements, ring_bytes
 from hvdkit.compression.feedback import ErrorFeedback, State, join, part, poison, variable
 
-_BLOCK = 256  # numbers with one scale
+_BLOCK = 256  # numbers per scale
 
 
 class Quantised(ErrorFeedback):
-    """Sends every number in few bits. Subclasses say how a block becomes bytes."""
+    """Sends every number in a few bits. Subclasses define how a block becomes bytes."""
 
     block_bytes: int
 
     @staticmethod
     @abc.abstractmethod
     def encode(blocks: tf.Tensor) -> tuple[tf.Tensor, tf.Tensor]:
-        """Bytes of float32 [n, 256], as uint8 [n, bytes], and the scales, float32 [n]."""
+        """Encodes float32 [n, 256] as bytes, uint8 [n, bytes], and scales, float32 [n]."""
 
     @staticmethod
     @abc.abstractmethod
     def decode(codes: tf.Tensor, scales: tf.Tensor) -> tf.Tensor:
-        """The numbers again, float32 [n, 256]."""
+        """Decodes the numbers, float32 [n, 256]."""
 
     def make_state(self, shapes: Sequence[tuple[int, ...]], ranks: int) -> None:
-        """What was lost of the gradient that is sent, and of the part of the sum that this rank makes.
+        """Creates the compression errors of the gradient that this rank sends, and of its part of the sum.
 
-        Both as long as the gradients, so that a checkpoint can be gone on with by another number of ranks.
+        Both are as long as the gradients, so another number of ranks can resume from a checkpoint.
         """
         self._lost, self._lost_of_sum = (variable((elements(shapes),), name) for name in ("error", "error_of_sum"))
         self.own += [self._lost, self._lost_of_sum]
@@ -45,7 +45,7 @@ class Quantised(ErrorFeedback):
     def average(
         self, gradients: list[tf.Tensor], payload: tf.Tensor, name: str, process_set: Any
     ) -> tuple[list[tf.Tensor], tf.Tensor, State]:
-        """Scatters codes, sums, gathers codes of the sums; the payload rides with these."""
+        """Scatters codes, sums, and allgathers codes of the sums together with the payload."""
         ranks, shapes = process_set.size(), [tuple(g.shape) for g in gradients]
         count, length = self._blocks(shapes, ranks), elements(shapes)
         shape = [ranks, count, _BLOCK]
@@ -59,7 +59,7 @@ class Quantised(ErrorFeedback):
         mean = tf.reduce_sum(tf.reshape(self._unpack(mine), shape), axis=0) / ranks
         rank = process_set.rank()
         message, lost_of_sum = self._pack(mean + in_blocks(self._lost_of_sum.value)[rank])
-        rows = -(-payload.shape[0] * 4 // message.shape[1])  # of codes, into which the payload is put
+        rows = -(-payload.shape[0] * 4 // message.shape[1])  # rows of codes that contain the payload
         bits = tf.reshape(tf.bitcast(payload, tf.uint8), [-1])
         extra = tf.reshape(tf.pad(bits, [[0, rows * message.shape[1] - bits.shape[0]]]), [rows, -1])
         everyone = collectives.gather_rows(tf.concat([message, extra], axis=0), f"{name}.gather", process_set)
@@ -73,16 +73,16 @@ class Quantised(ErrorFeedback):
         return part(tf.reshape(whole, [-1])[:length], shapes), tf.reduce_sum(payloads, axis=0), state
 
     def wire_bytes(self, shapes: Sequence[tuple[int, ...]], ranks: int) -> float:
-        """Two passes of the codes, as in a ring."""
+        """Counts two passes of the codes, as in a ring."""
         return ring_bytes(self._blocks(shapes, ranks) * ranks * (self.block_bytes + 4), ranks)
 
     @staticmethod
     def _blocks(shapes: Sequence[tuple[int, ...]], ranks: int) -> int:
-        """Blocks of one rank's part."""
+        """Returns the number of blocks in one rank's part."""
         return -(-elements(shapes) // (_BLOCK * ranks))
 
     def _pack(self, blocks: tf.Tensor) -> tuple[tf.Tensor, tf.Tensor]:
-        """Codes with their scales as uint8 [n, bytes], and what they lose."""
+        """Returns codes and scales as uint8 [n, bytes], and the compression error."""
         codes, scales = self.encode(blocks)
         scales += poison(blocks, axis=1)  # codes have no NaN
         return tf.concat([codes, tf.bitcast(scales, tf.uint8)], axis=1), blocks - self.decode(codes, scales)
@@ -92,29 +92,30 @@ class Quantised(ErrorFeedback):
 
 
 class Int8(Quantised):
-    """Eight bits a number: a quarter of float32's bytes. The scale is a block's largest magnitude."""
+    """Eight bits per number: a quarter of float32's bytes. The scale is the largest magnitude of the block / 127."""
 
     block_bytes = _BLOCK
 
     @staticmethod
     def encode(blocks: tf.Tensor) -> tuple[tf.Tensor, tf.Tensor]:
-        """Rounds to 127ths of the largest."""
+        """Rounds to multiples of 1/127 of the largest magnitude."""
         scales = tf.reduce_max(tf.abs(blocks), axis=1) / 127
         steps = tf.math.divide_no_nan(blocks, scales[:, tf.newaxis])
         return tf.bitcast(tf.cast(tf.round(steps), tf.int8), tf.uint8), scales
 
     @staticmethod
     def decode(codes: tf.Tensor, scales: tf.Tensor) -> tf.Tensor:
-        """Times the scale."""
+        """Multiplies by the scale."""
         return tf.cast(tf.bitcast(codes, tf.int8), tf.float32) * scales[:, tf.newaxis]
 
 
 class OneBit(Quantised):
-    """One bit a number, its sign: about a 28th of float32's bytes. The scale is a block's mean magnitude.
+    """One bit per number, its sign: about 1/28 of float32's bytes. The scale is the mean magnitude of the block.
 
-    It costs accuracy under optimizers that scale each weight by its gradients' magnitudes, such as Adam: all numbers of
-    a block arrive equally large. Measured on two ranks: 56.4 % instead of 67.0 % for `cifar_cnn` on CIFAR-10 (AdamW,
-    seven epochs), 96.4 % instead of 97.7 % for an MLP on MNIST (Adam, one epoch). Prefer `PowerSGD` or `TopK`.
+    It costs accuracy with optimizers that scale each weight by the magnitudes of its gradients, such as Adam: all
+    numbers of a block get the same magnitude. Measured on two ranks: 56.4 % instead of 67.0 % for `cifar_cnn` on
+    CIFAR-10 (AdamW, seven epochs), 96.4 % instead of 97.7 % for an MLP on MNIST (Adam, one epoch). Prefer `PowerSGD` or
+    `TopK`.
     """
 
     block_bytes = _BLOCK // 8
@@ -128,7 +129,7 @@ class OneBit(Quantised):
 
     @staticmethod
     def decode(codes: tf.Tensor, scales: tf.Tensor) -> tf.Tensor:
-        """Plus or minus the scale."""
+        """Returns plus or minus the scale."""
         masks = tf.constant([1, 2, 4, 8, 16, 32, 64, 128], tf.uint8)
         signs = tf.bitwise.bitwise_and(codes[:, :, tf.newaxis], masks) > 0
         return tf.where(tf.reshape(signs, [-1, _BLOCK]), scales[:, tf.newaxis], -scales[:, tf.newaxis])

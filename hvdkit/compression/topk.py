@@ -1,7 +1,7 @@
-"""Top-k: the largest entries of the gradient travel, the rest waits.
+"""Top-k: sends the largest entries of the gradient, and keeps the others for later steps.
 
 D. Alistarh et al., "The convergence of sparsified gradient methods", 2018, https://arxiv.org/abs/1809.10505. The
-threshold is that of a sample (Y. Lin et al., "Deep gradient compression", 2018, https://arxiv.org/abs/1712.01887,
+threshold comes from a sample (Y. Lin et al., "Deep gradient compression", 2018, https://arxiv.org/abs/1712.01887,
 section 5): sorting millions of entries would take longer than sending them.
 """
 
@@ -19,13 +19,13 @@ _ENTRY_BYTES = 8  # a float32 and an int32
 
 
 class TopK(ErrorFeedback):
-    """Sends the entries of largest magnitude, with their places.
+    """Sends the entries of largest magnitude, with their indices.
 
     Args:
-        fraction: of all entries, above 0 and up to 1; where many are equally large, up to twice as many travel.
+        fraction: fraction of all entries, above 0 and up to 1; if many are equal, up to twice as many are sent.
 
     Raises:
-        ValueError: the fraction is none.
+        ValueError: `fraction` is not above 0 and up to 1.
     """
 
     def __init__(self, fraction: float = 0.01) -> None:
@@ -35,40 +35,40 @@ class TopK(ErrorFeedback):
         self.fraction = fraction
 
     def make_state(self, shapes: Sequence[tuple[int, ...]], ranks: int) -> None:
-        """One vector: what was left out."""
+        """Creates one vector, the compression error."""
         self._error = variable((elements(shapes),), "topk_error")
         self.own.append(self._error)
 
     def average(
         self, gradients: list[tf.Tensor], payload: tf.Tensor, name: str, process_set: Any
     ) -> tuple[list[tf.Tensor], tf.Tensor, State]:
-        """Gathers every rank's entries and adds them up in their places."""
+        """Allgathers every rank's entries and sums them by index."""
         vector = join(gradients) + self._error.value
         places = self._largest(tf.where(tf.math.is_finite(vector), vector, 0.0))
         values = tf.gather(vector, places) + poison(vector)
         rest = tf.tensor_scatter_nd_update(vector, places[:, tf.newaxis], tf.zeros_like(values))
-        # One message: entries as pairs, then the payload as pairs with its places.
+        # One message: entries as pairs, then the payload as pairs with its indices.
         extra = tf.stack([payload, tf.bitcast(tf.range(-1, -1 - payload.shape[0], -1), tf.float32)], axis=1)
         pairs = tf.concat([tf.stack([values, tf.bitcast(places, tf.float32)], axis=1), extra], axis=0)
         everyone = collectives.gather_rows(pairs, name, process_set)
         where = tf.bitcast(everyone[:, 1], tf.int32)
         total = tf.math.unsorted_segment_sum(everyone[:, 0], tf.where(where < 0, -1 - where, -1), payload.shape[0])
-        sums = tf.math.unsorted_segment_sum(everyone[:, 0], where, vector.shape[0])  # negative places are left out
+        sums = tf.math.unsorted_segment_sum(everyone[:, 0], where, vector.shape[0])  # negative indices are ignored
         averages = part(sums / process_set.size(), [tuple(g.shape) for g in gradients])
         return averages, total, [(self._error, rest)]
 
     def wire_bytes(self, shapes: Sequence[tuple[int, ...]], ranks: int) -> float:
-        """Each rank's entries go to all others."""
+        """Counts each rank's entries, sent to all other ranks."""
         return (ranks - 1) * _ENTRY_BYTES * self._count(elements(shapes))
 
     def _count(self, length: int) -> int:
         return max(1, round(self.fraction * length))
 
     def _largest(self, vector: tf.Tensor) -> tf.Tensor:
-        """Places of about the largest entries, int32."""
+        """Returns the indices of approximately the largest entries, int32."""
         length = vector.shape[0]
         size = tf.abs(vector)
-        stride = max(1, length // _SAMPLE) | 1  # odd, so that rows of even length are not met in one column only
+        stride = max(1, length // _SAMPLE) | 1  # odd, so the sample of rows of even length covers more than one column
         sample = size[::stride]
         threshold = tf.math.top_k(sample, self._count(sample.shape[0]), sorted=True).values[-1]
         found = tf.cast(tf.where(size >= threshold)[:, 0], tf.int32)

@@ -1,1 +1,1 @@
-"""What `fit`, `evaluate`, `predict`, `load_model` and BatchNormalization mean on many ranks."""
+"""Models on many ranks: `fit`, `evaluate`, `predict`, `load_model` and BatchNormalization."""

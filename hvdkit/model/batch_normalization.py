@@ -1,8 +1,8 @@
-"""Batch normalisation over the batches of all ranks: what `BatchNormalization(synchronized=True)` promises.
+"""Batch normalization over the batches of all ranks, as `BatchNormalization(synchronized=True)` promises.
 
-Keras honours that flag under `tf.distribute` only; here a job of several ranks does so, too. Nothing but the flag marks
-a layer, so that the layers stay Keras' own: they are cloned, saved and loaded with it, and a saved model opens in plain
-Keras, where a single process needs no exchange.
+Keras supports this flag only under `tf.distribute`; this module makes it work in a job of several ranks, too. The
+layers remain Keras' own and differ only in the flag: they are cloned, saved and loaded with it. A saved model opens in
+plain Keras, where a single process needs no allreduce.
 """
 
 import logging
@@ -21,24 +21,23 @@ _keras_moments = keras3.moments_of_keras()
 
 
 def SyncBatchNormalization(fused: bool = False, **arguments: Any) -> keras.layers.BatchNormalization:  # noqa: N802 - Horovod's
-    """A `keras.layers.BatchNormalization` whose moments in training are those of the global batch, over all ranks.
+    """Returns a `keras.layers.BatchNormalization` that uses the moments of the global batch in training.
 
-    Local batches may differ in length: each example (each that is not masked) counts once. In training, each call
-    exchanges three float64 numbers a channel, and three more on the way back: the gradient is that of the global
-    batch, provided that it is averaged over the ranks (`DistributedOptimizer`). All ranks must call the layers in the
-    same order.
+    Local batches may differ in length: each unmasked example counts once. In training, each call allreduces three
+    float64 numbers per channel, and three more in the backward pass. The gradient is that of the global batch, provided
+    that it is averaged over the ranks (`DistributedOptimizer`). All ranks must call the layers in the same order.
 
-    XLA cannot compile the exchange, and `keras.layers.TimeDistributed` cannot vectorise it.
+    XLA cannot compile the allreduce, and `keras.layers.TimeDistributed` cannot vectorize it.
 
     Args:
-        fused: accepted for Horovod's sake; Keras 3 has no fused kernel to choose.
+        fused: must be False, accepted for compatibility with Horovod; Keras 3 has no fused kernel.
         **arguments: see `keras.layers.BatchNormalization`.
 
     Raises:
         ValueError: `fused` is true.
 
-    Reference: S. Ioffe and C. Szegedy, "Batch Normalization", 2015, https://arxiv.org/abs/1502.03167; the API is
-    `horovod.tensorflow.SyncBatchNormalization`'s.
+    Reference: S. Ioffe and C. Szegedy, "Batch Normalization", 2015, https://arxiv.org/abs/1502.03167; the API is that
+    of `horovod.tensorflow.SyncBatchNormalization`.
     """
     honour_flag()
     if fused:
@@ -49,12 +48,12 @@ def SyncBatchNormalization(fused: bool = False, **arguments: Any) -> keras.layer
 
 
 def synchronize_batch_normalization(model: keras.Model) -> keras.Model:
-    """Makes every `BatchNormalization` of a built model, nested ones too, use the moments of the global batch.
+    """Makes every `BatchNormalization` of a built model, including nested ones, use the moments of the global batch.
 
-    The layers are changed in place, and keep their weights; the training step is traced anew.
+    Changes the layers in place; they keep their weights. The training step is traced again.
 
     Args:
-        model: any Keras model; those of `keras.applications`, for example. Call this before `compile`.
+        model: any Keras model, for example one of `keras.applications`. Call this before `compile`.
 
     Returns:
         The model.
@@ -72,12 +71,12 @@ def synchronize_batch_normalization(model: keras.Model) -> keras.Model:
 
 
 def honour_flag() -> None:
-    """Makes Keras' `BatchNormalization(synchronized=True)` mean "over all ranks" in a job of several ranks."""
+    """Makes Keras' `BatchNormalization(synchronized=True)` apply to all ranks in a job of several ranks."""
     keras3.replace_moments(_moments)
 
 
 def _moments(self: Any, inputs: tf.Tensor, mask: tf.Tensor | None) -> tuple[tf.Tensor, tf.Tensor]:
-    """Mean and variance of each channel, in the place of Keras' method of this name."""
+    """Returns mean and variance of each channel; replaces Keras' method of this name."""
     if not (self.synchronized and world.is_initialized() and world.size() > 1):
         return _keras_moments(self, inputs, mask)
     axes, shape = keras3.reduction_axes(self), tf.shape(inputs)
@@ -87,7 +86,7 @@ def _moments(self: Any, inputs: tf.Tensor, mask: tf.Tensor | None) -> tuple[tf.T
     else:
         mean, variance = _keras_moments(self, inputs, mask)
         counted = tf.math.count_nonzero(tf.broadcast_to(tf.cast(mask, tf.bool)[..., None], shape), axis=axes)
-    # Steps that run in one graph follow each other through this layer's weights, and so must their exchanges.
+    # Steps in one graph are ordered by this layer's weights. This control dependency orders their collectives as well.
     with tf.control_dependencies([tf.convert_to_tensor(self.moving_mean)]):
         counted = tf.identity(counted)
     channels = [inputs.shape[self.axis]]
@@ -96,7 +95,7 @@ def _moments(self: Any, inputs: tf.Tensor, mask: tf.Tensor | None) -> tuple[tf.T
 
 
 def _moments_of_all(mean: tf.Tensor, variance: tf.Tensor, counted: tf.Tensor) -> tuple[tf.Tensor, tf.Tensor]:
-    """Combines the ranks' moments [channels]; in float64, where `E[x²] - E[x]²` does not cancel what matters."""
+    """Combines the ranks' moments [channels], in float64, where `E[x²] - E[x]²` does not lose precision."""
     count, mean, variance = (tf.cast(t, tf.float64) for t in (counted, mean, variance))
     mean, variance = (tf.where(count > 0, t, tf.zeros_like(t)) for t in (mean, variance))
     count, total, squares = tf.unstack(_sum_over_ranks(tf.stack([count, count * mean, count * (variance + mean**2)])))
@@ -106,10 +105,10 @@ def _moments_of_all(mean: tf.Tensor, variance: tf.Tensor, counted: tf.Tensor) ->
 
 @tf.custom_gradient
 def _sum_over_ranks(values: tf.Tensor) -> tuple[tf.Tensor, Any]:
-    """A sum that every rank's loss depends on: so its gradient is the sum of all ranks' gradients.
+    """Sums over ranks; every rank's loss depends on the sum, so its gradient is the sum of all ranks' gradients.
 
-    Horovod has one registered, but leaves its name to TensorFlow, which numbers ranks' tensors differently once one has
-    made a tensor more.
+    Horovod registers such a gradient, but lets TensorFlow name the operation. TensorFlow numbers the names, and the
+    numbers differ between ranks once one has created one more tensor.
     """
 
     def total(tensor: tf.Tensor) -> tf.Tensor:

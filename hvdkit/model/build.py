@@ -1,4 +1,4 @@
-"""Building a model before its first step."""
+"""Builds a model before its first step."""
 
 import logging
 from typing import Any
@@ -13,13 +13,13 @@ _log = logging.getLogger(__name__)
 
 
 def build(model: keras.Model, x: Any) -> None:
-    """Builds a model that has waited for its first batch, so that all ranks begin with the same weights."""
+    """Builds a model that would otherwise be built in its first step, so all ranks start with the same weights."""
     if all(layer.built for layer in layers_of(model, include_self=False)) and model.weights:
         return
     try:
         spec = keras.tree.map_structure(_symbol, _inputs_of(x))
         model(spec)
-    except Exception as error:  # of whatever kind: the model's own code may want a real batch, or x be a generator
+    except Exception as error:  # any error: the model's code may need a real batch, or x may be a generator
         _log.debug("The model is built in its first step: %s", error)
 
 

@@ -1,7 +1,7 @@
-"""`evaluate` and `predict` by all ranks together: each takes a part of the batches, all get the whole result.
+"""`evaluate` and `predict` on all ranks together: each rank takes some of the batches, all get the whole result.
 
-What is divided are whole batches, those that one process would form: so a loss that is normalised by the batch (with
-masks, for example) is the same, too, and the sums of the metrics' states are exact.
+The ranks divide whole batches, the same ones that a single process would form. So a loss that is normalized by the
+batch (with masks, for example) is the same, and the sums of the metrics' states are exact.
 """
 
 from typing import Any
@@ -33,23 +33,23 @@ def evaluate(
 ) -> Any:
     """Evaluates a compiled model on all ranks together, with the result of `Model.evaluate` in one process.
 
-    Call it on all ranks, each with *all* of the data, undivided and in the same order. Float non-trainable weights
-    (BatchNormalization's statistics) are averaged over the ranks first. Metrics are added up by their states, as
-    `callbacks.MetricAverageCallback` says.
+    Call it on all ranks, each with *all* of the data, not sharded and in the same order. Float non-trainable weights
+    (BatchNormalization's statistics) are averaged over the ranks first. Metrics are combined by summing their states,
+    as documented in `callbacks.MetricAverageCallback`.
 
     Args:
         model: a compiled model, with the same weights on all ranks.
         x: arrays [examples, ...] in any structure that the model takes, or a batched `tf.data.Dataset` with the labels.
         y: labels, for arrays.
-        batch_size: examples of a batch, for arrays; a rank works on one at a time. 32 by default.
-        verbose: as in Keras, for rank 0; the progress shown is that of its own part. 0 by default.
+        batch_size: examples per batch, for arrays; a rank processes one batch at a time. 32 by default.
+        verbose: as in Keras, for rank 0, whose progress bar shows its own part. 0 by default.
         sample_weight: weights, for arrays.
-        steps: how many batches, over all ranks; by default all.
-        callbacks: see `Model.evaluate`; they see the results of all ranks when the test ends.
+        steps: number of batches over all ranks; by default all.
+        callbacks: see `Model.evaluate`; they receive the results of all ranks when the test ends.
         return_dict: return a dict by name, not a list.
 
     Returns:
-        The same on all ranks: what `Model.evaluate` returns.
+        The result of `Model.evaluate`, the same on all ranks.
 
     Raises:
         UsageError: on all ranks, if they were given different amounts of data, or none.
@@ -69,14 +69,14 @@ def evaluate(
 def evaluate_part(
     model: keras.Model, *arguments: Any, counts: bool = True, callbacks: Any = (), **options: Any
 ) -> dict[str, Any]:
-    """Evaluates a model on data that differ from rank to rank, however many, and returns the results over all.
+    """Evaluates a model on data that differ between ranks in any amount, and returns the results over all ranks.
 
     Args:
         model: a compiled model.
-        *arguments: this rank's own, for `Model.evaluate`.
-        counts: whether this rank's data count; they are needed even where they do not, so that its metrics get a state.
-        callbacks: the caller's.
-        **options: for `Model.evaluate`.
+        *arguments: this rank's own arguments for `Model.evaluate`.
+        counts: whether this rank's data count; data are needed even if not, to create the metrics' state.
+        callbacks: the caller's callbacks.
+        **options: options for `Model.evaluate`.
     """
     ours = [AverageStateCallback(), *([] if counts else [_CountNothing()]), MetricAverageCallback()]
     others = [
@@ -98,15 +98,15 @@ def predict(
 ) -> Any:
     """Predicts on all ranks together; every rank gets all predictions, in the order of the examples.
 
-    Call it on all ranks, each with *all* of the data, undivided and in the same order. Float non-trainable weights
+    Call it on all ranks, each with *all* of the data, not sharded and in the same order. Float non-trainable weights
     (BatchNormalization's statistics) are averaged over the ranks first.
 
     Args:
         model: a model with the same weights on all ranks.
         x: arrays [examples, ...] in any structure that the model takes, or a batched `tf.data.Dataset`.
-        batch_size: examples of a batch, for arrays; a rank works on one at a time. 32 by default.
+        batch_size: examples per batch, for arrays; a rank processes one batch at a time. 32 by default.
         verbose: as in Keras, for rank 0. 0 by default.
-        steps: how many batches, over all ranks; by default all.
+        steps: number of batches over all ranks; by default all.
         callbacks: see `Model.predict`; they see this rank's part.
 
     Returns:
@@ -127,20 +127,20 @@ def predict(
 
 
 def _wait_for_other_parts(model: keras.Model) -> None:
-    """Ranks that hold other parts of a divided model exchange nothing with this one: who left first would end them."""
+    """Waits for ranks with other parts of a sharded model: no collective does, and the first to exit would end them."""
     if mesh_of(model.weights) is not None:
         collectives.barrier(name="evaluated")
 
 
 class _Part:
-    """This rank's batches: a contiguous run of those that one process would form.
+    """This rank's batches: a contiguous range of those that one process would form.
 
-    Ranks that hold one model between them have the same.
+    Ranks that hold one model together have the same batches.
 
     Attributes:
-        arguments: x, y and sample weights, or a data set alone.
-        options: for Keras: the batch size, where there are arrays.
-        counts: False on a rank for which there is no batch; it is given the first one, for the shapes.
+        arguments: x, y and sample weights, or only a dataset.
+        options: options for Keras: the batch size, if the data are arrays.
+        counts: False on a rank without a batch of its own; it gets the first one, for the shapes.
     """
 
     def __init__(
@@ -167,7 +167,7 @@ class _Part:
 
 
 class _Whole:
-    """How much data there are: `size` examples (arrays) or batches (a data set), `batches` of which are taken."""
+    """The amount of data: `size` examples (arrays) or batches (a dataset), and the number of `batches` to use."""
 
     def __init__(self, x: Any, y: Any, weights: Any, batch: int, steps: int | None) -> None:
         if isinstance(x, tf.data.Dataset):
@@ -211,13 +211,13 @@ def _gather(rows: Any, place: int, copies: Any) -> np.ndarray:
             f"Output {place} of the model is a {type(rows).__name__}: only outputs with a row for each example, of one "
             f"shape, can be gathered. Make it dense (to_tensor), or predict with model.predict on each rank."
         )
-    if rows.dtype.kind in "OSU":  # texts
+    if rows.dtype.kind in "OSU":  # strings
         return np.concatenate(collectives.allgather_object(rows, name=f"predict.{place}", process_set=copies))
     return collectives.gather_rows(tf.convert_to_tensor(rows), f"hvdkit.predict.{place}", copies).numpy()
 
 
 class _CountNothing(keras.callbacks.Callback):
-    """Forgets what this rank evaluated, before it is added up; states that are not added up stay."""
+    """Resets this rank's metrics before they are summed over ranks; states that are not summed remain."""
 
     def on_test_end(self, logs: dict | None = None) -> None:
         for variable in [v for metric in self.model.metrics for v in metric.variables]:
@@ -226,7 +226,7 @@ class _CountNothing(keras.callbacks.Callback):
 
 
 class _KeepResults(keras.callbacks.Callback):
-    """Takes the results as the callbacks before it left them."""
+    """Keeps the results that the callbacks before it have produced."""
 
     results: dict[str, Any]
 

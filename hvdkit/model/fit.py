@@ -1,14 +1,14 @@
-"""What `Model.fit` means on many ranks: it stays right even where the user's script forgets something.
+"""`Model.fit` on many ranks: training stays correct even if the user's script omits a call.
 
-While a job of several ranks runs, `keras.Model.fit` is wrapped (`install`, called by `hvdkit.init`; the way of tracing
-tools such as MLflow's autologging). Each `fit` then
+While a job of several ranks runs, `keras.Model.fit` is wrapped. `hvdkit.init` calls `install`; MLflow's autologging
+works in the same way. Each `fit` then
 
-- has a model that is built, if the data tell how (`build`);
-- runs the user's callbacks, with metrics of all ranks and each file written once (`user_callbacks`);
-- has a first callback that tells the watchdog where this rank is (`marks`);
-- has a last one that keeps the ranks together and proves that they exchange gradients (`guard`).
+- builds the model first, if the data determine its shapes (`build`);
+- runs the user's callbacks with metrics of all ranks, and writes each file once (`user_callbacks`);
+- starts with a callback that reports this rank's position to the watchdog (`marks`);
+- ends with a callback that keeps the ranks together and checks that they allreduce gradients (`guard`).
 
-A model under a `tf.distribute` strategy is left alone: there TensorFlow does the exchange.
+A model under a `tf.distribute` strategy is not changed: there TensorFlow reduces the gradients.
 """
 
 import inspect
@@ -33,7 +33,7 @@ _originals: dict[str, tuple[type, Any]] = {}
 
 
 def install() -> None:
-    """Wraps `keras.Model.fit` and the making of its training step; a second call does nothing."""
+    """Wraps `keras.Model.fit` and the creation of its training step; a second call does nothing."""
     for name, wrapper in (("fit", _GuardedFit()), ("make_train_function", make_train_function)):
         if name not in _originals:
             owner = next(c for c in keras.Model.__mro__ if name in vars(c))
@@ -42,20 +42,20 @@ def install() -> None:
 
 
 def uninstall() -> None:
-    """Gives Keras its own functions back."""
+    """Restores Keras' own functions."""
     for name, (owner, original) in _originals.items():
         setattr(owner, name, original)
     _originals.clear()
 
 
 class _GuardedFit:
-    """The wrapper of `fit`, which knows whether it was called within a callback of another `fit`."""
+    """The wrapper of `fit`, which knows whether a callback of another `fit` called it."""
 
     def __init__(self) -> None:
         self._running = 0
 
     def __call__(self, fit: Callable, model: keras.Model, args: tuple, kwargs: dict[str, Any]) -> Any:
-        """Calls Keras' `fit` of a model, guarded."""
+        """Calls Keras' `fit` of a model, with the guard."""
         optimizers = exchanging_optimizers_of(model)
         unguarded = world.size() == 1 or strategy_of(model) is not None
         if unguarded or (self._running and not optimizers):
@@ -65,7 +65,7 @@ class _GuardedFit:
         if not self._running:
             heartbeat.current().begin()
         self._running += 1
-        phase = "interrupted"  # which may last, and still tells in which step it happened
+        phase = "interrupted"  # this phase may last, and keeps the step at which it happened
         try:
             result = fit(*call.args, **call.kwargs)
             phase = "between"

@@ -1,4 +1,4 @@
-"""`FitGuard`: the callback that keeps the ranks of a `fit` together, and proves that they exchange gradients."""
+"""`FitGuard`: the callback that keeps the ranks of a `fit` together, and checks that they allreduce gradients."""
 
 import logging
 from collections.abc import Sequence
@@ -25,7 +25,7 @@ class FitGuard(keras.callbacks.Callback):
     """The last callback of each `fit` in a job of several ranks.
 
     Args:
-        optimizers: the distributed optimizers of the model, as `exchanging_optimizers_of` finds them.
+        optimizers: the distributed optimizers of the model, from `exchanging_optimizers_of`.
     """
 
     checkpointed = False
@@ -37,11 +37,11 @@ class FitGuard(keras.callbacks.Callback):
         self._one_model = all_ranks_train(optimizers)
 
     def on_train_begin(self, logs: dict | None = None) -> None:
-        """Makes the starting point common: weights, slots, and the epoch that a backup was restored to."""
-        # Where tf.distribute exchanges there is nothing to count.
+        """Synchronizes the initial state: weights, slots, and the epoch that a backup was restored to."""
+        # Where tf.distribute reduces the gradients there is nothing to count.
         self._proven = self._one_model and not self._exchanges
         self._exchanged = False
-        self._wishes = self._told = False  # to stop; by this rank, by another
+        self._wishes = self._told = False  # stop requests: of this rank, of another rank
         self._steps = 0
         self._before = heartbeat.current().read()[0]
         self._weights = len(self.model.weights)
@@ -58,7 +58,7 @@ class FitGuard(keras.callbacks.Callback):
         set_first_epoch(self.model, collectives.broadcast_object(first_epoch(self.model), name="initial_epoch"))
 
     def on_train_batch_end(self, batch: int, logs: dict | None = None) -> None:
-        """Proves the exchange once; then carries wishes to stop, and stops where all ranks do."""
+        """Checks the allreduce once; then passes on stop requests, and stops when all ranks stop."""
         beat = heartbeat.current()
         proven, votes = beat.read()
         self._steps += 1
@@ -72,11 +72,11 @@ class FitGuard(keras.callbacks.Callback):
         elif self._together():
             if self.model.stop_training and not votes:
                 self._wishes = True
-                beat.wish_to_stop()  # the next exchange tells the others, and all stop after it
+                beat.wish_to_stop()  # the next allreduce tells the others, and all stop after it
             self.model.stop_training = self._told = votes > 0
 
     def on_epoch_end(self, epoch: int, logs: dict | None = None) -> None:
-        """Asks all ranks whether one wants to stop: callbacks of an epoch's end decide here."""
+        """Asks all ranks for stop requests: callbacks that run at the end of an epoch decide here."""
         heartbeat.current().all_stop = False
         if not self._together():
             return
@@ -90,18 +90,18 @@ class FitGuard(keras.callbacks.Callback):
             _log.warning("Training stops in epoch %d on all ranks, because rank(s) %s asked for it.", epoch + 1, ranks)
 
     def on_train_end(self, logs: dict | None = None) -> None:
-        """Makes the result common: statistics are averaged, and a best epoch that was restored is the root's."""
+        """Synchronizes the result: averages statistics; takes the root's weights where a best epoch was restored."""
         if self._one_model:
             average_state(self.model)
             self._make_common("when training ends")
 
     def _together(self) -> bool:
-        """Whether this rank must not leave alone: others exchange with it, if only in the model's own train_step."""
+        """Returns whether this rank must not exit alone: others reduce with it, if only in the model's train_step."""
         alone = bool(self._exchanges) and all(e.is_alone() for e in self._exchanges)
         return not alone and (bool(self._optimizers) or self._exchanged)
 
     def _prove(self, proven: float) -> None:
-        """Compares the number of exchanges with what these steps must have made."""
+        """Compares the number of allreduces with the number that these steps must have made."""
         if proven < 0:
             raise RuntimeError(
                 "The exchange of gradients does not sum up over the ranks: a vector known in closed form came back "
@@ -125,14 +125,14 @@ class FitGuard(keras.callbacks.Callback):
             )
 
     def _tell_seeds_apart(self) -> None:
-        """Lets no two ranks drop the same units, as after `keras.utils.set_random_seed(0)` on all of them."""
+        """Makes equal seeds differ between ranks, as after `keras.utils.set_random_seed(0)` on all of them."""
         digests = [collectives.digest([v]) for v in seeds_of(self.model)]
         everyone = collectives.allgather_object(digests, name="seeds", process_set=copies_of(self.model))
         if any(len(set(digests)) < len(digests) for digests in zip(*everyone, strict=False)):
             tell_seeds_apart(self.model)
 
     def _make_common(self, when: str) -> None:
-        """Compares weights and optimizer slots over the ranks, and takes the root's where they differ."""
+        """Compares weights and optimizer slots over the ranks, and broadcasts the root's if they differ."""
         state = {id(v): v for owner in (self.model, *self._optimizers) for v in _variables(owner)}
         variables = [v for v in state.values() if not any(keeps_local(o, v) for o in self._optimizers)]
         share(self.model.weights)
@@ -151,5 +151,5 @@ class FitGuard(keras.callbacks.Callback):
 
 
 def _variables(owner: Any) -> list[Any]:
-    """The weights of a model, or the slots of an optimizer: what ranks have in common, so no seeds."""
+    """Returns a model's weights or an optimizer's slots, which ranks synchronize. Seeds are not among them."""
     return owner.weights if isinstance(owner, keras.Model) else owner.variables

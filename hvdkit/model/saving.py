@@ -1,4 +1,4 @@
-"""`load_model`: a saved model, compiled with a `DistributedOptimizer` that goes on where the saved one stopped."""
+"""`load_model`: loads a saved model, with a `DistributedOptimizer` that resumes from the saved optimizer state."""
 
 import logging
 import os
@@ -24,18 +24,18 @@ def load_model(
 ) -> keras.Model:
     """Loads a model and wraps its optimizer, with its state, in a `DistributedOptimizer`.
 
-    Every rank reads the file. It makes no difference whether the model was saved with a wrapped optimizer or a plain
-    one: a file holds the inner optimizer.
+    Every rank reads the file. The model may have been saved with a wrapped or a plain optimizer: a file contains the
+    inner optimizer in both cases.
 
     Args:
         filepath: a `.keras` or `.h5` file.
-        custom_optimizers: classes of optimizers that Keras does not know by itself.
-        custom_objects: other names in the file, and the classes or functions that they stand for.
-        compression: what gradients look like on the wire; see `DistributedOptimizer`.
+        custom_optimizers: optimizer classes that Keras does not know.
+        custom_objects: other names in the file, and the classes or functions that they refer to.
+        compression: compression of gradients; see `DistributedOptimizer`.
         legacy_opts: must be False: Keras 3 has no legacy optimizers.
 
     Returns:
-        The model, compiled if it was saved compiled; otherwise as it was saved.
+        The model, compiled if it was saved compiled.
 
     Raises:
         ValueError: `legacy_opts` is True, or there is no such file.
@@ -51,21 +51,21 @@ def load_model(
     if model.compiled and model.optimizer is not None:
         if os.fspath(filepath).endswith((".h5", ".hdf5")):
             _restore_slots(model, os.fspath(filepath))
-        # The attribute alone is exchanged, not compile called again, which would forget the metrics' state.
+        # Replace only the attribute: another call of compile would reset the metrics' state.
         model.optimizer = DistributedOptimizer(model.optimizer, compression=compression)
     return model
 
 
 def _restore_slots(model: keras.Model, path: str) -> None:
-    """Reads the optimizer's state out of an HDF5 file: Keras 3 writes it, and leaves it out when it reads."""
+    """Reads the optimizer's state from an HDF5 file: Keras 3 writes it, but does not read it."""
     with h5py.File(path) as file:
         group = file.get("optimizer_weights")
         if group is None:
             return
-        # Long lists are cut into weight_names0, weight_names1, ...
+        # Long lists are split into weight_names0, weight_names1, ...
         parts = sorted((k for k in group.attrs if k.startswith("weight_names")), key=lambda k: (len(k), k))
         values = [group[n.decode() if isinstance(n, bytes) else n][()] for part in parts for n in group.attrs[part]]
-    # Keras has built it for no variables at all by now, and an optimizer is built once.
+    # Keras has already built the optimizer for no variables, and an optimizer is built only once.
     model.optimizer = type(model.optimizer).from_config(model.optimizer.get_config())
     model.optimizer.build(model.trainable_variables)
     if [tuple(v.shape) for v in model.optimizer.variables] != [np.shape(value) for value in values]:

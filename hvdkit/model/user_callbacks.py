@@ -1,4 +1,4 @@
-"""The user's callbacks, made to fit a job of several ranks."""
+"""Adapts the user's callbacks to a job of several ranks."""
 
 import os
 from collections.abc import Iterable
@@ -11,7 +11,7 @@ from hvdkit.callbacks import AverageStateCallback, CheckpointCallback, MetricAve
 from hvdkit.errors import UsageError
 
 _BY_METRICS = (keras.callbacks.EarlyStopping, keras.callbacks.ReduceLROnPlateau, keras.callbacks.ModelCheckpoint)
-# Callbacks that write files, and the attribute that says where.
+# Callbacks that write files, and the attribute with the path.
 _WRITERS = {
     keras.callbacks.ModelCheckpoint: "filepath",
     keras.callbacks.CSVLogger: "filename",
@@ -21,7 +21,11 @@ _WRITERS = {
 
 
 def for_all_ranks(callbacks: list[Any]) -> list[Any]:
-    """The user's callbacks, with exact metrics and averaged statistics before them, and each file written once."""
+    """Returns the user's callbacks after those for exact metrics and averaged statistics; each file has one writer.
+
+    Raises:
+        UsageError: only some ranks have a `CheckpointCallback`.
+    """
     paths = [p for c in callbacks for p in _paths(c)]
     needs = any(isinstance(c, (*_BY_METRICS, MetricAverageCallback)) for c in callbacks)
     saves = any(isinstance(c, CheckpointCallback) for c in callbacks)
@@ -32,7 +36,7 @@ def for_all_ranks(callbacks: list[Any]) -> list[Any]:
             f"CheckpointCallback is not among the callbacks of rank(s) {without}, and would wait for them for ever. "
             f"Give it to all ranks: it writes on rank 0 alone."
         )
-    if any(needs for _, needs, _ in everyone):  # one rank may have a callback that others have not
+    if any(needs for _, needs, _ in everyone):  # one rank may have a callback that others do not have
         callbacks = [MetricAverageCallback(), *(c for c in callbacks if not isinstance(c, MetricAverageCallback))]
     if not any(isinstance(c, AverageStateCallback) for c in callbacks):
         callbacks = [AverageStateCallback(), *callbacks]
@@ -41,7 +45,7 @@ def for_all_ranks(callbacks: list[Any]) -> list[Any]:
 
 
 def _paths(callback: Any) -> Iterable[str]:
-    """Where a callback of Keras' own writes; a subclass may do more than write."""
+    """Yields the path that one of Keras' own callbacks writes to; a subclass may do more than write."""
     path = getattr(callback, _WRITERS.get(type(callback), ""), None)
     if path is not None:
         yield f"{type(callback).__name__}:{os.path.abspath(os.fspath(path))}"  # noqa: PTH100 - gs:// and the like, too

@@ -1,4 +1,4 @@
-"""A training step that XLA compiles, but for the exchange in it."""
+"""A training step compiled by XLA, except for its collectives."""
 
 from collections.abc import Callable
 from typing import Any
@@ -11,10 +11,10 @@ from hvdkit.compat.keras3 import strategy_of
 
 
 def make_train_function(make: Callable, model: keras.Model, args: tuple, kwargs: dict[str, Any]) -> Any:
-    """Divides a step that XLA is to compile: what comes before and after the exchange is, the exchange is not.
+    """Splits a step for XLA: XLA compiles what comes before and after the collectives, but not the collectives.
 
-    XLA's clustering does the dividing. It compiles what it can of the nodes that are marked for it, so operations that
-    XLA does not know are left to TensorFlow instead of failing.
+    XLA's auto-clustering does the splitting. It compiles those of the marked nodes that it supports, so TensorFlow runs
+    unsupported operations instead of failing.
     """
     if world.size() == 1 or not model.jit_compile or strategy_of(model) is not None:
         return make(*args, **kwargs)
