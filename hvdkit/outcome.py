@@ -1,12 +1,11 @@
-"""How a job ends: its exit codes, and the machine-readable line in which its processes tell each other of it.
+"""How a job ends: its exit codes, and the machine-readable line with which its processes report the outcome.
 
-A rank, its watchdog and the launcher say what happens in sentences for people. Programs that start them read this line
-instead, and no sentence: the launcher, the sweep, the drill, verify_resume. A listener sets `HVDKIT_OUTCOME` for what
-it starts, to "stderr" or to the path of a file. Where it is not set, as under `horovodrun` or `mpirun`, nothing is
-written that a user could see.
+Ranks, watchdogs and the launcher report to people in sentences. Programs that start them (the launcher, the sweep, the
+drill, verify_resume) read this line instead, and no sentence. A listener sets `HVDKIT_OUTCOME` for the processes it
+starts, to "stderr" or to the path of a file. If it is not set, as under `horovodrun` or `mpirun`, no line is written.
 
-    stderr   for ranks, on whichever host and under MPI, too: the launcher takes the line out of what it shows and logs
-    a file   for what runs on the listener's own host, such as the launcher itself, which passes on what it has heard
+    stderr   for ranks, on any host and also under MPI: the launcher removes the line from what it shows and logs
+    a file   for processes on the listener's own host, such as the launcher itself, which forwards what it received
 
 A line is a record of RFC 7464: the control character RS, a word, a JSON object, a line feed:
 
@@ -22,32 +21,32 @@ from typing import Any
 
 # ---------------------------------------------------------------------------------------------------------- Exit codes
 
-USAGE = 2  # the user can fix it; to start again changes nothing
-STALLED = 75  # EX_TEMPFAIL of sysexits.h: the job hung or lost a rank or a host, and may be started again
-PREEMPTED = 85  # HTCondor's own for "checkpointed, start me again"; scripts that requeue a job look for it
-UNFIT_SIZE = 86  # in an elastic job: this number of ranks cannot be used, and a smaller one could
-SAID = (USAGE, STALLED, PREEMPTED, UNFIT_SIZE)  # of processes that have said all that there is to say
+USAGE = 2  # the user can fix it; a restart does not help
+STALLED = 75  # EX_TEMPFAIL of sysexits.h: the job hung or lost a rank or a host, and may be restarted
+PREEMPTED = 85  # HTCondor's code for "checkpointed, restart me"; scripts that requeue a job check for it
+UNFIT_SIZE = 86  # in an elastic job: this number of ranks is not usable, but a smaller one may be
+SAID = (USAGE, STALLED, PREEMPTED, UNFIT_SIZE)  # of processes that have already reported everything
 
 # ------------------------------------------------------------------------------------------------------------ The line
 
 VARIABLE = "HVDKIT_OUTCOME"
 STDERR = "stderr"
 PREFIX = "\x1ehvdkit "
-_MOST_BYTES = 4096  # PIPE_BUF: a pipe takes so many in one piece, whoever else writes to it
+_MOST_BYTES = 4096  # PIPE_BUF: writes of up to this size are atomic in a pipe with several writers
 
 
 @dataclasses.dataclass(frozen=True)
 class Failed:
-    """The job, or the process that says so, fails.
+    """The job, or the process that reports this, fails.
 
     Attributes:
         why: "usage" (the user can fix it), "error" (an exception), "death", "left", "stall", "mismatch", "diverged";
-            "launch" (the launcher's own: a host is lost or unfit) or "rank" (a rank ended, and did not say why).
+            "launch" (from the launcher: a host is lost or unfit) or "rank" (a rank exited without a reason).
         code: the exit code that follows.
         message: a sentence, without the rank.
-        rank: whose failure it is; None where it is not one rank's.
-        host: that rank's.
-        lines: how many lines come next that say the same for people; they are to be shown, whichever rank wrote them.
+        rank: the rank that failed; None if it is not a single rank.
+        host: the host of that rank.
+        lines: number of following lines with the same content for people; show them, whichever rank wrote them.
     """
 
     why: str
@@ -67,7 +66,7 @@ class Unsaved:
     """A checkpoint could not be written; training continues.
 
     Attributes:
-        step: of the checkpoint.
+        step: step of the checkpoint.
         message: the error.
     """
 
@@ -80,7 +79,7 @@ class Resumed:
     """Training resumes from a checkpoint.
 
     Attributes:
-        step: of the checkpoint, from the job's beginning.
+        step: step of the checkpoint, counted from the start of the job.
     """
 
     step: int
@@ -88,10 +87,10 @@ class Resumed:
 
 @dataclasses.dataclass(frozen=True)
 class Unknown:
-    """What another version of hvdkit says; it is no output for people, either.
+    """An outcome of another version of hvdkit; it is not output for people.
 
     Attributes:
-        kind: as it is there.
+        kind: its kind there.
     """
 
     kind: str
@@ -102,13 +101,13 @@ _KINDS: dict[str, type[Failed | Unsaved | Resumed]] = {"failed": Failed, "unsave
 
 
 def tell(outcome: Outcome, text: str = "") -> None:
-    """Writes the line for whoever listens, and `text` for people on standard error.
+    """Writes the line for the listener, and `text` for people to standard error.
 
-    In one piece, and past Python's buffers: the main thread may hold their locks, and may never return.
+    Writes both at once, and not through Python's buffers: the main thread may hold their locks forever.
 
     Args:
         outcome: what happens.
-        text: the same for people, without the last line feed; empty if they hear of it elsewhere.
+        text: the same for people, without the last line feed; empty if something else reports it.
     """
     listener = os.environ.get(VARIABLE, "")
     if text and isinstance(outcome, Failed):
@@ -118,14 +117,14 @@ def tell(outcome: Outcome, text: str = "") -> None:
         with contextlib.suppress(OSError):
             _append(Path(listener), line)
         line = b""
-    shown = f"{text}\n".encode(errors="backslashreplace") if text else b""  # a file's name may hold surrogates
+    shown = f"{text}\n".encode(errors="backslashreplace") if text else b""  # a file name may contain surrogates
     if line or shown:
         with contextlib.suppress(OSError):
             os.write(2, line + shown)
 
 
 def heard(path: Path) -> list[Outcome]:
-    """What has been told into a file, in order; half a line, of a process that was killed, is left out."""
+    """Returns the outcomes in a file, in order; ignores an incomplete line, such as that of a killed process."""
     try:
         text = path.read_text(encoding="utf-8", errors="replace")
     except OSError:
@@ -134,12 +133,12 @@ def heard(path: Path) -> list[Outcome]:
 
 
 def failure(path: Path) -> Failed | None:
-    """Why the job failed that told into a file, if it failed: what is said last is the launcher's, who knows most."""
+    """Returns why the job of an outcome file failed, or None: the last report is the launcher's, which knows most."""
     return next((told for told in reversed(heard(path)) if isinstance(told, Failed)), None)
 
 
 def to_line(outcome: Outcome) -> str:
-    """The line, with its line feed, in ASCII; a message is cut where the line would be too long for a pipe."""
+    """Returns the line, with its line feed, in ASCII; cuts the message if the line would be too long for a pipe."""
     fields = {"kind": type(outcome).__name__.lower(), **dataclasses.asdict(outcome)}
     line = f"{PREFIX}{json.dumps(fields)}\n"
     while len(line) > _MOST_BYTES:
@@ -149,14 +148,14 @@ def to_line(outcome: Outcome) -> str:
 
 
 def split(line: str) -> tuple[str, Outcome | None]:
-    """A line of output, divided into what is for people and the outcome that follows.
+    """Splits a line of output into text for people and the outcome that follows.
 
     Args:
-        line: without its line feed, or with it.
+        line: a line, with or without its line feed.
 
     Returns:
-        What comes before the outcome: another thread's unfinished line, such as a progress bar. All of the line, and
-        None, where there is no outcome, or what is left of one.
+        The text before the outcome, such as another thread's unfinished progress bar, and the outcome. The whole line
+        and None if there is no outcome or only a fragment of one.
     """
     before, mark, rest = line.partition(PREFIX)
     if not mark:
@@ -172,7 +171,7 @@ def split(line: str) -> tuple[str, Outcome | None]:
 
 
 def _known(kind: type, fields: dict[str, Any]) -> dict[str, Any]:
-    """The fields that this version knows, where they are of the type that it expects."""
+    """Returns the fields that this version knows, if they have the expected type."""
     types = {"rank": int, "code": int, "step": int, "lines": int, "why": str, "message": str, "host": str}
     names = [field.name for field in dataclasses.fields(kind)]
     return {name: fields[name] for name in names if type(fields.get(name)) is types[name]}

@@ -1,8 +1,8 @@
-"""Where commands get what they show and what they write: tables on the screen, JSON in files, plots.
+"""Output of commands: tables on the screen, JSON files, plots.
 
-rich draws all tables, and they look alike: headings with units, a rule, columns two spaces apart, numbers to the right.
-On a terminal headings are bold, statuses have a colour unless NO_COLOR is set, and text is folded to fit. A pipe or a
-file gets plain ASCII rules, no colour, and one line for each row, however long it is.
+rich draws all tables in one style: headings with units, a rule, columns two spaces apart, numbers aligned to the right.
+On a terminal headings are bold, statuses have a color unless NO_COLOR is set, and text is wrapped to fit. In a pipe or
+a file there are plain ASCII rules, no color, and one line per row, however long.
 
 rich is imported inside the functions: it takes 0.1 s to load, and neither `import hvdkit` nor the launcher needs it.
 """
@@ -29,10 +29,10 @@ COLOURS = {
 }
 """Of cells that are exactly this text."""
 
-# A cell of a column of numbers: 1,234 or +5.2% or 2e-05, a range or a sum of them, and a remark such as (noisy).
+# A cell in a column of numbers: 1,234 or +5.2% or 2e-05, a range or a sum of them, and a remark such as (noisy).
 _NUMBER = r"[-+×]?\d[\d,]*(?:\.\d+)?(?:e[-+]?\d+)?%?"
 _NUMBERS = re.compile(rf"{_NUMBER}(?:(?: to | ){_NUMBER})*(?: \([a-z ]+\))?")
-_ENDLESS = 1 << 20  # columns of a pipe or file: nothing is folded or cut
+_ENDLESS = 1 << 20  # width of a pipe or file: nothing is wrapped or cut
 _GAP = 2  # spaces between columns
 _RULE = "    \n    \n {0}{0} \n    \n    \n    \n    \n    \n"  # rich's description of a box: a line below the headings
 
@@ -42,7 +42,7 @@ def table(heads: Sequence[str], rows: Sequence[Sequence[Any]], file: TextIO | No
 
     Args:
         heads: headings, with the unit, as in `ms a step`.
-        rows: a value for each heading. Columns of numbers are aligned to the right, and a number is never folded.
+        rows: one value per heading. Columns of numbers are aligned to the right, and numbers are never wrapped.
         file: where the table will be printed [sys.stdout].
     """
     console = console_for(file or sys.stdout)
@@ -64,18 +64,18 @@ def fields(rows: Sequence[tuple[str, str]], file: TextIO | None = None) -> str:
 
 
 def console_for(file: TextIO, is_terminal: bool | None = None) -> "Console":
-    """A rich console that colours and folds only where a person looks on.
+    """Returns a rich console that colors and wraps text only on a terminal.
 
     Args:
         file: where it writes.
-        is_terminal: whether `file` ends in a terminal; by default whether it is one.
+        is_terminal: whether `file` leads to a terminal; by default whether it is one.
     """
     from rich.console import Console
 
     is_terminal = file.isatty() if is_terminal is None else is_terminal
     return Console(
         file=file,
-        force_terminal=is_terminal,  # rich itself would also follow FORCE_COLOR into a file
+        force_terminal=is_terminal,  # otherwise rich follows FORCE_COLOR even for a file
         force_jupyter=False,
         color_system="auto" if is_terminal and not os.environ.get("NO_COLOR") else None,
         width=None if is_terminal else _ENDLESS,
@@ -86,7 +86,7 @@ def console_for(file: TextIO, is_terminal: bool | None = None) -> "Console":
 
 
 def draw(console: "Console", heads: Sequence[str], rows: Sequence[Sequence[Any]]) -> "Table":
-    """The table of `table`, for what takes rich's own."""
+    """Returns the table of `table` as a rich table."""
     from rich.box import Box
     from rich.table import Table
     from rich.text import Text
@@ -107,7 +107,7 @@ def draw(console: "Console", heads: Sequence[str], rows: Sequence[Sequence[Any]]
 
 
 def _is_numeric(column: Sequence[str]) -> bool:
-    """Whether cells are numbers; some may be empty, or say in words why there is none."""
+    """Returns whether cells are numbers; some may be empty, or explain in words why there is no number."""
     numbers = [cell for cell in column if any(character.isdigit() for character in cell)]
     return bool(numbers) and all(map(_NUMBERS.fullmatch, numbers))
 
@@ -115,9 +115,9 @@ def _is_numeric(column: Sequence[str]) -> bool:
 def _widths(
     heads: Sequence[str], columns: Sequence[Sequence[str]], numeric: Sequence[bool], available: int
 ) -> list[int]:
-    """Of each column: what its longest cell needs, or less where lines would be too long.
+    """Returns the width of each column: that of its longest cell, or less if lines would be too long.
 
-    Text and headings can be folded between words; numbers cannot.
+    Text and headings can be wrapped between words; numbers cannot.
     """
     from rich.cells import cell_len
 
@@ -139,7 +139,7 @@ def _text(console: "Console", drawn: "RenderableType") -> str:
 
 
 def machine() -> dict[str, Any]:
-    """What the numbers were measured on."""
+    """Describes the machine of the measurements."""
     model = next((ln.split(":")[1].strip() for ln in _cpuinfo() if ln.startswith("model name")), platform.processor())
     return {"cpu": model, "cores": len(os.sched_getaffinity(0)), "versions": versions.installed()}
 
@@ -150,11 +150,11 @@ def _cpuinfo() -> list[str]:
 
 
 def write_json(path: Path, content: Mapping[str, Any]) -> None:
-    """Writes a JSON file aside and renames it: a reader sees all of it or nothing."""
+    """Writes a JSON file under a temporary name and renames it: a reader sees all of it or nothing."""
     if path.exists() and not path.is_file():  # /dev/stdout
         path.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
         return
-    path = path.resolve()  # a link stays one
+    path = path.resolve()  # replaces the target of a link, not the link
     aside = path.with_name(f".{path.name}.{os.getpid()}")
     try:
         with aside.open("w", encoding="utf-8") as file:
@@ -168,7 +168,7 @@ def write_json(path: Path, content: Mapping[str, Any]) -> None:
 
 
 def write_measurement(path: str | None, content: Mapping[str, Any]) -> None:
-    """Writes a result with the machine that it was measured on, if a file was named."""
+    """Writes a result with a description of this machine, if `path` is given."""
     if path:
         write_json(Path(path), {**content, "machine": machine()})
 
@@ -176,7 +176,7 @@ def write_measurement(path: str | None, content: Mapping[str, Any]) -> None:
 def plot(
     path: str | None, title: str, x: str, y: str, lines: Mapping[str, Sequence[tuple[float, float]]], **scales: str
 ) -> None:
-    """Draws lines of (x, y) into a PNG, if a file was named; `xscale` and `yscale` as matplotlib has them."""
+    """Draws lines of (x, y) into a PNG, if `path` is given; `xscale` and `yscale` are as in matplotlib."""
     if not path:
         return
     from matplotlib.figure import Figure  # takes a second to load

@@ -1,8 +1,8 @@
-"""What hvdkit is proven with: `import hvdkit` says in a sentence what else it has found, and how to mend it.
+"""The versions that hvdkit is tested with: for any other, `import hvdkit` says what it found and how to fix it.
 
-A training that is not the one process's training mostly runs all the same, so what nobody has tried is refused instead
-of hoped for. This module reads what installers have written down and imports neither TensorFlow nor Keras: the launcher
-starts at once, also on a host that has no TensorFlow. `tests/versions.py` tries the table.
+With untested versions, training usually runs but may silently give other results than one process. So hvdkit rejects
+them. This module reads package metadata and imports neither TensorFlow nor Keras. So the launcher starts at once, also
+on a host without TensorFlow. `tests/versions.py` tests the table.
 """
 
 import importlib.machinery
@@ -16,8 +16,8 @@ import warnings
 from importlib import metadata
 from pathlib import Path
 
-# TensorFlow's minor versions, each with the oldest Keras that it allows, but none below 3.5: before, a Keras variable
-# could not be turned into a number with float().
+# TensorFlow's minor versions, each with the oldest Keras that it allows, but at least 3.5: in older versions, float()
+# does not accept a Keras variable.
 OLDEST_KERAS: dict[tuple[int, ...], tuple[int, ...]] = {
     (2, 16): (3, 5, 0),
     (2, 17): (3, 5, 0),
@@ -27,11 +27,11 @@ OLDEST_KERAS: dict[tuple[int, ...], tuple[int, ...]] = {
     (2, 21): (3, 12, 0),
 }
 NEXT_KERAS = (4,)
-NEWEST_KERAS = (3, 15)  # the newest minor version that tests/versions.py has tried
+NEWEST_KERAS = (3, 15)  # the newest minor version that tests/versions.py has tested
 HOROVOD = (0, 28)
 OLDEST_PYTHON, NEWEST_PYTHON = (3, 10), (3, 13)
 
-# The names under which the folder tensorflow/ is distributed; another one is looked up, which takes longer.
+# Distributions that contain the package tensorflow/; any other is looked up, which takes longer.
 _TENSORFLOW = (
     "tensorflow",
     "tensorflow-cpu",
@@ -48,17 +48,17 @@ _KERAS = ("keras", "keras-nightly")
 
 
 def check() -> None:
-    """Refuses versions and settings that hvdkit is not proven with.
+    """Rejects versions and settings that hvdkit is not tested with.
 
-    A development version counts as the version that it is to become: 2.21.0rc1 and 2.21.0.dev20260101 are 2.21.
+    A development version counts as the version that it precedes: 2.21.0rc1 and 2.21.0.dev20260101 are 2.21.
 
     Warns:
-        UserWarning: Keras is newer than the newest that hvdkit is proven with. It may work: Keras' public interface
-            is stable, and `hvdkit.compat` says in a sentence which private name has gone.
+        UserWarning: Keras is newer than the newest tested version. It may work: Keras' public API is stable, and
+            `hvdkit.compat` raises a clear error for a private name that was removed.
 
     Raises:
-        ImportError: Python, TensorFlow, Keras or Horovod has a version out of range, TensorFlow is there without Keras
-            or twice, or Keras is set to another backend or to Keras 2. Without TensorFlow only Python is judged.
+        ImportError: Python, TensorFlow, Keras or Horovod has a version out of range, TensorFlow is installed without
+            Keras or twice, or Keras is set to another backend or to Keras 2. Without TensorFlow only Python is checked.
     """
     check_python(sys.version_info[:2])
     tensorflow = _installed("tensorflow", _TENSORFLOW)
@@ -71,7 +71,7 @@ def check() -> None:
 
 
 def check_python(minor: tuple[int, ...]) -> None:
-    """Refuses a Python, given as (major, minor), for which there is no TensorFlow that hvdkit is proven with.
+    """Rejects a Python version, given as (major, minor), without a TensorFlow that hvdkit is tested with.
 
     Raises:
         ImportError: `minor` is out of range.
@@ -104,7 +104,7 @@ def _check_tensorflow(found: dict[str, str]) -> tuple[int, ...]:
 def _check_keras(found: dict[str, str], tensorflow: tuple[int, ...]) -> None:
     oldest = OLDEST_KERAS[tensorflow]
     if not found:
-        if importlib.machinery.PathFinder.find_spec("keras"):  # a checkout of Keras: nothing says which version it is
+        if importlib.machinery.PathFinder.find_spec("keras"):  # a checkout of Keras, whose version is unknown
             return
     elif all(oldest <= _release(version) < NEXT_KERAS for version in found.values()):
         _warn_of_newer_keras(found)
@@ -151,7 +151,7 @@ def _check_settings() -> None:
 
 
 def _backend() -> tuple[str, str]:
-    """The backend that Keras will take, and where that is set; as in keras/src/backend/config.py."""
+    """Returns the backend that Keras will use, and where it is set; as in keras/src/backend/config.py."""
     if os.environ.get("KERAS_BACKEND"):
         return os.environ["KERAS_BACKEND"], "the environment variable KERAS_BACKEND"
     home = os.path.expanduser("~")  # noqa: PTH111 - Path.home() raises for a user without a home
@@ -159,12 +159,12 @@ def _backend() -> tuple[str, str]:
     file = Path(os.path.expanduser(os.environ.get("KERAS_HOME", f"{home}/.keras"))) / "keras.json"  # noqa: PTH111
     try:
         return json.loads(file.read_text()).get("backend", "tensorflow"), str(file)
-    except (OSError, ValueError, AttributeError):  # not there, or no such JSON: Keras passes over it
+    except (OSError, ValueError, AttributeError):  # no such file, or no such JSON: Keras ignores it
         return "tensorflow", "Keras"
 
 
 def _installed(module: str, names: tuple[str, ...]) -> dict[str, str]:
-    """The distributions that bring a top-level module, with their versions; empty if the module is not there."""
+    """Returns the distributions that contain a top-level module, with their versions; empty if it is not installed."""
     found = _versions(names)
     if not found and importlib.machinery.PathFinder.find_spec(module):
         found = _versions(tuple(importlib.metadata.packages_distributions().get(module, ())))
@@ -178,13 +178,13 @@ def _versions(names: tuple[str, ...]) -> dict[str, str]:
             version = importlib.metadata.version(name)
         except importlib.metadata.PackageNotFoundError:
             continue
-        if version:  # None: an empty folder that an interrupted uninstall has left
+        if version:  # None: an empty folder left by an interrupted uninstall
             found[name] = version
     return found
 
 
 def _release(version: str) -> tuple[int, ...]:
-    """The numbers of a version: 2.21.0.dev1 and 2.21.0+nv25.2 are (2, 21, 0)."""
+    """Returns the numbers of a version: 2.21.0.dev1 and 2.21.0+nv25.2 are (2, 21, 0)."""
     match = re.match(r"\d+(\.\d+)*", version)
     return tuple(map(int, match[0].split("."))) if match else ()
 
@@ -198,13 +198,13 @@ def _listed(found: dict[str, str]) -> str:
 
 
 def of(module: str) -> str:
-    """The version of `tensorflow`, `keras` or `horovod`, under whatever name it was installed."""
+    """Returns the version of `tensorflow`, `keras` or `horovod`, whatever the name of its distribution."""
     names = {"tensorflow": _TENSORFLOW, "keras": _KERAS}.get(module, (module,))
     return ", ".join(_installed(module, names).values()) or MISSING
 
 
 def installed() -> dict[str, str]:
-    """Versions of everything that decides a run's numbers."""
+    """Returns the versions of everything that affects the numbers of a run."""
     packages = ("hvdkit", "horovod", "tensorflow", "keras", "numpy", "tensorflow-datasets", "scikit-learn")
     found = {"python": platform.python_version()}
     for package in packages:

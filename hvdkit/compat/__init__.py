@@ -1,11 +1,11 @@
-"""Every private name of Keras and TensorFlow that hvdkit uses: one function for each name, with a test of its own.
+"""Every private name of Keras and TensorFlow that hvdkit uses: one function per name, each with its own test.
 
-- `keras3`: of Keras' variables, optimizers, models, layers and callbacks;
-- `fit_loop`: of a `Model.fit` that runs, its local variables and its iterator over steps;
-- `call_stack`: what only the call stack tells of the Keras and TensorFlow objects around a call;
-- `tensorflow`: of TensorFlow;
-- `keras2`: no private names, but what Keras 3 no longer has;
-- `lookup`: the sentence for a version that lacks a name.
+- `keras3`: variables, optimizers, models, layers and callbacks of Keras;
+- `fit_loop`: a running `Model.fit`, its local variables and its iterator over steps;
+- `call_stack`: Keras and TensorFlow objects around a call that only the call stack shows;
+- `tensorflow`: TensorFlow;
+- `keras2`: no private names, but what Keras 3 has removed;
+- `lookup`: the error for a version that lacks a name.
 
-`tests/unit/compat` says of each what it must mean, and proves that no other module uses one.
+`tests/unit/compat` specifies what each name must mean, and checks that no other module uses one.
 """

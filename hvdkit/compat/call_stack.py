@@ -1,7 +1,7 @@
-"""Who is calling: what only the call stack tells of the Keras and TensorFlow objects around this code.
+"""The call stack: finds the Keras and TensorFlow objects around this code that nothing else shows.
 
-An outer optimizer leaves no mark on the inner one, and a `tf.function` none on what is traced in it. Used where
-something is built or traced, never in a step.
+An outer optimizer sets no reference on the inner one, and a `tf.function` none on what is traced in it. Use this module
+only while something is built or traced, never in a step.
 """
 
 import functools
@@ -17,13 +17,13 @@ from hvdkit.compat.lookup import missing_in_tensorflow, private
 
 
 def caller(kind: type, method: str) -> Any | None:
-    """The innermost object of class `kind`, no proxy of one, in whose method `method` this call happens, if any."""
+    """Returns the innermost object of class `kind` (not a proxy) whose method `method` is running, or None."""
     objects = (f.f_locals.get("self") for f in _frames() if f.f_code.co_name == method)
     return next((o for o in objects if issubclass(type(o), kind)), None)
 
 
 def locals_of(method: str, owner: Any, names: Sequence[str]) -> dict[str, Any] | None:
-    """The local variables `names` of the innermost call of `owner`'s `method` that this call happens in, if any."""
+    """Returns the local variables `names` of the innermost running call of `owner`'s `method`, or None."""
     for frame in _frames():
         here = frame.f_locals
         if frame.f_code.co_name == method and here.get("self") is owner and all(name in here for name in names):
@@ -32,12 +32,12 @@ def locals_of(method: str, owner: Any, names: Sequence[str]) -> dict[str, Any] |
 
 
 def loss_scale_in_build() -> Any | None:
-    """The `LossScaleOptimizer` in whose `build` this call happens, if any."""
+    """Returns the `LossScaleOptimizer` whose `build` is running, or None."""
     return caller(keras.optimizers.LossScaleOptimizer, "build")
 
 
 def loss_scale_in_branch() -> Any | None:
-    """The `LossScaleOptimizer` in whose branch "all gradients are finite" this call happens, if any.
+    """Returns the `LossScaleOptimizer` whose branch "all gradients are finite" is running, or None.
 
     Raises:
         MissingNameError: Keras has no such branch.
@@ -47,10 +47,10 @@ def loss_scale_in_branch() -> Any | None:
 
 
 def is_in_xla() -> bool:
-    """Whether this is traced inside of a `tf.function(jit_compile=True)`.
+    """Returns whether this code is traced inside a `tf.function(jit_compile=True)`.
 
     Raises:
-        MissingNameError: this TensorFlow does not tell.
+        MissingNameError: this TensorFlow does not provide this information.
     """
     if tf.executing_eagerly():
         return False
@@ -68,10 +68,10 @@ def _kind_of_function() -> type:
 
 
 def refuse_xla() -> None:
-    """Says what TensorFlow's "unsupported operations" would mean, before XLA meets an exchange between ranks.
+    """Raises a clear error before XLA reports a gradient allreduce as "unsupported operations".
 
     Raises:
-        RuntimeError: this is traced inside of a `tf.function(jit_compile=True)`.
+        RuntimeError: this code is traced inside a `tf.function(jit_compile=True)`.
     """
     if is_in_xla():
         raise RuntimeError(

@@ -1,6 +1,6 @@
-"""A running `Model.fit`: two of its local variables, and the iterator over an epoch's steps that one of them is.
+"""A running `Model.fit`: two of its local variables, one of which is the iterator over an epoch's steps.
 
-Keras can begin at an epoch (`initial_epoch`), but not at a step, and there is no public way to either variable.
+Keras can start at an epoch (`initial_epoch`), but not at a step, and it has no public access to either variable.
 """
 
 from collections.abc import Callable, Iterator
@@ -13,11 +13,11 @@ from hvdkit.compat.lookup import missing_in_keras, private
 
 
 def of(model: keras.Model) -> tuple[Any, list[Any]]:
-    """The iterator over steps and the list of callbacks of the `fit` of a model that this call happens in.
+    """Returns the step iterator and the callback list of the running `fit` of a model.
 
     Raises:
         RuntimeError: no `fit` of this model is running.
-        MissingNameError: it is that of a Keras whose `fit` is written otherwise.
+        MissingNameError: the `fit` of this Keras version is implemented differently.
     """
     if call_stack.locals_of("fit", model, ()) is None:
         raise RuntimeError(
@@ -32,18 +32,18 @@ def of(model: keras.Model) -> tuple[Any, list[Any]]:
 
 
 def element_spec(iterator: Any) -> Any:
-    """The specification of a batch of the training data."""
+    """Returns the specification of a batch of the training data."""
     return private(iterator, "_distributed_dataset").element_spec
 
 
 def replace_next_epoch(iterator: Any, steps: Callable[[Callable[[], Iterator[Any]]], Iterator[Any]]) -> None:
-    """Replaces the enumeration of the next epoch's steps; those after it are Keras' own again.
+    """Replaces the enumeration of the next epoch's steps; later epochs use Keras' own again.
 
     Args:
-        iterator: as `of` returns it.
-        steps: gets Keras' function that begins an epoch, and yields items such as that yields. See `step_of`.
+        iterator: the iterator from `of`.
+        steps: takes Keras' function that starts an epoch, and yields items like those of that function. See `step_of`.
     """
-    # Keras 3.5 and 3.6 iterate over what `enumerate_epoch` yields, later ones have it for other backends only.
+    # Keras 3.5 and 3.6 iterate over `enumerate_epoch`, which later versions keep for other backends only.
     name = "_enumerate_iterator" if hasattr(iterator, "_enumerate_iterator") else "enumerate_epoch"
     original = private(iterator, name)
 
@@ -55,19 +55,19 @@ def replace_next_epoch(iterator: Any, steps: Callable[[Callable[[], Iterator[Any
 
 
 def step_of(item: tuple[Any, ...]) -> int:
-    """The number, within the epoch, of an item's first step."""
+    """Returns the index, within the epoch, of an item's first step."""
     return item[0]
 
 
 def data_of(item: tuple[Any, ...]) -> Iterator[Any]:
-    """The iterator over batches that an item's steps read from."""
+    """Returns the iterator over batches that an item's steps read from."""
     return item[-1]
 
 
 def end_epoch_after(iterator: Any, steps: int) -> None:
-    """Tells Keras how many steps an epoch has, and that the data of this one is used up.
+    """Sets the number of steps of an epoch in Keras, and marks the data of this epoch as used up.
 
-    Then Keras leaves an epoch when the data ends, not when it has counted.
+    Keras does the same at the end of an epoch of unknown length, which ends when the data end, not at a step count.
     """
     private(iterator, "_num_batches")
     private(iterator, "_current_iterator")

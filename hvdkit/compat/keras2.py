@@ -1,6 +1,6 @@
-"""What Keras 2 had and Keras 3 has not: each use gets an error that says what to write instead.
+"""Names of Keras 2 that Keras 3 removed: each use raises an error that says what to write instead.
 
-For what a wrapped optimizer had, see `hvdkit.optimizers.distributed`.
+For attributes of a wrapped optimizer, see `hvdkit.optimizers.distributed`.
 """
 
 import functools
@@ -17,7 +17,7 @@ _COMPILE = {
 }
 # Arguments of every optimizer.
 _OPTIMIZER = {"lr": "Write learning_rate=... instead."}
-# Methods of a model, and what does the same.
+# Methods of a model, and their replacements.
 _METHODS = {
     "fit_generator": "fit",
     "evaluate_generator": "evaluate",
@@ -29,9 +29,9 @@ _undo: list[Callable[[], None]] = []
 
 
 def explain_in_keras() -> None:
-    """Lets Keras say what to write instead, from now on: `Model.compile`, `fit_generator`, optimizers.
+    """Makes Keras' errors say what to write instead: for `Model.compile`, `fit_generator` and optimizers.
 
-    Changes no call that works: Keras refuses these arguments and classes, and lacks these methods.
+    Changes no call that works: Keras rejects these arguments and classes, and lacks these methods.
     """
     if _undo:
         return
@@ -51,7 +51,7 @@ def leave_keras_alone() -> None:
 
 
 def _refuse_arguments(owner: type, method: str, called: str, arguments: dict[str, str], error: type[Exception]) -> None:
-    """`error` is Keras' own: a script may try and catch."""
+    """Makes a method reject arguments with `error`, which is Keras' own type: a script may catch it."""
     owner = next(c for c in owner.__mro__ if method in vars(c))  # where Keras looks for it when it loads a model
     original = getattr(owner, method)
 
@@ -67,7 +67,7 @@ def _refuse_arguments(owner: type, method: str, called: str, arguments: dict[str
 
 
 def _explain_legacy_optimizers() -> None:
-    """Keras' own error asks for an environment variable that hvdkit refuses."""
+    """Replaces Keras' own error, which asks for an environment variable that hvdkit rejects."""
     stub = keras.optimizers.legacy.Optimizer  # one class stands for them all
     original = stub.__init__
 

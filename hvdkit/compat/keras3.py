@@ -1,7 +1,7 @@
-"""Private names of Keras 3, each behind one function that says what it means in Keras 3.5 to 3.16.
+"""Private names of Keras 3, each behind one function that documents its meaning in Keras 3.5 to 3.16.
 
-A name that is read raises `MissingNameError` where Keras lacks it. So does one that is replaced: Keras would never call
-the replacement, and training would silently be another one.
+Reading a name that Keras lacks raises `MissingNameError`. So does replacing one: otherwise Keras would never call the
+replacement, and training would silently differ.
 """
 
 import functools
@@ -17,17 +17,17 @@ from hvdkit.compat.lookup import missing_in_keras, private
 
 
 def native_variable(variable: Any) -> tf.Variable:
-    """The `tf.Variable` behind a Keras variable: gradients may be asked for by either."""
+    """Returns the `tf.Variable` behind a Keras variable: callers may request gradients for either."""
     return private(variable, "_value") if isinstance(variable, keras.Variable) else variable
 
 
 class VectorVariable(keras.Variable):
-    """A trainable variable that begins empty, [0], and takes vectors of any length, [n].
+    """A trainable variable that starts empty, [0], and accepts vectors of any length, [n].
 
     Args:
-        length: the length that `shape` tells to whoever makes slots for it.
-        dtype: of its elements.
-        name: as of any variable.
+        length: the length in `shape`, used by code that creates slots for the variable.
+        dtype: dtype of its elements.
+        name: name of the variable.
     """
 
     def __init__(self, length: int, dtype: str, name: str) -> None:
@@ -41,7 +41,7 @@ class VectorVariable(keras.Variable):
 
 
 def is_seed(variable: Any) -> bool:
-    """Whether a variable is the state of a `keras.random.SeedGenerator`, which only its path tells."""
+    """Returns whether a variable is the state of a `keras.random.SeedGenerator`, which only its path shows."""
     return variable.path.rpartition("/")[2] == _seed_name()
 
 
@@ -52,7 +52,7 @@ def _seed_name() -> str:
 
 
 def global_seed_generator(make: bool = False) -> Any:
-    """The generator behind `keras.random` where no seed is given; None if it was not used yet and `make` is false.
+    """Returns the default generator of `keras.random`; None if it is unused so far and `make` is false.
 
     Raises:
         MissingNameError: this Keras keeps it elsewhere.
@@ -72,64 +72,63 @@ def global_seed_generator(make: bool = False) -> Any:
 
 
 def trained_variables(optimizer: Any) -> list[Any]:
-    """The variables that an optimizer was built for, in that order."""
+    """Returns the variables that an optimizer was built for, in order."""
     return private(optimizer, "_trainable_variables")
 
 
 def own_variables(optimizer: Any) -> list[Any]:
-    """An optimizer's variables without those of the optimizers inside of it."""
+    """Returns an optimizer's variables without those of the optimizers inside it."""
     return private(optimizer, "_variables")
 
 
 def calls_of_apply(optimizer: Any) -> Any:
-    """The variable that counts calls of `apply`. With gradient accumulation `iterations` counts updates instead."""
+    """Returns the counter of `apply` calls, a variable. With gradient accumulation, `iterations` counts updates."""
     return private(optimizer, "_iterations")
 
 
 def learning_rate_source(optimizer: Any) -> Any:
-    """What an optimizer takes its learning rate from: a variable, a schedule or a function."""
+    """Returns the source of an optimizer's learning rate: a variable, a schedule or a function."""
     return private(optimizer, "_learning_rate")
 
 
 def gradient_accumulators(optimizer: Any) -> list[Any]:
-    """The variables in which an optimizer sums up gradients between two updates (`gradient_accumulation_steps`)."""
+    """Returns the variables that accumulate gradients between two updates (`gradient_accumulation_steps`)."""
     if not optimizer.gradient_accumulation_steps or not optimizer.built:
         return []
     return [v for v in private(optimizer, "_accumulated_gradients") if v is not None]
 
 
 def moving_averages(optimizer: Any) -> list[Any]:
-    """The variables with the moving averages of the weights, of an optimizer with `use_ema` that is built."""
+    """Returns the moving averages of the weights, of a built optimizer with `use_ema`."""
     return private(optimizer, "_model_variables_moving_average")
 
 
 def without_empty_gradients(optimizer: Any, grads: list[Any], variables: list[Any]) -> tuple[list[Any], list[Any]]:
-    """Leaves out None, with its variable, and warns of it as Keras does."""
+    """Removes gradients that are None, with their variables, and warns about them as Keras does."""
     return private(optimizer, "_filter_empty_gradients")(grads, variables)
 
 
 def decays(optimizer: Any, variable: tf.Variable) -> bool:
-    """Whether weight decay applies to a variable, or `exclude_from_weight_decay` has named it."""
+    """Returns whether weight decay applies to a variable, or `exclude_from_weight_decay` excludes it."""
     return private(optimizer, "_use_weight_decay")(variable)
 
 
 def copy_decay_exclusions(source: Any, target: Any) -> None:
-    """Gives an optimizer what another one's `exclude_from_weight_decay` was told, which no configuration holds."""
+    """Copies the settings of `exclude_from_weight_decay` to another optimizer: no configuration contains them."""
     for name in ("_exclude_from_weight_decay", "_exclude_from_weight_decay_pattern"):
-        if hasattr(source, name):  # made by `exclude_from_weight_decay`
+        if hasattr(source, name):  # set by `exclude_from_weight_decay`
             setattr(target, name, getattr(source, name))
-    vars(target).pop("_exclude_from_weight_decay_cache", None)  # what Keras 3.6 and later have found out before
+    vars(target).pop("_exclude_from_weight_decay_cache", None)  # the cache of Keras 3.6 and later
 
 
 def replace_clipping(optimizer: Any, make: Callable[[Callable], Callable]) -> None:
     """Replaces an optimizer's function `clip(grads) -> grads`.
 
-    Keras calls it once an update, between gradient accumulation and the update, with every clipping option and without
-    any.
+    Keras calls it once per update, between gradient accumulation and the update, with any clipping options or none.
 
     Args:
-        optimizer: one that takes steps itself.
-        make: gets Keras' function and returns the new one.
+        optimizer: an optimizer that applies updates itself.
+        make: takes Keras' function and returns the new one.
     """
     optimizer._clip_gradients = make(private(optimizer, "_clip_gradients"))
 
@@ -141,29 +140,29 @@ def leave_out_reduction(optimizer: Any) -> None:
 
 
 def update_of(kind: type) -> Callable:
-    """The function `update(optimizer, gradient, variable, learning_rate)` by which a class updates one variable."""
+    """Returns a class's function `update(optimizer, gradient, variable, learning_rate)` for one variable."""
     return private(kind, "update_step")
 
 
 def has_own_update(optimizer: Any) -> bool:
-    """Whether this very object, not its class, has an update."""
+    """Returns whether this object itself, not its class, has an update function."""
     return "update_step" in vars(optimizer)
 
 
 def replace_update(optimizer: Any, update: Callable) -> None:
-    """Replaces an optimizer's `update(gradient, variable, learning_rate)`, which Keras calls once a variable."""
+    """Replaces an optimizer's `update(gradient, variable, learning_rate)`, which Keras calls once per variable."""
     private(optimizer, "update_step")
     optimizer.update_step = update
 
 
 def adam_slots(optimizer: keras.optimizers.Adam, variable: Any) -> tuple[Any, Any]:
-    """A variable's slots for the mean of the gradient and of its square."""
+    """Returns a variable's slots for the mean of the gradient and of its square."""
     place = _place(optimizer, variable)
     return private(optimizer, "_momentums")[place], private(optimizer, "_velocities")[place]
 
 
 def sgd_slot(optimizer: keras.optimizers.SGD, variable: Any) -> Any:
-    """A variable's slot for the momentum."""
+    """Returns a variable's slot for the momentum."""
     return optimizer.momentums[_place(optimizer, variable)]
 
 
@@ -172,10 +171,10 @@ def _place(optimizer: Any, variable: Any) -> int:
 
 
 def momentum_slots(optimizer: Any) -> list[Any]:
-    """The slots in which SGD and RMSprop sum up `learning_rate * gradient`, if they have momentum at all.
+    """Returns the slots in which SGD and RMSprop sum `learning_rate * gradient`; none without momentum.
 
     Raises:
-        MissingNameError: there are none where there must be.
+        MissingNameError: an optimizer with momentum has no such slots.
     """
     if not optimizer.built or not getattr(optimizer, "momentum", 0):
         return []
@@ -186,7 +185,7 @@ def momentum_slots(optimizer: Any) -> list[Any]:
 
 
 def role_of_slot(slot: Any, variable: Any) -> str | None:
-    """What a slot is to a variable (momentum, velocity, ...), which only its name tells; None if it is another's."""
+    """Returns a slot's role (momentum, velocity, ...), which only its name shows; None for another variable's slot."""
     mark = f"{variable.path.replace('/', '_')}_"
     return slot.name.removeprefix(mark) if slot.name.startswith(mark) else None
 
@@ -195,22 +194,22 @@ def role_of_slot(slot: Any, variable: Any) -> str | None:
 
 
 def layers_of(model: Any, include_self: bool = True) -> list[Any]:
-    """A model or layer and all layers inside of it, at whatever depth."""
+    """Returns a model or layer and all layers inside it, at any depth."""
     return private(model, "_flatten_layers")(include_self=include_self)
 
 
 def strategy_of(model: keras.Model) -> tf.distribute.Strategy | None:
-    """The `tf.distribute` strategy in whose scope a model was made."""
+    """Returns the `tf.distribute` strategy in whose scope a model was created, or None."""
     return private(model, "_distribute_strategy")
 
 
 def first_epoch(model: keras.Model) -> int | None:
-    """The epoch that `fit` begins with, where a callback has set it; it goes before `initial_epoch`."""
+    """Returns the first epoch of `fit` if a callback has set it; it takes precedence over `initial_epoch`."""
     return private(model, "_initial_epoch")
 
 
 def set_first_epoch(model: keras.Model, epoch: int | None) -> None:
-    """Makes `fit` begin with `epoch`, if called in `on_train_begin`; None leaves it to `initial_epoch`."""
+    """Makes `fit` start with `epoch`, if called in `on_train_begin`; None makes it use `initial_epoch`."""
     first_epoch(model)
     model._initial_epoch = epoch
 
@@ -225,7 +224,7 @@ def replace_next_epoch_logs(model: keras.Model, make: Callable[[dict[str, Any]],
 
     Args:
         model: the model that is trained.
-        make: gets the last step's logs, empty if the epoch had no step, and returns those that are taken for them.
+        make: takes the last step's logs, empty if the epoch had no step, and returns the logs to use instead.
     """
     original = private(model, "_get_metrics_result_or_logs")
 
@@ -237,28 +236,28 @@ def replace_next_epoch_logs(model: keras.Model, make: Callable[[dict[str, Any]],
 
 
 def results_in_order(model: keras.Model, results: dict[str, Any]) -> list[Any] | Any:
-    """What `evaluate` returns for results by name: a list in the order of the metrics, or the only result."""
+    """Converts results by name to the result of `evaluate`: a list in the order of the metrics, or the only result."""
     return private(model, "_flatten_metrics_in_order")(results)
 
 
 def loss_tracker(model: keras.Model) -> keras.metrics.Metric:
-    """The metric that a compiled model takes the mean of its loss with."""
+    """Returns the metric that averages the loss of a compiled model."""
     return private(model, "_loss_tracker")
 
 
 def clear_losses(model: keras.Model) -> None:
-    """Forgets what layers have added to a model's losses. Keras does so whenever the whole model is called."""
+    """Clears the losses that layers have added. Keras does so whenever the whole model is called."""
     private(model, "_clear_losses")()
 
 
 def graph_of(model: keras.Model) -> Any | None:
-    """The functional model behind a functional or sequential one; None for a model of another kind, or not built."""
+    """Returns the functional model behind a functional or sequential one; None for other or unbuilt models."""
     graph = private(model, "_functional") if isinstance(model, keras.Sequential) else model
     return graph if isinstance(graph, keras.Function) else None
 
 
 def has_mask(tensor: Any) -> bool:
-    """Whether a mask goes with a symbolic tensor, as of `Embedding(mask_zero=True)`."""
+    """Returns whether a symbolic tensor has a mask, such as that of `Embedding(mask_zero=True)`."""
     _check_masks()
     return getattr(tensor, "_keras_mask", None) is not None
 
@@ -270,12 +269,12 @@ def _check_masks() -> None:
 
 
 def operation_of(tensor: Any) -> Any:
-    """The layer or operation that a symbolic tensor comes from."""
+    """Returns the layer or operation that produces a symbolic tensor."""
     return private(tensor, "_keras_history").operation
 
 
 def consumers_of(operation: Any) -> list[Any]:
-    """The layers and operations that take an operation's outputs, once for each call."""
+    """Returns the layers and operations that consume an operation's outputs, once per call."""
     return [node.operation for node in private(operation, "_outbound_nodes")]
 
 
@@ -283,30 +282,30 @@ def consumers_of(operation: Any) -> list[Any]:
 
 
 def moments_of_keras() -> Callable:
-    """BatchNormalization's function `moments(layer, inputs, mask) -> (mean, variance)`."""
+    """Returns BatchNormalization's function `moments(layer, inputs, mask) -> (mean, variance)`."""
     return private(keras.layers.BatchNormalization, "_moments")
 
 
 def replace_moments(moments: Callable) -> None:
-    """Replaces that function, in all layers; it is called in training only."""
+    """Replaces that function, in all layers; Keras calls it in training only."""
     moments_of_keras()
     keras.layers.BatchNormalization._moments = moments
 
 
 def reduction_axes(layer: keras.layers.BatchNormalization) -> list[int]:
-    """The axes of the inputs over which a built layer takes its moments."""
+    """Returns the axes of the inputs over which a built layer computes its moments."""
     return private(layer, "_reduction_axes")
 
 
 class MultiHeadAttention(keras.layers.MultiHeadAttention):
-    """Keras' layer, of which a subclass may replace the output projection by overriding `output_projection`."""
+    """Keras' layer; a subclass may replace the output projection by overriding `output_projection`."""
 
     def __init__(self, *args: Any, **config: Any) -> None:
         private(keras.layers.MultiHeadAttention, "_make_output_dense")
         super().__init__(*args, **config)
 
     def output_projection(self, keras_own: keras.layers.EinsumDense) -> keras.layers.EinsumDense:
-        """Returns the layer that takes the place of Keras' own."""
+        """Returns the layer to use in place of Keras' own."""
         return keras_own
 
     def _make_output_dense(self, *args: Any, **kwargs: Any) -> keras.layers.EinsumDense:
@@ -317,14 +316,14 @@ class MultiHeadAttention(keras.layers.MultiHeadAttention):
 
 
 class ModelCheckpoint(keras.callbacks.ModelCheckpoint):
-    """Keras' callback, which a subclass may keep from writing by overriding `may_write`."""
+    """Keras' callback; a subclass may prevent it from writing by overriding `may_write`."""
 
     def __init__(self, *args: Any, **options: Any) -> None:
         private(keras.callbacks.ModelCheckpoint, "_save_model")
         super().__init__(*args, **options)
 
     def may_write(self) -> bool:
-        """Whether this process writes."""
+        """Returns whether this process writes."""
         return True
 
     def _save_model(self, *args: Any, **kwargs: Any) -> None:
@@ -333,24 +332,24 @@ class ModelCheckpoint(keras.callbacks.ModelCheckpoint):
 
 
 def attributes_of_callback(callback: Any) -> dict[str, Any]:
-    """A callback's attributes without those that Keras gives to all callbacks."""
+    """Returns a callback's attributes without those that Keras sets on all callbacks."""
     given = {"model", "_model", "params", "validation_data"}
     return {name: value for name, value in vars(callback).items() if name not in given}
 
 
 def chooses_direction_late(callback: Any) -> bool:
-    """Whether a callback that monitors a metric decides at the first epoch's end if less is better, or has done so."""
+    """Returns whether a callback decides, or has decided, at the end of the first epoch whether less is better."""
     return hasattr(callback, "_set_monitor_op") and hasattr(callback, "monitor_op")
 
 
 def choose_direction(callback: Any) -> None:
-    """Lets it decide now, unless it has: Keras turns the sign of `min_delta` each time."""
+    """Makes such a callback decide now, at most once: Keras flips the sign of `min_delta` each time."""
     if callback.monitor_op is None:
         private(callback, "_set_monitor_op")()
 
 
 def tensorboard_counters(callback: keras.callbacks.TensorBoard) -> dict[str, int]:
-    """The counters of batches and epochs by which TensorBoard numbers what it writes, by attribute."""
+    """Returns the counters with which TensorBoard numbers batches and epochs, by attribute."""
     found = {name: value for name, value in vars(callback).items() if name.startswith("_global_")}
     if "_global_train_batch" not in found:
         raise missing_in_keras("TensorBoard._global_train_batch")
@@ -358,7 +357,7 @@ def tensorboard_counters(callback: keras.callbacks.TensorBoard) -> dict[str, int
 
 
 def csv_state(callback: keras.callbacks.CSVLogger) -> dict[str, Any]:
-    """What a `CSVLogger` has written: the file's text and its columns; empty before the first epoch's end."""
+    """Returns what a `CSVLogger` has written, text and columns; empty before the end of the first epoch."""
     if callback.csv_file is None or callback.keys is None:
         return {}
     with open(callback.filename, encoding="utf-8", newline="") as file:  # noqa: PTH123 - as Keras opens it
@@ -369,5 +368,5 @@ def restore_csv(callback: keras.callbacks.CSVLogger, state: dict[str, Any]) -> N
     """Undoes what was written since `csv_state`."""
     with open(callback.filename, "w", encoding="utf-8", newline="") as file:  # noqa: PTH123
         file.write(state["text"])
-    callback.csv_file.seek(0, 2)  # Keras has it open, and writes on
+    callback.csv_file.seek(0, 2)  # Keras has the file open, and continues to write
     callback.keys, callback.append_header = state["keys"], False

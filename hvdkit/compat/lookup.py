@@ -1,4 +1,4 @@
-"""Looking up a private name, and the sentence for a Keras or TensorFlow that does not have it."""
+"""Looks up a private name, and creates the error for a Keras or TensorFlow version without it."""
 
 from typing import Any
 
@@ -14,9 +14,9 @@ class MissingNameError(UsageError):
 
 
 def private(owner: Any, name: str) -> Any:
-    """The attribute `name` of a Keras object or class.
+    """Returns the attribute `name` of a Keras object or class.
 
-    Ask for it before you replace it, too: assigning to a name that Keras never reads would change nothing.
+    Call this before you replace the attribute, too: assigning to a name that Keras never reads has no effect.
 
     Raises:
         MissingNameError: this Keras has no such name.
@@ -29,7 +29,7 @@ def private(owner: Any, name: str) -> Any:
 
 
 def missing_in_keras(what: str) -> MissingNameError:
-    """The error for something private that this Keras does not have."""
+    """Returns the error for a private name that this Keras does not have."""
     major, minor = NEWEST_KERAS
     return MissingNameError(
         f"Keras {keras.__version__} has no {what}, which hvdkit uses. hvdkit is proven with Keras up to "
@@ -38,7 +38,7 @@ def missing_in_keras(what: str) -> MissingNameError:
 
 
 def missing_in_tensorflow(what: str) -> MissingNameError:
-    """The error for something private that this TensorFlow does not have."""
+    """Returns the error for a private name that this TensorFlow does not have."""
     oldest, newest = (".".join(map(str, version)) for version in (min(OLDEST_KERAS), max(OLDEST_KERAS)))
     return MissingNameError(
         f"TensorFlow {tf.__version__} has no {what}, which hvdkit uses. hvdkit is proven with TensorFlow {oldest} to "

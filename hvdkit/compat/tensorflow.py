@@ -1,4 +1,4 @@
-"""Private names of TensorFlow, each behind one function. Those that the call stack shows are in `call_stack`."""
+"""Private names of TensorFlow, each behind one function. For those on the call stack see `call_stack`."""
 
 from typing import Any
 
@@ -8,9 +8,9 @@ from hvdkit.compat.lookup import missing_in_tensorflow
 
 
 def number_collectives_when_traced() -> None:
-    """Turns off how `tf.distribute` numbers collectives: by numbers that are fed into a graph at each of its calls.
+    """Makes `tf.distribute` number collectives when they are traced, not by values fed into a graph at each call.
 
-    Those do not reach a function that is called inside a condition, and this is how Keras calls the training step when
+    Fed values do not reach a function that is called inside a condition. Keras calls the training step in this way if
     `steps_per_execution` is above 1 ("You must feed a value for placeholder tensor ...").
 
     Raises:
@@ -27,14 +27,14 @@ def number_collectives_when_traced() -> None:
 
 
 def run_out_of_order(operation: tf.Operation) -> None:
-    """Takes an operation out of the order in which a `tf.function` runs stateful operations. Call it when traced.
+    """Removes an operation from the order in which a `tf.function` runs stateful operations. Call it when traced.
 
     Raises:
-        MissingNameError: TensorFlow's graphs have nothing that keeps that order.
+        MissingNameError: TensorFlow's graphs have no object that keeps this order.
     """
     graph = operation.graph
     if not hasattr(graph, "experimental_acd_manager"):
         raise missing_in_tensorflow("Graph.experimental_acd_manager")
     manager: Any = graph.experimental_acd_manager
-    if manager is not None:  # None: not inside of a tf.function, or one that keeps no order
+    if manager is not None:  # None: outside a tf.function, or in one that keeps no order
         manager.run_independently(operation)
