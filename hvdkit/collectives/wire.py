@@ -155,8 +155,8 @@ def caller(kind: str, line: bool = True) -> str:
 
     Args:
         kind: name of the operation.
-        line: whether the name contains the line number. Without it, all calls in one function have the same name, such
-            as those of the root rank and of the others on two branches of an `if`.
+        line: whether the name contains the line number. Without it, all calls in one function have the same
+            name: the root rank and the others may call in two branches of an `if`.
     """
     frame = sys._getframe(1)
     while frame.f_back is not None and frame.f_globals.get("__name__", "").partition(".")[0] in _OURS:

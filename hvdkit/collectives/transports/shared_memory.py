@@ -3,8 +3,8 @@
 Between CPU ranks of one host, Horovod only has TCP over loopback. It needs about 3 ms for the gradients of a small
 model on two cores, where the model itself takes 1 ms. `hvdkit.native` needs 0.3 ms. It is selected when a job starts,
 for all ranks together. It runs `collectives.reduce_dense` and `collectives.gather_rows`, over all ranks or a process
-set. Everything else uses Horovod. So do jobs on several hosts, jobs on GPUs (NCCL has its own shared memory), and
-elastic jobs (`horovodrun --min-np`), where the death of a rank must end a collective, which only Horovod can do.
+set. Everything else uses Horovod. So do jobs on several hosts, and jobs on GPUs (NCCL has its own shared memory).
+Elastic jobs (`horovodrun --min-np`) do so, too: the death of a rank must end a collective, which only Horovod can do.
 """
 
 import contextlib
