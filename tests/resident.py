@@ -125,6 +125,8 @@ class Ranks:
 
     def end(self):
         """Stop the ranks and keep their output."""
+        if not self._log.exists():  # ended before
+            return
         for connection in self._connections:
             connection.close()
         for _, reader in self._readers.values():

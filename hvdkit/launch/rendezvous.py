@@ -101,6 +101,18 @@ class _Handler(RendezvousHandler):
             self.server.rendezvous.note(scope, key)  # before the answer
             super().do_PUT()
 
+    def _put_value(self, scope: str, key: str, value: bytes) -> None:
+        """Stores a value. The first value of a later `hvd.init()` removes those of the one before from its scope.
+
+        Each rank registers once in each scope when Horovod starts. After `hvd.shutdown()` it registers again, and must
+        not find the addresses that the other ranks had before: it would connect to closed ports and crash.
+        """
+        with self.server.cache_lock:
+            values = self.server.cache.setdefault(scope, {})
+            if key in values:
+                values.clear()
+            values[key] = value
+
     def do_DELETE(self) -> None:  # noqa: N802 - the name that http.server calls
         if self._is_admitted():
             super().do_DELETE()

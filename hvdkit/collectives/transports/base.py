@@ -12,7 +12,7 @@
    operation needs a node with a name. The name they receive is unique in the graph and the same on all ranks: match
    messages by it. Operations must be stateful in TensorFlow, or their results used; otherwise TensorFlow prunes them.
 4. Add the class to `_KNOWN` in `transports/__init__.py`: the first one in this list that serves a request runs it.
-5. Add it to `TRANSPORTS` in `tests/parallel/collectives/test_transports.py`, which tests the same contract for every transport.
+5. Add it to `TRANSPORTS` in `tests/parallel/collectives/test_transports.py`, which tests one contract for all of them.
 
 A transport may contain others: one between hosts can first sum within each host by `SharedMemory`.
 """

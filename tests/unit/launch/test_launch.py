@@ -363,6 +363,17 @@ def ask(rendezvous, method, path, body=None, headers=None, source="127.0.0.1"):
         connection.close()
 
 
+def test_ranks_that_start_again_do_not_find_each_others_old_addresses(rendezvous):
+    for rank in (0, 1):
+        assert ask(rendezvous, "PUT", f"/TOKEN/global/{rank}", b"old")[0] == 200
+    assert ask(rendezvous, "PUT", "/TOKEN/local/1", b"another scope")[0] == 200
+    assert ask(rendezvous, "PUT", "/TOKEN/global/1", b"new")[0] == 200
+    assert ask(rendezvous, "GET", "/TOKEN/global/0")[0] == 404, "rank 0 has not started again yet"
+    assert ask(rendezvous, "GET", "/TOKEN/local/1") == (200, b"another scope")
+    assert ask(rendezvous, "PUT", "/TOKEN/global/0", b"new too")[0] == 200
+    assert [ask(rendezvous, "GET", f"/TOKEN/global/{rank}")[1] for rank in (0, 1)] == [b"new too", b"new"]
+
+
 def test_the_rendezvous_gives_back_what_a_rank_left(rendezvous):
     address = rendezvous.environment("127.0.0.1")["HOROVOD_GLOO_RENDEZVOUS_ADDR"]
     assert address == f"127.0.0.1:{rendezvous.open('127.0.0.1')}/{rendezvous.token}"
