@@ -264,6 +264,7 @@ def _append(file, text):
         opened.write(f"\n{text}\n")
 
 
+@pytest.mark.slow
 def test_what_counts_for_the_image(tmp_path):
     parts = ["Dockerfile", ".dockerignore", "requirements.txt", "pyproject.toml", "launch", "hvdkit", "models"]
     for part in [*parts, "tests/integration/test_image.py"]:
@@ -297,6 +298,7 @@ def test_what_counts_for_the_image(tmp_path):
         before = after
 
 
+@pytest.mark.slow
 def test_an_image_is_proven_only_by_a_stamp(tmp_path, monkeypatch):
     monkeypatch.setenv("HVDKIT_CACHE", str(tmp_path))
     monkeypatch.delenv("HVDKIT_TEST_IMAGE", raising=False)

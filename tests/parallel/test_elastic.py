@@ -95,6 +95,7 @@ def elastic(tmp_path):
     psutil.wait_procs(helpers, timeout=30)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("by", ["horovodrun", "hvdkit"])
 def test_a_rank_that_comes_later_joins_the_training(elastic, by):
     pace = {"horovodrun": 0.7, "hvdkit": 0.3}[by]  # both look at hosts every few seconds only
