@@ -30,7 +30,9 @@ def pytest_configure(config):
 
 
 def pytest_collection_finish(session):
-    if session.config.getoption("dist", "no") == "no" and any("unit" not in item.path.parts for item in session.items):
+    is_worker = hasattr(session.config, "workerinput")  # has the controller's servers
+    alone = session.config.getoption("dist", "no") == "no" and not is_worker
+    if alone and any("unit" not in item.path.parts for item in session.items):
         _serve_programs(session.config)
 
 
