@@ -125,6 +125,7 @@ def ssh_to_here(tmp_path):
     return folder
 
 
+@pytest.mark.slow
 def test_after_a_kill_the_survivor_goes_on_from_the_last_commit(elastic, ssh_to_here):
     """Horovod bars the host of a dead process, so it takes two hosts for one rank to survive."""
     hosts = "localhost:1\n127.0.0.2:1"
@@ -139,6 +140,7 @@ def test_after_a_kill_the_survivor_goes_on_from_the_last_commit(elastic, ssh_to_
     assert sizes == "2, 1", "the state of before the kill was kept"
 
 
+@pytest.mark.slow
 def test_after_a_kill_new_ranks_go_on_from_the_last_commit(elastic):
     """Under hvdkit's launcher all start anew, also on the host of the dead one."""
     job = elastic("localhost:2", "--min-np", 1, pace=0.1, by="hvdkit")

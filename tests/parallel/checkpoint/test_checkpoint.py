@@ -6,6 +6,7 @@ import json
 import sys
 
 import numpy as np
+import pytest
 
 from tests import forked
 from tests.conftest import run_command
@@ -55,6 +56,7 @@ def test_a_dense_model_goes_on_bit_for_bit_after_sigkill(tmp_path):
     assert "equal bit for bit after 1 kill(s)" in ended.output
 
 
+@pytest.mark.slow
 def test_dropout_and_batch_normalization_go_on_bit_for_bit_after_sigkill(tmp_path):
     """Seeds and moving statistics differ from rank to rank, and the velocity is momentum's."""
     (tmp_path / "mine.py").write_text(MODELS)

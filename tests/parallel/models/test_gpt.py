@@ -46,6 +46,7 @@ def two_ranks_and_one_process():
     return difference(ours, reference), difference(alone, reference)
 
 
+@pytest.mark.slow
 def test_two_ranks_train_the_model_of_one_process(ranks):
     for ours, alone in ranks(2, two_ranks_and_one_process):
         assert ours[0] < 1e-5 * STEPS, ours

@@ -265,6 +265,7 @@ def test_state_is_taken_over_and_one_rank_is_as_without(ranks):
         assert 1 <= sent < 1.5, "of a model of 300 weights: zeros between variables, and the heartbeat"
 
 
+@pytest.mark.slow
 def test_a_sharded_run_goes_on_bit_for_bit_after_sigkill(tmp_path):
     _, outcome = verify_resume(
         tmp_path,
@@ -295,6 +296,7 @@ def checkpointed(folder, sharded):
     return len(taken), model.get_weights(), state
 
 
+@pytest.mark.slow
 def test_another_number_of_ranks_goes_on_sharded_or_not(ranks, tmp_path):
     """Three ranks train; two ranks, two without sharding, and one process take over all that they had."""
     runs = [(3, True), (2, True), (2, False), (1, False), (1, True)]

@@ -190,6 +190,7 @@ def trained(model_ranks, ways):
     return found
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("number", "model_ranks", "ways", "memory"),
     [
@@ -265,6 +266,7 @@ def _result(folder):
     return json.loads((folder / "result.json").read_text())
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("strategy", "model", "precision", "close"),
     [
@@ -293,6 +295,7 @@ print(max(float(abs(a.numpy() - b.numpy()).max()) for a, b in zip(whole.weights,
     assert opened.output.split()[-2:] == ["True", "True"], opened.output
 
 
+@pytest.mark.slow
 def test_a_divided_training_goes_on_where_it_was_left(train, tmp_path):
     flags = ["--model=mnist_mlp", "--dataset=digits", "--notensorboard", "--checkpoint_every=22", "--strategy=pipeline"]
     whole = train(2, *flags, "--steps=88", "--workdir=whole")

@@ -173,6 +173,7 @@ def stopped_by_one_worker():
     return history.epoch, model.optimizer.iterations.numpy().item()
 
 
+@pytest.mark.slow
 def test_all_workers_leave_with_the_one_that_wants_to(ranks):
     first, second = ranks(2, stopped_by_one_worker, fresh=True)
     assert first == second == ([0], 5), "at the end of the epoch"
@@ -239,6 +240,7 @@ def killed_in_training():
     _model(strategy.distribute, rank).fit(_data(rank)[0], epochs=1000, callbacks=callbacks, verbose=0)
 
 
+@pytest.mark.slow
 def test_a_dead_worker_ends_the_job(ranks):
     ended = ranks(2, killed_in_training, fresh=True, timeout=400, fails=True, env=forked.NOT_FORKED)
     assert ended.code == 128 + signal.SIGKILL, ended.output
@@ -248,6 +250,7 @@ def test_a_dead_worker_ends_the_job(ranks):
 # ---- The main job ------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_the_main_job_with_texts(train, tmp_path):
     rows = [("a dull and tedious film", "neg")] * 60 + [("a moving, brilliant film", "pos")] * 20
     with (tmp_path / "reviews.csv").open("w", newline="") as file:
