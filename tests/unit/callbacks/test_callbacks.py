@@ -96,7 +96,7 @@ def test_an_unknown_number_of_steps_is_refused():
     schedule.set_model(keras.Sequential([keras.layers.Input([1])]))
     schedule.model.compile(keras.optimizers.SGD(1.0))
     schedule.set_params({})
-    with pytest.raises(ValueError, match="pass steps_per_epoch"):
+    with pytest.raises(ValueError, match="Pass steps_per_epoch"):
         schedule.on_train_begin()
 
 
