@@ -125,7 +125,7 @@ def _draw(
 
     window = model.input_shape[1]
 
-    @tf.function(jit_compile=False)
+    @tf.function(jit_compile=False, autograph=False)
     def logits_at(places: tf.Tensor, last: tf.Tensor) -> tf.Tensor:
         return model(places[None], training=False)[0, last]
 
