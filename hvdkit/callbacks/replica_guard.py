@@ -13,6 +13,7 @@ import tensorflow as tf
 from hvdkit import collectives, world
 from hvdkit.collectives.mesh import Mesh, mesh_of, shard_of, share
 from hvdkit.errors import ReplicasDiverged, UsageError
+from hvdkit.optimizers.distributed import keeps_local
 from hvdkit.optimizers.state import COMMON, SEED, kept_of
 from hvdkit.optimizers.whole_slots import WholeSlot
 
@@ -125,7 +126,13 @@ class _Guarded:
     """The variables that must be equal on all ranks, and the seeds, which must move equally far."""
 
     def __init__(self, model: keras.Model, local: set[int]) -> None:
-        kept = [k for k in kept_of(model) if id(k.variable) not in local and not isinstance(k.variable, WholeSlot)]
+        kept = [
+            k
+            for k in kept_of(model)
+            if id(k.variable) not in local
+            and not isinstance(k.variable, WholeSlot)
+            and not keeps_local(model.optimizer, k.variable)  # also seeds: stages of a pipeline may have their own
+        ]
         self._seeds = [k.variable for k in kept if k.kind == SEED]
         self._equal = [k.variable for k in kept if k.kind == COMMON]
         self._shards = [v for v in model.weights if shard_of(v) is not None]
