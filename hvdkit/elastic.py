@@ -250,6 +250,9 @@ def _reset() -> None:
 class CommitStateCallback(keras.callbacks.Callback):
     """Commits the state every `batches_per_commit` batches and at the end of each epoch.
 
+    After the last batch of an epoch, only the end of the epoch commits. A commit in between would hold an epoch that is
+    trained but not counted, and Keras cannot resume there: an epoch has at least one batch.
+
     A commit copies the state, and checks whether hosts were added or will be removed. Put this callback after the
     callbacks that update the state.
 
@@ -271,9 +274,12 @@ class CommitStateCallback(keras.callbacks.Callback):
     def on_train_batch_end(self, batch: int, logs: dict | None = None) -> None:
         """Counts batches, and commits after `batches_per_commit`."""
         self._since += 1
+        steps = self.params.get("steps")
+        done = max(getattr(self.state, "batch", 0), batch + 1)  # of this epoch, before and after a reset
         if self._since >= self.batches_per_commit:
             self._since = 0
-            self.state.commit()
+            if not steps or done < steps:
+                self.state.commit()
 
     def on_epoch_end(self, epoch: int, logs: dict | None = None) -> None:
         """Commits."""

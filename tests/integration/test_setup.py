@@ -184,10 +184,9 @@ def test_pip_install_gives_the_library_and_the_recipes(tmp_path):
     installed = tmp_path / "installed"
     pip = [sys.executable, "-m", "pip", "install", "--no-deps", "--target", installed, copy]
     assert run_command(pip, timeout=300).code == 0
-    assert sorted(p.name for p in installed.iterdir() if p.is_dir() and "dist-info" not in p.name) == [
-        "hvdkit",
-        "hvdkit_models",
-    ]
+    folders = sorted(p.name for p in installed.iterdir() if p.is_dir() and "dist-info" not in p.name)
+    assert folders == ["bin", "hvdkit", "hvdkit_models"]
+    assert [script.name for script in (installed / "bin").iterdir()] == ["hvdkit"]
     program = "import hvdkit, hvdkit_models as m; print(hvdkit.__file__, m.names(), m.load('resnet').RECIPES)"
     ended = run_command([sys.executable, "-c", program], timeout=60, env={"PYTHONPATH": str(installed)}, cwd=tmp_path)
     assert ended.code == 0, ended.output

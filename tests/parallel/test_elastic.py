@@ -11,6 +11,8 @@ from pathlib import Path
 import psutil
 import pytest
 
+from hvdkit.checkpoint import store
+from hvdkit.checkpoint.plain import unpack
 from tests import forked
 from tests.conftest import _environment
 
@@ -61,6 +63,16 @@ class Elastic:
                 break
             time.sleep(0.5)
         return pytest.fail(f"{pattern!r} was not printed; the job's output:\n{self.log.read_text(errors='replace')}")
+
+    def wait_for_commit(self, epoch, timeout=60):
+        """Wait until a commit of this epoch or a later one is on disk."""
+        end = time.monotonic() + timeout
+        while time.monotonic() < end:
+            commit = store.newest(self.hosts.parent / "elastic")
+            if commit and unpack(commit.state["attributes"], commit.arrays)["epoch"] >= epoch:
+                return
+            time.sleep(0.1)
+        pytest.fail(f"no commit of epoch {epoch} was written")
 
     def finish(self, timeout=500):
         try:
@@ -145,6 +157,7 @@ def test_after_a_kill_new_ranks_go_on_from_the_last_commit(elastic):
     """Under hvdkit's launcher all start anew, also on the host of the dead one."""
     job = elastic("localhost:2", "--min-np", 1, pace=0.1, by="hvdkit")
     victim = job.wait_for(r"rank 1 of 2 did epoch 2 .*\(process (\d+) of ")[0]
+    job.wait_for_commit(epoch=2)  # rank 0 writes it in the background
     os.kill(int(victim), signal.SIGKILL)
     job.wait_for(r"hvdkit.launch: restart 1 of 10")
     assert job.finish() == 0

@@ -159,11 +159,12 @@ def _model():
     return model
 
 
-def test_a_job_that_is_told_to_leave_goes_on_at_its_next_start(monkeypatch, tmp_path):
+@pytest.mark.parametrize("step", [9, pytest.param(6, id="the last of an epoch")])
+def test_a_job_that_is_told_to_leave_goes_on_at_its_next_start(monkeypatch, tmp_path, step):
     monkeypatch.setenv("HVDKIT_ELASTIC", str(tmp_path))
     before = signal.getsignal(signal.SIGTERM)  # of an earlier test, perhaps, whose `fit` ended by an exception
     with pytest.raises(SystemExit, match="received a stop request. The commit is written") as left:
-        _train_until(_model(), step=9)
+        _train_until(_model(), step)
     assert left.value.code == 85
     assert signal.getsignal(signal.SIGTERM) == before, "who listened has stopped"
     resumed = _model()
