@@ -27,6 +27,7 @@ def bench(tmp_path):
     return start
 
 
+@pytest.mark.slow
 def test_throughput_tells_speed_start_and_memory(bench):
     found, output = bench(
         "throughput", "--workloads", "mlp", "--case", "-np 2", "--case", "HVDKIT_SHARED_MEMORY=0 -np 2"

@@ -162,6 +162,7 @@ def test_bad_trials_end_early_and_a_sweep_that_was_told_to_leave_goes_on(tmp_pat
     assert len(history) == 61, "the second try went on from the first one's checkpoint, with its history"
 
 
+@pytest.mark.slow
 def test_folds_are_tasks_and_the_best_is_trained_on_all(tmp_path):
     workdir = tmp_path / "sweep"
     search = ["--folds=3", "--random", "learning_rate=1e-3..1e-2 log", "--trials=1", "--seed=3"]

@@ -6,6 +6,7 @@ import sys
 from pathlib import Path
 
 import numpy as np
+import pytest
 
 from tests import forked
 from tests.conftest import run_command
@@ -123,6 +124,7 @@ def test_all_ranks_stop_together(ranks):
         assert "first/kernel on rank(s) 1 is not that of rank 0 (of 2 ranks). They were equal at step 3." in message
 
 
+@pytest.mark.slow
 def test_its_cost_can_be_measured():
     """README has the figures; a machine that does much else says nothing about them."""
     program = Path(__file__).parents[1] / "guard_cost.py"

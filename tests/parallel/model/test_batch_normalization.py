@@ -133,7 +133,7 @@ def _half_precision(world, x, mine):
     ]
 
 
-@pytest.mark.parametrize("size", [2, 3])
+@pytest.mark.parametrize("size", [2, pytest.param(3, marks=pytest.mark.slow)])
 def test_it_trains_the_model_of_one_process(ranks, size, tmp_path):
     path = tmp_path / "x.keras"
     everyone = ranks(size, trained_with_normalization, path=str(path))

@@ -179,7 +179,7 @@ def _every_metric(world):
     return exact_metrics(ours), {m.name: np.asarray(m.result()) for m in alone.tracked}
 
 
-@pytest.mark.parametrize("size", [2, 3])
+@pytest.mark.parametrize("size", [2, pytest.param(3, marks=pytest.mark.slow)])
 def test_every_metric_is_that_of_one_process(ranks, size):
     everyone = ranks(size, evaluated)
     for cases, (ours, alone), refused, names, (summed, expected) in everyone:
@@ -229,7 +229,7 @@ def predicted():
     return {name: [keras.tree.flatten(side) for side in sides] for name, sides in results.items()}
 
 
-@pytest.mark.parametrize("size", [2, 3])
+@pytest.mark.parametrize("size", [2, pytest.param(3, marks=pytest.mark.slow)])
 def test_predictions_come_whole_and_in_order(ranks, size):
     for results in ranks(size, predicted):
         for name, (ours, alone) in results.items():

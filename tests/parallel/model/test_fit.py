@@ -317,7 +317,7 @@ def _functions_of(model):
     return seen
 
 
-@pytest.mark.parametrize("asked", [True, "auto"])
+@pytest.mark.parametrize("asked", ["auto", pytest.param(True, marks=pytest.mark.slow)])
 def test_xla_compiles_the_step_around_the_exchange(ranks, asked):
     for difference, nodes, jit_compile, message in ranks(2, compiled_by_xla, fresh=True, jit_compile=asked):
         assert difference < 1e-5

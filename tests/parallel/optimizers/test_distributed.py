@@ -86,7 +86,7 @@ def accumulating(kind):
     return found
 
 
-@pytest.mark.parametrize("kind", ["dense", "sparse"])
+@pytest.mark.parametrize("kind", [pytest.param("dense", marks=pytest.mark.slow), "sparse"])
 def test_accumulated_gradients_are_exchanged_once_and_right(ranks, kind):
     for found in ranks(2, accumulating, kind=kind):
         assert len(found) >= 5

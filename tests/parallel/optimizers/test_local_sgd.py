@@ -38,7 +38,7 @@ def trained(make, arguments, steps=STEPS, finish=True):
     return np.array(path)
 
 
-@pytest.mark.parametrize("number", [2, 3])
+@pytest.mark.parametrize("number", [2, pytest.param(3, marks=pytest.mark.slow)])
 def test_one_local_step_and_the_mean_is_dense_training(ranks, number):
     local = {"steps": 1, "outer_learning_rate": 1.0, "outer_momentum": 0.0}
     dense = ranks(number, trained, make="DistributedOptimizer", arguments={})
@@ -66,7 +66,7 @@ def _diloco(size, every, rate, momentum, start):
     return anchor
 
 
-@pytest.mark.parametrize(("number", "every"), [(2, 5), (3, 4)])
+@pytest.mark.parametrize(("number", "every"), [(2, 5), pytest.param(3, 4, marks=pytest.mark.slow)])
 def test_diloco_is_the_papers(ranks, number, every):
     arguments = {"steps": every, "outer_learning_rate": 0.7, "outer_momentum": 0.9}
     found = ranks(number, trained, make="LocalSGD", arguments=arguments)
@@ -126,7 +126,7 @@ def fitted(every, compression="none"):
     return weights, history.history["val_accuracy"], history.history["accuracy"][-1]
 
 
-@pytest.mark.parametrize(("every", "compression"), [(7, "none"), (4, "int8")])
+@pytest.mark.parametrize(("every", "compression"), [(7, "none"), pytest.param(4, "int8", marks=pytest.mark.slow)])
 def test_fit_ends_with_one_model(ranks, every, compression):
     one, other = ranks(2, fitted, every=every, compression=compression)
     assert np.array_equal(one[0], other[0])

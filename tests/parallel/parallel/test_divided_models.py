@@ -84,7 +84,7 @@ def _optimizers():
 
 def _gradients(model, optimizer, loss, dataset, weights):
     """By how much a step of SGD with a learning rate of 1 lowers each weight."""
-    model.compile(optimizer, loss=loss)
+    model.compile(optimizer, loss=loss, jit_compile=False)
     before = weights(model)
     model.fit(dataset, verbose=0)
     after = weights(model)

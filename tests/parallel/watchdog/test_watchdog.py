@@ -55,7 +55,7 @@ def test_stalls_that_end_again_are_reported_one_by_one():
     assert ended.output.count(f"explained: {sentence}") == 2
 
 
-@pytest.mark.parametrize("then", ["ends", "validates"])
+@pytest.mark.parametrize("then", ["validates", pytest.param("ends", marks=pytest.mark.slow)])
 def test_generators_of_different_length_end_fit_with_one_report(then):
     ended = run(2, "uneven_generators", then)
     assert ended.code == 75, ended.output
@@ -79,7 +79,7 @@ def test_an_exception_on_one_rank_is_the_common_reason():
     )
 
 
-@pytest.mark.parametrize("rank", [0, 1])
+@pytest.mark.parametrize("rank", [0, pytest.param(1, marks=pytest.mark.slow)])
 def test_a_rank_that_is_killed_is_named(rank):
     ended = run(3, "die_in_fit", rank, "SIGKILL", limit=60, **forked.NOT_FORKED)
     assert ended.code == 128 + signal.SIGKILL, ended.output
@@ -92,7 +92,7 @@ def test_a_rank_that_is_killed_is_named(rank):
     ), ended.output
 
 
-@pytest.mark.parametrize("rank", [0, 1])
+@pytest.mark.parametrize("rank", [0, pytest.param(1, marks=pytest.mark.slow)])
 def test_a_rank_that_is_frozen_is_named(rank):
     ended = run(3, "die_in_fit", rank, "SIGSTOP")
     assert ended.code == 75, ended.output
