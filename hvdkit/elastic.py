@@ -41,7 +41,7 @@ from hvdkit.checkpoint.preemption import Listener, Preempted
 from hvdkit.errors import UsageError
 from hvdkit.optimizers import heartbeat
 from hvdkit.optimizers.sharded import ShardedOptimizer
-from hvdkit.optimizers.state import tell_seeds_apart
+from hvdkit.optimizers.state import make_seeds_differ
 
 world.horovod()  # raises an error with instructions if Horovod is missing
 from horovod.common.elastic import ObjectState, run_fn  # noqa: E402
@@ -119,7 +119,7 @@ class KerasState(ObjectState):
         with horovod_errors():
             collectives.broadcast_variables(self._variables())
             super().sync()
-        tell_seeds_apart(self.model)
+        make_seeds_differ(self.model)
         self.save()
 
     def commit(self) -> None:

@@ -1,12 +1,13 @@
-"""`hvdkit bench COMMAND`: how fast training is, and against what.
+"""Measures how fast training is.
 
-    throughput    samples a second, start-up and memory
-    collectives   latency and bandwidth of exchanges, against what network and memory can do
-    scaling       N ranks against one
-    peers         the same models under PyTorch DDP, Horovod on Keras 2, and TensorFlow's own strategies
+    throughput    samples per second, start-up time and memory
+    collectives   latency and bandwidth of allreduce, compared with the limits of network and memory
+    scaling       N ranks compared with one
+    peers         the same models with PyTorch DDP, Horovod on Keras 2, and TensorFlow's own strategies
     accuracy      time to a target accuracy
 
-Cases are measured in turn, round after round, since a machine's speed changes; compare within a table, not across.
+The cases of a benchmark alternate, because the speed of a machine changes over time: compare numbers within one table,
+not between tables.
 """
 
 import sys
@@ -32,10 +33,10 @@ def parser() -> Parser:
     for name, module in _COMMANDS.items():
         summary = (module.__doc__ or "").partition("\n")[0].partition(": ")[2]
         one = commands.add_parser(name, prog=f"{made.prog} {name}", help=summary)
-        one.add_argument("--seconds", type=float, default=4.0, help="of each measurement [4]")
-        one.add_argument("--rounds", type=int, default=3, help="how often each case is measured [3]")
-        one.add_argument("--json", metavar="FILE", help="write the numbers there")
-        one.add_argument("--plot", metavar="FILE.png", help="draw them there")
+        one.add_argument("--seconds", type=float, default=4.0, help="seconds of each measurement [4]")
+        one.add_argument("--rounds", type=int, default=3, help="number of measurements of each case [3]")
+        one.add_argument("--json", metavar="FILE", help="write the results to this file, too")
+        one.add_argument("--plot", metavar="FILE.png", help="draw them")
         module.add_arguments(one)
     return made
 

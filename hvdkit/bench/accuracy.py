@@ -1,4 +1,4 @@
-"""`accuracy`: how long a training takes to a target accuracy on the test split, start-up and evaluation included."""
+"""`accuracy`: time until a training reaches a target accuracy on the test split, including start-up and evaluation."""
 
 import argparse
 import csv
@@ -17,8 +17,8 @@ from hvdkit.errors import UsageError
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the arguments of this command."""
-    parser.add_argument("--target", type=float, required=True, help="test accuracy to reach, as in 0.97")
-    how = "how the job is started [-np 1 and -np 2]"
+    parser.add_argument("--target", type=float, required=True, help="test accuracy to reach, such as 0.97")
+    how = "launcher options of a case; may be repeated [-np 1, and -np 2]"
     parser.add_argument("--case", action="append", default=[], metavar="'LAUNCHER ARGS'", help=how)
     parser.add_argument("flags", nargs="*", help="after --: flags of hvdkit.train")
 

@@ -1,4 +1,4 @@
-"""`collectives`: latency and bus bandwidth of exchanges by size, against what this machine's network and memory can do.
+"""`collectives`: latency and bus bandwidth of allreduce by size, compared with this machine's network and memory.
 
 Bus bandwidth is the minimum number of bytes that a rank must move, divided by the time. This minimum is 2 (N - 1) / N
 times the size for an allreduce, (N - 1) times each rank's size for an allgather, and the size for a broadcast (NVIDIA's
@@ -25,8 +25,8 @@ _LIMIT_BYTES = 64 << 20
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the arguments of this command."""
-    parser.add_argument("--sizes", default="4,1024,65536,1048576,16777216", help="bytes that each rank brings")
-    how = "how the ranks are started, as in '-np 2 --mpi' or '-H h1:1,h2:1' [-np 2]"
+    parser.add_argument("--sizes", default="4,1024,65536,1048576,16777216", help="bytes per rank, separated by commas")
+    how = "launcher options of a case, such as '-np 2 --mpi' or '-H h1:1,h2:1'; may be repeated [-np 2]"
     parser.add_argument("--case", action="append", default=[], metavar="'LAUNCHER ARGS'", help=how)
 
 

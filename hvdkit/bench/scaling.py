@@ -1,4 +1,4 @@
-"""`scaling`: what N ranks make of a training, against N times what one makes.
+"""`scaling`: throughput of N ranks, compared with N times that of one rank.
 
 Weak scaling keeps the local batch size, strong scaling the global one (J. Gustafson, "Reevaluating Amdahl's law",
 1988). One rank is bound to as many cores as each of N ranks has, for a fair comparison.
@@ -17,10 +17,15 @@ from hvdkit.errors import UsageError
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the arguments of this command."""
-    parser.add_argument("--workloads", default="mlp,lenet", help="of " + ", ".join(workloads.WORKLOADS))
-    parser.add_argument("--ranks", default="1,2", help="numbers of ranks, the smallest being the yardstick")
-    parser.add_argument("--mode", choices=("weak", "strong"), default="weak", help="keep the local or the global batch")
-    parser.add_argument("--hosts", default="", metavar="H", help="hosts to start on, as in h1:1,h2:1 for two ranks")
+    parser.add_argument("--workloads", default="mlp,lenet", help="models to train: " + ", ".join(workloads.WORKLOADS))
+    parser.add_argument("--ranks", default="1,2", help="numbers of ranks, compared with the smallest one")
+    parser.add_argument(
+        "--mode",
+        choices=("weak", "strong"),
+        default="weak",
+        help="keep the local batch size (weak) or the global one (strong) constant",
+    )
+    parser.add_argument("--hosts", default="", metavar="H", help="hosts, such as h1:1,h2:1 for two ranks [this host]")
 
 
 def measure(arguments: argparse.Namespace) -> dict[str, Any]:

@@ -1,4 +1,4 @@
-"""`throughput`: samples a second, start-up and memory of any model, strategy, batch and number of ranks."""
+"""`throughput`: samples per second, start-up time and memory of any model, strategy, batch size and number of ranks."""
 
 import argparse
 import statistics
@@ -11,10 +11,10 @@ from hvdkit.bench import jobs, statistic, workloads
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the arguments of this command."""
-    parser.add_argument("--workloads", default="mlp,lenet", help="of " + ", ".join(workloads.WORKLOADS))
+    parser.add_argument("--workloads", default="mlp,lenet", help="models to train: " + ", ".join(workloads.WORKLOADS))
     how = (
-        "how the job is started, as in '-np 2 --bind none'; a word with = at the front is a variable of the "
-        "environment. Several are measured in turn [one process, and -np 2]"
+        "launcher options of a case, such as '-np 2 --bind none'; words such as NAME=value in front set environment "
+        "variables; may be repeated [one process, and -np 2]"
     )
     parser.add_argument("--case", action="append", default=[], metavar="'LAUNCHER ARGS'", help=how)
     parser.add_argument("flags", nargs="*", help="after --: flags of hvdkit.train, instead of --workloads")

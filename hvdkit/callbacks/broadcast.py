@@ -8,7 +8,7 @@ import keras
 from hvdkit import collectives, world
 from hvdkit.collectives.mesh import share
 from hvdkit.optimizers.distributed import keeps_local
-from hvdkit.optimizers.state import tell_seeds_apart
+from hvdkit.optimizers.state import make_seeds_differ
 
 
 class BroadcastGlobalVariablesCallback(keras.callbacks.Callback):
@@ -53,4 +53,4 @@ class BroadcastGlobalVariablesCallback(keras.callbacks.Callback):
         variables = [v for v in variables if not keeps_local(optimizer, v)]
         collectives.broadcast_variables([v for v in variables if id(v) not in self._local], self.root_rank)
         share(model.weights)
-        tell_seeds_apart(model)
+        make_seeds_differ(model)

@@ -13,7 +13,6 @@ import tensorflow as tf
 from hvdkit import collectives, world
 from hvdkit.collectives.mesh import Mesh, mesh_of, shard_of, share
 from hvdkit.errors import ReplicasDiverged, UsageError
-from hvdkit.optimizers.distributed import keeps_local
 from hvdkit.optimizers.state import COMMON, SEED, kept_of
 from hvdkit.optimizers.whole_slots import WholeSlot
 
@@ -131,7 +130,7 @@ class _Guarded:
             for k in kept_of(model)
             if id(k.variable) not in local
             and not isinstance(k.variable, WholeSlot)
-            and not keeps_local(model.optimizer, k.variable)  # also seeds: stages of a pipeline may have their own
+            and not k.local  # also seeds: stages of a pipeline may have their own
         ]
         self._seeds = [k.variable for k in kept if k.kind == SEED]
         self._equal = [k.variable for k in kept if k.kind == COMMON]

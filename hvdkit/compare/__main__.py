@@ -1,11 +1,11 @@
-"""`hvdkit compare`: the same task in every way to use several processors, side by side.
+"""Trains one model with each parallelism strategy, and compares speed, memory and accuracy.
 
     hvdkit compare -np 2 --json found.json --plot found.png -- --model=gpt --steps=200
 
-Trains it in one process that has all cores (single), data parallel (horovod), with the model's tensors, branches or
-layers (pipeline) divided over the ranks, or, with a number, over so many of them: `pipeline:2` on four ranks has two
-copies of the model, which read different data. Then lets the planner say what it would have chosen. Ways that a model
-does not have are named with the reason.
+The strategies: one process with all cores (single), data parallelism (horovod), and a model whose tensors, branches or
+layers are divided over the ranks (tensor, branches, pipeline). With a number, the model is divided over so many ranks:
+`pipeline:2` on four ranks trains two replicas with different data. Strategies that do not fit the model are listed with
+the reason. At the end the planner says which strategy it would have chosen.
 """
 
 import json
@@ -48,13 +48,13 @@ def main(argv: list[str]) -> int:
 def parser() -> Parser:
     """Create the comparison's argument parser."""
     made = Parser("compare", description=__doc__)
-    made.add_argument("-np", dest="number", type=int, default=2, help="ranks [2]")
+    made.add_argument("-np", dest="number", type=int, default=2, help="number of ranks [2]")
     made.add_argument(
-        "--ways", default=",".join(WAYS), help=f"of {', '.join(WAYS)}; also NAME:RANKS, as tensor:2 [all, on all ranks]"
+        "--ways", default=",".join(WAYS), help=f"strategies: {', '.join(WAYS)}, or NAME:RANKS, such as tensor:2 [all]"
     )
-    made.add_argument("--no-plan", action="store_true", help="do not ask the planner")
-    made.add_argument("--json", metavar="FILE", help="write the numbers there")
-    made.add_argument("--plot", metavar="FILE.png", help="draw them there")
+    made.add_argument("--no-plan", action="store_true", help="skip the planner")
+    made.add_argument("--json", metavar="FILE", help="write the results to this file, too")
+    made.add_argument("--plot", metavar="FILE.png", help="draw them")
     made.add_argument("flags", nargs="*", help="after --: flags of hvdkit train")
     return made
 
@@ -78,8 +78,8 @@ def compare(ways: Sequence[str], number: int, flags: Sequence[str]) -> dict[str,
         name, colon, columns = way.partition(":")
         if name not in WAYS or (colon and not (name in _DIVIDING and columns.isdecimal())):
             raise UsageError(
-                f"There is no way {way!r}. Choose from {', '.join(WAYS)}; of {', '.join(_DIVIDING)} one can say over "
-                f"how many ranks, as in tensor:2."
+                f"--ways: {way!r} is not one of {', '.join(WAYS)}. {', '.join(_DIVIDING)} may be followed by a number "
+                f"of ranks, as in tensor:2."
             )
     rows, left_out = [], {}
     for way in ways:

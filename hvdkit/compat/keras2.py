@@ -57,7 +57,7 @@ def _refuse_arguments(owner: type, method: str, called: str, arguments: dict[str
 
     @functools.wraps(original)
     def explaining(self: Any, *args: Any, **kwargs: Any) -> None:
-        wrong = [f"{name}: {mend}" for name, mend in arguments.items() if name in kwargs]
+        wrong = [f"{name}: {fix}" for name, fix in arguments.items() if name in kwargs]
         if wrong:
             raise error(f"{called} of Keras 3 does not take {' '.join(wrong)}")
         original(self, *args, **kwargs)

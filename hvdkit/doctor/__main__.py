@@ -1,4 +1,4 @@
-"""Examines the hosts of a job before the job does: connects from each to each, and says what to mend.
+"""Examines the hosts of a job before the job does: connects from each to each, and says what to fix.
 
     hvdkit doctor -H h1:2,h2:2
 

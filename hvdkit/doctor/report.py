@@ -14,10 +14,10 @@ _HEAD = ("check", "result", "where", "found")
 def show(found: Findings, results: Sequence[Result]) -> str:
     """Return the table, the fixes and the verdict as text."""
     parts = [_table(results)]
-    for status, head in ((FAILED, "To mend what failed:"), (WARNING, "To look into:")):
-        mends = _mends(results, status)
-        if mends:
-            parts.append("\n".join([head, *mends]))
+    for status, head in ((FAILED, "To fix what failed:"), (WARNING, "To look into:")):
+        fixes = _fixes(results, status)
+        if fixes:
+            parts.append("\n".join([head, *fixes]))
     return "\n\n".join([*parts, verdict(found, results)])
 
 
@@ -53,10 +53,10 @@ def _table(results: Sequence[Result]) -> str:
     return reporting.table(_HEAD, rows)
 
 
-def _mends(results: Sequence[Result], status: str) -> list[str]:
+def _fixes(results: Sequence[Result], status: str) -> list[str]:
     """Return a line for each fix, in the order of the checks, because earlier failures often cause later ones."""
     lines = []
     for result in results:
-        for mend in result.mends if result.status == status else ():
-            lines.append(f"  {result.check}: {f'on {mend.on}: ' if mend.on else ''}{mend.command}")
+        for fix in result.fixes if result.status == status else ():
+            lines.append(f"  {result.check}: {f'on {fix.on}: ' if fix.on else ''}{fix.command}")
     return list(dict.fromkeys(lines))

@@ -4,7 +4,7 @@
     hvdkit drill partition --rank 1 --step 60 -H h1:1,h2:1 --model=mnist_mlp --dataset=mnist --data-dir=DIR
 
     kill        SIGKILL of a rank                         slow        a rank waits 0.2 s before each step
-    freeze      SIGSTOP of a rank                         partition   a rank's host is cut off: --cut and --mend say how
+    freeze      SIGSTOP of a rank                         partition   disconnect a rank's host; see --cut and --mend
     term        SIGTERM to a rank, as a scheduler does    disk-full   the checkpoints' disk is full for a while (root)
 
 Other flags are passed to `hvdkit train`. Each rank records hashes of the examples that it trains on. From these the
@@ -70,7 +70,7 @@ def parser() -> Parser:
     made.add_argument("-np", type=int, metavar="N", help="number of ranks [all slots of -H, or 2]")
     made.add_argument("-H", dest="hosts", metavar="h1:1,h2:1", help="hosts and their slots [this host]")
     made.add_argument("--mpi", action="store_true", help="use MPI, and restart all ranks [Gloo, elastic]")
-    made.add_argument("--launcher", default="", metavar="ARGS", help="more options for hvdkit.launch")
+    made.add_argument("--launcher", default="", metavar="ARGS", help="additional options for hvdkit launch")
     made.add_argument("--cut", metavar="COMMAND", help="disconnects the host {host} [launch/testhosts.sh cut {host}]")
     made.add_argument("--mend", metavar="COMMAND", help="reconnects it at the end [launch/testhosts.sh mend {host}]")
     made.add_argument("--workdir", metavar="DIR", help="where the job writes; shared by all hosts [temporary]")

@@ -35,7 +35,7 @@ def parse(argv: list[str]) -> argparse.Namespace:
     if arguments.command[:1] == ["--"]:
         del arguments.command[0]
     if not arguments.command:
-        made.error("no command was given; write it behind --, as in: -np 2 -- python train.py")
+        made.error("no command was given; write it after --, as in: -np 2 -- python train.py")
     _check(made, arguments)
     return arguments
 
@@ -59,94 +59,115 @@ def divide(argv: list[str], prog: str) -> tuple[argparse.Namespace, list[str]]:
 
 
 def _add_options(parser: Parser) -> None:
-    where = parser.add_argument_group("where")
-    where.add_argument("-np", type=int, metavar="N", help="number of ranks [all places that the hosts have]")
-    one = where.add_mutually_exclusive_group()
-    one.add_argument("-H", dest="hosts", metavar="h1:2,h2:2", help="hosts, and how many ranks each takes [this host]")
-    one.add_argument("--hostfile", metavar="FILE", help="a file with lines like: h1 slots=2")
-    where.add_argument(
+    _add_hosts(parser.add_argument_group("where"))
+    _add_start(parser.add_argument_group("how"))
+    _add_restarts(parser.add_argument_group("when ranks or hosts are lost or added"))
+    _add_limits(parser.add_argument_group("limits, in seconds"))
+    _add_output(parser.add_argument_group("output"))
+
+
+def _add_hosts(group: argparse._ArgumentGroup) -> None:
+    group.add_argument("-np", type=int, metavar="N", help="number of ranks [all slots of the hosts]")
+    one = group.add_mutually_exclusive_group()
+    one.add_argument("-H", dest="hosts", metavar="h1:2,h2:2", help="hosts, and the number of ranks on each [this host]")
+    one.add_argument("--hostfile", metavar="FILE", help="a file of hosts, with lines such as: h1 slots=2")
+    group.add_argument(
         "--hosts-from",
         choices=("slurm", "kubernetes", "file"),
-        help="take them from the Slurm job, from the Kubeflow MPIJob, or from --hostfile",
+        help="take the hosts from the Slurm job, from the Kubeflow MPIJob, or from --hostfile",
     )
-    where.add_argument("--directory", metavar="DIR", help="where ranks run, on every host [this directory]")
-    where.add_argument("--python", metavar="PATH", help="Python on the other hosts, for the agent [as here]")
-    how = parser.add_argument_group("how")
-    backend = how.add_mutually_exclusive_group()
-    backend.add_argument("--gloo", action="store_true", help="ranks meet over Gloo, the default")
-    backend.add_argument("--mpi", action="store_true", help="ranks are started by mpirun, and meet over MPI")
-    how.add_argument(
+    group.add_argument("--directory", metavar="DIR", help="working directory of the ranks on every host [this one]")
+    group.add_argument(
+        "--python", metavar="PATH", help="Python interpreter for the agent on other hosts [the same path]"
+    )
+
+
+def _add_start(group: argparse._ArgumentGroup) -> None:
+    backend = group.add_mutually_exclusive_group()
+    backend.add_argument("--gloo", action="store_true", help="connect ranks with Gloo; the default")
+    backend.add_argument("--mpi", action="store_true", help="start ranks with mpirun, and connect them with MPI")
+    group.add_argument(
         "--bind",
         choices=("auto", "none", "cores", "gpus", "both"),
         default="auto",
-        help="share out "
-        "a host's cores or GPUs among its ranks [cores, where there are no GPUs]; hvd.init() takes the "
+        help="divide a host's cores or GPUs among its ranks [cores, if there are no GPUs]; hvd.init() selects the "
         "local rank's GPU in any case",
     )
-    how.add_argument("--cores", metavar="0-3,8", help="cores of each host that the job may use [all that it can]")
-    how.add_argument("--gpus", metavar="0,1", help="GPUs of each host that the job may use, and binds to [all]")
-    how.add_argument("--interface", metavar="NAME", help="the job's network interface, on every host [the route's]")
-    how.add_argument(
+    group.add_argument("--cores", metavar="0-3,8", help="cores of each host that the job may use [all]")
+    group.add_argument(
+        "--gpus", metavar="0,1", help="GPUs of each host that the job may use; binds ranks to them [all]"
+    )
+    group.add_argument("--interface", metavar="NAME", help="network interface on every host [that of the route]")
+    group.add_argument(
         "--remote-shell",
         choices=("ssh", "srun"),
-        help="how other hosts are reached [srun with --hosts-from slurm, where it is installed, else ssh]",
+        help="command that reaches other hosts [srun with --hosts-from slurm if it is installed, else ssh]",
     )
-    how.add_argument("--ssh-args", metavar="ARGS", default="", help="more arguments for ssh, as in: '-p 2222'")
-    how.add_argument("--insecure-host-keys", action="store_true", help="let any machine pass for a host")
-    elastic = parser.add_argument_group("when ranks and hosts are lost, or come and go")
-    elastic.add_argument(
+    group.add_argument("--ssh-args", metavar="ARGS", default="", help="additional arguments for ssh, such as '-p 2222'")
+    group.add_argument("--insecure-host-keys", action="store_true", help="do not verify the hosts' ssh keys")
+
+
+def _add_restarts(group: argparse._ArgumentGroup) -> None:
+    group.add_argument(
         "--elastic",
         action="store_true",
-        help="go on with those that there are, from the last "
-        "checkpoint; --hostfile or the script may list others meanwhile",
+        help="after a failure, continue from the last checkpoint with the hosts that are left; --hostfile or the "
+        "script may change the hosts while the job runs",
     )
-    elastic.add_argument("--min-np", type=int, metavar="N", help="ranks below which it waits for hosts [1]")
-    elastic.add_argument("--max-np", type=int, metavar="N", help="ranks that it uses at most [-np, or all places]")
-    elastic.add_argument(
+    group.add_argument(
+        "--min-np", type=int, metavar="N", help="minimum number of ranks; with fewer, wait for hosts [1]"
+    )
+    group.add_argument("--max-np", type=int, metavar="N", help="maximum number of ranks [-np, or all slots]")
+    group.add_argument(
         "--host-discovery-script",
         metavar="PATH",
-        help="prints the hosts that there are, one a line: h1:2, or h1 for --slots ranks",
+        help="a command that prints the available hosts, one per line: h1:2, or h1 for --slots ranks",
     )
-    elastic.add_argument(
+    group.add_argument(
         "--slots",
         type=int,
         default=1,
         metavar="N",
-        help="ranks of a host that the script prints without a number [%(default)s]",
+        help="ranks on a host that the script prints without a number [%(default)s]",
     )
-    elastic.add_argument(
+    group.add_argument(
         "--elastic-timeout", type=float, default=600.0, metavar="S", help="seconds to wait for --min-np [%(default)g]"
     )
-    elastic.add_argument(
+    group.add_argument(
         "--restarts",
         type=int,
         metavar="N",
-        help="starts after failures, with or without --elastic [10 with, 0 without]",
+        help="maximum number of restarts after failures [10 with --elastic, else 0]",
     )
-    limits = parser.add_argument_group("limits, in seconds")
-    limits.add_argument(
+
+
+def _add_limits(group: argparse._ArgumentGroup) -> None:
+    group.add_argument(
         "--start-timeout",
         type=int,
         default=120,
         metavar="S",
-        help="for hosts to answer, and for ranks to follow the first one to hvd.init() [%(default)s]",
+        help="for hosts to respond, and for all ranks to call hvd.init() after the first one [%(default)s]",
     )
-    limits.add_argument("--stall-timeout", type=float, metavar="S", help="for ranks to wait for others [600; 0: none]")
-    limits.add_argument(
-        "--host-timeout", type=float, default=30.0, metavar="S", help="for a host to be silent [%(default)g; 0: none]"
+    group.add_argument("--stall-timeout", type=float, metavar="S", help="for a rank to wait for others [600; 0: none]")
+    group.add_argument(
+        "--host-timeout", type=float, default=30.0, metavar="S", help="for a host to respond [%(default)g; 0: none]"
     )
-    output = parser.add_argument_group("output")
-    output.add_argument(
+
+
+def _add_output(group: argparse._ArgumentGroup) -> None:
+    group.add_argument(
         "--workdir",
         metavar="DIR",
-        help="keep each rank's output in DIR/logs/rank-NNNN.log, and what hvd.elastic commits in DIR/elastic",
+        help="keep each rank's output in DIR/logs/rank-NNNN.log, and the commits of hvd.elastic in DIR/elastic",
     )
-    output.add_argument(
+    group.add_argument(
         "--output",
         choices=MODES,
-        help="on the screen: rank 0's; with the other ranks' standard error; all [errors with --workdir, else all]",
+        help="what to print: rank 0's output; also the other ranks' standard error; everything [errors with "
+        "--workdir, else all]",
     )
-    output.add_argument("--dry-run", action="store_true", help="ask the hosts, and show what would be started on them")
+    group.add_argument("--dry-run", action="store_true", help="contact the hosts, and print what would be started")
 
 
 def _check(parser: Parser, arguments: argparse.Namespace) -> None:
@@ -163,9 +184,11 @@ def _check_elastic(parser: Parser, arguments: argparse.Namespace) -> None:
         if getattr(arguments, name) is not None and not arguments.elastic:
             parser.error(f"--{name.replace('_', '-')} was given without --elastic; add it")
     if _starts_again(arguments) and not arguments.workdir:
-        parser.error("--elastic and --restarts go on from what the job keeps in a folder: name it with --workdir DIR")
+        parser.error("--elastic and --restarts resume from what the job has saved: give the folder with --workdir DIR")
     if arguments.elastic and arguments.mpi:
-        parser.error("--elastic and --mpi exclude each other: MPI cannot go on without a rank. --restarts starts again")
+        parser.error(
+            "--elastic and --mpi exclude each other: MPI cannot continue without a rank. Use --restarts instead"
+        )
     if arguments.host_discovery_script and (arguments.hosts or arguments.hostfile or arguments.hosts_from):
         parser.error("--host-discovery-script and -H, --hostfile or --hosts-from exclude each other: give one of them")
     least, most = arguments.min_np or 1, arguments.max_np or arguments.np
@@ -184,7 +207,7 @@ def settings(arguments: argparse.Namespace) -> Settings:
     given = discover(arguments)
     ranks = arguments.np or sum(host.slots for host in given)
     if not ranks and not arguments.elastic:
-        raise UsageError("How many ranks? Give their number, as in -np 2, or hosts with places, as in -H h1:2,h2:2.")
+        raise UsageError("How many ranks? Give their number, as in -np 2, or hosts with slots, as in -H h1:2,h2:2.")
     return Settings(
         command=arguments.command,
         hosts=given,

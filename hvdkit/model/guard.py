@@ -16,7 +16,7 @@ from hvdkit.optimizers import heartbeat
 from hvdkit.optimizers.distributed import DistributedOptimizer, all_ranks_train, keeps_local
 from hvdkit.optimizers.exchanging import ExchangingOptimizer
 from hvdkit.optimizers.local_sgd import local_optimizers
-from hvdkit.optimizers.state import seeds_of, tell_seeds_apart
+from hvdkit.optimizers.state import make_seeds_differ, seeds_of
 
 _log = logging.getLogger(__name__)
 
@@ -54,7 +54,7 @@ class FitGuard(keras.callbacks.Callback):
         self._make_common("when training begins")
         for local in local_optimizers(self.model):
             local.start()
-        self._tell_seeds_apart()
+        self._make_seeds_differ()
         set_first_epoch(self.model, collectives.broadcast_object(first_epoch(self.model), name="initial_epoch"))
 
     def on_train_batch_end(self, batch: int, logs: dict | None = None) -> None:
@@ -124,12 +124,12 @@ class FitGuard(keras.callbacks.Callback):
                 f"self.optimizer.apply(gradients, variables) in it, or use hvdkit.DistributedGradientTape."
             )
 
-    def _tell_seeds_apart(self) -> None:
+    def _make_seeds_differ(self) -> None:
         """Makes equal seeds differ between ranks, as after `keras.utils.set_random_seed(0)` on all of them."""
         digests = [collectives.digest([v]) for v in seeds_of(self.model)]
         everyone = collectives.allgather_object(digests, name="seeds", process_set=copies_of(self.model))
         if any(len(set(digests)) < len(digests) for digests in zip(*everyone, strict=False)):
-            tell_seeds_apart(self.model)
+            make_seeds_differ(self.model)
 
     def _make_common(self, when: str) -> None:
         """Compares weights and optimizer slots over the ranks, and broadcasts the root's if they differ."""

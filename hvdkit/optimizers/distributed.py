@@ -325,17 +325,17 @@ def _refuse_what_is_no_optimizer(optimizer: Any) -> None:
         return
     module = type(optimizer).__module__
     if isinstance(optimizer, str):
-        mend = f"Write keras.optimizers.get({optimizer!r})."
+        fix = f"Write keras.optimizers.get({optimizer!r})."
     elif "legacy" in module or module.split(".")[0] in ("tf_keras", "tensorflow"):
-        mend = (
+        fix = (
             f"That is an optimizer of Keras 2 or TensorFlow; write keras.optimizers.{type(optimizer).__name__}(...), "
             f"with learning_rate for lr, and a keras.optimizers.schedules schedule for decay."
         )
     else:
-        mend = "Pass an instance such as keras.optimizers.Adam(1e-3)."
+        fix = "Pass an instance such as keras.optimizers.Adam(1e-3)."
     raise TypeError(
         f"DistributedOptimizer needs a keras.optimizers.Optimizer, but was given {optimizer!r} "
-        f"of type {module}.{type(optimizer).__name__}. {mend}"
+        f"of type {module}.{type(optimizer).__name__}. {fix}"
     )
 
 

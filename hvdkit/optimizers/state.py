@@ -18,13 +18,19 @@ COMMON, OWN, METRIC, SEED = "common", "own", "metric", "seed"
 
 @dataclasses.dataclass(frozen=True)
 class Kept:
-    """A variable and its kind, which is one of the constants above."""
+    """A variable of a training run.
+
+    Attributes:
+        variable: the variable, or a `WholeSlot`.
+        kind: one of the constants above.
+        local: whether an optimizer keeps it local; then its kind is OWN, or SEED.
+        columns: for a sharded model, how many ranks hold it together: rank r has the shards of rank r mod `columns`.
+    """
 
     variable: Any
     kind: str
-    columns: int = (
-        0  # for a sharded model, how many ranks hold it together: rank r has the shards of rank r mod columns
-    )
+    local: bool = False
+    columns: int = 0
 
     @property
     def signature(self) -> list[Any]:
@@ -49,19 +55,16 @@ def kept_of(model: keras.Model) -> list[Kept]:
     slots = [v for optimizer in optimizers for v in _slots(optimizer)]
     everything = {id(v): v for v in [*model.variables, *slots]}
 
-    def kind(variable: Any) -> str:
+    def describe(variable: Any) -> Kept:
         if isinstance(variable, WholeSlot):
-            return COMMON
+            return Kept(variable, COMMON)
+        local = any(keeps_local(o, variable) for o in optimizers)
         if is_seed(variable):
-            return SEED
-        own = (
-            id(variable) in accumulators
-            or id(variable) in gathered
-            or any(keeps_local(o, variable) for o in optimizers)
-        )
-        return OWN if own else COMMON
+            return Kept(variable, SEED, local)
+        own = local or id(variable) in accumulators or id(variable) in gathered
+        return Kept(variable, OWN if own else COMMON, local)
 
-    kept = [Kept(v, kind(v)) for i, v in everything.items() if i not in metrics and v.dtype != "string"]
+    kept = [describe(v) for i, v in everything.items() if i not in metrics and v.dtype != "string"]
     kept += [Kept(v, METRIC) for v in metrics.values() if v.dtype != "string"]
     mesh = mesh_of(model.weights)
     return [dataclasses.replace(k, columns=mesh.model) for k in kept] if mesh else kept
@@ -76,7 +79,7 @@ def seeds_of(model: keras.Model) -> list[Any]:
     return [v for v in model.variables if is_seed(v)]
 
 
-def tell_seeds_apart(model: keras.Model) -> None:
+def make_seeds_differ(model: keras.Model) -> None:
     """Makes seeds that are equal on all ranks differ; otherwise all ranks would drop the same units."""
     for variable in seeds_of(model):
         seed = keras.ops.convert_to_numpy(variable)

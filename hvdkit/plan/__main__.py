@@ -1,14 +1,14 @@
-"""`hvdkit plan`: how a training will scale, and whether it should.
+"""Predicts how training scales to more ranks, and recommends the fastest mode, or none.
 
     hvdkit plan --batch 64 --ranks 1,2,4,8 --links links.json -- --model=cifar_cnn --dataset=cifar10
     hvdkit plan --batch 64 --ranks 1,16,1024 --latency 20us --bandwidth 25Gbit/s -- --model=mine.py:build
-    hvdkit plan measure -H h1:1,h2:1 ...     the same for these hosts, and each mode tried on them
-    hvdkit plan score FILE.json...           all that `measure --json` found: the median error
-    hvdkit plan published FILE.png           ResNet-50 to 1,024 GPUs, beside what others measured
+    hvdkit plan measure -H h1:1,h2:1 ...     predict for these hosts, and run each mode on them
+    hvdkit plan score FILE.json...           print the median error of files that `measure --json` wrote
+    hvdkit plan published FILE.png           compare predictions for ResNet-50 with published results
 
-The model is measured here for some seconds, by as many processes as a host has ranks. links.json comes from `hvdkit
-bench collectives -H ... --json links.json`, run where the training is to run. What was measured of a model is in
-the file that --json writes, and --model-from takes it from there.
+The planner measures the model on this machine for a few seconds, in as many processes as a host has ranks. Create
+links.json with `hvdkit bench collectives --case='-H h1:1,h2:1' --json links.json` on the hosts that will train. The
+file written by --json also contains the measurements of the model, and --model-from reuses them.
 """
 
 import argparse
@@ -46,24 +46,32 @@ def main(argv: list[str]) -> int:
 def parser() -> Parser:
     """Create the planner's argument parser."""
     made = Parser("plan", description=__doc__)
-    made.add_argument("--batch", type=int, default=64, help="samples a step of each rank [64]")
-    made.add_argument("--ranks", default="1,2,4,8", help="numbers of ranks, to thousands [1,2,4,8]")
-    made.add_argument("--ranks-per-host", type=int, default=1, metavar="N", help="at most [1]")
-    made.add_argument("--links", metavar="FILE", help="measured exchanges between hosts")
-    made.add_argument("--inside", metavar="FILE", help="measured exchanges between ranks of one host")
-    made.add_argument("--latency", default="50us", help="of a message between hosts, without --links [50us]")
-    made.add_argument("--bandwidth", default="10Gbit/s", help="between hosts, without --links [10Gbit/s]")
-    made.add_argument("--agreeing", default="1ms", help="Horovod's negotiation between two ranks [1ms]")
-    made.add_argument("--model-from", metavar="FILE", help="of an earlier --json, instead of measuring the model")
-    made.add_argument("--threads", type=int, help="cores that each rank has [its share of this machine's]")
-    made.add_argument("--shared-machine", action="store_true", help="the hosts are parts of this one machine")
-    made.add_argument("--modes", default="", help="only these, by name, separated by commas [all]")
-    made.add_argument("-H", dest="hosts", default="", help="hosts to name in the command that is recommended")
-    made.add_argument("--price", type=float, help="of a rank for an hour")
-    made.add_argument("--seconds", type=float, default=4.0, help="of each measurement [4]")
-    made.add_argument("--json", metavar="FILE", help="write the numbers there")
-    made.add_argument("--plot", metavar="FILE.png", help="draw them there")
-    made.add_argument("flags", nargs="*", help="after --: flags of hvdkit train, without a batch")
+    made.add_argument("--batch", type=int, default=64, help="local batch size: samples per step on each rank [64]")
+    made.add_argument("--ranks", default="1,2,4,8", help="numbers of ranks to predict, up to thousands [1,2,4,8]")
+    made.add_argument(
+        "--ranks-per-host", type=int, default=1, metavar="N", help="maximum number of ranks on a host [1]"
+    )
+    made.add_argument("--links", metavar="FILE", help="measurements of allreduce between hosts")
+    made.add_argument("--inside", metavar="FILE", help="measurements of allreduce between ranks of one host")
+    made.add_argument(
+        "--latency", default="50us", help="latency of a message between hosts, if --links is not given [50us]"
+    )
+    made.add_argument(
+        "--bandwidth", default="10Gbit/s", help="bandwidth between hosts, if --links is not given [10Gbit/s]"
+    )
+    made.add_argument("--agreeing", default="1ms", help="duration of Horovod's negotiation between two ranks [1ms]")
+    made.add_argument(
+        "--model-from", metavar="FILE", help="take the model's measurements from a file that --json wrote"
+    )
+    made.add_argument("--threads", type=int, help="cores per rank [an equal share of this machine's cores]")
+    made.add_argument("--shared-machine", action="store_true", help="the hosts are test hosts on this machine")
+    made.add_argument("--modes", default="", help="modes to consider, separated by commas [all]")
+    made.add_argument("-H", dest="hosts", default="", help="hosts for the recommended command")
+    made.add_argument("--price", type=float, help="price of one rank per hour")
+    made.add_argument("--seconds", type=float, default=4.0, help="seconds of each measurement [4]")
+    made.add_argument("--json", metavar="FILE", help="write the results to this file, too")
+    made.add_argument("--plot", metavar="FILE.png", help="draw them")
+    made.add_argument("flags", nargs="*", help="after --: flags of hvdkit train, without a batch size")
     return made
 
 

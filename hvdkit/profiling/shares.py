@@ -86,16 +86,14 @@ def verdict(profile: Profile, names: Sequence[str]) -> str:
 def advice(profile: Profile) -> list[str]:
     """What to change, each with the share of the step that is the reason."""
     share = dict(zip(PARTS, profile.seconds.mean(axis=0) / max(profile.step, 1e-12), strict=True))
-    mends = {
+    fixes = {
         "exchange": "send less (--compression=bf16, int8, topk, powersgd), or less often (--local-steps, a larger "
         "--local-batch); `python -m hvdkit.plan` says what each would bring",
         "waiting": "find what holds the slow rank up (the verdict above): other work on its host, a slower device, a "
         "share of data that takes longer",
         "input": "keep examples in memory (--cache-gb), decode less, or raise --steps-per-execution",
     }
-    found = [
-        f"{name} takes {share[name]:.0%} of a step: {mend}." for name, mend in mends.items() if share[name] >= _MUCH
-    ]
+    found = [f"{name} takes {share[name]:.0%} of a step: {fix}." for name, fix in fixes.items() if share[name] >= _MUCH]
     return found or [f"Computation takes {share['compute']:.0%} of a step: there is little to win besides it."]
 
 

@@ -1,4 +1,4 @@
-"""Runs many trainings over the places at hand, one task a place, and keeps the best model. See `options`."""
+"""Searches hyperparameters: trains many models in parallel on the given hosts, and keeps the best. See `options`."""
 
 import fcntl
 import json

@@ -18,7 +18,7 @@ from hvdkit.launch.failures import Failure
 from hvdkit.sweep import space, tasks
 from hvdkit.sweep.hosts import Slot, SweepHost
 from hvdkit.sweep.options import Options
-from hvdkit.sweep.runs import Launched, Nursery, Run
+from hvdkit.sweep.runs import ForkServer, Launched, Run
 from hvdkit.sweep.study import Study, Trial
 from hvdkit.sweep.tasks import Task, Try
 
@@ -66,7 +66,7 @@ class Coordinator:
             SweepHost(host, options.launch, self._probe, options.ranks_per_task) for host in options.launch.hosts
         ]
         self._suspects: dict[SweepHost, list[Task]] = {host: [] for host in self.hosts}
-        self._nursery: Nursery | None = None
+        self._fork_server: ForkServer | None = None
         self._alone_since: float | None = None
         self._final: Task | None = None
         self._left: list[Task] = []  # running tasks of trials that are over
@@ -82,7 +82,7 @@ class Coordinator:
             UsageError: no host answers.
         """
         if self._forks() and any(host.name == "localhost" for host in self.options.launch.hosts):
-            self._nursery = Nursery(self.options.folder / "nursery.log")
+            self._fork_server = ForkServer(self.options.folder / "fork-server.log")
         for host in self.hosts:
             host.ask()
         while any(host.is_asked for host in self.hosts):
@@ -120,8 +120,8 @@ class Coordinator:
         for task in self.running():
             if task.current:
                 task.current.run.kill()
-        if self._nursery:
-            self._nursery.close()
+        if self._fork_server:
+            self._fork_server.close()
         shutil.rmtree(self._probe, ignore_errors=True)
 
     def running(self) -> list[Task]:
@@ -274,9 +274,9 @@ class Coordinator:
         flags = [*task.flags, *flags]
         run: Run
         if slot.host.is_here and self._forks():
-            if self._nursery is None or not self._nursery.is_alive:
-                self._nursery = Nursery(self.options.folder / "nursery.log")
-            run = self._nursery.start(slot, flags, log, tasks.outcome_file(folder))
+            if self._fork_server is None or not self._fork_server.is_alive:
+                self._fork_server = ForkServer(self.options.folder / "fork-server.log")
+            run = self._fork_server.start(slot, flags, log, tasks.outcome_file(folder))
         else:
             run = Launched(self.options, slot, flags, log, tasks.outcome_file(folder))
         task.current = Try(run, slot, folder)
@@ -354,7 +354,7 @@ class Coordinator:
     def _on_failure(self, task: Task, current: Try, code: int) -> None:
         log = current.folder / "logs" / "task.log"
         told = outcome.failure(tasks.outcome_file(current.folder))
-        said = str(told or tasks.last_words(log if log.exists() else self.options.folder / "nursery.log"))
+        said = str(told or tasks.last_words(log if log.exists() else self.options.folder / "fork-server.log"))
         how = current.why or Failure(0, code).words()
         task.last = f"{how}: {said}" if said else how
         self._say(f"{task.name} failed on {current.slot.name}, {task.last} ({log})")

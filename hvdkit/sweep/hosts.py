@@ -18,7 +18,7 @@ _AGAIN_SECONDS = 20.0  # between two checks of a host that does not answer
 
 @dataclasses.dataclass(frozen=True)
 class Slot:
-    """A place for one task on a host.
+    """The cores and GPUs of one task on a host.
 
     Attributes:
         host: its host.

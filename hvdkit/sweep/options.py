@@ -17,7 +17,7 @@ from hvdkit.sweep.space import Parameter
 from hvdkit.train import flags as train_flags
 
 _DESCRIPTION = """\
-Runs many trainings over the places at hand, one task a place, and keeps the best model.
+Searches hyperparameters: trains many models in parallel on the given hosts, and keeps the best one.
 
     hvdkit sweep -np 2 --workdir=runs/sweep --grid learning-rate=0.01,0.003 --grid optimizer=adam,sgd -- \\
         --model=mnist_mlp --epochs=3
@@ -25,9 +25,9 @@ Runs many trainings over the places at hand, one task a place, and keeps the bes
         --int local-batch=16..128:16 --trials=40 --asha -- --model=cifar_cnn --dataset=cifar10
     hvdkit sweep -np 2 --workdir=DIR --folds=5 -- --model=mnist_mlp
 
-Behind -- are flags of hvdkit train. A task that crashes or hangs, or whose host dies, is tried again elsewhere, from
-its last checkpoint. The same command resumes a sweep that was interrupted. Exit code: 0 if all trials are over and one
-is done, 1 if none is, 2 if the command line is wrong, 75 if no host answers, 85 after SIGTERM.
+Flags of hvdkit train follow after --. A task that crashes or hangs, or whose host fails, is retried, on another host if
+necessary, from its last checkpoint. The same command resumes an interrupted sweep. Exit code: 0 if all trials have
+ended and at least one succeeded, 1 if none did, 2 for a usage error, 75 if no host responds, 85 after SIGTERM.
 """
 _OURS = ("workdir", "overwrite", "resume", "fold")  # flags of the training that the sweep sets itself
 Direction = Literal["maximize", "minimize"]
@@ -118,8 +118,8 @@ def parse(argv: list[str]) -> Options:
     for host in launch.hosts:
         if host.slots < given.ranks_per_task:
             raise UsageError(
-                f"--ranks-per-task={given.ranks_per_task} does not fit {host.name}, which has {host.slots} place(s): a "
-                f"task's ranks are all on one host. Give the host more places, or a task fewer ranks."
+                f"--ranks-per-task={given.ranks_per_task} does not fit {host.name}, which has {host.slots} slot(s): "
+                f"all ranks of a task run on one host. Give the host more slots, or each task fewer ranks."
             )
     return Options(
         parameters=parameters,
@@ -151,100 +151,114 @@ def parser() -> Parser:
         description=_DESCRIPTION,
         usage="%(prog)s [-np N | -H h1:2,h2:2] --workdir=DIR [options] -- [flags of hvdkit train]",
     )
-    what = made.add_argument_group("what is searched: flags of hvdkit.train")
-    what.add_argument(
-        "--grid",
-        action="append",
-        default=[],
-        metavar="FLAG=A,B",
-        help="all values, with all of other grids; | separates values that have commas",
-    )
-    what.add_argument("--choice", action="append", default=[], metavar="FLAG=A,B", help="one of these, drawn")
-    what.add_argument(
-        "--random",
-        action="append",
-        default=[],
-        metavar="'FLAG=LOW..HIGH log'",
-        help="a number of this range, drawn; log: its logarithm is",
-    )
-    what.add_argument("--int", action="append", default=[], metavar="FLAG=LOW..HIGH:STEP", help="a whole number")
-    what.add_argument("--trials", type=int, metavar="N", help="how many are drawn; with --grid, for each point of it")
-    what.add_argument(
+    _add_space(made.add_argument_group("search space: flags of hvdkit train"))
+    _add_search(made.add_argument_group("search"))
+    _add_hosts(made.add_argument_group("where"))
+    _add_output(made.add_argument_group("output"))
+    _add_limits(made.add_argument_group("when tasks fail"))
+    made.add_argument("flags", nargs=argparse.REMAINDER, help="-- and the flags that all tasks have in common")
+    return made
+
+
+def _add_space(group: argparse._ArgumentGroup) -> None:
+    for option, metavar, meaning in (
+        ("--grid", "FLAG=A,B", "try all values, combined with all other grids; use | to separate values with commas"),
+        ("--choice", "FLAG=A,B", "sample one of these values"),
+        ("--random", "'FLAG=LOW..HIGH log'", "sample a number from this range; log: uniformly on a logarithmic scale"),
+        ("--int", "FLAG=LOW..HIGH:STEP", "sample an integer"),
+    ):
+        group.add_argument(option, action="append", default=[], metavar=metavar, help=meaning)
+
+
+def _add_search(group: argparse._ArgumentGroup) -> None:
+    group.add_argument("--trials", type=int, metavar="N", help="number of samples; with --grid, for each combination")
+    group.add_argument(
         "--search",
         choices=("random", "tpe"),
         default="random",
-        help="how: independently, or where earlier trials were good (tree-structured Parzen estimator) [%(default)s]",
+        help="sample independently, or where earlier trials were good (tree-structured Parzen estimator) [%(default)s]",
     )
-    what.add_argument("--seed", type=int, default=0, help="of what is drawn [0]")
-    what.add_argument(
+    group.add_argument("--seed", type=int, default=0, help="random seed of the search [0]")
+    group.add_argument(
         "--folds",
         type=int,
         default=0,
         metavar="K",
-        help="cross-validation: K tasks a trial, each "
-        "tested on another fold of the training split; the best then trains on all of it",
+        help="cross-validation: K tasks per trial, each evaluated on a different fold of the training split; the best "
+        "trial is then trained on the whole split",
     )
-    what.add_argument(
-        "--goal", choices=tuple(_GOALS), default="accuracy", help="of the test split, or the folds' mean [%(default)s]"
+    group.add_argument(
+        "--goal",
+        choices=tuple(_GOALS),
+        default="accuracy",
+        help="metric to optimize, on the test split or as the mean over folds [%(default)s]",
     )
-    what.add_argument(
+    group.add_argument(
         "--asha",
         nargs="?",
         const="3:1",
         metavar="ETA:FIRST",
-        help="end bad trials early: after FIRST, FIRST·ETA, FIRST·ETA² ... epochs only the best of ETA goes on [3:1]",
+        help="stop bad trials early: after FIRST, FIRST·ETA, FIRST·ETA² ... epochs only the best 1/ETA continue [3:1]",
     )
-    where = made.add_argument_group("where")
-    where.add_argument("-np", type=int, metavar="N", help="places for ranks on this host")
-    where.add_argument("-H", dest="hosts", metavar="h1:2,h2:2", help="hosts and their places [this host]")
-    where.add_argument("--ranks-per-task", type=int, default=1, metavar="K", help="ranks of each task, on one host [1]")
-    where.add_argument("--launcher", default="", metavar="ARGS", help="more options for hvdkit.launch")
-    output = made.add_argument_group("what is kept")
-    output.add_argument(
+
+
+def _add_hosts(group: argparse._ArgumentGroup) -> None:
+    group.add_argument("-np", type=int, metavar="N", help="number of ranks on this host")
+    group.add_argument(
+        "-H", dest="hosts", metavar="h1:2,h2:2", help="hosts, and the number of ranks on each [this host]"
+    )
+    group.add_argument("--ranks-per-task", type=int, default=1, metavar="K", help="ranks of each task, on one host [1]")
+    group.add_argument("--launcher", default="", metavar="ARGS", help="additional options for hvdkit launch")
+
+
+def _add_output(group: argparse._ArgumentGroup) -> None:
+    group.add_argument(
         "--workdir",
         required=True,
         metavar="DIR",
-        help="where the sweep writes; a sweep that is there is gone on with. All hosts must share it",
+        help="folder of the sweep, shared by all hosts; a sweep that is in it already is resumed",
     )
-    output.add_argument(
+    group.add_argument(
         "--storage",
         metavar="URL",
-        help="Optuna's: a database by URL, or journal:FILE for network file systems [SQLite in the workdir]",
+        help="Optuna's storage: a database URL, or journal:FILE for network file systems [SQLite in the workdir]",
     )
-    output.add_argument("--study", metavar="NAME", help="the study's name there [the workdir's]")
-    output.add_argument("--keep-models", action="store_true", help="of all trials, not only of the best")
-    limits = made.add_argument_group("when tasks fail")
-    limits.add_argument("--retries", type=int, default=2, metavar="N", help="of a task that crashed or hung [2]")
-    limits.add_argument(
+    group.add_argument("--study", metavar="NAME", help="name of the study in the storage [the workdir's name]")
+    group.add_argument(
+        "--keep-models", action="store_true", help="keep the models of all trials, not only the best one"
+    )
+
+
+def _add_limits(group: argparse._ArgumentGroup) -> None:
+    group.add_argument("--retries", type=int, default=2, metavar="N", help="retries of a task that crashed or hung [2]")
+    group.add_argument(
         "--stall-timeout",
         type=float,
         default=600.0,
         metavar="S",
-        help="seconds without a step or a line in the log, after which a task is hung [%(default)g; 0: none]",
+        help="seconds without a step or a line in the log after which a task counts as hung [%(default)g; 0: none]",
     )
-    limits.add_argument("--time-limit", type=float, default=0.0, metavar="S", help="seconds of a task in all [none]")
-    limits.add_argument(
-        "--host-timeout", type=float, default=30.0, metavar="S", help="seconds that a host may be silent [%(default)g]"
+    group.add_argument("--time-limit", type=float, default=0.0, metavar="S", help="maximum seconds of a task [none]")
+    group.add_argument(
+        "--host-timeout", type=float, default=30.0, metavar="S", help="seconds for a host to respond [%(default)g]"
     )
-    made.add_argument("flags", nargs=argparse.REMAINDER, help="-- and the flags that all tasks have")
-    return made
 
 
 def _check_search(given: argparse.Namespace, parameters: Sequence[Parameter]) -> None:
     drawn = [p for p in parameters if p.kind != "grid"]
     if not parameters and not given.folds:
         raise UsageError(
-            "Nothing is to be searched. Say what, as in --grid learning_rate=0.1,0.01, or cross-validate one training "
-            "with --folds=5."
+            "There is nothing to search. Give a search space, as in --grid learning-rate=0.1,0.01, or cross-validate "
+            "one model with --folds=5."
         )
     if drawn and given.trials is None:
         raise UsageError(
-            f"How many values of --{dashed(drawn[0].flag)} are to be drawn? Give their number, as in --trials=20."
+            f"How many values of --{dashed(drawn[0].flag)} should be sampled? Give their number, as in --trials=20."
         )
     if given.asha and given.folds:
         raise UsageError(
-            "--asha and --folds exclude each other: a trial's folds train one after the other, and their mean is known "
-            "at the end only. Leave one of them out."
+            "--asha and --folds exclude each other: a trial's folds are trained one after the other, so their mean is "
+            "known only at the end. Leave one of them out."
         )
     least = {"trials": 1, "ranks_per_task": 1, "retries": 0, "stall_timeout": 0, "time_limit": 0, "host_timeout": 1}
     for name, lowest in least.items():
@@ -252,7 +266,9 @@ def _check_search(given: argparse.Namespace, parameters: Sequence[Parameter]) ->
         if value is not None and value < lowest:
             raise UsageError(f"--{dashed(name)}={value} must be {lowest} or more.")
     if given.folds < 0 or given.folds == 1:
-        raise UsageError(f"--folds={given.folds} must be 2 or more: a fold is tested on by what the others trained.")
+        raise UsageError(
+            f"--folds={given.folds} must be 2 or more: each fold tests a model that was trained on the other folds."
+        )
 
 
 def _check_flags(parameters: Sequence[Parameter], flags: Sequence[str]) -> None:
@@ -268,7 +284,7 @@ def _check_flags(parameters: Sequence[Parameter], flags: Sequence[str]) -> None:
             raise UsageError(f"--{dashed(name)} is set for each task by the sweep itself. Leave it out, and use {own}.")
     both = next((name for name in names if name in fixed), None)
     if both:
-        raise UsageError(f"--{dashed(both)} is searched, and fixed behind --, too. Leave one of them out.")
+        raise UsageError(f"--{dashed(both)} is searched, and also fixed after --. Leave one of them out.")
     first = {p.flag: p.extremes()[0] for p in parameters}
     for parameter in parameters:
         for value in parameter.extremes():
@@ -280,8 +296,8 @@ def _asha(text: str) -> tuple[int, int]:
     eta, _, first = text.partition(":")
     if not eta.isdigit() or int(eta) < 2 or not (first or "1").isdigit() or int(first or 1) < 1:
         raise UsageError(
-            f"--asha={text} is not understood. The form is ETA:FIRST, as in 3:1: the best third goes on after epoch 1, "
-            f"and of these the best third after epoch 3."
+            f"--asha={text} is not of the form ETA:FIRST, such as 3:1: the best third continues after epoch 1, and of "
+            f"these the best third after epoch 3."
         )
     return int(eta), int(first or 1)
 

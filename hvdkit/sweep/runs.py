@@ -100,8 +100,8 @@ class Launched:
         self._process.kill()
 
 
-class Nursery:
-    """The fork server for tasks of one rank; see `hvdkit.sweep.nursery`. The coordinator replaces one that has died.
+class ForkServer:
+    """The fork server for tasks of one rank, see `hvdkit.sweep.fork_server`. The coordinator replaces one that died.
 
     Args:
         log: the file for its output.
@@ -121,7 +121,7 @@ class Nursery:
 
         with log.open("ab") as file:
             self._process = subprocess.Popen(
-                [sys.executable, "-m", "hvdkit.sweep.nursery"],
+                [sys.executable, "-m", "hvdkit.sweep.fork_server"],
                 stdin=subprocess.PIPE,
                 stdout=subprocess.PIPE,
                 stderr=file,
@@ -189,26 +189,26 @@ class Nursery:
 class Forked:
     """A task that a fork server has forked."""
 
-    def __init__(self, nursery: Nursery, number: int) -> None:
-        self._nursery = nursery
+    def __init__(self, fork_server: ForkServer, number: int) -> None:
+        self._fork_server = fork_server
         self._number = number
 
     def poll(self) -> int | None:
         """See `Run`."""
-        return self._nursery.code(self._number)
+        return self._fork_server.code(self._number)
 
     def has_begun(self) -> bool:
         """See `Run`."""
-        return self._nursery.has_forked(self._number)
+        return self._fork_server.has_forked(self._number)
 
     def leave(self) -> None:
         """See `Run`."""
-        self._nursery.signal(self._number, signal.SIGTERM)
+        self._fork_server.signal(self._number, signal.SIGTERM)
 
     def end(self) -> None:
         """See `Run`. It has no other ranks to end, so it is killed at once."""
-        self._nursery.signal(self._number, signal.SIGKILL)
+        self._fork_server.signal(self._number, signal.SIGKILL)
 
     def kill(self) -> None:
         """See `Run`. A task that survived `end` has an unresponsive fork server, so this ends the server."""
-        self._nursery.close()
+        self._fork_server.close()

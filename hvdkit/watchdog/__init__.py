@@ -35,7 +35,7 @@ from hvdkit.outcome import STALLED, USAGE
 from hvdkit.watchdog.channel import listen, own_address
 from hvdkit.watchdog.progress import Progress, Waiting
 from hvdkit.watchdog.states import Failure, Job
-from hvdkit.watchdog.watchman import Watchman
+from hvdkit.watchdog.thread import WatchdogThread
 from hvdkit.world.introduction import introduce
 
 __all__ = [
@@ -56,7 +56,7 @@ __all__ = [
 
 _log = logging.getLogger(__name__)
 _progress = Progress()
-_watchman: Watchman | None = None
+_thread: WatchdogThread | None = None
 _hook: Any = None  # what sys.excepthook was before `start`
 
 
@@ -68,7 +68,7 @@ def start(world: worlds.World) -> None:
     Args:
         world: the return value of `world.init`.
     """
-    global _watchman, _hook
+    global _thread, _hook
     stop()
     if world.size == 1:
         return
@@ -91,8 +91,8 @@ def start(world: worlds.World) -> None:
         aborts=worlds.stall_aborts(),
         elastic=os.environ.get("HOROVOD_ELASTIC") == "1",
     )
-    _watchman = Watchman(world.rank, job, door, _progress)
-    _watchman.start()
+    _thread = WatchdogThread(world.rank, job, door, _progress)
+    _thread.start()
     _hook, sys.excepthook = sys.excepthook, _on_uncaught
 
 
@@ -106,10 +106,10 @@ def _open_door(world: worlds.World) -> tuple[socket.socket | None, str]:
 
 def stop() -> None:
     """Tells the other ranks that this one exits, and ends the watchdog. `start` may be called again."""
-    global _watchman, _hook
-    if _watchman:
-        _watchman.end(_pending())
-        _watchman = None
+    global _thread, _hook
+    if _thread:
+        _thread.end(_pending())
+        _thread = None
     if _hook and sys.excepthook is _on_uncaught:
         sys.excepthook = _hook
     _hook = None
@@ -158,8 +158,8 @@ def in_phase(phase: str) -> None:
     if phase != _progress.phase:
         _progress.phase = phase
         _progress.marks += 1
-        if _watchman:
-            _watchman.tell_phase()
+        if _thread:
+            _thread.tell_phase()
 
 
 def traced(name: str, signature: Sequence[tuple[Any, Any, str]]) -> None:
@@ -175,8 +175,8 @@ def traced(name: str, signature: Sequence[tuple[Any, Any, str]]) -> None:
             None; so is a shape of unknown rank.
     """
     number = _progress.sign(name, signature)
-    if number is not None and _watchman:
-        _watchman.tell_signature(name, number)
+    if number is not None and _thread:
+        _thread.tell_signature(name, number)
 
 
 def fail(error: BaseException, code: int | None = None, wait_seconds: float = 2.0) -> Failure | None:
@@ -191,16 +191,16 @@ def fail(error: BaseException, code: int | None = None, wait_seconds: float = 2.
         The failure for which all ranks exit: another rank's, if that failed first. None in a job of one rank, or if no
         rank answered in time.
     """
-    if not _watchman:
+    if not _thread:
         return None
     text = f"{type(error).__name__}: {error}".strip()
     where = "" if _progress.step is None or _progress.phase == "between" else f" {_place()}"
     failure = Failure(
-        _watchman.rank, _watchman.host, "error", f"failed{where}: {text[:2000]}", _code(error) if code is None else code
+        _thread.rank, _thread.host, "error", f"failed{where}: {text[:2000]}", _code(error) if code is None else code
     )
-    _watchman.tell_failure(failure)
-    _watchman.known.wait(wait_seconds)
-    return _watchman.failure
+    _thread.tell_failure(failure)
+    _thread.known.wait(wait_seconds)
+    return _thread.failure
 
 
 def reason(wait_seconds: float = 5.0) -> Failure | None:
@@ -214,12 +214,12 @@ def reason(wait_seconds: float = 5.0) -> Failure | None:
     Returns:
         None if no rank is known to have failed.
     """
-    if not _watchman:
+    if not _thread:
         return None
-    if not _watchman.failure:
-        _watchman.tell_thrown_out()
-        _watchman.known.wait(wait_seconds)
-    return _watchman.failure
+    if not _thread.failure:
+        _thread.tell_thrown_out()
+        _thread.known.wait(wait_seconds)
+    return _thread.failure
 
 
 def explain(error: BaseException, wait_seconds: float = 6.0) -> str | None:
@@ -232,12 +232,12 @@ def explain(error: BaseException, wait_seconds: float = 6.0) -> str | None:
     Returns:
         None for another kind of error, or if the collective was registered neither by `waiting` nor by `traced`.
     """
-    if not _watchman or "Mismatched " not in str(error):
+    if not _thread or "Mismatched " not in str(error):
         return None
-    ending = _watchman.ending
+    ending = _thread.ending
     if not ending.explanation:
         ending.explained.clear()
-        _watchman.ask_to_explain()
+        _thread.ask_to_explain()
         ending.explained.wait(wait_seconds)
     text, ending.explanation = ending.explanation, None
     return text
@@ -261,10 +261,10 @@ def _on_uncaught(kind: type[BaseException], error: BaseException, trace: Traceba
         return
     failure = reason() if was_thrown_out(error) else None
     text = explain(error)
-    if text and _watchman:
-        _watchman.tell_failure(Failure(None, None, "mismatch", text, 1))
-        _watchman.known.wait(2)
-        failure = _watchman.failure
+    if text and _thread:
+        _thread.tell_failure(Failure(None, None, "mismatch", text, 1))
+        _thread.known.wait(2)
+        failure = _thread.failure
     if failure:
         sys.exit(failure.code)
     fail(error)
@@ -292,16 +292,16 @@ def _place() -> str:
 @atexit.register
 def _at_exit() -> None:
     """Stops the watchdog, unless a rank has failed: then Horovod's shutdown may hang, and the watchdog ends it."""
-    if _watchman and not _watchman.failure:
+    if _thread and not _thread.failure:
         stop()
 
 
 def _in_child() -> None:
     """Closes the watchdog in a forked child, which is not a rank and must not use its parent's connections."""
-    global _watchman
-    if _watchman:
-        _watchman.forget()
-        _watchman = None
+    global _thread
+    if _thread:
+        _thread.forget()
+        _thread = None
 
 
 os.register_at_fork(after_in_child=_in_child)

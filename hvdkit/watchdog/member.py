@@ -1,6 +1,6 @@
 """The base class of the two watchdog roles, and the role of most ranks: a member, which reports to the hub.
 
-What differs by role is in `Member` and `hub.Hub`. The thread (`watchman.Watchman`) calls its current role.
+What differs by role is in `Member` and `hub.Hub`. The thread (`thread.WatchdogThread`) calls its current role.
 """
 
 import abc

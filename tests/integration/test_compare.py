@@ -41,4 +41,4 @@ def test_ways_side_by_side(compare, tmp_path):
 def test_a_way_that_there_is_not(compare, way):
     ended = compare("--ways", way, "--", "--model=mnist_mlp")
     assert (ended.code, "Traceback" in ended.output) == (2, False), ended.output
-    assert f"There is no way {way!r}" in ended.output
+    assert f"--ways: {way!r} is not one of" in ended.output

@@ -99,9 +99,9 @@ def test_an_ill_host_is_told_from_a_healthy_one_and_mended(hosts, examine, tmp_p
     assert "and a rank needs 1,024" in failed["files", "h2"]["found"]
     assert ": 6 of 17 checks FAILED (names, versions, shm, workdir, files, dataset)" in output.splitlines()[-1]
     for check in ("names", "shm", "workdir", "dataset"):
-        for mend in failed[check, "h2"]["mends"]:
-            ended = cluster.run(mend["on"], "sh", "-c", mend["command"])
-            assert ended.code == 0, (mend, ended.output)
+        for fix in failed[check, "h2"]["fixes"]:
+            ended = cluster.run(fix["on"], "sh", "-c", fix["command"])
+            assert ended.code == 0, (fix, ended.output)
 
     _, notable, _ = examine(cluster, "h1:1,h2:1", *QUICK, code=1)
 

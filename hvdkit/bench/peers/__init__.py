@@ -1,4 +1,4 @@
-"""`peers`: the same models and batches under what else there is, each in an environment of its own.
+"""`peers`: the same models and batch sizes with other tools, each in its own virtual environment.
 
 The first round tries every peer with each sensible thread setting. Later rounds use the best one.
 """
@@ -60,9 +60,9 @@ PEERS: dict[str, Callable[[int], list[str]]] = {
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the arguments of this command."""
-    parser.add_argument("--workloads", default=",".join(workloads.WORKLOADS), help="[all]")
-    parser.add_argument("--peers", default=",".join(PEERS), help="[all]")
-    parser.add_argument("--ranks", type=int, default=2, help="ranks, or replicas [2]")
+    parser.add_argument("--workloads", default=",".join(workloads.WORKLOADS), help="models to train [all]")
+    parser.add_argument("--peers", default=",".join(PEERS), help="tools to compare with [all]")
+    parser.add_argument("--ranks", type=int, default=2, help="number of ranks or replicas [2]")
 
 
 def measure(arguments: argparse.Namespace) -> dict[str, Any]:

@@ -27,13 +27,13 @@ class Result:
         status: `ok`, `warning`, `FAILED` or `not run`.
         where: a host, `h1 -> h2`, or `all`.
         found: what was found, and if it is wrong, what was expected.
-        mends: how to fix it: alternatives or steps, one command each.
+        fixes: how to fix it: alternatives or steps, one command each.
     """
 
     status: str
     where: str
     found: str
-    mends: tuple[Fix, ...] = ()
+    fixes: tuple[Fix, ...] = ()
     check: str = ""
 
 
@@ -42,14 +42,14 @@ def fine(found: str) -> Result:
     return Result(OK, "all", found)
 
 
-def failed(where: str, found: str, *mends: Fix) -> Result:
+def failed(where: str, found: str, *fixes: Fix) -> Result:
     """A job would fail or compute wrong results."""
-    return Result(FAILED, where, found, mends)
+    return Result(FAILED, where, found, fixes)
 
 
-def warned(where: str, found: str, *mends: Fix) -> Result:
+def warned(where: str, found: str, *fixes: Fix) -> Result:
     """A job would run, but poorly."""
-    return Result(WARNING, where, found, mends)
+    return Result(WARNING, where, found, fixes)
 
 
 def not_run(why: str) -> Result:

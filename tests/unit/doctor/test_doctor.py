@@ -141,7 +141,7 @@ def both(*changes):
 NO_KEY = "Host key verification failed."
 READ_ONLY = "OSError: [Errno 30] Read-only file system: '/home/ann/hvdkit/runs'"
 OLD_DATA = {"sizes": {"train": 1000, "test": 360}}
-# What is changed; the checks that must speak, and where; a part of what they found; the host and a part of the mend.
+# What is changed; the checks that must speak, and where; a part of what they found; the host and a part of the fix.
 ILL = {
     "down": (
         unreachable("ssh: connect to host h2 port 22: Connection timed out"),
@@ -387,7 +387,7 @@ def test_what_is_wrong_is_found_and_its_mend_told(name):
     assert others <= ({"ssh"} if check == "interface" else set()), results
     result = next(r for r in results if r.where == where)
     assert part in result.found
-    assert [m for m in result.mends if m.on == on and command in m.command], result.mends
+    assert [m for m in result.fixes if m.on == on and command in m.command], result.fixes
 
 
 def test_the_trap_is_none_on_a_single_host():
@@ -438,7 +438,7 @@ def test_the_report_has_one_table_the_mends_and_one_verdict():
     assert names.split(maxsplit=3)[3] == next(r.found for r in judge(found) if r.status == "FAILED")
     well = report.show(findings(), judge(findings()))
     assert well.splitlines()[-1] == "h1:2, h2:2: all is well; 17 checks in 21 s."
-    assert "mend" not in well
+    assert "To fix" not in well
 
 
 def test_what_is_written_for_machines_can_be_judged_again():
@@ -457,10 +457,10 @@ def test_left_out_checks_do_not_fail():
 
 def test_the_mend_of_the_trap_mends_a_hosts_file(tmp_path):
     found = findings(resolves("h2", "h2", "127.0.1.1"))
-    (mend,) = next(r for r in judge(found) if r.check == "names").mends
+    (fix,) = next(r for r in judge(found) if r.check == "names").fixes
     file = tmp_path / "hosts"
     file.write_text("127.0.0.1 localhost h2\n127.0.1.1\th2.example.org h2 h2\n10.77.0.1 h1\n::1 h22\n")
-    subprocess.run(["sh", "-c", mend.command.replace("/etc/hosts", str(file))], check=True, stdout=subprocess.DEVNULL)
+    subprocess.run(["sh", "-c", fix.command.replace("/etc/hosts", str(file))], check=True, stdout=subprocess.DEVNULL)
     assert file.read_text() == "127.0.0.1 localhost\n127.0.1.1\th2.example.org\n10.77.0.1 h1\n::1 h22\n10.77.0.2 h2\n"
 
 

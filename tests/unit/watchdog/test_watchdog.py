@@ -20,7 +20,7 @@ from hvdkit.watchdog.channel import MOST_BYTES, Gone, call, listen
 from hvdkit.watchdog.progress import Progress, Waiting
 from hvdkit.watchdog.report import failure_sentence, stall_report
 from hvdkit.watchdog.states import Failure, Job, RankState
-from hvdkit.watchdog.watchman import Watchman
+from hvdkit.watchdog.thread import WatchdogThread
 from hvdkit.world import limits
 
 
@@ -217,7 +217,7 @@ class Ranks:
         self.progress = [Progress() for _ in doors]
         self.codes = [[] for _ in doors]
         self.men = [
-            Watchman(rank, self.job, door, self.progress[rank], self.codes[rank].append)
+            WatchdogThread(rank, self.job, door, self.progress[rank], self.codes[rank].append)
             for rank, door in enumerate(doors)
         ]
         for man in self.men:

@@ -4,7 +4,7 @@ The hub is rank 0. It receives heartbeats from every rank, collects all stacks w
 prints it, and tells every rank how the job ends. If the hub dies, exits or stops responding, the ranks switch to the
 next living rank. Each knows all addresses, and all try them in the same order.
 
-    watchman.py   the thread: waits for messages, timeouts and posted work, and passes them to its current role
+    thread.py     the thread: waits for messages, timeouts and posted work, and passes them to its current role
     hub.py        what the hub does; member.py, what the other ranks do
     peers.py      what a rank knows about all ranks, and about itself
     links.py      its connections; channel.py, the messages on them
@@ -38,7 +38,7 @@ _log = logging.getLogger(__name__)
 _BEAT = 1.0  # seconds between two heartbeats
 
 
-class Watchman(threading.Thread):
+class WatchdogThread(threading.Thread):
     """Watches this rank, and the other ranks if it is the hub.
 
     Args:

@@ -1,4 +1,4 @@
-"""The sweep's fork server: `python -m hvdkit.sweep.nursery` loads TensorFlow once and forks one process per task.
+"""The sweep's fork server: `python -m hvdkit.sweep.fork_server` loads TensorFlow once and forks one process per task.
 
 It serves tasks of one rank on this host, since loading TensorFlow often takes longer than the training. Do not call
 TensorFlow before the fork: its threads and GPU contexts do not survive it. Each task has its own process, session and
@@ -54,7 +54,7 @@ def main() -> int:
 
 
 def _fork(train: Any, order: dict[str, Any]) -> int:
-    nursery = os.getpid()
+    fork_server = os.getpid()
     sys.stdout.flush()
     sys.stderr.flush()
     pid = os.fork()
@@ -63,7 +63,7 @@ def _fork(train: Any, order: dict[str, Any]) -> int:
     code = 1
     try:
         _libc.prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
-        if os.getppid() != nursery:
+        if os.getppid() != fork_server:
             os._exit(1)
         _become_task(order)
         code = train(["hvdkit.train", *order["argv"]])
