@@ -39,7 +39,7 @@ def exchanged(spec, steps, shapes):
 SHAPES = [[40, 30], [30], [3, 3, 8, 16], []]
 
 
-@pytest.mark.parametrize("number", [3, pytest.param(2, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("number", [2, pytest.param(3, marks=pytest.mark.slow)])
 @pytest.mark.parametrize("spec", ["topk:fraction=1", "powersgd:rank=30"])
 def test_what_sends_everything_is_the_dense_mean(ranks, number, spec):
     for found in ranks(number, exchanged, spec=spec, steps=1, shapes=[*SHAPES[:2], []]):
@@ -47,7 +47,7 @@ def test_what_sends_everything_is_the_dense_mean(ranks, number, spec):
             np.testing.assert_allclose(arrived, dense, atol=2e-5)
 
 
-@pytest.mark.parametrize("number", [3, pytest.param(2, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("number", [2, pytest.param(3, marks=pytest.mark.slow)])
 @pytest.mark.parametrize("spec", ["topk:fraction=0.05", "powersgd:rank=2", "int8", "onebit"])
 def test_nothing_is_lost_only_late(ranks, number, spec):
     """The sum of all that arrived, and the mean of what the ranks keep, is the sum of the gradients."""
