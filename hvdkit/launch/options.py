@@ -59,14 +59,15 @@ def divide(argv: list[str], prog: str) -> tuple[argparse.Namespace, list[str]]:
 
 
 def _add_options(parser: Parser) -> None:
-    _add_hosts(parser.add_argument_group("where"))
-    _add_start(parser.add_argument_group("how"))
-    _add_restarts(parser.add_argument_group("when ranks or hosts are lost or added"))
-    _add_limits(parser.add_argument_group("limits, in seconds"))
-    _add_output(parser.add_argument_group("output"))
+    _add_hosts(parser)
+    _add_start(parser)
+    _add_restarts(parser)
+    _add_limits(parser)
+    _add_output(parser)
 
 
-def _add_hosts(group: argparse._ArgumentGroup) -> None:
+def _add_hosts(parser: Parser) -> None:
+    group = parser.add_argument_group("where")
     group.add_argument("-np", type=int, metavar="N", help="number of ranks [all slots of the hosts]")
     one = group.add_mutually_exclusive_group()
     one.add_argument("-H", dest="hosts", metavar="h1:2,h2:2", help="hosts, and the number of ranks on each [this host]")
@@ -82,7 +83,8 @@ def _add_hosts(group: argparse._ArgumentGroup) -> None:
     )
 
 
-def _add_start(group: argparse._ArgumentGroup) -> None:
+def _add_start(parser: Parser) -> None:
+    group = parser.add_argument_group("how")
     backend = group.add_mutually_exclusive_group()
     backend.add_argument("--gloo", action="store_true", help="connect ranks with Gloo; the default")
     backend.add_argument("--mpi", action="store_true", help="start ranks with mpirun, and connect them with MPI")
@@ -107,7 +109,8 @@ def _add_start(group: argparse._ArgumentGroup) -> None:
     group.add_argument("--insecure-host-keys", action="store_true", help="do not verify the hosts' ssh keys")
 
 
-def _add_restarts(group: argparse._ArgumentGroup) -> None:
+def _add_restarts(parser: Parser) -> None:
+    group = parser.add_argument_group("when ranks or hosts are lost or added")
     group.add_argument(
         "--elastic",
         action="store_true",
@@ -141,7 +144,8 @@ def _add_restarts(group: argparse._ArgumentGroup) -> None:
     )
 
 
-def _add_limits(group: argparse._ArgumentGroup) -> None:
+def _add_limits(parser: Parser) -> None:
+    group = parser.add_argument_group("limits, in seconds")
     group.add_argument(
         "--start-timeout",
         type=int,
@@ -155,7 +159,8 @@ def _add_limits(group: argparse._ArgumentGroup) -> None:
     )
 
 
-def _add_output(group: argparse._ArgumentGroup) -> None:
+def _add_output(parser: Parser) -> None:
+    group = parser.add_argument_group("output")
     group.add_argument(
         "--workdir",
         metavar="DIR",

@@ -151,16 +151,17 @@ def parser() -> Parser:
         description=_DESCRIPTION,
         usage="%(prog)s [-np N | -H h1:2,h2:2] --workdir=DIR [options] -- [flags of hvdkit train]",
     )
-    _add_space(made.add_argument_group("search space: flags of hvdkit train"))
-    _add_search(made.add_argument_group("search"))
-    _add_hosts(made.add_argument_group("where"))
-    _add_output(made.add_argument_group("output"))
-    _add_limits(made.add_argument_group("when tasks fail"))
+    _add_space(made)
+    _add_search(made)
+    _add_hosts(made)
+    _add_output(made)
+    _add_limits(made)
     made.add_argument("flags", nargs=argparse.REMAINDER, help="-- and the flags that all tasks have in common")
     return made
 
 
-def _add_space(group: argparse._ArgumentGroup) -> None:
+def _add_space(parser: Parser) -> None:
+    group = parser.add_argument_group("search space: flags of hvdkit train")
     for option, metavar, meaning in (
         ("--grid", "FLAG=A,B", "try all values, combined with all other grids; use | to separate values with commas"),
         ("--choice", "FLAG=A,B", "sample one of these values"),
@@ -170,7 +171,8 @@ def _add_space(group: argparse._ArgumentGroup) -> None:
         group.add_argument(option, action="append", default=[], metavar=metavar, help=meaning)
 
 
-def _add_search(group: argparse._ArgumentGroup) -> None:
+def _add_search(parser: Parser) -> None:
+    group = parser.add_argument_group("search")
     group.add_argument("--trials", type=int, metavar="N", help="number of samples; with --grid, for each combination")
     group.add_argument(
         "--search",
@@ -202,7 +204,8 @@ def _add_search(group: argparse._ArgumentGroup) -> None:
     )
 
 
-def _add_hosts(group: argparse._ArgumentGroup) -> None:
+def _add_hosts(parser: Parser) -> None:
+    group = parser.add_argument_group("where")
     group.add_argument("-np", type=int, metavar="N", help="number of ranks on this host")
     group.add_argument(
         "-H", dest="hosts", metavar="h1:2,h2:2", help="hosts, and the number of ranks on each [this host]"
@@ -211,7 +214,8 @@ def _add_hosts(group: argparse._ArgumentGroup) -> None:
     group.add_argument("--launcher", default="", metavar="ARGS", help="additional options for hvdkit launch")
 
 
-def _add_output(group: argparse._ArgumentGroup) -> None:
+def _add_output(parser: Parser) -> None:
+    group = parser.add_argument_group("output")
     group.add_argument(
         "--workdir",
         required=True,
@@ -229,7 +233,8 @@ def _add_output(group: argparse._ArgumentGroup) -> None:
     )
 
 
-def _add_limits(group: argparse._ArgumentGroup) -> None:
+def _add_limits(parser: Parser) -> None:
+    group = parser.add_argument_group("when tasks fail")
     group.add_argument("--retries", type=int, default=2, metavar="N", help="retries of a task that crashed or hung [2]")
     group.add_argument(
         "--stall-timeout",

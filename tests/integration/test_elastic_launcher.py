@@ -227,7 +227,7 @@ def test_no_orphan_when_the_launcher_of_an_elastic_job_is_killed(elastic):
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["--elastic", "-np", "2"], "go on from what the job keeps in a folder: name it with --workdir DIR"),
+        (["--elastic", "-np", "2"], "resume from what the job has saved: give the folder with --workdir DIR"),
         (["--min-np", "1", "-np", "2"], "--min-np was given without --elastic"),
         (["--elastic", "--workdir", "w", "--mpi", "-np", "2"], "--elastic and --mpi exclude each other"),
         (["--elastic", "--workdir", "w", "--min-np", "3", "--max-np", "2"], "--max-np 2 is less than --min-np 3"),
