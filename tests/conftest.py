@@ -1,5 +1,6 @@
 """Fixtures for all tests: real ranks, test hosts, shared data, and checks for leaked processes and variables."""
 
+import gc
 import json
 import os
 import pickle
@@ -30,6 +31,8 @@ def pytest_configure(config):
 
 
 def pytest_collection_finish(session):
+    gc.collect()
+    gc.freeze()  # otherwise each garbage collection, as in clear_session, would scan all objects of TensorFlow
     is_worker = hasattr(session.config, "workerinput")  # has the controller's servers
     alone = session.config.getoption("dist", "no") == "no" and not is_worker
     if alone and any("unit" not in item.path.parts for item in session.items):

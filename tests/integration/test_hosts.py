@@ -139,6 +139,7 @@ def test_no_orphan_on_any_host_when_the_launcher_is_killed(start):
     wait_until(lambda: not remains(), "processes are left")
 
 
+@pytest.mark.slow
 def test_a_cut_link_ends_both_sides(cluster, start):
     job = start(*TWO, "--host-timeout", "5", "--", "sh", "-c", STUBBORN)
     read_until(job, r"rank \d is", 2)

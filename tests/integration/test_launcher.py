@@ -141,6 +141,7 @@ def test_no_orphan_when_the_launcher_is_killed():
     wait_until(lambda: not remains(), "processes are left")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("which", ["keeper", pytest.param("worker", marks=pytest.mark.slow)])
 def test_no_orphan_when_the_agent_is_killed(which):
     job = start("-np", "2", "--", "sh", "-c", STUBBORN)

@@ -200,6 +200,7 @@ def whole_and_interrupted(folder):
     return whole[:4], resumed[:4], codes, resumed[4].state["step"]
 
 
+@pytest.mark.slow
 def test_every_ranks_own_state_goes_on(ranks, tmp_path):
     """Random seeds and BatchNormalization's statistics, which differ from rank to rank in the middle of an epoch."""
     everyone = ranks(2, whole_and_interrupted, fresh=True, folder=str(tmp_path))

@@ -181,6 +181,7 @@ def without_library():
     return [transport.name for transport in transports.in_use()], float(total[0])
 
 
+@pytest.mark.slow
 def test_a_killed_job_leaves_no_memory_behind(tmp_path):
     """Also one that is killed with all its ranks at once, in the middle of its steps."""
     flags = ["--model=mnist_mlp", "--dataset=synthetic:28x28x1:10:4096", "--steps=1000000", f"--workdir={tmp_path}/run"]

@@ -105,7 +105,10 @@ def overflowing(spec):
     return found
 
 
-@pytest.mark.parametrize("spec", ["topk:fraction=0.05", "powersgd:rank=2", "int8", "onebit"])
+@pytest.mark.parametrize(
+    "spec",
+    ["powersgd:rank=2", "onebit", *(pytest.param(s, marks=pytest.mark.slow) for s in ("topk:fraction=0.05", "int8"))],
+)
 def test_an_overflow_reaches_all_ranks_and_is_not_kept(ranks, spec):
     for broken, clean in ranks(2, overflowing, spec=spec):
         assert broken[0] == [True, False, True]
@@ -214,7 +217,14 @@ def trained(spec):
     return {"weights": weights, "accuracy": history.history["accuracy"][-1], "state": len(optimizer.variables)}
 
 
-@pytest.mark.parametrize("spec", ["none", "topk:fraction=0.05", "powersgd:rank=2", "int8", "onebit"])
+@pytest.mark.parametrize(
+    "spec",
+    [
+        "topk:fraction=0.05",
+        "int8",
+        *(pytest.param(s, marks=pytest.mark.slow) for s in ("none", "powersgd:rank=2", "onebit")),
+    ],
+)
 def test_models_train_and_the_guards_are_content(ranks, spec):
     one, other = ranks(2, trained, spec=spec)
     assert np.array_equal(one["weights"], other["weights"])

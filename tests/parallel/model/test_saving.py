@@ -75,9 +75,9 @@ def continued(kind, suffix, folder):
     ("kind", "suffix", "inner"),
     [
         ("adam", ".keras", "Adam"),
-        ("sgd", ".h5", "SGD"),
+        pytest.param("sgd", ".h5", "SGD", marks=pytest.mark.slow),
         ("mixed", ".keras", "LossScaleOptimizer"),
-        ("adam", ".weights.h5", "Adam"),
+        pytest.param("adam", ".weights.h5", "Adam", marks=pytest.mark.slow),
     ],
 )
 def test_training_goes_on_from_a_file(ranks, tmp_path, kind, suffix, inner):

@@ -128,6 +128,7 @@ def with_options():
     }
 
 
+@pytest.mark.slow
 def test_options_that_change_only_the_way_do_not_change_the_result(ranks):
     for found in ranks(2, with_options):
         assert {name: d for name, d in found.items() if not d < 1e-5} == {}
@@ -320,7 +321,7 @@ def by_adasum():
     )
 
 
-@pytest.mark.parametrize("size", [2, 4])
+@pytest.mark.parametrize("size", [2, pytest.param(4, marks=pytest.mark.slow)])
 def test_adasum_is_that_of_the_paper(ranks, size):
     everyone = np.random.default_rng(3).normal(size=[size, 11])
     expected = _adasum_of(list(everyone))

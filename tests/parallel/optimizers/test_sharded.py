@@ -140,7 +140,13 @@ def _relative(ours, reference):
 SOME = ("AdamW", "Lion", "accumulation", "loss scale")
 
 
-@pytest.mark.parametrize(("number", "shared", "names"), [(2, "1", CASES), (3, "0", SOME)])
+@pytest.mark.parametrize(
+    ("number", "shared", "names"),
+    [
+        (2, "1", SOME),
+        *(pytest.param(*case, marks=pytest.mark.slow) for case in ((2, "1", CASES), (3, "0", SOME))),
+    ],
+)
 def test_n_ranks_equal_one_process(ranks, number, shared, names):
     """Two ranks add up in shared memory; three reduce-scatter by Horovod."""
     cases = {name: CASES[name] for name in names}
@@ -199,6 +205,7 @@ for file, how in (("model", "error"), ("without", "default")):
 """
 
 
+@pytest.mark.slow
 def test_ranks_skip_an_overflow_together_and_the_file_opens_in_plain_keras(ranks, tmp_path):
     one, other = ranks(2, with_an_overflow, folder=str(tmp_path))
     for path, scale, is_scaled in (one, other):

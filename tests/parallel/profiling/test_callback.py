@@ -53,7 +53,7 @@ def _late(x):
     return x
 
 
-@pytest.mark.parametrize("slow", ["input", "compute"])
+@pytest.mark.parametrize("slow", ["compute", pytest.param("input", marks=pytest.mark.slow)])
 def test_a_slow_rank_is_named_with_the_reason(ranks, tmp_path, slow):
     weights = ranks(2, profiled, folder=str(tmp_path / "p"), slow=slow)
     found = json.loads((tmp_path / "p" / "summary.json").read_text())
@@ -65,7 +65,8 @@ def test_a_slow_rank_is_named_with_the_reason(ranks, tmp_path, slow):
     assert weights[0] == weights[1] == ranks(2, profiled, folder="", slow=slow, profile=False)[0]
 
 
-@pytest.mark.parametrize("exchange", [pytest.param("shared memory", marks=pytest.mark.slow), "horovod"])
+@pytest.mark.slow
+@pytest.mark.parametrize("exchange", ["shared memory", "horovod"])
 def test_the_main_job_writes_one_trace_of_all_ranks(train, tmp_path, exchange):
     env = {} if exchange == "shared memory" else {"HVDKIT_SHARED_MEMORY": "0", "HOROVOD_TIMELINE": "DYNAMIC"}
     ended = train(2, f"--workdir={tmp_path}/run", "--profile=20:60", env=env)

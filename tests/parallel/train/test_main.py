@@ -95,6 +95,7 @@ def test_a_users_own_models(train, tmp_path):
         assert result_of(workdir)["test_accuracy"] > 0.5
 
 
+@pytest.mark.slow
 def test_texts_with_imbalanced_classes(train, tmp_path):
     rows = [("a dull and tedious film", "neg")] * 60 + [("a moving, brilliant film", "pos")] * 20
     with (tmp_path / "reviews.csv").open("w", newline="") as file:

@@ -40,6 +40,7 @@ def test_a_collective_that_only_rank_0_calls_ends_the_job_with_one_report():
     assert "Traceback" not in ended.output
 
 
+@pytest.mark.slow
 def test_stalls_that_end_again_are_reported_one_by_one():
     ended = run(2, "many_stalls", limit=3, action="warn")
     assert ended.code == 0, ended.output
@@ -55,7 +56,8 @@ def test_stalls_that_end_again_are_reported_one_by_one():
     assert ended.output.count(f"explained: {sentence}") == 2
 
 
-@pytest.mark.parametrize("then", ["validates", pytest.param("ends", marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("then", ["ends", "validates"])
 def test_generators_of_different_length_end_fit_with_one_report(then):
     ended = run(2, "uneven_generators", then)
     assert ended.code == 75, ended.output
@@ -129,7 +131,9 @@ def test_a_rank_that_can_open_no_port_leaves_all_without_a_watchdog():
     assert ended.output.count("went on None") == 2, ended.output
 
 
-@pytest.mark.parametrize("end", ["sys.exit", "again", "os._exit", "hub"])
+@pytest.mark.parametrize(
+    "end", ["again", "hub", *(pytest.param(e, marks=pytest.mark.slow) for e in ("sys.exit", "os._exit"))]
+)
 def test_a_healthy_job_is_silent(end):
     ended = run(2, "healthy", end, limit=60)
     assert ended.code == 0, ended.output

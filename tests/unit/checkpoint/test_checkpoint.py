@@ -234,7 +234,14 @@ def wait_for_writers():
             thread.join()
 
 
-@pytest.mark.parametrize("kind", ["shuffled anew each epoch", "arrays", "endless", "of unknown length"])
+@pytest.mark.parametrize(
+    "kind",
+    [
+        "shuffled anew each epoch",
+        "of unknown length",
+        *(pytest.param(k, marks=pytest.mark.slow) for k in ("arrays", "endless")),
+    ],
+)
 def test_fit_goes_on_bit_for_bit(tmp_path, kind):
     """Interrupted in the first epoch, at an epoch's last step, and in the middle of a later one."""
     for name in ("whole", "broken"):
