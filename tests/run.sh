@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # Sets up what is missing and runs the tests. Arguments go to pytest:
 #
-#   tests/run.sh                     what covers every module (15 to 20 minutes on two cores)
+#   tests/run.sh                     what covers every module (10 minutes on two cores)
 #   tests/run.sh --all               also the long ones: recipes, images, Slurm, drills, other versions of Keras
 #   tests/run.sh --all -m slow       the long ones alone
 #   tests/run.sh tests/unit          those of one folder, file or (FILE::NAME) function
