@@ -25,7 +25,7 @@ USAGE = 2  # the user can fix it; a restart does not help
 STALLED = 75  # EX_TEMPFAIL of sysexits.h: the job hung or lost a rank or a host, and may be restarted
 PREEMPTED = 85  # HTCondor's code for "checkpointed, restart me"; scripts that requeue a job check for it
 UNFIT_SIZE = 86  # in an elastic job: this number of ranks is not usable, but a smaller one may be
-SAID = (USAGE, STALLED, PREEMPTED, UNFIT_SIZE)  # of processes that have already reported everything
+REPORTED = (USAGE, STALLED, PREEMPTED, UNFIT_SIZE)  # a process that exits with one has reported why
 
 # ------------------------------------------------------------------------------------------------------------ The line
 

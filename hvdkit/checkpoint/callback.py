@@ -11,12 +11,12 @@ import keras
 
 from hvdkit import collectives, outcome, world
 from hvdkit.checkpoint import randomness, resuming, store, variables
+from hvdkit.checkpoint.background import Writer
 from hvdkit.checkpoint.callback_state import CallbackStates
 from hvdkit.checkpoint.plain import pack, unpack
 from hvdkit.checkpoint.preemption import SIGNALS, Listener, Preempted
 from hvdkit.checkpoint.running_fit import RunningFit
 from hvdkit.checkpoint.store import Checkpoint
-from hvdkit.checkpoint.writer import Writer
 from hvdkit.compat.keras3 import set_first_epoch
 from hvdkit.errors import UsageError
 from hvdkit.optimizers.parts import optimizers_of

@@ -11,8 +11,8 @@ from typing import Any
 import numpy as np
 
 from hvdkit.checkpoint import store
+from hvdkit.checkpoint.background import Writer
 from hvdkit.checkpoint.plain import NotPlain, pack, unpack
-from hvdkit.checkpoint.writer import Writer
 from hvdkit.errors import UsageError
 
 _KEPT = 2  # the newest, and the one before in case the newest is damaged

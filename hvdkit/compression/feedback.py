@@ -45,6 +45,12 @@ class ErrorFeedback(abc.ABC):
 
         If a gradient of any rank is not finite, the result on all ranks must not be finite.
 
+        Args:
+            gradients: this rank's gradients, float32, dense.
+            payload: a few more float32 numbers, such as the heartbeat, that are summed exactly with the same messages.
+            name: prefix of the names of the collectives.
+            process_set: the ranks that take part.
+
         Returns:
             The approximate mean of `gradients` over the ranks (float32, dense); the exact sum of `payload` (float32
             [n]); and the new values of the state's variables.

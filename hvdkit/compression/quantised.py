@@ -54,8 +54,8 @@ class Quantised(ErrorFeedback):
             return tf.reshape(tf.pad(vector, [[0, count * ranks * _BLOCK - length]]), shape)
 
         message, lost = self._pack(tf.reshape(in_blocks(join(gradients) + self._lost.value), [-1, _BLOCK]))
-        even = tf.constant([], tf.int32)
-        mine, _ = wire.run("alltoall", [message, even], f"{name}.scatter", process_set)
+        equal_parts = tf.constant([], tf.int32)  # Horovod's alltoall without sizes
+        mine, _ = wire.run("alltoall", [message, equal_parts], f"{name}.scatter", process_set)
         mean = tf.reduce_sum(tf.reshape(self._unpack(mine), shape), axis=0) / ranks
         rank = process_set.rank()
         message, lost_of_sum = self._pack(mean + in_blocks(self._lost_of_sum.value)[rank])

@@ -1,4 +1,7 @@
-"""Which rank failed first, and with which exit code the launcher exits."""
+"""Which rank failed first, and with which exit code the launcher exits.
+
+The rank that the watchdog names as the cause is determined in `hvdkit.watchdog.hub`.
+"""
 
 import dataclasses
 import signal
@@ -46,14 +49,14 @@ def first(
     # A rank killed by a signal could report nothing. Ranks that exit because of it may become known first. A rank that
     # aborts as a consequence is also ended by a signal, but never by SIGKILL.
     killed = sorted((f for f in failures if f.code < 0), key=lambda failure: failure.code != -signal.SIGKILL)
-    # SIGKILL is not a consequence of an exception on another rank either, in whichever order the two become known.
-    killed_apart = [f for f in killed if cause and f.rank != cause[0] and f.code == -signal.SIGKILL]
+    # An exception on one rank never causes SIGKILL on another, whichever becomes known first.
+    killed_by_others = [f for f in killed if cause and f.rank != cause[0] and f.code == -signal.SIGKILL]
     killed_before = [failure for failure in failures[:known_before] if failure.code < 0]
-    if cause is not None and not killed_before and not killed_apart:
-        rank, told = cause
-        own = next((failure.code for failure in failures if failure.rank == rank), None)
+    if cause is not None and not killed_before and not killed_by_others:
+        rank, reported = cause
+        exited = next((failure.code for failure in failures if failure.rank == rank), None)
         # The launcher may end a rank that failed with an exception while it cleans up.
-        code = told or own or (ends or {}).get(rank)
+        code = reported or exited or (ends or {}).get(rank)
         if code:
             return Failure(rank, code)
     return next(iter(killed or failures), None)

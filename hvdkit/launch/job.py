@@ -452,7 +452,7 @@ class Job:
             return self._give_up(str(lost), outcome.STALLED if lost.hosts else outcome.USAGE)
         if first is None:
             return 0
-        if first.exit_code not in outcome.SAID:
+        if first.exit_code not in outcome.REPORTED:
             self._show_last_words(first)
         outcome.tell(self._outcome(first))
         return first.exit_code

@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 
 from hvdkit import outcome
 from hvdkit.outcome import STALLED, Failed
-from hvdkit.watchdog import causes
+from hvdkit.watchdog import stall_causes
 from hvdkit.watchdog.channel import Message
 from hvdkit.watchdog.member import Context, Role, death, ended
 from hvdkit.watchdog.report import failure_sentence, stall_report
@@ -71,7 +71,7 @@ class Hub(Role):
         """See `Role`."""
         self.on_traced(self.own.rank, fields)
 
-    def hang(self, now: float) -> None:
+    def report_stall(self, now: float) -> None:
         """See `Role`."""
         self.look_for_stall()
 
@@ -82,7 +82,7 @@ class Hub(Role):
         if self.peers.set_status(rank, status):
             self.links.send_to_callers({"type": "status", "rank": rank, "status": status})
 
-    def make_way(self, statuses: Mapping[int, str]) -> None:
+    def on_join(self, statuses: Mapping[int, str]) -> None:
         """See `Role`: this rank is the hub already and knows the statuses."""
 
     def lose(self, rank: int) -> None:
@@ -141,7 +141,7 @@ class Hub(Role):
         if self._inquiry:
             self._inquiry.answers[rank] = from_message(message["state"], rank=rank)
 
-    def look_around(self) -> None:
+    def complete_inquiries(self) -> None:
         """See `Role`."""
         inquiry = self._inquiry
         if inquiry and (self.peers.living() <= inquiry.answers.keys() or time.monotonic() > inquiry.until):
@@ -155,10 +155,10 @@ class Hub(Role):
                 self.set_status(rank, "frozen")
         states = [inquiry.answers.get(state.rank, state) for state in self.peers.states()]
         if inquiry.explains:
-            text = causes.mismatch(states)
+            text = stall_causes.mismatch(states)
             self.ending.explain(text)
             self.links.send_to_callers({"type": "explanation", "text": text})
-        crossing = causes.crossed(states)
+        crossing = stall_causes.crossed(states)
         if crossing:
             self.settle(Failure(None, None, "mismatch", crossing, 1))
         elif inquiry.limit is not None:
@@ -176,27 +176,27 @@ class Hub(Role):
         if not aborts:
             _say(report)
             return
-        cause = causes.likely_cause(states)
+        cause = stall_causes.likely_cause(states)
         failure = Failure(None, None, "stall", f"the job has made no progress for {seconds:g} s: {cause}", STALLED)
         self.settle(failure, report)
 
     def on_traced(self, rank: int, message: Message) -> None:
         """Compares at once: Horovod's grouped allreduce returns garbage for different shapes, without an error."""
         super().on_traced(rank, message)
-        text = causes.mismatch_of_signatures(self.peers.states(there=True))
+        text = stall_causes.mismatch_of_signatures(self.peers.states(there=True))
         if text and not self.ending.failure:
             self.settle(Failure(None, None, "mismatch", text, 1))
 
     def _look_for_cause(self) -> None:
         """After a collective has failed on some rank, finds the rank that died or exited."""
-        if self.own.thrown is None or self.ending.failure:
+        if self.own.failed_at is None or self.ending.failure:
             return
         states = self.peers.states()
         dead = next((s for s in states if s.status == "dead"), None)
         left = next((s for s in states if s.status == "left"), None)
         if dead:
             self.settle(death(dead))
-        elif left and time.monotonic() > self.own.thrown + _SETTLE:
+        elif left and time.monotonic() > self.own.failed_at + _SETTLE:
             why = self.peers[left.rank].why
             text = f"ended its program after {left.place}, while other ranks still needed it"
             failure = Failure(left.rank, left.host, "left", text, STALLED)

@@ -69,7 +69,7 @@ class Role(abc.ABC):
         """Requests a comparison of a new signature of this rank with those of the other ranks."""
 
     @abc.abstractmethod
-    def hang(self, now: float) -> None:
+    def report_stall(self, now: float) -> None:
         """Reports that this rank stalls; called at every heartbeat while it does."""
 
     @abc.abstractmethod
@@ -83,7 +83,7 @@ class Role(abc.ABC):
         self.peers.set_status(rank, status)
 
     @abc.abstractmethod
-    def make_way(self, statuses: Mapping[int, str]) -> None:
+    def on_join(self, statuses: Mapping[int, str]) -> None:
         """Handles a rank that joins with this one as the hub, and reports the status of lost ranks."""
 
     @abc.abstractmethod
@@ -131,7 +131,7 @@ class Role(abc.ABC):
         """Checks whether ranks are in different collectives."""
 
     @abc.abstractmethod
-    def look_around(self) -> None:
+    def complete_inquiries(self) -> None:
         """Completes inquiries, and finds out why a collective has failed."""
 
 
@@ -153,7 +153,7 @@ class Member(Role):
         self.ask({"type": "join", "statuses": self.peers.statuses(), **self.own.beat_fields()})
         if self.own.asked is not None:
             self.ask({"type": "stall"})
-        if self.own.thrown is not None:
+        if self.own.failed_at is not None:
             self.ask({"type": "thrown_out"})
 
     def ask(self, message: Message) -> None:
@@ -173,7 +173,7 @@ class Member(Role):
         """See `Role`."""
         self.ask(fields)
 
-    def hang(self, now: float) -> None:
+    def report_stall(self, now: float) -> None:
         """See `Role`. While another rank makes progress, the hub does not answer, but it sends heartbeats."""
         self.own.asked = self.own.asked or now
         if now - max(self.own.asked, self.peers[self.hub].heard) > _SILENCE:
@@ -182,7 +182,7 @@ class Member(Role):
         else:
             self.ask({"type": "stall"})
 
-    def make_way(self, statuses: Mapping[int, str]) -> None:
+    def on_join(self, statuses: Mapping[int, str]) -> None:
         """See `Role`: a rank that another one joins becomes the hub."""
         for rank, status in statuses.items():
             self.set_status(rank, status)
@@ -221,7 +221,7 @@ class Member(Role):
     def look_for_crossing(self, now: float) -> None:
         """See `Role`: only the hub does."""
 
-    def look_around(self) -> None:
+    def complete_inquiries(self) -> None:
         """See `Role`: only the hub does."""
 
     def _turn_away_from(self, rank: int) -> Role:

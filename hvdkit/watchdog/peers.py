@@ -117,7 +117,7 @@ class Own:
     Attributes:
         still: seconds without progress.
         asked: monotonic time since which it reports a stall to the hub; None if it does not stall.
-        thrown: monotonic time at which a collective failed, on this rank or one that reports to it.
+        failed_at: monotonic time at which a collective failed, on this rank or one that reports to it.
     """
 
     def __init__(self, rank: int, host: str, progress: Progress) -> None:
@@ -125,7 +125,7 @@ class Own:
         self.progress = progress
         self.still = 0.0
         self.asked: float | None = None
-        self.thrown: float | None = None
+        self.failed_at: float | None = None
         self._host = host
         self._marks = -1
 

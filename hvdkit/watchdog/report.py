@@ -2,7 +2,7 @@
 
 from collections.abc import Sequence
 
-from hvdkit.watchdog import causes
+from hvdkit.watchdog import stall_causes
 from hvdkit.watchdog.states import Failure, RankState
 
 
@@ -28,7 +28,7 @@ def stall_report(
         )
     lines = [
         f"hvdkit: the job has made no progress for {still:g} s; {end}.",
-        f"Likely cause: {causes.likely_cause(states)}",
+        f"Likely cause: {stall_causes.likely_cause(states)}",
     ]
     groups: dict[tuple[str, ...], list[RankState]] = {}
     for state in states:
@@ -55,7 +55,7 @@ def _alike(state: RankState) -> tuple[str, ...]:
 def _paragraph(states: Sequence[RankState]) -> list[str]:
     state = states[0]
     hosts = ", ".join(dict.fromkeys(s.host for s in states))
-    lines = [f"{causes.ranks_of(states)} on {hosts}: {_doing(state)}"]
+    lines = [f"{stall_causes.ranks_of(states)} on {hosts}: {_doing(state)}"]
     lines += [f"    {line}" for line in state.stack]
     for name, stack in state.threads.items():
         lines += [f"    thread {name}:", *(f"      {line}" for line in stack)]

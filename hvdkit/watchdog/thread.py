@@ -159,7 +159,7 @@ class WatchdogThread(threading.Thread):
             if late >= _BEAT:
                 beat += late
                 self._on_beat(min(late, 2 * _BEAT))  # time in which the process was suspended is not a stall
-            self._role.look_around()
+            self._role.complete_inquiries()
 
     def _on_wake(self) -> None:
         self._wakes.recv(4096)
@@ -179,7 +179,7 @@ class WatchdogThread(threading.Thread):
         self._links.send(self._beat())
         self._links.turn_late_away()
         if self._own.progress.busy and 0 < self._job.limit < self._own.still:
-            self._role.hang(now)
+            self._role.report_stall(now)
 
     def _beat(self) -> Message:
         return {"type": "beat", **self._own.beat_fields()}
@@ -252,7 +252,7 @@ class WatchdogThread(threading.Thread):
         # Statuses that this rank has not seen itself, and would miss when it disconnects from the old hub.
         told = {int(absent): status for absent, status in message["statuses"].items()}
         dead = [r for r, status in told.items() if (self._peers[r].state.status, status) == ("living", "dead")]
-        self._role.make_way(told)
+        self._role.on_join(told)
         self._role = self._hub
         self._peers.take_state(rank, message)
         self._hub.welcome(rank)
@@ -274,7 +274,7 @@ class WatchdogThread(threading.Thread):
 
     def _on_thrown_out(self) -> None:
         """Handles a collective that failed on this rank, or on one that reports to it."""
-        self._own.thrown = self._own.thrown or time.monotonic()
+        self._own.failed_at = self._own.failed_at or time.monotonic()
         self._role.ask({"type": "thrown_out"})
 
     def _answer(self, names: list[str]) -> None:

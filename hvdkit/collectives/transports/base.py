@@ -54,7 +54,7 @@ class Usage:
         seconds: time spent in collectives.
         waiting_seconds: part of this time spent waiting for other ranks.
         collectives: number of collectives.
-        hidden_bytes: bytes this process sent without a network interface, whose counters therefore miss them.
+        hidden_bytes: bytes this process sent through shared memory, which no network interface counts.
     """
 
     seconds: float

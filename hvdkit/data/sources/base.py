@@ -1,4 +1,12 @@
-"""The interface of every source of examples."""
+"""The interface of every source of examples.
+
+To add a source:
+
+1. Write `sources/NAME.py` with a class that has the attributes and methods of `Source`.
+2. Open it in `open_source` (`sources/__init__.py`), and name its form in that docstring and in the error message there.
+3. Name its form in the help of `--dataset` (`hvdkit/train/flags.py`).
+4. Test it in `tests/unit/data`: sizes of both splits, a range of examples, and a wrong file.
+"""
 
 from typing import Any, Protocol
 

@@ -15,7 +15,7 @@ import pytest
 import tensorflow as tf
 
 from hvdkit import UsageError, watchdog, world
-from hvdkit.watchdog import causes, stacks
+from hvdkit.watchdog import stacks, stall_causes
 from hvdkit.watchdog.channel import MOST_BYTES, Gone, call, listen
 from hvdkit.watchdog.progress import Progress, Waiting
 from hvdkit.watchdog.report import failure_sentence, stall_report
@@ -81,18 +81,21 @@ WIDER = [[[4, 5], "float32", "head/kernel"], [[5], "float32", "head/bias"]]
     ],
 )
 def test_the_likely_cause(states, expected):
-    assert expected in causes.likely_cause(states)
+    assert expected in stall_causes.likely_cause(states)
 
 
 def test_an_epoch_that_another_rank_has_not_begun_is_no_uneven_data():
     """Rank 0 is in a collective of its own after the epoch; the others have gone on to the next one."""
     states = [state(0, epoch=0, step=9, collective="save"), state(1, phase="training", epoch=1, step=0)]
-    assert "only rank 0 entered the collective 'save'" in causes.likely_cause(states)
+    assert "only rank 0 entered the collective 'save'" in stall_causes.likely_cause(states)
 
 
 def test_a_signature_that_one_rank_has_not_traced_yet_is_no_mismatch():
-    assert causes.mismatch([training(0, 0, traced={"g": [GRADIENT, WIDER]}), training(1, 0)]) is None
-    assert causes.mismatch([training(0, 0, traced={"g": [GRADIENT]}), training(1, 0, traced={"g": [GRADIENT]})]) is None
+    assert stall_causes.mismatch([training(0, 0, traced={"g": [GRADIENT, WIDER]}), training(1, 0)]) is None
+    assert (
+        stall_causes.mismatch([training(0, 0, traced={"g": [GRADIENT]}), training(1, 0, traced={"g": [GRADIENT]})])
+        is None
+    )
 
 
 def test_the_report_shows_ranks_in_one_place_together():
@@ -159,9 +162,12 @@ def test_a_new_world_begins_where_no_rank_has_been():
 
 def test_dimensions_that_differ_legally_are_no_mismatch():
     unknown = [[[None, 3], "float32", "head/kernel"], [None, "float32", "head/bias"]]
-    assert causes.mismatch([training(0, 0, traced={"g": [GRADIENT]}), training(1, 0, traced={"g": [unknown]})]) is None
+    assert (
+        stall_causes.mismatch([training(0, 0, traced={"g": [GRADIENT]}), training(1, 0, traced={"g": [unknown]})])
+        is None
+    )
     other = [[[None, 4], "float32", "head/kernel"], [None, "float32", "head/bias"]]
-    assert "float32[any, 4]" in causes.mismatch(
+    assert "float32[any, 4]" in stall_causes.mismatch(
         [training(0, 0, traced={"g": [GRADIENT]}), training(1, 0, traced={"g": [other]})]
     )
 

@@ -1,4 +1,4 @@
-"""The thread that writes checkpoints while training continues."""
+"""Writes checkpoints in a thread, while training continues."""
 
 import logging
 import threading
