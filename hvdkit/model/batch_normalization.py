@@ -107,8 +107,8 @@ def _moments_of_all(mean: tf.Tensor, variance: tf.Tensor, counted: tf.Tensor) ->
 def _sum_over_ranks(values: tf.Tensor) -> tuple[tf.Tensor, Any]:
     """Sums over ranks; every rank's loss depends on the sum, so its gradient is the sum of all ranks' gradients.
 
-    Horovod registers such a gradient, but lets TensorFlow name the operation. TensorFlow appends a number to such names,
-    and the numbers differ between ranks if one rank has created more tensors than the others.
+    Horovod registers such a gradient, but lets TensorFlow name the operation. TensorFlow appends a number to such a
+    name, and the numbers differ between ranks if one rank has created more tensors than the others.
     """
 
     def total(tensor: tf.Tensor) -> tf.Tensor:
