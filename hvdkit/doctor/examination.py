@@ -18,8 +18,9 @@ from hvdkit.doctor import ranks
 from hvdkit.doctor.connection import LOADER, Connection, Lost
 from hvdkit.doctor.findings import Findings, HostFindings
 from hvdkit.errors import UsageError
+from hvdkit.launch.environment import exported
 from hvdkit.launch.hosts import Host, assign
-from hvdkit.launch.link import address_of, exported, is_this_host, own_address_towards
+from hvdkit.launch.link import address_of, is_this_host, own_address_towards
 from hvdkit.launch.shells import Ssh
 
 HELLO_SECONDS = 20.0

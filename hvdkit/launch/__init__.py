@@ -7,6 +7,7 @@ restarts.py    jobs that restart after failures or a change of hosts
 link.py        the connection to a host; agent.py runs at its other end
 shells.py      remote shells: ssh and srun
 rendezvous.py  the server through which the ranks find each other
-binding.py     each rank's environment, cores and GPU
+binding.py     the cores and GPU of each rank; environment.py has their variables
+dry_run.py     what --dry-run prints
 console.py     output and logs; failures.py finds the rank that failed first
 """

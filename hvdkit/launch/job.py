@@ -15,7 +15,7 @@ from typing import Any
 
 from hvdkit import outcome
 from hvdkit.errors import UsageError
-from hvdkit.launch import agent, binding, failures
+from hvdkit.launch import agent, binding, dry_run, environment, failures
 from hvdkit.launch.console import Console
 from hvdkit.launch.failures import Failure
 from hvdkit.launch.hosts import Host, assign
@@ -24,8 +24,6 @@ from hvdkit.launch.link import (
     Event,
     Link,
     address_of,
-    environment,
-    exported,
     is_this_host,
     own_address_towards,
 )
@@ -221,6 +219,7 @@ class Job:
         addresses = {self._own_address(link) for link in self.links}
         addresses |= {str(link.about["source"]) for link in self.links if link.about}
         self._rendezvous = Rendezvous(self.slots, addresses)
+        own = environment.own_environment()
         for link in self.links:
             mine = self.placed_on(link)
             link.send(
@@ -229,13 +228,13 @@ class Job:
                     "directory": self.settings.directory,
                     "own_env": not link.is_remote,
                     "env": {
-                        **(exported(environment()) if link.is_remote else environment()),
+                        **(environment.exported(own) if link.is_remote else own),
                         **self.common_environment(),
                         **self._rendezvous.environment(self._own_address(link)),
                         **self._interface_environment(link),
                     },
                     "ranks": [
-                        {"rank": slot.rank, "env": binding.rank_environment(slot, bound), "cores": bound.cores}
+                        {"rank": slot.rank, "env": environment.rank_environment(slot, bound), "cores": bound.cores}
                         for slot, bound in mine
                     ],
                 }
@@ -250,10 +249,12 @@ class Job:
     def common_environment(self) -> dict[str, str]:
         """The variables that all ranks have."""
         return {
-            **binding.job_environment(
-                environment(), start_limit=self.settings.start_limit, stall_limit=self.settings.stall_limit
+            **environment.job_environment(
+                environment.own_environment(),
+                start_limit=self.settings.start_limit,
+                stall_limit=self.settings.stall_limit,
             ),
-            **binding.watched(self.settings.is_watched),
+            **environment.terminal_environment(self.settings.is_watched),
             outcome.VARIABLE: outcome.STDERR,
             **({"HVDKIT_ELASTIC": self.settings.elastic} if self.settings.elastic else {}),
             **({"HVDKIT_RANK_LOGS": str(self.console.logs.resolve())} if self.console.logs else {}),
@@ -280,10 +281,10 @@ class Job:
         common = {
             **self.common_environment(),
             **self._interface_environment(link),
-            binding.SECRET: f"{self._own_address(link)}:PORT/TOKEN",
+            environment.SECRET: f"{self._own_address(link)}:PORT/TOKEN",
             "HOROVOD_GLOO_RENDEZVOUS_PORT": "PORT",
         }
-        return binding.describe(self.settings.command, common, ranks)
+        return dry_run.describe(self.settings.command, common, ranks)
 
     # ---- The loop ----------------------------------------------------------------------------------------------------
 

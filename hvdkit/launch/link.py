@@ -7,9 +7,7 @@ never appears on a command line. The agent's answers become events on one queue.
 import contextlib
 import dataclasses
 import json
-import os
 import queue
-import re
 import secrets
 import shlex
 import signal
@@ -213,17 +211,3 @@ def is_reachable(host: str, shell: Shell) -> bool:
 def own_address_towards(address: str) -> str:
     """The address that this host uses to reach another."""
     return str(agent.source_address(address) or "127.0.0.1")
-
-
-def exported(environment: dict[str, str]) -> dict[str, str]:
-    """The variables that are valid on another host: not those of this session, display or user."""
-    private = re.compile(
-        r"BASH_FUNC_.*|SSH_.*|XDG_.*|DBUS_.*|DISPLAY|HOSTNAME|HOME|USER|LOGNAME|MAIL|SHELL|SHLVL|PWD|OLDPWD|TERM|_"
-        r"|TMPDIR|.*CUDA_VISIBLE_DEVICES"
-    )
-    return {name: value for name, value in environment.items() if not private.fullmatch(name)}
-
-
-def environment() -> dict[str, str]:
-    """This process's environment without the variables of a surrounding MPI job."""
-    return {name: value for name, value in os.environ.items() if not name.startswith(("OMPI_COMM_WORLD_", "PMIX_"))}

@@ -14,10 +14,10 @@ import sys
 import time
 
 from hvdkit.errors import UsageError
-from hvdkit.launch import binding
+from hvdkit.launch import binding, dry_run, environment
 from hvdkit.launch.failures import Failure
 from hvdkit.launch.job import Job, Lost
-from hvdkit.launch.link import Link, address_of, environment, exported, is_this_host
+from hvdkit.launch.link import Link, address_of, is_this_host
 from hvdkit.launch.shells import Ssh
 
 _LEAVE_SECONDS = 15.0  # for mpirun to end after all ranks exit: it waits for the daemon of a host that is cut off
@@ -67,7 +67,7 @@ class MpiJob(Job):
         hosts = ",".join(f"{host.name}:{host.slots}" for host in self.settings.hosts)
         shell = self.settings.shell  # inside a Slurm job, mpirun uses srun by itself
         reach = ["-mca", "plm_rsh_args", shlex.join(shell.options())] if isinstance(shell, Ssh) else []
-        everything = {**exported(environment()), **self.common_environment()}
+        everything = {**environment.exported(environment.own_environment()), **self.common_environment()}
         names = sorted(name for name in everything if re.fullmatch(r"\w+", name, re.ASCII))
         interface = str((self.links[0].about or {}).get("interface") or "")
         return [
@@ -99,7 +99,7 @@ class MpiJob(Job):
                 "command": self.command(),
                 "directory": self.settings.directory,
                 "own_env": True,
-                "env": {**environment(), **self.common_environment()},
+                "env": {**environment.own_environment(), **self.common_environment()},
                 "ranks": [{"rank": 0, "env": {}, "cores": None}],
             }
         )
@@ -112,7 +112,7 @@ class MpiJob(Job):
             for name, address in self._addresses.items()
         }
         ranks = [(slot, nothing, reached[slot.hostname]) for slot in self.slots]
-        return binding.describe(self.settings.command, self.common_environment(), ranks, started_by=self.command())
+        return dry_run.describe(self.settings.command, self.common_environment(), ranks, started_by=self.command())
 
     def take_output(self, rank: int, data: bytes, *, is_error: bool) -> None:
         """Assigns each line to the rank in its tag. Lines without a tag are mpirun's own."""

@@ -1,4 +1,4 @@
-"""Assigns a GPU or CPU cores of the host to this rank."""
+"""Selects the GPU of this rank, and limits its threads to its share of the CPU cores."""
 
 import logging
 import os

@@ -6,7 +6,7 @@ import pickle
 import pytest
 
 from hvdkit import UsageError, outcome
-from hvdkit.launch import binding, failures, hosts, link, options
+from hvdkit.launch import binding, environment, failures, hosts, options
 from hvdkit.launch.console import Console
 from hvdkit.launch.failures import Failure
 from hvdkit.launch.hosts import Host
@@ -128,17 +128,17 @@ def test_gpus_are_bound_one_to_a_rank():
     bound = binding.bindings(about, 2, "both")
     assert [(b.cores, b.gpu) for b in bound] == [([0], "2"), ([1], "5")]
     slot = hosts.assign([Host("h1", 2)], 2)[1]
-    assert binding.rank_environment(slot, bound[1])["CUDA_VISIBLE_DEVICES"] == "5"
+    assert environment.rank_environment(slot, bound[1])["CUDA_VISIBLE_DEVICES"] == "5"
     with pytest.raises(UsageError, match=r"host h1 shows 2 GPU\(s\) for 3 ranks"):
         binding.bindings(about, 3, "gpus")
 
 
 def test_what_the_user_set_goes_before_the_defaults():
-    variables = binding.job_environment({"HOROVOD_GLOO_TIMEOUT_SECONDS": "7"}, start_limit=300, stall_limit=None)
+    variables = environment.job_environment({"HOROVOD_GLOO_TIMEOUT_SECONDS": "7"}, start_limit=300, stall_limit=None)
     assert variables["HOROVOD_GLOO_TIMEOUT_SECONDS"] == "7"
     assert variables["HOROVOD_STALL_SHUTDOWN_TIME_SECONDS"] == "600"
     assert "HVDKIT_STALL_SECONDS" not in variables
-    variables = binding.job_environment({"HVDKIT_STALL_SECONDS": "50"}, start_limit=300, stall_limit=40)
+    variables = environment.job_environment({"HVDKIT_STALL_SECONDS": "50"}, start_limit=300, stall_limit=40)
     assert variables["HOROVOD_GLOO_TIMEOUT_SECONDS"] == "300"
     assert (variables["HVDKIT_STALL_SECONDS"], variables["HOROVOD_STALL_SHUTDOWN_TIME_SECONDS"]) == ("40", "40")
 
@@ -152,7 +152,7 @@ def test_only_what_means_something_elsewhere_is_exported():
         "CUDA_VISIBLE_DEVICES": "0",
         "_": "e",
     }
-    assert link.exported(given) == {"PYTHONPATH": "a", "MY_TOKEN": "d"}
+    assert environment.exported(given) == {"PYTHONPATH": "a", "MY_TOKEN": "d"}
 
 
 # ---- Output ------------------------------------------------------------------------------------------------------
