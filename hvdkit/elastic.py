@@ -251,7 +251,8 @@ class CommitStateCallback(keras.callbacks.Callback):
     """Commits the state every `batches_per_commit` batches and at the end of each epoch.
 
     After the last batch of an epoch, only the end of the epoch commits. A commit in between would hold an epoch that is
-    trained but not counted, and Keras cannot resume there: an epoch has at least one batch.
+    trained but not counted, and Keras cannot resume there: an epoch has at least one batch. Validation runs before the
+    end of the epoch, so a rank that is lost during validation costs the batches since the last commit.
 
     A commit copies the state, and checks whether hosts were added or will be removed. Put this callback after the
     callbacks that update the state.

@@ -36,7 +36,7 @@ def parser() -> Parser:
         one.add_argument("--seconds", type=float, default=4.0, help="seconds of each measurement [4]")
         one.add_argument("--rounds", type=int, default=3, help="number of measurements of each case [3]")
         one.add_argument("--json", metavar="FILE", help="write the results to this file, too")
-        one.add_argument("--plot", metavar="FILE.png", help="draw them")
+        one.add_argument("--plot", metavar="FILE.png", help="plot the results to this file")
         module.add_arguments(one)
     return made
 

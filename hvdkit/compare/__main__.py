@@ -54,7 +54,7 @@ def parser() -> Parser:
     )
     made.add_argument("--no-plan", action="store_true", help="skip the planner")
     made.add_argument("--json", metavar="FILE", help="write the results to this file, too")
-    made.add_argument("--plot", metavar="FILE.png", help="draw them")
+    made.add_argument("--plot", metavar="FILE.png", help="plot the results to this file")
     made.add_argument("flags", nargs="*", help="after --: flags of hvdkit train")
     return made
 

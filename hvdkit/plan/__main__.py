@@ -70,7 +70,7 @@ def parser() -> Parser:
     made.add_argument("--price", type=float, help="price of one rank per hour")
     made.add_argument("--seconds", type=float, default=4.0, help="seconds of each measurement [4]")
     made.add_argument("--json", metavar="FILE", help="write the results to this file, too")
-    made.add_argument("--plot", metavar="FILE.png", help="draw them")
+    made.add_argument("--plot", metavar="FILE.png", help="plot the results to this file")
     made.add_argument("flags", nargs="*", help="after --: flags of hvdkit train, without a batch size")
     return made
 

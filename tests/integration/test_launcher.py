@@ -142,7 +142,7 @@ def test_no_orphan_when_the_launcher_is_killed():
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("which", ["keeper", pytest.param("worker", marks=pytest.mark.slow)])
+@pytest.mark.parametrize("which", ["keeper", "worker"])
 def test_no_orphan_when_the_agent_is_killed(which):
     job = start("-np", "2", "--", "sh", "-c", STUBBORN)
     read_until(job, r"rank \d is", 2)
