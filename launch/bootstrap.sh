@@ -124,7 +124,7 @@ mpi_has_gone() {  # with the library that Horovod is linked against: without the
 hash_inputs() {
   inputs=$({
     say "$mode"
-    cat "${BASH_SOURCE[0]}" "$ROOT/requirements.txt" "$ROOT/pyproject.toml" "$ROOT"/hvdkit/native/*.cc
+    cat "${BASH_SOURCE[0]}" "$ROOT/requirements.txt" "$ROOT/pyproject.toml" "$ROOT"/hvdkit/native/*.{cc,h}
     if [[ $mode == into ]]; then find "$ROOT/hvdkit" "$ROOT/models" -name '*.py' -print0 | sort -z | xargs -0 cat; fi
   } | sha256sum)
 }

@@ -19,6 +19,7 @@ from hvdkit.errors import UsageError
 
 _FOLDER = Path(__file__).parent
 _SOURCES = sorted(_FOLDER.glob("*.cc"))
+_HEADERS = sorted(_FOLDER.glob("*.h"))
 # -fno-math-errno: a loop with square roots that may set errno is not vectorized. -ffp-contract=off: a fused
 # multiply-add rounds once, but Keras' operations round twice.
 _FLAGS = ["-O3", "-fno-math-errno", "-ffp-contract=off", "-w", "-fPIC", "-shared"]
@@ -27,7 +28,7 @@ _FLAGS = ["-O3", "-fno-math-errno", "-ffp-contract=off", "-w", "-fPIC", "-shared
 @functools.lru_cache(maxsize=1)
 def library() -> Path:
     """Returns the path of the compiled library. Its name contains a hash of sources, flags and TensorFlow version."""
-    key = hashlib.sha256(b"".join(source.read_bytes() for source in _SOURCES))
+    key = hashlib.sha256(b"".join(file.read_bytes() for file in [*_SOURCES, *_HEADERS]))
     key.update(" ".join([*_FLAGS, tf.version.VERSION, tf.version.COMPILER_VERSION]).encode())
     return _FOLDER / f"operations-{key.hexdigest()[:12]}.so"
 
@@ -72,14 +73,48 @@ def build() -> Path:
     return made
 
 
+@functools.lru_cache(maxsize=1)
+def _functions() -> ctypes.CDLL:
+    """Returns the library's C functions."""
+    load()  # before CDLL: TensorFlow finds no operations in a library that is already open
+    return ctypes.CDLL(str(library()))
+
+
 def exchange_times() -> tuple[int, int, int, int]:
     """Returns what this process has spent in collectives through shared memory.
 
     Returns:
         Total nanoseconds, nanoseconds of waiting for other ranks, number of collectives, and bytes of their inputs.
     """
-    load()  # before CDLL: TensorFlow finds no operations in a library that is already open
+    return _four_numbers(_functions().hvdkit_exchange_times)
+
+
+def sockets_times() -> tuple[int, int, int, int]:
+    """Returns what this process has spent in collectives through sockets.
+
+    Returns:
+        Total nanoseconds, nanoseconds of waiting for other ranks, number of collectives, and bytes sent.
+    """
+    return _four_numbers(_functions().hvdkit_sockets_times)
+
+
+def start_sockets(files: dict[int, int]) -> None:
+    """Hands connected sockets to the operations that use them.
+
+    Args:
+        files: the file descriptor of the connection to each other rank.
+    """
+    numbers = ctypes.c_int * len(files)
+    _functions().hvdkit_sockets_start(len(files), numbers(*files), numbers(*files.values()))
+
+
+def stop_sockets() -> None:
+    """Closes the connections; operations that wait for them fail."""
+    _functions().hvdkit_sockets_stop()
+
+
+def _four_numbers(function: Any) -> tuple[int, int, int, int]:
     values = [ctypes.c_uint64() for _ in range(4)]
-    ctypes.CDLL(str(library())).hvdkit_exchange_times(*map(ctypes.byref, values))
-    in_all, waiting, number, brought = (value.value for value in values)
-    return in_all, waiting, number, brought
+    function(*map(ctypes.byref, values))
+    first, second, third, fourth = (value.value for value in values)
+    return first, second, third, fourth

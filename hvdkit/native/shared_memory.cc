@@ -41,8 +41,16 @@
 #include "tensorflow/core/framework/op_kernel.h"
 #include "tensorflow/core/framework/shape_inference.h"
 
+#include "sum.h"
+
 namespace {
 
+using hvdkit::Add;
+using hvdkit::Fail;
+using hvdkit::Now;
+using hvdkit::Pause;
+using hvdkit::Piece;
+using hvdkit::Wider;
 using tensorflow::AsyncOpKernel;
 using tensorflow::OpKernelConstruction;
 using tensorflow::OpKernelContext;
@@ -55,22 +63,11 @@ constexpr long kCancelPollNanoseconds = 50'000'000;  // how often a waiting rank
 
 std::atomic<uint64_t> nanoseconds_waiting{0}, nanoseconds_in_all{0}, collectives{0}, input_bytes{0};
 
-uint64_t Now() {
-  timespec now;
-  clock_gettime(CLOCK_MONOTONIC, &now);
-  return now.tv_sec * 1'000'000'000ull + now.tv_nsec;
-}
-
 // One rank's counters in the segment, on a separate cache line.
 struct alignas(64) Counters {
   std::atomic<uint32_t> arrived;   // number of barriers that it has reached
   std::atomic<uint32_t> sleepers;  // number of ranks that sleep until it reaches the next one
 };
-
-bool Fail(OpKernelContext* context, const absl::Status& status) {
-  context->SetStatus(status);
-  return false;
-}
 
 // Memory that the ranks of one host share, for the collectives of one name.
 class Segment {
@@ -128,9 +125,7 @@ class Segment {
     const uint64_t end = spin ? Now() + kSpinNanoseconds : 0;
     while (!std::all_of(counters_, counters_ + size_, [&](const Counters& other) { return HasArrived(other); })) {
       if (Now() >= end) return false;
-#if defined(__x86_64__)
-      __builtin_ia32_pause();
-#endif
+      Pause();
     }
     // All ranks have opened the file: remove its name now, so it does not remain if the job is killed.
     if (barrier_ == 1 && rank_ == 0) unlink(path_.c_str());
@@ -191,44 +186,6 @@ Segment* FindSegment(const std::string& path, int rank, int size, std::string* p
     segment = std::move(made);
   }
   return segment.get();
-}
-
-// A part of a tensor within a chunk.
-template <typename T>
-struct Piece {
-  const T* in;
-  T* out;
-  size_t count;
-};
-
-template <typename T>
-struct Wider {
-  using type = float;  // 16-bit elements are summed in 32 bits
-};
-template <>
-struct Wider<double> {
-  using type = double;
-};
-
-// sum[i] = scale * (of[0][i] + of[1][i] + ...). Two ranks are common, so they get a loop that compilers optimize well.
-template <typename T>
-void Add(const std::vector<const T*>& of, size_t offset, size_t count, typename Wider<T>::type scale, T* sum) {
-  using W = typename Wider<T>::type;
-  if (of.size() == 2) {
-    const T *a = of[0] + offset, *b = of[1] + offset;
-    for (size_t i = 0; i < count; ++i) sum[i] = static_cast<T>((static_cast<W>(a[i]) + static_cast<W>(b[i])) * scale);
-    return;
-  }
-  constexpr size_t kBlock = 512;
-  W total[kBlock];
-  for (size_t begin = 0; begin < count; begin += kBlock) {
-    const size_t n = std::min(kBlock, count - begin);
-    std::fill_n(total, n, W(0));
-    for (const T* part : of) {
-      for (size_t i = 0; i < n; ++i) total[i] += static_cast<W>(part[offset + begin + i]);
-    }
-    for (size_t i = 0; i < n; ++i) sum[begin + i] = static_cast<T>(total[i] * scale);
-  }
 }
 
 // One collective of one step: a rank's work before, between and after the barriers.
@@ -424,6 +381,7 @@ class SharedCollective : public AsyncOpKernel {
     OP_REQUIRES_OK(construction, construction->GetAttr("rank", &rank_));
     OP_REQUIRES_OK(construction, construction->GetAttr("size", &size_));
     OP_REQUIRES_OK(construction, construction->GetAttr("own_core", &own_core_));
+    OP_REQUIRES_OK(construction, construction->GetAttr("blocks", &blocks_));
   }
 
   void ComputeAsync(OpKernelContext* context, DoneCallback done) override {
@@ -436,12 +394,16 @@ class SharedCollective : public AsyncOpKernel {
     if (has_entered && AdvanceWithoutSleep(collective.get(), segment, context)) {
       return End(segment, context, began, done);
     }
+    if (blocks_) {
+      if (!has_entered) segment->Enter();
+      Finish(collective.get(), segment, context, has_entered);
+      return End(segment, context, began, done);
+    }
     // Wait on a separate thread. Otherwise the work that TensorFlow has queued after this call would wait, too, and
     // that may be a collective that other ranks run first: a deadlock.
     std::thread([=] {
       if (!has_entered) segment->Enter();
-      bool is_over = !has_entered && AdvanceWithoutSleep(collective.get(), segment, context);
-      while (!is_over && Await(segment, context)) is_over = AdvanceWithoutSleep(collective.get(), segment, context);
+      Finish(collective.get(), segment, context, has_entered);
       End(segment, context, began, done);
     }).detach();
   }
@@ -466,6 +428,12 @@ class SharedCollective : public AsyncOpKernel {
     return true;
   }
 
+  // Sleeps at each barrier until the collective is over.
+  void Finish(Collective* collective, Segment* segment, OpKernelContext* context, bool has_begun) {
+    bool is_over = !has_begun && AdvanceWithoutSleep(collective, segment, context);
+    while (!is_over && Await(segment, context)) is_over = AdvanceWithoutSleep(collective, segment, context);
+  }
+
   // Returns false if the step was cancelled meanwhile.
   static bool Await(Segment* segment, OpKernelContext* context) {
     const uint64_t began = Now();
@@ -485,7 +453,7 @@ class SharedCollective : public AsyncOpKernel {
 
   std::string path_;
   int rank_, size_;
-  bool own_core_;
+  bool own_core_, blocks_;
 };
 
 template <typename T>
@@ -531,6 +499,7 @@ REGISTER_OP("HvdkitSharedSum")
     .Attr("after: float = 1.0")
     .Attr("divisor: int = 1")
     .Attr("own_core: bool = true")
+    .Attr("blocks: bool = false")
     .SetIsStateful()
     .SetShapeFn([](tensorflow::shape_inference::InferenceContext* context) {
       for (int i = 0; i < context->num_inputs(); ++i) context->set_output(i, context->input(i));
@@ -545,6 +514,7 @@ REGISTER_OP("HvdkitSharedGather")
     .Attr("rank: int")
     .Attr("size: int")
     .Attr("own_core: bool = true")
+    .Attr("blocks: bool = false")
     .SetIsStateful()
     .SetShapeFn([](tensorflow::shape_inference::InferenceContext* context) {
       tensorflow::shape_inference::ShapeHandle rows, all_rows;

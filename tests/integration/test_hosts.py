@@ -105,6 +105,22 @@ def test_a_model_divided_over_two_hosts_is_that_of_one_process(cluster, train, t
         assert result["test_accuracy"] == pytest.approx(expected["test_accuracy"], abs=0.01), strategy
 
 
+@pytest.mark.parametrize(
+    ("hosts", "size", "share"),
+    [("h1:1,h2:1", 2, 1), pytest.param("h1:2,h2:1,h3:2", 5, 4 / 3, marks=pytest.mark.slow), ("h1:2,h2:2", 4, 1)],
+)
+def test_each_host_sends_what_one_rank_would(launch, hosts, size, share):
+    """The bytes of a ring allreduce between the hosts, however many ranks they have: 2 (hosts - 1) / hosts."""
+    ended = launch("-H", hosts, "--", sys.executable, ROOT / "tests" / "integration" / "sockets_program.py")
+    assert ended.code == 0, ended.output
+    found = [json.loads(line) for line in re.findall(r"found (\{.*\})", ended.output)]
+    assert sorted(f["rank"] for f in found) == list(range(size))
+    assert {f["transport"] for f in found} == {"sockets"}
+    assert max(f["error"] for f in found) < 1e-6
+    assert len({f["bits"] for f in found}) == 1
+    assert [f["sent"] for f in found] == [pytest.approx(share, rel=0.1)] * size
+
+
 def test_a_dry_run_asks_the_hosts(launch):
     ended = launch(*TWO, "--bind", "cores", "--dry-run", "--", "touch", "a")
     assert ended.code == 0, ended.output

@@ -13,11 +13,12 @@ import tensorflow as tf
 from hvdkit.collectives.transports.base import Kind, Scale, Transport, Usage
 from hvdkit.collectives.transports.horovod import Horovod
 from hvdkit.collectives.transports.shared_memory import SharedMemory
+from hvdkit.collectives.transports.sockets import Sockets
 from hvdkit.world.ranks import World
 
 __all__ = ["Horovod", "Kind", "Scale", "Transport", "Usage", "choose", "in_use", "refuse_to_join", "start", "stop"]
 
-_KNOWN: tuple[type[Transport], ...] = (SharedMemory, Horovod)  # in order of preference
+_KNOWN: tuple[type[Transport], ...] = (SharedMemory, Sockets, Horovod)  # in order of preference
 _log = logging.getLogger(__name__)
 
 _in_use: tuple[Transport, ...] = (Horovod(),)
@@ -26,8 +27,11 @@ _in_use: tuple[Transport, ...] = (Horovod(),)
 def start(world: World) -> None:
     """Selects the transports of this job, the same on all ranks. A collective call, before TensorFlow starts."""
     global _in_use
-    started = [known.start(world) for known in _KNOWN]
-    _in_use = tuple(transport for transport in started if transport is not None)
+    started: list[Transport] = []
+    for known in _KNOWN:
+        transport = known.start(world, started)
+        started += [transport] if transport is not None else []
+    _in_use = tuple(started)
     if world.is_root:
         _log.info("Tensors travel by %s.", ", then by ".join(transport.describe() for transport in _in_use))
 

@@ -25,7 +25,7 @@ from typing import Any, ClassVar, Literal
 import tensorflow as tf
 
 from hvdkit.collectives.traffic import ring_bytes
-from hvdkit.compat.tensorflow import run_out_of_order
+from hvdkit.compat.tensorflow import run_out_of_order, runs_on_one_thread
 from hvdkit.world.ranks import World
 
 Kind = Literal["allreduce", "allgather", "transfer"]
@@ -81,8 +81,12 @@ class Transport(abc.ABC):
 
     @classmethod
     @abc.abstractmethod
-    def start(cls, world: World) -> "Transport | None":
+    def start(cls, world: World, preferred: "Sequence[Transport]") -> "Transport | None":
         """Decides with all ranks whether this job uses it. A collective call, before TensorFlow starts.
+
+        Args:
+            world: the ranks of this job.
+            preferred: the transports that this job uses and that come first.
 
         Returns:
             The transport or None, the same on all ranks.
@@ -162,3 +166,8 @@ class Transport(abc.ABC):
     @abc.abstractmethod
     def describe(self) -> str:
         """Describes the transport in this job, in one log line."""
+
+
+def may_block() -> bool:
+    """Returns whether an operation created now may wait on the thread that runs it: it holds up no other operation."""
+    return tf.executing_eagerly() or runs_on_one_thread()

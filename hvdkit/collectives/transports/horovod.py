@@ -24,7 +24,7 @@ class Horovod(Transport):
     needs_graph = True
 
     @classmethod
-    def start(cls, world: World) -> "Horovod":
+    def start(cls, world: World, preferred: Sequence[Transport]) -> "Horovod":
         """Returns the transport: it is always available."""
         return cls()
 

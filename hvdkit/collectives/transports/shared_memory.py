@@ -21,15 +21,15 @@ from typing import Any
 import tensorflow as tf
 
 from hvdkit import native
-from hvdkit.collectives.transports.base import Kind, Scale, Transport, Usage
+from hvdkit.collectives.transports.base import Kind, Scale, Transport, Usage, may_block
 from hvdkit.errors import UsageError
 from hvdkit.world.devices import usable_cores
 from hvdkit.world.introduction import introduce
 from hvdkit.world.ranks import World
 
 _FOLDER = Path("/dev/shm")
-_SUMMED = {"float16", "bfloat16", "float32", "float64"}
-_GATHERED = {*_SUMMED, "bool", "int8", "uint8", "int16", "uint16", "int32", "uint32", "int64", "uint64"}
+SUMMED = {"float16", "bfloat16", "float32", "float64"}
+GATHERED = {*SUMMED, "bool", "int8", "uint8", "int16", "uint16", "int32", "uint32", "int64", "uint64"}
 _BYTES_A_RANK = 1 << 20  # per segment: two chunks, as in shared_memory.cc
 _SEGMENTS = 16  # number of segments that must fit at the start
 _STALE = 3600.0  # seconds after which a segment where ranks have not met belongs to a killed job
@@ -60,43 +60,51 @@ class SharedMemory(Transport):
         self._has_exchanged = False
 
     @classmethod
-    def start(cls, world: World) -> "SharedMemory | None":
+    def start(cls, world: World, preferred: Sequence[Transport]) -> "SharedMemory | None":
         """Decides with all ranks whether they share memory, and no other transport is better."""
-        if world.local_rank == 0:
-            remove_stale()
-        mine = {
-            "instead": _what_is_used_instead(world),
-            "lack": _lack(world),
-            "token": secrets.token_hex(8),
-            "where": _where(),
-        }
-        answers = introduce(mine, "memory")
-        instead, lack = (next((a[what] for a in answers if a[what]), "") for what in ("instead", "lack"))
-        if not lack and len({a["where"] for a in answers}) > 1:
-            lack = f"they do not see the same {_FOLDER}: start them in one container, or with one volume for it"
+        answers, lack = _introduce(world, instead=_what_is_used_instead(world))
+        instead = next((a["instead"] for a in answers if a["instead"]), "")
         if lack and not instead and world.is_root:
             _log.warning(_LACKING, lack)
         if instead or lack:
             return None
-        own_core = os.environ.get("HVDKIT_OWN_CORES") == "1" or usable_cores() >= world.local_size
-        return cls(world.rank, world.size, answers[0]["token"], own_core)
+        return cls(world.rank, world.size, answers[0]["token"], owns_a_core(world))
+
+    @classmethod
+    def within_hosts(cls, world: World) -> "SharedMemory | None":
+        """Returns shared memory among the ranks of this host, in a job on several hosts; None if a host has none."""
+        disabled = "HVDKIT_SHARED_MEMORY=0 is set" if os.environ.get("HVDKIT_SHARED_MEMORY") == "0" else ""
+        answers, lack = _introduce(world, instead=disabled)
+        if any(a["instead"] for a in answers):
+            return None
+        if lack and world.is_root:
+            _log.warning(_LACKING, lack)
+        first = next(a for a in answers if a["host"] == world.cross_rank)
+        return None if lack else cls(world.rank, world.size, first["token"], owns_a_core(world))
 
     def serves(self, kind: Kind, dtype: tf.DType, process_set: Any) -> bool:
         """Returns True for sums of floats, and for rows of all numeric dtypes."""
-        return dtype.name in (_SUMMED if kind == "allreduce" else _GATHERED)
+        return dtype.name in (SUMMED if kind == "allreduce" else GATHERED)
 
     def allreduce(self, tensors: Sequence[tf.Tensor], name: str, process_set: Any, *, scale: Scale) -> list[tf.Tensor]:
         """Sums on every rank what all ranks have written, in rank order."""
-        place = self._place(name, tensors[0].dtype, process_set)
-        factors = {"before": scale.before, "after": scale.after, "divisor": place["size"] if scale.average else 1}
-        with tf.device("CPU:0"):
-            return native.load().hvdkit_shared_sum(list(tensors), name=name, **factors, **place)
+        return self.sum_over(self._ranks(process_set), tensors, name, scale)
 
     def allgather(self, tensors: Sequence[tf.Tensor], name: str, process_set: Any) -> list[tf.Tensor]:
         """Reads on every rank what all ranks have written."""
-        place = self._place(name, tensors[0].dtype, process_set)
+        return [self.gather_over(self._ranks(process_set), tensors[0], name)]
+
+    def sum_over(self, ranks: Sequence[int], tensors: Sequence[tf.Tensor], name: str, scale: Scale) -> list[tf.Tensor]:
+        """Sums tensors over ranks of this host; see `allreduce`."""
+        place = self._place(name, tensors[0].dtype, ranks)
+        factors = {"before": scale.before, "after": scale.after, "divisor": len(ranks) if scale.average else 1}
         with tf.device("CPU:0"):
-            return [native.load().hvdkit_shared_gather(tensors[0], name=name, **place)]
+            return native.load().hvdkit_shared_sum(list(tensors), name=name, **factors, **place)
+
+    def gather_over(self, ranks: Sequence[int], tensor: tf.Tensor, name: str) -> tf.Tensor:
+        """Concatenates rows over ranks of this host; see `allgather`."""
+        with tf.device("CPU:0"):
+            return native.load().hvdkit_shared_gather(tensor, name=name, **self._place(name, tensor.dtype, ranks))
 
     def refuse_to_join(self) -> None:
         """Raises if this rank stops calling collectives: in shared memory the other ranks would hang.
@@ -120,17 +128,43 @@ class SharedMemory(Transport):
         waits = "spin on cores of their own" if self._own_core else "sleep"
         return f"shared memory ({_FOLDER}, {self._size} ranks, which {waits} while they wait)"
 
-    def _place(self, name: str, dtype: tf.DType, process_set: Any) -> dict[str, Any]:
-        """Returns the path of the segment, and this rank's position among the ranks that use it."""
+    def _ranks(self, process_set: Any) -> list[int]:
+        return list(range(self._size)) if process_set.process_set_id == 0 else list(process_set.ranks)
+
+    def _place(self, name: str, dtype: tf.DType, ranks: Sequence[int]) -> dict[str, Any]:
+        """Returns the path of the segment, this rank's position among the ranks that use it, and how it waits."""
         self._has_exchanged = True
-        ranks = list(range(self._size)) if process_set.process_set_id == 0 else list(process_set.ranks)
-        key = hashlib.sha256(f"{name} {dtype.name} {ranks}".encode()).hexdigest()[:16]
+        key = hashlib.sha256(f"{name} {dtype.name} {list(ranks)}".encode()).hexdigest()[:16]
         return {
             "path": str(_FOLDER / f"hvdkit-{self.token}-{key}"),
             "rank": ranks.index(self._rank),
             "size": len(ranks),
             "own_core": self._own_core,
+            "blocks": may_block(),
         }
+
+
+def owns_a_core(world: World) -> bool:
+    """Returns whether this rank has a core of its own, so it may spin while it waits."""
+    return os.environ.get("HVDKIT_OWN_CORES") == "1" or usable_cores() >= world.local_size
+
+
+def _introduce(world: World, instead: str) -> tuple[list[dict[str, Any]], str]:
+    """Returns the answers of all ranks, and what the ranks of a host lack to share memory. A collective call."""
+    if world.local_rank == 0:
+        remove_stale()
+    mine = {
+        "instead": instead,
+        "lack": _lack(world),
+        "token": secrets.token_hex(8),
+        "where": _where(),
+        "host": world.cross_rank,
+    }
+    answers = introduce(mine, "memory")
+    lack = next((a["lack"] for a in answers if a["lack"]), "")
+    if not lack and len({(a["host"], a["where"]) for a in answers}) > len({a["host"] for a in answers}):
+        lack = f"they do not see the same {_FOLDER}: start them in one container, or with one volume for it"
+    return answers, lack
 
 
 def remove_stale() -> None:
@@ -160,7 +194,7 @@ def _lack(world: World) -> str:
     """Returns what is missing on this rank's host, with the fix."""
     if not native.is_built():
         return "hvdkit.native is not compiled for this TensorFlow: python -m hvdkit.native"
-    needed = _SEGMENTS * world.size * _BYTES_A_RANK
+    needed = _SEGMENTS * world.local_size * _BYTES_A_RANK
     if not _FOLDER.is_dir() or shutil.disk_usage(_FOLDER).free < needed:
         return f"{_FOLDER} has less than {needed >> 20} MiB free: give it more (docker run --shm-size=1g)"
     return ""

@@ -15,7 +15,7 @@ SEGMENTS = Path("/dev/shm")
 SHAPES = [[3], [], [0], [700, 512], [131072], [5, 7]]  # about three chunks of half a MiB in float32; one ends in one
 
 
-def summed(dtype, shared=True):
+def summed(dtype, transport="shared memory"):
     """Two exchanges of several tensors, and what NumPy makes of them in float64."""
     import tensorflow as tf
 
@@ -25,7 +25,7 @@ def summed(dtype, shared=True):
 
     me = hvd.init()
     memory = transports.in_use()[0]
-    assert memory.name == ("shared memory" if shared else "horovod")
+    assert memory.name == transport
     everyone = world.horovod().global_process_set
     generator = np.random.default_rng(4)
     parts = [[generator.normal(size=shape) for shape in SHAPES] for _ in range(me.size)]
@@ -48,7 +48,7 @@ def summed(dtype, shared=True):
         "exact": exact,
         "eager": (tf.cast(eager[0], tf.float64).numpy(), exact[0] * me.size),
         "bits": [r.numpy().tobytes() for r in results],
-        "left": [f.name for f in SEGMENTS.glob(f"hvdkit-{memory.token}-*")] if shared else [],
+        "left": [f.name for f in SEGMENTS.glob(f"hvdkit-{memory.token}-*")] if transport == "shared memory" else [],
     }
 
 
@@ -67,9 +67,11 @@ def test_sums_are_right_and_alike(ranks, number, dtype, bound):
         assert result["left"] == [], "a segment can still be seen"
 
 
-def test_horovod_gives_the_same_bits_on_two_ranks(ranks):
+@pytest.mark.parametrize(("transport", "sockets"), [("sockets", "1"), ("horovod", "0")])
+def test_sockets_and_horovod_give_the_same_bits_on_two_ranks(ranks, transport, sockets):
     one = ranks(2, summed, dtype="float32")
-    other = ranks(2, summed, dtype="float32", shared=False, env={"HVDKIT_SHARED_MEMORY": "0"})
+    env = {"HVDKIT_SHARED_MEMORY": "0", "HVDKIT_SOCKETS": sockets}
+    other = ranks(2, summed, dtype="float32", transport=transport, env=env)
     assert one[0]["bits"] == other[0]["bits"]
 
 

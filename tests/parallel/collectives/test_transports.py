@@ -6,7 +6,11 @@ A new transport is added to `TRANSPORTS`, with the environment that makes a job 
 import numpy as np
 import pytest
 
-TRANSPORTS = {"shared memory": {}, "horovod": {"HVDKIT_SHARED_MEMORY": "0"}}
+TRANSPORTS = {
+    "shared memory": {},
+    "sockets": {"HVDKIT_SHARED_MEMORY": "0"},
+    "horovod": {"HVDKIT_SHARED_MEMORY": "0", "HVDKIT_SOCKETS": "0"},
+}
 BOUNDS = {"float16": 4e-3, "bfloat16": 4e-2, "float32": 1e-6, "float64": 1e-12, "int32": 0, "int64": 0}
 SHAPES = [[3], [], [0], [70, 512], [5, 7]]
 LENGTHS = {"ragged": [2, 0, 5], "none": [0, 0, 0], "more than a chunk": [70_000, 1, 100_000]}

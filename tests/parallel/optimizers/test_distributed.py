@@ -168,7 +168,7 @@ def test_gradients_travel_in_one_group_or_in_as_many_as_asked_for_the_last_layer
         None: [[1_200_000, 5, 1_300_000, heartbeat.LENGTH]],
         2: [[5, 1_300_000, heartbeat.LENGTH], [1_200_000]],
     }
-    for weights, found in ranks(2, in_groups, groups=groups, env={"HVDKIT_SHARED_MEMORY": "0"}):
+    for weights, found in ranks(2, in_groups, groups=groups, env={"HVDKIT_SHARED_MEMORY": "0", "HVDKIT_SOCKETS": "0"}):
         assert weights == [[-1.5], [-3.0], [-4.5]]
         assert found == expected[groups]
 

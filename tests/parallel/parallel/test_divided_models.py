@@ -195,7 +195,7 @@ def trained(model_ranks, ways):
     ("number", "model_ranks", "ways", "memory"),
     [
         (2, 2, ["tensors", "layout", "branches", "gpipe", "1f1b"], "1"),
-        (4, 2, ["1f1b", "tensors"], "0"),  # by Horovod, as between hosts
+        (4, 2, ["1f1b", "tensors"], "0"),  # by sockets, as between hosts
         (3, 3, ["branches", "gpipe", "1f1b"], "1"),
     ],
 )

@@ -65,10 +65,13 @@ def test_a_slow_rank_is_named_with_the_reason(ranks, tmp_path, slow):
     assert weights[0] == weights[1] == ranks(2, profiled, folder="", slow=slow, profile=False)[0]
 
 
+BY_HOROVOD = {"HVDKIT_SHARED_MEMORY": "0", "HVDKIT_SOCKETS": "0"}
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("exchange", ["shared memory", "horovod"])
 def test_the_main_job_writes_one_trace_of_all_ranks(train, tmp_path, exchange):
-    env = {} if exchange == "shared memory" else {"HVDKIT_SHARED_MEMORY": "0", "HOROVOD_TIMELINE": "DYNAMIC"}
+    env = {} if exchange == "shared memory" else dict(BY_HOROVOD, HOROVOD_TIMELINE="DYNAMIC")
     ended = train(2, f"--workdir={tmp_path}/run", "--profile=20:60", env=env)
     assert ended.code == 0, ended.output
     folder = tmp_path / "run" / "profile"

@@ -81,9 +81,10 @@ def test_an_exception_on_one_rank_is_the_common_reason():
     )
 
 
-@pytest.mark.parametrize("rank", [0, pytest.param(1, marks=pytest.mark.slow)])
-def test_a_rank_that_is_killed_is_named(rank):
-    ended = run(3, "die_in_fit", rank, "SIGKILL", limit=60, **forked.NOT_FORKED)
+@pytest.mark.parametrize(("rank", "memory"), [(0, "1"), (1, "0"), pytest.param(1, "1", marks=pytest.mark.slow)])
+def test_a_rank_that_is_killed_is_named(rank, memory):
+    """Ranks without shared memory exchange through sockets."""
+    ended = run(3, "die_in_fit", rank, "SIGKILL", limit=60, HVDKIT_SHARED_MEMORY=memory, **forked.NOT_FORKED)
     assert ended.code == 128 + signal.SIGKILL, ended.output
     said = rf"^(?:\[1\] )?hvdkit: rank {rank} on host \S+ died \(training, step \d of epoch 1\)"
     assert len(re.findall(said, ended.output, re.M)) == 1, ended.output

@@ -137,6 +137,18 @@ def test_other_ranks_measure_and_show_nothing(on_terminal):
     assert rates[0] > 0
 
 
+def test_a_training_that_was_interrupted_is_measured_in_all_its_runs():
+    first = train(show=False)
+    again = callbacks.ProgressCallback(STEPS * EPOCHS, STEPS, BATCH, show=False)
+    again.on_train_begin()
+    again.restore_state(first.checkpoint_state())
+    assert again.samples_per_second == pytest.approx(first.samples_per_second)
+    again.on_train_end()
+    assert first.seconds < again.seconds
+    assert again.checkpoint_state()["measured"] == first.checkpoint_state()["measured"]
+    assert again.checkpoint_state()["measured"][1] == STEPS * EPOCHS - 1, "the first step is not measured"
+
+
 def test_the_launcher_passes_the_line_on_and_keeps_it_out_of_the_log(monkeypatch, tmp_path, on_terminal):
     """The rank's own stderr is a pipe; what it writes there moves on the launcher's terminal."""
     piped = io.StringIO()

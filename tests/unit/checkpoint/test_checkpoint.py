@@ -18,7 +18,7 @@ import tensorflow as tf
 from hvdkit import collectives
 from hvdkit.callbacks import CheckpointCallback, LearningRateScheduleCallback, StepLossCallback
 from hvdkit.checkpoint import plain, store
-from hvdkit.checkpoint.preemption import Preempted
+from hvdkit.checkpoint.preemption import Preempted, leaving_at_once
 from hvdkit.errors import UsageError
 
 # ---- On disk ----------------------------------------------------------------------------------------------------
@@ -279,6 +279,20 @@ def test_a_signal_saves_and_leaves(tmp_path, number):
     assert left.value.code == 85
     assert signal.getsignal(number) == before
     assert store.newest(tmp_path / "checkpoints").state["step"] == 8
+
+
+@leaving_at_once()
+def told_to_leave():
+    signal.raise_signal(signal.SIGTERM)
+    time.sleep(60)
+
+
+def test_before_training_a_signal_leaves_at_once():
+    before = signal.getsignal(signal.SIGTERM)
+    with pytest.raises(Preempted, match="SIGTERM arrived while there was nothing to save") as left:
+        told_to_leave()
+    assert (left.value.code, left.value.agreed) == (85, False)
+    assert signal.getsignal(signal.SIGTERM) == before
 
 
 def test_after_fit_signals_go_where_they_went_before(tmp_path):

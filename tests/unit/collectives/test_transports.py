@@ -7,10 +7,12 @@ from hvdkit.collectives import transports
 from hvdkit.collectives.transports.base import Scale, Transport
 from hvdkit.collectives.transports.horovod import Horovod
 from hvdkit.collectives.transports.shared_memory import SharedMemory
+from hvdkit.collectives.transports.sockets import Sockets
 from hvdkit.world import World
 
 EVERYONE = type("EveryRank", (), {"process_set_id": 0, "ranks": None})()
 MEMORY, HOROVOD = SharedMemory(1, 2, "token", own_core=False), Horovod()
+SOCKETS = Sockets(1, [0, 1], spins=False, within=None)
 
 
 @pytest.fixture
@@ -34,6 +36,8 @@ def in_use(monkeypatch):
 def test_the_first_that_serves_a_request_carries_it(in_use, kind, dtype, chosen):
     in_use(MEMORY, HOROVOD)
     assert transports.choose(kind, dtype, EVERYONE) is chosen
+    in_use(SOCKETS, HOROVOD)
+    assert transports.choose(kind, dtype, EVERYONE) is (SOCKETS if chosen is MEMORY else HOROVOD)
     in_use(HOROVOD)
     assert transports.choose(kind, tf.as_dtype(dtype), EVERYONE) is HOROVOD
 
@@ -51,7 +55,7 @@ def test_those_that_cannot_be_used_are_left_out_and_the_others_keep_their_order(
 
     class Lacking(Horovod):
         @classmethod
-        def start(cls, world):
+        def start(cls, world, preferred):
             return None
 
     in_use(HOROVOD)

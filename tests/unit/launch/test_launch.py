@@ -155,6 +155,14 @@ def test_only_what_means_something_elsewhere_is_exported():
     assert environment.exported(given) == {"PYTHONPATH": "a", "MY_TOKEN": "d"}
 
 
+def test_variables_of_a_surrounding_mpi_job_are_left_out(monkeypatch):
+    for name in ("OMPI_COMM_WORLD_RANK", "PMIX_RANK", "OMPI_MCA_btl", "MY_TOKEN"):
+        monkeypatch.setenv(name, "1")
+    own = environment.own_environment()
+    assert {"OMPI_COMM_WORLD_RANK", "PMIX_RANK"}.isdisjoint(own)
+    assert own["OMPI_MCA_btl"] == own["MY_TOKEN"] == "1", "options of MPI are the user's"
+
+
 # ---- Output ------------------------------------------------------------------------------------------------------
 
 

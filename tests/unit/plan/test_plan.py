@@ -5,8 +5,9 @@ import dataclasses
 import numpy as np
 import pytest
 
+from hvdkit.compression import by_name
 from hvdkit.errors import UsageError
-from hvdkit.plan import advice, links, published, report, score
+from hvdkit.plan import advice, facts, links, modes, published, report, score
 from hvdkit.plan.cost import (
     Cluster,
     Compute,
@@ -56,6 +57,52 @@ def test_modes_divide_what_is_exchanged():
     gathered = Mode("topk", share=0.02, gathers=True)
     assert exchange(4, 4e6, gathered, CLUSTER) == pytest.approx(2e-3 + 3 * (1e-4 + 8e4 * 1e-8))
     assert wire_bytes(4, 4e6, gathered) == pytest.approx(3 * 8e4)
+
+
+def test_each_mode_sends_what_its_compressor_does():
+    shapes = [(1000, 1000), (1000,)]
+    dense = 4 * 1_001_000
+    found = modes.all_modes(shapes, "adam", dict.fromkeys(modes.FEEDBACK, 0.25))
+    assert [name for name, mode in found.items() if mode.exact] == ["data parallel", "mirrored"]
+    assert wire_bytes(2, dense, found["data parallel"]) == 2 * wire_bytes(2, dense, found["fp16"]) == dense
+    for name in modes.FEEDBACK:
+        assert wire_bytes(2, dense, found[name]) == pytest.approx(by_name(name).wire_bytes(shapes, 2))
+        assert (found[name].flags, found[name].extra) == (f"--compression={name}", 0.25)
+    assert [name for name in modes.FEEDBACK if found[name].gathers] == ["topk"]
+    assert [name for name in modes.FEEDBACK if found[name].scatters] == ["int8", "onebit"]
+    assert wire_bytes(2, dense, found["independent"]) == 0
+
+
+@pytest.mark.parametrize(("optimizer", "colon"), [("sgd", ":"), ("sgd:momentum=0.9", ",")])
+def test_flags_of_modes_that_accumulate_or_divide(optimizer, colon):
+    parts = {"tensor": {"stages": False, "share": 0.8, "bytes": 100, "exchanges": 4}}
+    found = modes.all_modes([(2, 2)], optimizer, dict.fromkeys(modes.FEEDBACK, 0.0), parts)
+    assert found["accumulation"].flags == f"--optimizer={optimizer}{colon}gradient_accumulation_steps=5"
+    assert (found["accumulation"].every, found["local SGD"].every, found["DiLoCo"].every) == (5, 20, 100)
+    assert found["tensor parallel"].flags == "--strategy=tensor"
+    assert found["tensor parallel"].division == Division(False, 0.8, 100, exchanges=4)
+
+
+def measured(batch, fixed, sample):
+    """A run whose step takes `fixed` seconds and `sample` more for each example."""
+    return {
+        "samples_per_second": [batch / (fixed + sample * batch)] * 3,
+        "peak_bytes": [int(1e8 + 16e6 + 1e3 * batch), int(1e8)],
+        "facts": {"gradient_bytes": 4e6, "state_bytes": 12e6},
+    }
+
+
+def test_time_and_memory_of_a_model_are_found_again():
+    found = facts.from_runs({batch: measured(batch, 1e-3, 1e-4) for batch in (32, 64, 128)}, threads=2, beside=4)
+    assert (found.fixed, found.sample, found.deviation) == pytest.approx((1e-3, 1e-4, 0.0))
+    assert (found.activation_bytes, found.base_bytes) == pytest.approx((1e3, 1e8))
+    assert (found.gradient_bytes, found.state_bytes, found.threads, found.beside) == (4e6, 12e6, 2, 4)
+
+
+@pytest.mark.parametrize(("fixed", "sample", "expected"), [(-1e-3, 1e-4, (0, 1e-4)), (1e-2, -1e-5, (1e-2, 0))])
+def test_noise_makes_no_time_negative(fixed, sample, expected):
+    found = facts.from_runs({batch: measured(batch, fixed, sample) for batch in (100, 200)}, threads=1)
+    assert (found.fixed, found.sample) == pytest.approx(expected, rel=0.2)
 
 
 FREE = Cluster(Link(0.0, 0.0), Link(0.0, 0.0))

@@ -8,7 +8,8 @@ from hvdkit.launch.hosts import numbers
 from hvdkit.sweep import __main__ as job
 from hvdkit.sweep import options, space, tasks
 from hvdkit.sweep.hosts import divide
-from hvdkit.sweep.study import Study
+from hvdkit.sweep.show import final_table
+from hvdkit.sweep.study import Study, Trial
 from hvdkit.sweep.tasks import Task
 from hvdkit.train import flags
 
@@ -194,6 +195,23 @@ def test_asha_ends_what_is_worse_than_the_rest(tmp_path):
     assert study.report(bad, 1, 0.9)
     assert not study.report(bad, 1, 0.9), "an epoch is judged once"
     assert not study.report(better, 1, 0.4)
+
+
+@pytest.mark.parametrize(("goal", "expected"), [("accuracy", "1032"), ("loss", "0123")])
+def test_the_table_at_the_end_begins_with_the_best(tmp_path, goal, expected):
+    values = {0: ("done", 0.5), 1: ("done", 0.75), 2: ("failed", None), 3: ("ended early", 0.625)}
+    trials = [Trial(n, {"epochs": n + 1}, state, value, {"tries": 2}) for n, (state, value) in values.items()]
+    lines = final_table(trials, parse(tmp_path, "-np", "1", "--grid", "epochs=1,2,3,4", f"--goal={goal}")).splitlines()
+    assert lines[0].split() == ["trial", "epochs", "state", goal, "seconds", "tries", "host"]
+    assert "".join(line.split()[0] for line in lines[2:]) == expected
+    assert ["1", "2", "done", "0.7500", "0.0", "2"] in [line.split() for line in lines]
+
+
+def test_a_long_table_is_cut_and_says_so(tmp_path):
+    trials = [Trial(number, {"seed": number}, "done", number / 100, {}) for number in range(40)]
+    table = final_table(trials, parse(tmp_path, "-np", "1", "--grid", "seed=1,2"))
+    assert [line.split()[0] for line in table.splitlines()[2:5]] == ["39", "38", "37"]
+    assert table.endswith("\n... and 10 more, in result.json")
 
 
 # ---- Places and tasks --------------------------------------------------------------------------------------------

@@ -15,7 +15,14 @@ from hvdkit.errors import UsageError
 from hvdkit.strategies import MirroredStrategy, SingleStrategy, create
 from hvdkit.train import artifacts, callbacks
 from hvdkit.train import flags as train_flags
-from hvdkit.train.build import build_model, check_output, find_model, make_optimizer
+from hvdkit.train.build import (
+    ModelSource,
+    build_model,
+    check_output,
+    ends_in_probabilities,
+    find_model,
+    make_optimizer,
+)
 
 
 def parse(*flags):
@@ -139,6 +146,20 @@ def test_a_users_own_model(tmp_path):
         build_model(find_model(f"{path}:broken"), given)
     with pytest.raises(UsageError, match=r"is a builtins\.int, not a Keras 3 model"):
         build_model(find_model(f"{path}:nothing"), given)
+
+
+def test_a_model_that_ends_in_probabilities_is_told_from_one_that_does_not():
+    layers = [keras.layers.Input([4]), keras.layers.Dense(3, activation="softmax")]
+    assert ends_in_probabilities(keras.Sequential(layers))
+    assert ends_in_probabilities(keras.Sequential([keras.layers.Input([4]), keras.layers.Softmax()]))
+    assert not ends_in_probabilities(keras.Sequential([*layers, keras.layers.Dense(3)]))
+    assert not ends_in_probabilities(keras.Sequential())
+
+
+def test_the_recipe_is_that_of_the_data_set():
+    digits, mnist = Recipe("digits"), Recipe("mnist")
+    source = ModelSource("m", keras.Sequential, (digits, mnist))
+    assert [source.recipe_for(name) for name in ("mnist", "digits", "cifar10")] == [mnist, digits, digits]
 
 
 @pytest.mark.parametrize(
