@@ -59,6 +59,8 @@ class ReplicaGuardCallback(keras.callbacks.Callback):
     Example: `model.fit(dataset, callbacks=[*hvd.callbacks.standard(), hvd.callbacks.ReplicaGuardCallback()])`
     """
 
+    sees_executions = True
+
     def __init__(
         self, every: int = 500, action: str = "stop", root_rank: int = 0, local_variables: Sequence[Any] = ()
     ) -> None:

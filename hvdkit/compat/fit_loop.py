@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 import keras
+import tensorflow as tf
 
 from hvdkit.compat import call_stack
 from hvdkit.compat.lookup import missing_in_keras, private
@@ -34,6 +35,18 @@ def of(model: keras.Model) -> tuple[Any, list[Any]]:
 def element_spec(iterator: Any) -> Any:
     """Returns the specification of a batch of the training data."""
     return private(iterator, "_distributed_dataset").element_spec
+
+
+def has_known_length(iterator: Any) -> bool:
+    """Returns whether the steps of an epoch are known, and the data cannot end before them unexpectedly.
+
+    Data with None in them are Optionals, which only Keras' own training function converts.
+    """
+    dataset = private(iterator, "_distributed_dataset")
+    length = getattr(dataset, "cardinality", lambda: tf.data.UNKNOWN_CARDINALITY)()
+    lasts = private(iterator, "data_adapter").num_batches is not None or int(length) == tf.data.INFINITE_CARDINALITY
+    optional = any(isinstance(s, tf.OptionalSpec) for s in tf.nest.flatten(dataset.element_spec))
+    return bool(iterator.num_batches) and lasts and not optional
 
 
 def replace_next_epoch(iterator: Any, steps: Callable[[Callable[[], Iterator[Any]]], Iterator[Any]]) -> None:

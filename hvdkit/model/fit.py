@@ -6,6 +6,7 @@ works in the same way. Each `fit` then
 - builds the model first, if the data determine its shapes (`build`);
 - runs the user's callbacks with metrics of all ranks, and writes each file once (`user_callbacks`);
 - starts with a callback that reports this rank's position to the watchdog (`marks`);
+- runs several steps of the graph at once, where nobody can see the difference (`executions`);
 - ends with a callback that keeps the ranks together and checks that they allreduce gradients (`guard`).
 
 A model under a `tf.distribute` strategy is not changed: there TensorFlow reduces the gradients.
@@ -18,9 +19,10 @@ from typing import Any
 import keras
 import wrapt
 
-from hvdkit import watchdog, world
+from hvdkit import collectives, watchdog, world
 from hvdkit.compat.keras3 import strategy_of
 from hvdkit.model.build import build
+from hvdkit.model.executions import Executions, may_join
 from hvdkit.model.guard import FitGuard
 from hvdkit.model.marks import Marks
 from hvdkit.model.user_callbacks import for_all_ranks
@@ -75,6 +77,14 @@ class _GuardedFit:
             watchdog.in_phase("training" if self._running else phase)
 
 
+def _executions(model: keras.Model, callbacks: list[Any], optimizers: list[ExchangingOptimizer]) -> list[Executions]:
+    """Returns the callback that joins steps, if all ranks may."""
+    if not all_ranks_train(optimizers):
+        return []
+    everyone = collectives.allgather_object(may_join(model, callbacks), name="executions")
+    return [Executions()] if all(everyone) else []
+
+
 def _guard(model: keras.Model, optimizers: list[ExchangingOptimizer], arguments: dict[str, Any]) -> None:
     """Replaces the callbacks among the arguments of `fit`."""
     given = arguments.get("callbacks")
@@ -83,7 +93,7 @@ def _guard(model: keras.Model, optimizers: list[ExchangingOptimizer], arguments:
     if all_ranks_train(optimizers):
         build(model, arguments.get("x"))
         callbacks = for_all_ranks(callbacks)
-    callbacks = [Marks(), *callbacks, FitGuard(optimizers)]
+    callbacks = [Marks(), *callbacks, *_executions(model, callbacks, optimizers), FitGuard(optimizers)]
     if isinstance(given, keras.callbacks.CallbackList):
         given.callbacks = callbacks
         given.set_model(model)

@@ -29,6 +29,7 @@ class FitGuard(keras.callbacks.Callback):
     """
 
     checkpointed = False
+    sees_executions = True
 
     def __init__(self, optimizers: Sequence[ExchangingOptimizer]) -> None:
         super().__init__()

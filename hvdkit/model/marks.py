@@ -9,6 +9,7 @@ class Marks(keras.callbacks.Callback):
     """The first callback of each `fit`: reports this rank's position to the watchdog."""
 
     checkpointed = False
+    sees_executions = True
     _epoch = 0
     _begun: int | None = None
     _done: int | None = None

@@ -110,3 +110,20 @@ def test_an_epoch_of_unknown_length_ends_where_it_is_told():
         lambda loop, _: fit_loop.replace_next_epoch(loop, lambda original: leave_out(original, loop)), known=False
     )
     assert steps == [(epoch, n) for epoch in range(2) for n in range(4)]
+
+
+@pytest.mark.parametrize(
+    ("known", "steps", "expected"),
+    [(True, None, True), (False, None, False), (True, 2, True), (False, 2, False)],
+)
+def test_the_length_is_known_if_steps_are_and_the_data_cannot_end_before(known, steps, expected):
+    found = []
+    model = keras.Sequential([keras.Input([1]), keras.layers.Dense(1)])
+    model.compile("sgd", loss="mse")
+    data = tf.data.Dataset.from_tensor_slices((np.zeros([4, 1]), np.zeros([4, 1]))).batch(1)
+    data = data if known else data.filter(lambda x, y: True)
+    at = At(lambda iterator, _: found.append(fit_loop.has_known_length(iterator)))
+    model.fit(data, steps_per_epoch=steps, verbose=0, callbacks=[at])
+    model.fit(np.zeros([4, 1]), np.zeros([4, 1]), batch_size=2, verbose=0, callbacks=[at])
+    model.fit(data.repeat(), steps_per_epoch=3, verbose=0, callbacks=[at])
+    assert found == [expected, True, True]

@@ -4,9 +4,10 @@ import itertools
 
 import numpy as np
 import pytest
+import tensorflow as tf
 
 from hvdkit.data import balance, pipeline
-from hvdkit.data.epoch_order import Stretch, untouched
+from hvdkit.data.epoch_order import Stretch, stream_seed, untouched
 from hvdkit.data.sources import ArraySource
 
 EXAMPLES, GLOBAL_BATCH, SEED, EPOCH = 133, 12, 5, 3
@@ -80,6 +81,32 @@ def test_an_epoch_after_a_handover_is_as_ever():
         [share], local_batch=6, steps_per_epoch=STEPS, seed=SEED, sampling=NONE, start=pipeline.Start(EPOCH + 1)
     )
     assert ids(handed, STEPS + 2)[STEPS - 2 :] == ids(next_epoch, 4)
+
+
+def test_an_order_goes_on_with_as_many_shares_and_the_same_buffers_only():
+    assert Stretch(3, 5, None).goes_on(3, None)
+    assert Stretch(2, 1, (4, 5)).goes_on(2, [4, 5])
+    for shares, buffers in ((3, [4, 5]), (2, [5, 5]), (2, None)):
+        assert not Stretch(2, 1, (4, 5)).goes_on(shares, buffers)
+
+
+def test_each_epoch_share_and_rest_of_an_epoch_has_a_seed_of_its_own():
+    seeds = [
+        stream_seed(seed, epoch, share, 4, rest)
+        for seed, epoch, share, rest in itertools.product(range(3), range(50), range(4), range(3))
+    ]
+    assert len(set(seeds)) == len(seeds) == 1800
+    assert int(stream_seed(1, tf.constant(2, tf.int64), 3, 4)) == stream_seed(1, 2, 3, 4)
+
+
+def test_a_stream_has_another_order_in_each_epoch():
+    share = pipeline.read_share(SOURCE, "train", 0, 1, cache_bytes=0)
+    batches = pipeline.training_batches(
+        [share], local_batch=EXAMPLES, steps_per_epoch=1, seed=SEED, sampling=NONE, start=pipeline.Start()
+    )
+    first, second = ids(batches, 2)
+    assert sorted(first) == sorted(second) == list(range(EXAMPLES))
+    assert first != second
 
 
 def test_stretches_survive_json():

@@ -4,6 +4,7 @@ import tensorflow as tf
 
 from hvdkit.data import pipeline
 from hvdkit.data.sources import open_source
+from hvdkit.data.sources.folder import resize
 from hvdkit.data.vocabulary import Vocabulary, learn_tokens, standardize
 from hvdkit.errors import UsageError
 
@@ -51,6 +52,15 @@ def test_a_folder_of_images(tmp_path):
     assert first(source, "test")[0].shape == (5, 5, 3)
     share = pipeline.read_share(source, "train", 1, 2, cache_bytes=1e9)
     assert share.inputs.shape == (3, 5, 5, 3)
+
+
+def test_a_resized_image_has_the_mean_of_its_pixels():
+    stripes = np.tile(np.array([0, 0, 0, 200], np.uint8), [16, 4])[..., np.newaxis]
+    small = resize(tf.constant(stripes), 2)
+    assert small.dtype == tf.uint8
+    assert small.numpy().astype(float).ravel() == pytest.approx([50] * 4, abs=8), "no single pixels are picked"
+    white = tf.fill([7, 5, 3], tf.constant(255, tf.uint8))
+    assert (resize(white, 4).numpy() == 255).all()
 
 
 def test_an_image_that_cannot_be_read_is_located(tmp_path):

@@ -384,6 +384,7 @@ def test_keras_is_known_under_any_name(name):
         "from mine import prepare\nd = prepare(tf.data.Dataset.range(9))\nm.fit(d, epochs=1, verbose=0)",
         "def train(m, d):\n    m.fit(d, epochs=1, verbose=0)",
         "from mine import callbacks\nm.fit(d, epochs=1, callbacks=callbacks)",
+        "from PIL import Image\nImage.open('a.png').save('b.png')",
         "import re\nre.compile('x')\nfrom sklearn.svm import SVC\nSVC().fit(np.zeros(3), np.ones(3))",
     ],
 )

@@ -63,7 +63,6 @@ def test_each_mode_sends_what_its_compressor_does():
     shapes = [(1000, 1000), (1000,)]
     dense = 4 * 1_001_000
     found = modes.all_modes(shapes, "adam", dict.fromkeys(modes.FEEDBACK, 0.25))
-    assert [name for name, mode in found.items() if mode.exact] == ["data parallel", "mirrored"]
     assert wire_bytes(2, dense, found["data parallel"]) == 2 * wire_bytes(2, dense, found["fp16"]) == dense
     for name in modes.FEEDBACK:
         assert wire_bytes(2, dense, found[name]) == pytest.approx(by_name(name).wire_bytes(shapes, 2))

@@ -15,7 +15,7 @@ import pytest
 import tensorflow as tf
 
 from hvdkit import UsageError, watchdog, world
-from hvdkit.watchdog import stacks, stall_causes
+from hvdkit.watchdog import channel, stacks, stall_causes
 from hvdkit.watchdog.channel import MOST_BYTES, Gone, call, listen
 from hvdkit.watchdog.progress import Progress, Waiting
 from hvdkit.watchdog.report import failure_sentence, stall_report
@@ -136,6 +136,26 @@ def test_a_stack_shows_the_users_lines_and_counts_the_libraries():
     assert seen["line"].endswith("line=stacks.own_line(stacks.main_frame()))")
     assert seen["stack"][-2] == f"> {seen['line']}"  # the last is main_frame() itself
     assert any(line.startswith("  ... ") and "keras" in line for line in seen["stack"])
+
+
+def test_the_line_that_feeds_a_data_set_is_found():
+    reached, done = threading.Event(), threading.Event()
+
+    def rows():
+        reached.set()
+        done.wait(30)
+        yield 1
+
+    data = tf.data.Dataset.from_generator(rows, output_signature=tf.TensorSpec([], tf.int32))
+    reader = threading.Thread(target=lambda: list(data))
+    assert stacks.reading() is None
+    reader.start()
+    assert reached.wait(30)
+    found = stacks.reading()
+    done.set()
+    reader.join()
+    assert found.startswith("tests/unit/watchdog/test_watchdog.py:")
+    assert "done.wait(30)" in found
 
 
 def test_marks_move_on():
@@ -490,6 +510,27 @@ def test_strangers_are_turned_away(started, caplog):
     for stranger in silent:
         stranger.close()
     assert "watchdog has failed" not in caplog.text
+
+
+def test_a_stranger_that_stays_silent_is_turned_away(started, monkeypatch):
+    monkeypatch.setattr(channel, "PATIENCE", 0.5)
+    ranks = started(1)
+    with socket.create_connection(ranks.job.doors[0], timeout=20) as stranger:
+        while stranger.recv(100):
+            continue
+
+
+def test_a_rank_that_joins_late_is_told_of_the_failure(started):
+    ranks = started(3)
+    ranks.men[1].tell_failure(Failure(1, "h1", "error", "failed: ValueError: a", 3))
+    assert ranks.men[0].known.wait(20)
+    late = call(ranks.job.doors[0], ranks.job.token, mine=2, theirs=0)
+    late.send({"type": "join", "statuses": {}, **ranks.men[2]._own.beat_fields()})
+    told = []
+    ranks.until(lambda: told.extend(late.receive()) or any(message["type"] == "ended" for message in told))
+    failure = next(message["failure"] for message in told if message["type"] == "ended")
+    assert (failure["rank"], failure["code"]) == (1, 3)
+    late.close()
 
 
 def test_what_a_proved_rank_sends_is_bounded(started):
