@@ -62,6 +62,7 @@ class Ranks:
     """The ranks of one job, each connected by a socket."""
 
     def __init__(self, number, environment):
+        self._last = "its start"
         self._folder = tempfile.TemporaryDirectory(prefix="hvdkit-ranks-")
         self._log = Path(self._folder.name, "log")
         address = str(Path(self._folder.name, "socket"))
@@ -97,12 +98,17 @@ class Ranks:
         begin = self._log.stat().st_size
         self._ask(json.dumps(str(file)), "the call", timeout, begin)
         self._ask('"begin anew"', "clearing up", 60, begin)
+        self._last = file.read_text()
 
     def _ask(self, order, what, timeout, begin):
-        for connection in self._connections:
-            connection.sendall(order.encode() + b"\n")
         errors = {}
-        until = time.monotonic() + timeout
+        for connection in self._connections:
+            try:
+                connection.sendall(order.encode() + b"\n")
+            except ConnectionError as error:
+                errors[self._readers[connection][0]] = f"{error}: its process ended after {self._last}\n"
+                begin = 0  # its last words came before this call
+        until = time.monotonic() + (_OTHERS_SECONDS if errors else timeout)
         with selectors.DefaultSelector() as selector:
             for connection in self._connections:
                 selector.register(connection, selectors.EVENT_READ)

@@ -157,6 +157,8 @@ def prove(row, prefix, options):
     python = prefix / "bin" / "python"
     make_environment(row.minor, prefix, options.python)
     row.compile_seconds = build_horovod(prefix)
+    native = [python, "-m", "hvdkit.native"]  # of this checkout's sources, for this TensorFlow
+    run(native, prefix / "native.log", {**os.environ, "PYTHONPATH": str(ROOT)})
     oldest = dotted(OLDEST_KERAS[tuple(map(int, row.minor.split(".")))])
     for keras in options.keras or [oldest, newest_keras()]:
         try:

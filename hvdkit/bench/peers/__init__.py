@@ -21,7 +21,7 @@ from hvdkit.errors import UsageError
 from hvdkit.world.devices import usable_cores
 
 _HERE = Path(__file__).parent
-OURS = "hvdkit"
+OURS, SCRIPT = "hvdkit", "hvdkit_script"
 
 
 def _torch(ranks: int) -> list[str]:
@@ -42,6 +42,12 @@ def _mirrored(ranks: int) -> list[str]:
     return [sys.executable, str(_HERE / "keras_fit.py"), "mirrored"]
 
 
+def _script(ranks: int) -> list[str]:
+    """hvdkit in a user's own script, with Keras' defaults."""
+    launcher = [sys.executable, "-m", "hvdkit.launch", "-np", str(ranks), "--"]
+    return [*launcher, sys.executable, str(_HERE / "keras_fit.py"), "hvdkit"]
+
+
 def _tape(ranks: int) -> list[str]:
     launcher = shutil.which("horovodrun", path=str(Path(sys.executable).parent))
     if not launcher:
@@ -50,6 +56,7 @@ def _tape(ranks: int) -> list[str]:
 
 
 PEERS: dict[str, Callable[[int], list[str]]] = {
+    SCRIPT: _script,
     "torch_ddp": _torch,
     "horovod_keras2": _keras_2,
     "horovod_tape": _tape,
@@ -118,7 +125,8 @@ def _tune(
 ) -> dict[tuple[str, str], float]:
     """Run a peer with every setting, store each workload's best in `best`, and return its samples per second."""
     reached: dict[tuple[str, str], float] = {}
-    for setting in _settings(1 if peer == "mirrored" else arguments.ranks):
+    settings = _settings(1 if peer == "mirrored" else arguments.ranks)
+    for setting in settings[:1] if peer == SCRIPT else settings:  # hvdkit chooses its threads by itself
         for name, rate in _run(command, names, setting, arguments).items():
             if rate > reached.get((peer, name), 0):
                 reached[peer, name], best[peer, name] = rate, setting
@@ -185,7 +193,7 @@ def report(found: dict[str, Any]) -> str:
     for row in found["rows"]:
         ratio = row.get("ratio")
         told = f"{ratio['median']:.2f}" + (" (noisy)" if ratio["noisy"] else "") if ratio else ""
-        setting = row.get("setting", {})
+        setting = row.get("setting", {}) if row["peer"] != SCRIPT else {}
         threads = f"{setting['HVDKIT_BENCH_THREADS']} thread(s)" if setting else ""
         if setting.get("HVDKIT_BENCH_PIN") == "1":
             threads += ", bound"

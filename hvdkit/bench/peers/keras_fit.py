@@ -1,6 +1,6 @@
-"""Benchmark `fit` of Keras 2 or 3 under Horovod or tf.distribute.
+"""Benchmark `fit` of Keras 2 or 3 under Horovod, tf.distribute, or hvdkit with Keras' defaults.
 
-keras_fit.py horovod|mirrored|multiworker mlp,lenet
+keras_fit.py horovod|mirrored|multiworker|hvdkit mlp,lenet
 """
 
 import json
@@ -42,8 +42,10 @@ def main():
     rank, size, callbacks, wrap, strategy = 0, int(os.environ["HVDKIT_BENCH_RANKS"]), [], lambda o: o, None
     if how == "multiworker":
         rank = json.loads(os.environ["TF_CONFIG"])["task"]["index"]
-    if how == "horovod":
+    if how in ("horovod", "hvdkit"):
         rank = int(os.environ["HOROVOD_RANK"])
+    if how == "hvdkit":  # as in a user's script: the launcher has bound the rank, and hvd.init chooses the threads
+        return measure_hvdkit(rank, size)
     models.pin(0 if how == "mirrored" else rank)
     import tensorflow as tf
 
@@ -66,10 +68,23 @@ def main():
         tf.config.set_logical_device_configuration(cpu, [tf.config.LogicalDeviceConfiguration()] * size)
         strategy = tf.distribute.MirroredStrategy([f"CPU:{n}" for n in range(size)])
     for name in models.chosen():
-        measure(tf, keras, name, rank, size, strategy, wrap, callbacks)
+        measure(tf, keras, name, rank, size, strategy, wrap, first=callbacks)
+    return None
 
 
-def measure(tf, keras, name, rank, size, strategy, wrap, callbacks):
+def measure_hvdkit(rank, size):
+    import keras
+    import tensorflow as tf
+
+    import hvdkit as hvd
+
+    hvd.init()
+    for name in models.chosen():
+        always = hvd.callbacks.standard()
+        measure(tf, keras, name, rank, size, None, hvd.DistributedOptimizer, (), always, steps_per_execution=1)
+
+
+def measure(tf, keras, name, rank, size, strategy, wrap, first, always=(), steps_per_execution=models.STEPS_PER_CALL):
     keras.utils.set_random_seed(0)
     batch = models.BATCHES[name] * (size if strategy else 1)  # tf.distribute expects the global batch size
 
@@ -77,7 +92,7 @@ def measure(tf, keras, name, rank, size, strategy, wrap, callbacks):
         model = models.build_keras(keras, name)
         loss = keras.losses.SparseCategoricalCrossentropy(from_logits=True)
         # Keras 3 fails under MirroredStrategy with more than one step per execution (Keras 3.15, TensorFlow 2.21).
-        steps = 1 if isinstance(strategy, tf.distribute.MirroredStrategy) else models.STEPS_PER_CALL
+        steps = 1 if isinstance(strategy, tf.distribute.MirroredStrategy) else steps_per_execution
         model.compile(wrap(models.optimizer_of(keras, name)), loss, steps_per_execution=steps)
         return model
 
@@ -94,11 +109,11 @@ def measure(tf, keras, name, rank, size, strategy, wrap, callbacks):
         options = tf.data.Options()
         options.experimental_distribute.auto_shard_policy = tf.data.experimental.AutoShardPolicy.OFF
         data = data.with_options(options)
-    given = list(callbacks)
+    given = [*first, *always]
 
     def run(steps):
         model.fit(data, epochs=1, steps_per_epoch=steps, callbacks=given, verbose=0)
-        given.clear()  # broadcast the variables only once
+        given[:] = always  # broadcast the variables only once
 
     weights = sum(int(tf.size(w)) for w in model.trainable_weights)
     models.timed(run, rank, name, models.BATCHES[name] * size, weights)

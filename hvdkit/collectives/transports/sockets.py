@@ -30,7 +30,6 @@ from hvdkit.world.introduction import introduce
 from hvdkit.world.ranks import World
 
 _PATIENCE = 30.0  # seconds until all ranks must have connected
-_BUFFER = 4 << 20  # bytes that the kernel may hold of each connection while the rank computes
 _log = logging.getLogger(__name__)
 _LACKING = (
     "The ranks of several hosts exchange through Horovod, which is slower between CPUs, because %s. HVDKIT_SOCKETS=0 "
@@ -222,9 +221,6 @@ def _connect(rank: int, door: socket.socket, everyone: Sequence[dict[str, Any]])
         for connection in found.values():
             connection.close()
         return problem
-    for connection in found.values():
-        for option in (socket.SO_SNDBUF, socket.SO_RCVBUF):
-            connection.setsockopt(socket.SOL_SOCKET, option, _BUFFER)
     native.start_sockets({other: connection.detach() for other, connection in found.items()})
     return ""
 
