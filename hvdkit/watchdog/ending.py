@@ -38,6 +38,7 @@ class Ending:
         self._elastic = elastic
         self._end_process = end_process
         self._flush = flush
+        self._has_left = False
         self._exit_at: tuple[float, int] | None = None  # monotonic time, exit code
         self._deadline: threading.Timer | None = None
 
@@ -48,13 +49,20 @@ class Ending:
 
     def take(self, failure: Failure, at_once: bool) -> None:
         """Records a failure; `at_once` if no rank can exit by itself."""
-        if self.failure:
+        if self.failure or self._has_left:
             return
         self.failure = failure
         self.known.set()
         self.explain(None)
         if not self._lets_alone(failure, at_once):
             self._exit_at = (time.monotonic() + (0.0 if at_once else _GRACE), failure.code)
+
+    def leave(self) -> None:
+        """Ignores failures from now on: this rank leaves a job that has not failed, and its process may go on.
+
+        The watchdog's thread may live longer than the call that ends it, on a machine under load.
+        """
+        self._has_left = self.failure is None
 
     def explain(self, text: str | None) -> None:
         """Records why Horovod rejected a collective."""
@@ -63,7 +71,7 @@ class Ending:
 
     def make_sure(self, failure: Failure, at_once: bool) -> None:
         """Ends the process in time even if showing the failure blocks, for example on a full pipe."""
-        if not self._lets_alone(failure, at_once):
+        if not self._lets_alone(failure, at_once) and not self._has_left:
             self._end_within(_LAST_WORDS + (0.0 if at_once else _GRACE), failure.code)
 
     def keep_time(self) -> None:

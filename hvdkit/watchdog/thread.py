@@ -119,6 +119,7 @@ class WatchdogThread(threading.Thread):
 
     def end(self, why: str = "") -> None:
         """Says goodbye and ends the thread; `why` is the error that this rank exits with, if there is one."""
+        self.ending.leave()
         self.post(lambda: self._say_goodbye(why))
         if threading.current_thread() is not self:
             self.join(2)
