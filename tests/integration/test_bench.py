@@ -130,7 +130,7 @@ def test_peers_train_the_same_model(bench):
     ("arguments", "message"),
     [
         (["bench", "throughput", "--workloads", "vgg"], "There is no workload 'vgg'. Choose from mlp, lenet"),
-        (["bench", "peers", "--peers", "jax"], "There is no peer 'jax'. Choose from torch_ddp"),
+        (["bench", "peers", "--peers", "jax"], "There is no peer 'jax'. Choose from hvdkit_script, torch_ddp"),
         (["bench", "accuracy", "--target", "97"], "--target=97.0 is no accuracy between 0 and 1."),
         (["bench", "scaling", "--ranks", "two"], "--ranks=two is no list of numbers, as in --ranks=1,2,4."),
         (["plan", "--ranks", "0"], "--ranks=0 is no list of numbers from 1 up"),
