@@ -77,6 +77,14 @@ def data_of(item: tuple[Any, ...]) -> Iterator[Any]:
     return item[-1]
 
 
+def joined(first: tuple[Any, ...], last: tuple[Any, ...]) -> tuple[Any, ...]:
+    """Returns the item of all steps from those of one item to those of another.
+
+    Keras 3.5 and 3.6 have items (first step, data); later versions have (first step, last step, data).
+    """
+    return (first[0], *last[1:-1], first[-1])
+
+
 def end_epoch_after(iterator: Any, steps: int) -> None:
     """Sets the number of steps of an epoch in Keras, and marks the data of this epoch as used up.
 

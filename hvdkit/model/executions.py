@@ -98,7 +98,7 @@ class Executions(keras.callbacks.Callback):
             self.model.train_function = self.model.train_function.original
 
     def _join(self, start: Callable[[], Iterator[Any]]) -> Iterator[Any]:
-        """Yields Keras' items (first step, last step, data) of as many steps as an execution has."""
+        """Yields Keras' items, each of as many steps as an execution has."""
         items = start()
         held = next(items, None)
         while held is not None:
@@ -109,7 +109,7 @@ class Executions(keras.callbacks.Callback):
                 held = next(items, None)
             self.model.train_function.steps = len(together)
             self._began = time.perf_counter()
-            yield together[0][0], together[-1][1], fit_loop.data_of(together[0])
+            yield fit_loop.joined(together[0], together[-1])
 
     def _length(self) -> int:
         """Returns the number of steps of the next execution. A collective call, at the same step on all ranks."""

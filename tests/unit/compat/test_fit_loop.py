@@ -127,3 +127,8 @@ def test_the_length_is_known_if_steps_are_and_the_data_cannot_end_before(known, 
     model.fit(np.zeros([4, 1]), np.zeros([4, 1]), batch_size=2, verbose=0, callbacks=[at])
     model.fit(data.repeat(), steps_per_epoch=3, verbose=0, callbacks=[at])
     assert found == [expected, True, True]
+
+
+def test_items_are_joined_from_the_first_step_to_the_last():
+    assert fit_loop.joined((3, 3, "data"), (9, 9, "data")) == (3, 9, "data")
+    assert fit_loop.joined((3, "data"), (9, "data")) == (3, "data")
