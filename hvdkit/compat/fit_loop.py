@@ -56,8 +56,7 @@ def replace_next_epoch(iterator: Any, steps: Callable[[Callable[[], Iterator[Any
         iterator: the iterator from `of`.
         steps: takes Keras' function that starts an epoch, and yields items like those of that function. See `step_of`.
     """
-    # Keras 3.5 and 3.6 iterate over `enumerate_epoch`, which later versions keep for other backends only.
-    name = "_enumerate_iterator" if hasattr(iterator, "_enumerate_iterator") else "enumerate_epoch"
+    name = "_enumerate_iterator"
     original = private(iterator, name)
 
     def once() -> Iterator[Any]:
@@ -80,7 +79,7 @@ def data_of(item: tuple[Any, ...]) -> Iterator[Any]:
 def joined(first: tuple[Any, ...], last: tuple[Any, ...]) -> tuple[Any, ...]:
     """Returns the item of all steps from those of one item to those of another.
 
-    Keras 3.5 and 3.6 have items (first step, data); later versions have (first step, last step, data).
+    Keras 3.10 has items (first step, data); later versions have (first step, last step, data).
     """
     return (first[0], *last[1:-1], first[-1])
 

@@ -1,4 +1,4 @@
-"""Private names of Keras 3, each behind one function that documents its meaning in Keras 3.5 to 3.16.
+"""Private names of Keras 3, each behind one function that documents its meaning in Keras 3.10 to 3.16.
 
 Reading a name that Keras lacks raises `MissingNameError`. So does replacing one: otherwise Keras would never call the
 replacement, and training would silently differ.

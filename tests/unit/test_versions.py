@@ -119,7 +119,7 @@ def test_a_version_that_is_to_become_one_of_the_range_is_accepted(environment):
 
 def test_a_vendors_build_is_known_by_its_version(environment):
     environment.install("tensorflow", "2.17.0+nv25.2")
-    environment.install("keras", "3.5.0")
+    environment.install("keras", "3.10.0")
     assert environment.import_hvdkit() == "ok"
 
 
