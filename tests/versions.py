@@ -43,6 +43,7 @@ SUITES = {
         "tests/parallel/optimizers/test_sharded.py::test_n_ranks_equal_one_process",
         "tests/unit/optimizers/test_sharded.py",
     ),
+    "joined steps": ("tests/parallel/model/test_executions.py",),
     "batch normalization": (
         "tests/parallel/model/test_batch_normalization.py::test_it_trains_the_model_of_one_process",
     ),

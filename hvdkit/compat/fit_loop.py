@@ -79,9 +79,10 @@ def data_of(item: tuple[Any, ...]) -> Iterator[Any]:
 def joined(first: tuple[Any, ...], last: tuple[Any, ...]) -> tuple[Any, ...]:
     """Returns the item of all steps from those of one item to those of another.
 
-    Keras 3.10 has items (first step, data); later versions have (first step, last step, data).
+    Keras 3.10 has items (step, data), and calls callbacks with one number for both ends, here the last one. Later
+    versions have (first step, last step, data).
     """
-    return (first[0], *last[1:-1], first[-1])
+    return (first[0], last[1], first[-1]) if len(first) > 2 else (last[0], first[-1])
 
 
 def end_epoch_after(iterator: Any, steps: int) -> None:

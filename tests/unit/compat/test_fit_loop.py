@@ -131,4 +131,4 @@ def test_the_length_is_known_if_steps_are_and_the_data_cannot_end_before(known, 
 
 def test_items_are_joined_from_the_first_step_to_the_last():
     assert fit_loop.joined((3, 3, "data"), (9, 9, "data")) == (3, 9, "data")
-    assert fit_loop.joined((3, "data"), (9, "data")) == (3, "data")
+    assert fit_loop.joined((3, "data"), (9, "data")) == (9, "data")
