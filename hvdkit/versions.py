@@ -17,7 +17,7 @@ from importlib import metadata
 from pathlib import Path
 
 # TensorFlow's minor versions, each with the oldest Keras that it allows, but at least 3.10: with 3.6, training under
-# `mirrored` gives other weights than one process, and with 3.8, sharded slots cannot be told apart by their names.
+# `mirrored` gives other weights than one process, and with 3.8, sharded slots cannot be distinguished by their names.
 OLDEST_KERAS: dict[tuple[int, ...], tuple[int, ...]] = {
     (2, 16): (3, 10, 0),
     (2, 17): (3, 10, 0),

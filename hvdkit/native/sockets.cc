@@ -196,9 +196,14 @@ class Network {
     return lock.owns_lock() && ProgressLocked();
   }
 
-  // Sleeps until something can be sent or received, by this thread or by another one, and does it.
-  void Sleep() {
+  // The number of messages that were sent or received so far, and of connections that ended.
+  uint64_t events() const { return events_; }
+
+  // Sleeps until something can be sent or received, by this thread or by another one, and does it. Returns at once if
+  // anything has happened since the caller read `events`: another thread may have completed what the caller waits for.
+  void Sleep(uint64_t seen) {
     std::unique_lock<std::mutex> lock(guard_);
+    if (events_ != seen) return;
     if (is_polling_) {
       progress_.wait_for(lock, std::chrono::milliseconds(kCancelPollMilliseconds));
       return;
@@ -266,6 +271,7 @@ class Network {
         did = true;
       }
       --message.exchange->left;
+      ++events_;
       peer->outgoing.pop_front();
     }
     return did;
@@ -364,9 +370,10 @@ class Network {
     return false;
   }
 
-  static void Complete(const Receipt& receipt) {
+  void Complete(const Receipt& receipt) {
     if (receipt.arrived) receipt.arrived->store(true, std::memory_order_release);
     --receipt.exchange->left;
+    ++events_;
   }
 
   // Ends a connection, and all exchanges that use it. The words are those by which `watchdog.was_thrown_out` knows it.
@@ -380,6 +387,7 @@ class Network {
     peer->outgoing.clear();
     peer->expected.clear();
     peer->early.clear();
+    ++events_;
     progress_.notify_all();
     if (is_polling_) Wake();
   }
@@ -394,6 +402,7 @@ class Network {
   std::condition_variable progress_;
   std::map<int, std::unique_ptr<Peer>> peers_;
   std::map<uint64_t, uint32_t> calls_;
+  std::atomic<uint64_t> events_{0};
   bool is_polling_ = false;
   int wake_ = -1;
 };
@@ -689,8 +698,8 @@ class SocketsCollective : public AsyncOpKernel {
   void Wait(Collective* collective, OpKernelContext* context) {
     const uint64_t began = Now();
     auto* manager = context->cancellation_manager();
-    while (!IsOver(collective, context)) {
-      Network::Get().Sleep();
+    for (uint64_t seen = Network::Get().events(); !IsOver(collective, context); seen = Network::Get().events()) {
+      Network::Get().Sleep(seen);
       if (manager && manager->IsCancelled() && !IsOver(collective, context)) {
         context->SetStatus(absl::CancelledError("The step was cancelled while ranks waited for each other."));
         break;
