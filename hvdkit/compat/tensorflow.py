@@ -1,6 +1,5 @@
 """Private names of TensorFlow, each behind one function. For those on the call stack see `call_stack`."""
 
-import contextlib
 from typing import Any
 
 import tensorflow as tf
@@ -39,33 +38,3 @@ def run_out_of_order(operation: tf.Operation) -> None:
     manager: Any = graph.experimental_acd_manager
     if manager is not None:  # None: outside a tf.function, or in one that keeps no order
         manager.run_independently(operation)
-
-
-_ONE_THREAD = "SINGLE_THREADED_EXECUTOR"
-
-
-def on_one_thread() -> contextlib.AbstractContextManager[None]:
-    """Makes functions that are traced and called inside run their operations one by one, on the calling thread.
-
-    TensorFlow's executor then takes no pool of threads. It refuses Switch and Merge nodes, so a function must be traced
-    inside, too: its conditions and loops then stay single operations.
-
-    Raises:
-        MissingNameError: TensorFlow has no such switch.
-    """
-    return _eager_context().function_executor_type(_ONE_THREAD)
-
-
-def runs_on_one_thread() -> bool:
-    """Returns whether `on_one_thread` is in effect."""
-    return bool(_eager_context().context().function_call_options.executor_type == _ONE_THREAD)
-
-
-def _eager_context() -> Any:
-    try:
-        from tensorflow.python.eager import context
-    except ImportError as error:
-        raise missing_in_tensorflow("eager.context") from error
-    if not hasattr(context, "function_executor_type"):
-        raise missing_in_tensorflow("eager.context.function_executor_type")
-    return context

@@ -25,7 +25,7 @@ from typing import Any, ClassVar, Literal
 import tensorflow as tf
 
 from hvdkit.collectives.traffic import ring_bytes
-from hvdkit.compat.tensorflow import run_out_of_order, runs_on_one_thread
+from hvdkit.compat.tensorflow import run_out_of_order
 from hvdkit.world.ranks import World
 
 Kind = Literal["allreduce", "allgather", "transfer"]
@@ -169,5 +169,8 @@ class Transport(abc.ABC):
 
 
 def may_block() -> bool:
-    """Returns whether an operation created now may wait on the thread that runs it: it holds up no other operation."""
-    return tf.executing_eagerly() or runs_on_one_thread()
+    """Returns whether an operation created now may wait on the thread that runs it.
+
+    An eager operation may: it holds up no other one. In a graph, TensorFlow may have queued operations behind it.
+    """
+    return tf.executing_eagerly()
