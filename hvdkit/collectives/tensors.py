@@ -86,6 +86,7 @@ def reduce_dense(
     process_set: Any,
     prescale: float = 1.0,
     postscale: float = 1.0,
+    overlaps: bool = False,
 ) -> list[tf.Tensor]:
     """Averages or sums tensors over the ranks of a process set; in a graph or eagerly.
 
@@ -98,12 +99,13 @@ def reduce_dense(
         process_set: the Horovod process set that takes part.
         prescale: factor before the sum; for bfloat16 over Horovod, summed in float32, it applies after the sum.
         postscale: factor after the sum.
+        overlaps: whether it overlaps other operations of the graph (see `Transport.allreduce`).
     """
     scale = Scale(prescale, postscale, average=op == world.horovod().Average)
     results: list[tf.Tensor | None] = [None] * len(tensors)
     for dtype in sorted({t.dtype.name for t in tensors}):
         places = [i for i, t in enumerate(tensors) if t.dtype.name == dtype]
-        reduced = wire.allreduce([tensors[i] for i in places], f"{name}.{dtype}", process_set, scale)
+        reduced = wire.allreduce([tensors[i] for i in places], f"{name}.{dtype}", process_set, scale, overlaps)
         for place, tensor in zip(places, reduced, strict=True):
             results[place] = tf.ensure_shape(tensor, tensors[place].shape)
     return results

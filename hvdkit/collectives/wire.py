@@ -56,7 +56,9 @@ def run(
     return _run(horovod.run, True, kind, tensors, name, process_set, kind=kind, device=device, **attributes)
 
 
-def allreduce(tensors: Sequence[tf.Tensor], name: str, process_set: Any, scale: Scale) -> list[tf.Tensor]:
+def allreduce(
+    tensors: Sequence[tf.Tensor], name: str, process_set: Any, scale: Scale, overlaps: bool = False
+) -> list[tf.Tensor]:
     """Sums tensors of one dtype over ranks, by the transport that serves them (see `Transport.allreduce`).
 
     Args:
@@ -64,9 +66,11 @@ def allreduce(tensors: Sequence[tf.Tensor], name: str, process_set: Any, scale: 
         name: as for `run`.
         process_set: the process set that takes part.
         scale: factors of the sum.
+        overlaps: whether it overlaps other operations of the graph.
     """
     transport = transports.choose("allreduce", tensors[0].dtype, process_set)
-    return _run(transport.allreduce, transport.needs_graph, "allreduce", tensors, name, process_set, scale=scale)
+    how = {"scale": scale, "overlaps": overlaps}
+    return _run(transport.allreduce, transport.needs_graph, "allreduce", tensors, name, process_set, **how)
 
 
 def allgather(tensor: tf.Tensor, name: str, process_set: Any) -> tf.Tensor:

@@ -14,12 +14,11 @@ from hvdkit.collectives.traffic import elements
 from hvdkit.compat.keras3 import native_variable
 from hvdkit.compression import Compression, ErrorFeedback
 from hvdkit.errors import UsageError
+from hvdkit.optimizers import groups as grouping
 from hvdkit.optimizers import heartbeat
 from hvdkit.profiling import marks
 
 Gradient = Any  # tf.Tensor, tf.IndexedSlices or None
-
-_Groups = int | Sequence[Sequence[Any]] | None
 
 
 class GradientExchange:
@@ -36,8 +35,8 @@ class GradientExchange:
         op: `hvdkit.Average` (also for None), `hvdkit.Sum` or `hvdkit.Adasum`.
         process_set: the Horovod process set whose ranks take part; None for all.
         gradient_predivide_factor: divide by this factor before the sum, and by size / factor after it.
-        groups: None for a single group; a number of groups, starting with the last layers; or lists of variables, one
-            group per list.
+        groups: a number of groups, starting with the last layers; or lists of variables, one group per list. None for
+            what is fastest: a single group, or buckets that are sent during the backward pass.
         scale_local_gradients: divide the gradients of local variables by the number of ranks.
 
     Raises:
@@ -53,7 +52,7 @@ class GradientExchange:
         op: Any = None,
         process_set: Any = None,
         gradient_predivide_factor: float = 1.0,
-        groups: _Groups = None,
+        groups: grouping.Groups = None,
         scale_local_gradients: bool = True,
     ) -> None:
         hvd = world.horovod()
@@ -163,7 +162,7 @@ class GradientExchange:
         if self.process_set.process_set_id == 0:
             watchdog.traced(name, [_signature(result[i], variables[i] if variables else i) for i in shared])
         self._note("ready", result)
-        self._reduce_dense(result, self._group(dense, variables), name)
+        self._reduce_dense(result, self._group(dense, result, variables), name)
         mesh = mesh_of(variables or [])
         for place in sparse:
             # Ranks that hold one model together have the same rows: they count once.
@@ -183,41 +182,51 @@ class GradientExchange:
         for place, grad in zip(there, marks.note(name, [result[place] for place in there]), strict=True):
             result[place] = grad
 
-    def _group(self, dense: list[int], variables: Sequence[Any] | None) -> list[list[int]]:
-        """Sorts indices into the groups that the user asked for, in layer order, the same on all ranks.
-
-        For a number of groups, the last layers' group comes first: the backward pass computes their gradients first.
-        """
-        if self._groups is None or variables is None:
+    def _group(self, dense: list[int], grads: list[Gradient], variables: Sequence[Any] | None) -> list[list[int]]:
+        """Divides indices into the groups that are sent together, the same on all ranks."""
+        if self.feedback or self.is_adasum():  # they look at all gradients together
             return [dense]
+        if self._groups is None:
+            smallest = transports.choose("allreduce", tf.float32, self.process_set).bucket_bytes
+            return grouping.buckets(dense, grads, smallest) if smallest else [dense]
         if isinstance(self._groups, int):
-            number = min(self._groups, len(dense)) or 1
-            groups = [dense[len(dense) * i // number : len(dense) * (i + 1) // number] for i in range(number)]
-            return groups[::-1]
-        group_of = {id(native_variable(v)): number for number, group in enumerate(self._groups) for v in group}
-        given: dict[Any, list[int]] = {}
-        for place in dense:  # a variable in no list is its own group
-            given.setdefault(group_of.get(id(native_variable(variables[place])), ("alone", place)), []).append(place)
-        return list(given.values())
+            return grouping.divide(dense, self._groups)
+        return [dense] if variables is None else grouping.by_variable(dense, variables, self._groups)
 
     def _reduce_dense(self, result: list[Gradient], groups: list[list[int]], name: str) -> None:
-        """Replaces dense gradients with the reduced ones. The heartbeat is sent with the first group."""
-        beat = heartbeat.current()
-        payload: tf.Tensor | None = beat.payload()
+        """Replaces dense gradients with the reduced ones. The heartbeat is sent with the last group.
+
+        All groups but the last overlap the rest of the backward pass. They begin after the previous step has received
+        its heartbeat, which is after all its groups: so messages of two steps are not confused.
+        """
         if self.feedback:
             self._reduce_with_feedback(self.feedback, result, groups[0], name)
             return
-        for number, places in enumerate(groups or [[]]):
-            compressed = [self._compression.compress(tf.convert_to_tensor(result[i])) for i in places]
-            wires = [wire for wire, _ in compressed] + ([] if payload is None else [payload])
-            reduced = self._reduce(wires, f"{name}.group{number}")
-            if payload is not None:
-                total = reduced.pop()
-                average = self.op == world.horovod().Average
-                beat.receive(total * self.process_set.size() if average else total, heartbeat.members(self.process_set))
-                payload = None
-            for place, tensor, (_, context) in zip(places, reduced, compressed, strict=True):
-                result[place] = self._compression.decompress(tensor, context)
+        beat = heartbeat.current()
+        *overlapping, last = groups or [[]]
+        with tf.control_dependencies([beat.received()] if overlapping else []):
+            for number, places in enumerate(overlapping):
+                self._reduce_group(result, places, f"{name}.group{number}", overlaps=True)
+            total = self._reduce_group(result, last, f"{name}.group{len(overlapping)}", beat.payload())
+        average = self.op == world.horovod().Average
+        with tf.control_dependencies([result[i] for places in overlapping for i in places]):
+            beat.receive(total * self.process_set.size() if average else total, heartbeat.members(self.process_set))
+
+    def _reduce_group(
+        self,
+        result: list[Gradient],
+        places: list[int],
+        name: str,
+        payload: tf.Tensor | None = None,
+        overlaps: bool = False,
+    ) -> tf.Tensor:
+        """Replaces the gradients of a group with the reduced ones. Returns the reduced payload, if there is one."""
+        compressed = [self._compression.compress(tf.convert_to_tensor(result[i])) for i in places]
+        wires = [wire for wire, _ in compressed] + ([] if payload is None else [payload])
+        reduced = self._reduce(wires, name, overlaps)
+        for place, tensor, (_, context) in zip(places, reduced[: len(places)], compressed, strict=True):
+            result[place] = self._compression.decompress(tensor, context)
+        return reduced[-1]
 
     def _reduce_shards(self, result: list[Gradient], places: list[int], copies: Any, name: str) -> None:
         """Replaces the gradients of shards with those reduced over the ranks that hold the same shards."""
@@ -244,7 +253,7 @@ class GradientExchange:
         for place, average in zip(places, averages, strict=True):
             result[place] = average * tf.cast(factor, average.dtype)
 
-    def _reduce(self, wires: list[tf.Tensor], name: str) -> list[tf.Tensor]:
+    def _reduce(self, wires: list[tf.Tensor], name: str, overlaps: bool) -> list[tf.Tensor]:
         hvd = world.horovod()
         if not self.is_adasum():
             return collectives.reduce_dense(
@@ -254,6 +263,7 @@ class GradientExchange:
                 process_set=self.process_set,
                 prescale=1 / self._predivide,
                 postscale=self._predivide,
+                overlaps=overlaps,
             )
         *wires, payload = wires  # Adasum has one group, so the heartbeat is always in it
         beat = collectives.reduce_dense([payload], f"{name}.heartbeat", op=hvd.Sum, process_set=self.process_set)
@@ -301,7 +311,7 @@ def any_rank(flag: tf.Tensor, name: str, process_set: Any) -> tf.Tensor:
     return total[-1] > 0.5
 
 
-def _check(op: Any, predivide: float, groups: _Groups, process_set: Any) -> None:
+def _check(op: Any, predivide: float, groups: grouping.Groups, process_set: Any) -> None:
     hvd = world.horovod()
     if op not in (hvd.Average, hvd.Sum, hvd.Adasum):
         raise ValueError(f"op must be hvdkit.Average, hvdkit.Sum or hvdkit.Adasum, but is {op!r}.")
@@ -313,10 +323,7 @@ def _check(op: Any, predivide: float, groups: _Groups, process_set: Any) -> None
         )
     if op == hvd.Adasum and groups is not None:
         raise ValueError("op=hvdkit.Adasum reduces each tensor by itself and all in one exchange: leave groups out.")
-    if isinstance(groups, bool) or not (groups is None or isinstance(groups, (int, list, tuple))):
-        raise ValueError(f"groups must be a number of groups or a list of lists of variables, but is {groups!r}.")
-    if isinstance(groups, int) and groups < 1:
-        raise ValueError(f"groups must be 1 or more, but is {groups}; leave it out for one group.")
+    grouping.check(groups)
 
 
 def _signature(grad: Gradient, variable: Any) -> tuple[Any, str, str]:

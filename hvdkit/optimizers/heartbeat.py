@@ -61,11 +61,15 @@ class Heartbeat:
         """Returns what this rank adds to an allreduce: float32, [LENGTH]."""
         return tf.stack([tf.constant(world.rank() + 1.0), self._wish.read_value(), self._leave.read_value()])
 
+    def received(self) -> tf.Tensor:
+        """Returns what this process has received so far: float32, [LENGTH]. In a graph, ordered after `receive`."""
+        return self._received.read_value()
+
     def receive(self, total: tf.Tensor, ranks: Sequence[int]) -> None:
         """Receives the sum over `ranks`, float32 [LENGTH], in a graph or eagerly."""
         expected = float(sum(rank + 1 for rank in ranks))
         right = tf.abs(total[0] - expected) < 0.25
-        before = self._received.read_value()
+        before = self.received()
         proven = before[:1] + tf.where(right, 1.0, _BROKEN)
         self._received.assign(tf.concat([proven, tf.maximum(before[1:], tf.round(total[1:]))], axis=0))
 

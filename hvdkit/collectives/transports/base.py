@@ -72,12 +72,15 @@ class Transport(abc.ABC):
         needs_graph: whether its operations find their name only in a graph: eager calls then run as a small graph.
         scatters_by_allreduce: whether a reduce-scatter is faster as an allreduce of which each rank keeps its part, as
             where sending bytes costs nothing.
+        bucket_bytes: smallest size of gradients that are worth an allreduce of their own, which then overlaps the rest
+            of the backward pass; None if one allreduce of all gradients is fastest.
     """
 
     name: ClassVar[str]
     key: ClassVar[str]
     needs_graph: ClassVar[bool] = False
     scatters_by_allreduce: ClassVar[bool] = False
+    bucket_bytes: ClassVar[int | None] = None
 
     @classmethod
     @abc.abstractmethod
@@ -106,7 +109,9 @@ class Transport(abc.ABC):
         """
 
     @abc.abstractmethod
-    def allreduce(self, tensors: Sequence[tf.Tensor], name: str, process_set: Any, *, scale: Scale) -> list[tf.Tensor]:
+    def allreduce(
+        self, tensors: Sequence[tf.Tensor], name: str, process_set: Any, *, scale: Scale, overlaps: bool = False
+    ) -> list[tf.Tensor]:
         """Sums tensors over the ranks of a process set; the result has the same bits on every rank.
 
         Args:
@@ -114,6 +119,8 @@ class Transport(abc.ABC):
             name: the same on all ranks, and unique among the collectives of this graph.
             process_set: the Horovod process set that takes part; this rank is in it.
             scale: factors of the sum.
+            overlaps: whether this rank has other work to do meanwhile. In a graph, operations may then run in any
+                order. The caller ensures that two calls of the same operation follow each other.
         """
 
     @abc.abstractmethod
@@ -174,3 +181,10 @@ def may_block() -> bool:
     An eager operation may: it holds up no other one. In a graph, TensorFlow may have queued operations behind it.
     """
     return tf.executing_eagerly()
+
+
+def in_any_order(outputs: list[tf.Tensor], overlaps: bool) -> list[tf.Tensor]:
+    """Removes the operation of these outputs from the order of stateful operations in a graph, if it overlaps them."""
+    if overlaps and not tf.executing_eagerly():
+        run_out_of_order(outputs[0].op)
+    return outputs

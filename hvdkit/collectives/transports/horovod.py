@@ -32,7 +32,9 @@ class Horovod(Transport):
         """Returns True: Horovod serves every request."""
         return True
 
-    def allreduce(self, tensors: Sequence[tf.Tensor], name: str, process_set: Any, *, scale: Scale) -> list[tf.Tensor]:
+    def allreduce(
+        self, tensors: Sequence[tf.Tensor], name: str, process_set: Any, *, scale: Scale, overlaps: bool = False
+    ) -> list[tf.Tensor]:
         """Allreduces the tensors as one group, so Horovod starts them together and fuses them."""
         if tensors[0].dtype == tf.bfloat16:
             return self._sum_bfloat16(tensors, name, process_set, scale)

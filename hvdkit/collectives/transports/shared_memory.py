@@ -21,7 +21,7 @@ from typing import Any
 import tensorflow as tf
 
 from hvdkit import native
-from hvdkit.collectives.transports.base import Kind, Scale, Transport, Usage, may_block
+from hvdkit.collectives.transports.base import Kind, Scale, Transport, Usage, in_any_order, may_block
 from hvdkit.errors import UsageError
 from hvdkit.world.devices import usable_cores
 from hvdkit.world.introduction import introduce
@@ -86,25 +86,30 @@ class SharedMemory(Transport):
         """Returns True for sums of floats, and for rows of all numeric dtypes."""
         return dtype.name in (SUMMED if kind == "allreduce" else GATHERED)
 
-    def allreduce(self, tensors: Sequence[tf.Tensor], name: str, process_set: Any, *, scale: Scale) -> list[tf.Tensor]:
+    def allreduce(
+        self, tensors: Sequence[tf.Tensor], name: str, process_set: Any, *, scale: Scale, overlaps: bool = False
+    ) -> list[tf.Tensor]:
         """Sums on every rank what all ranks have written, in rank order."""
-        return self.sum_over(self._ranks(process_set), tensors, name, scale)
+        return self.sum_over(self._ranks(process_set), tensors, name, scale, overlaps)
 
     def allgather(self, tensors: Sequence[tf.Tensor], name: str, process_set: Any) -> list[tf.Tensor]:
         """Reads on every rank what all ranks have written."""
         return [self.gather_over(self._ranks(process_set), tensors[0], name)]
 
-    def sum_over(self, ranks: Sequence[int], tensors: Sequence[tf.Tensor], name: str, scale: Scale) -> list[tf.Tensor]:
+    def sum_over(
+        self, ranks: Sequence[int], tensors: Sequence[tf.Tensor], name: str, scale: Scale, overlaps: bool = False
+    ) -> list[tf.Tensor]:
         """Sums tensors over ranks of this host; see `allreduce`."""
         place = self._place(name, tensors[0].dtype, ranks)
         factors = {"before": scale.before, "after": scale.after, "divisor": len(ranks) if scale.average else 1}
         with tf.device("CPU:0"):
-            return native.load().hvdkit_shared_sum(list(tensors), name=name, **factors, **place)
+            return in_any_order(native.load().hvdkit_shared_sum(list(tensors), name=name, **factors, **place), overlaps)
 
-    def gather_over(self, ranks: Sequence[int], tensor: tf.Tensor, name: str) -> tf.Tensor:
+    def gather_over(self, ranks: Sequence[int], tensor: tf.Tensor, name: str, overlaps: bool = False) -> tf.Tensor:
         """Concatenates rows over ranks of this host; see `allgather`."""
+        place = self._place(name, tensor.dtype, ranks)
         with tf.device("CPU:0"):
-            return native.load().hvdkit_shared_gather(tensor, name=name, **self._place(name, tensor.dtype, ranks))
+            return in_any_order([native.load().hvdkit_shared_gather(tensor, name=name, **place)], overlaps)[0]
 
     def refuse_to_join(self) -> None:
         """Raises if this rank stops calling collectives: in shared memory the other ranks would hang.

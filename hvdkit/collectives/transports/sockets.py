@@ -22,7 +22,7 @@ from typing import Any
 import tensorflow as tf
 
 from hvdkit import native, world
-from hvdkit.collectives.transports.base import Kind, Scale, Transport, Usage, may_block
+from hvdkit.collectives.transports.base import Kind, Scale, Transport, Usage, in_any_order, may_block
 from hvdkit.collectives.transports.shared_memory import GATHERED, SUMMED, SharedMemory, owns_a_core
 from hvdkit.errors import UsageError
 from hvdkit.watchdog.channel import Gone, Visitor, call, listen, own_address
@@ -49,6 +49,7 @@ class Sockets(Transport):
 
     name = "sockets"
     key = "sockets"
+    bucket_bytes = 2 << 20
 
     def __init__(self, rank: int, hosts: Sequence[int], spins: bool, within: SharedMemory | None) -> None:
         self._rank, self._hosts, self._spins, self._within = rank, list(hosts), spins, within
@@ -91,7 +92,9 @@ class Sockets(Transport):
         """Returns True for sums of floats, and for rows of all numeric dtypes."""
         return dtype.name in (SUMMED if kind == "allreduce" else GATHERED)
 
-    def allreduce(self, tensors: Sequence[tf.Tensor], name: str, process_set: Any, *, scale: Scale) -> list[tf.Tensor]:
+    def allreduce(
+        self, tensors: Sequence[tf.Tensor], name: str, process_set: Any, *, scale: Scale, overlaps: bool = False
+    ) -> list[tf.Tensor]:
         """Sums within each host, then a part per rank between the hosts, and spreads the parts within each host."""
         ranks = self._ranks(process_set)
         if scale.before != 1:
@@ -99,12 +102,12 @@ class Sockets(Transport):
         after = {"after": scale.after, "divisor": len(ranks) if scale.average else 1}
         groups = self._groups(ranks)
         if all(len(group) == 1 for group in groups) or self._within is None:
-            return self._sum(tensors, name, ranks, after)
+            return self._sum(tensors, name, ranks, after, overlaps)
         mine = next(group for group in groups if self._rank in group)
         if len(groups) == 1:
             within = Scale(after=scale.after, average=scale.average)
-            return self._within.sum_over(mine, tensors, name, within)
-        sums = self._within.sum_over(mine, tensors, f"{name}.host", Scale())
+            return self._within.sum_over(mine, tensors, name, within, overlaps)
+        sums = self._within.sum_over(mine, tensors, f"{name}.host", Scale(), overlaps)
         flat = tf.concat([tf.reshape(s, [-1]) for s in sums], axis=0)
         carriers = min(map(len, groups))
         place = mine.index(self._rank)
@@ -112,8 +115,8 @@ class Sockets(Transport):
         if place < carriers:
             length = tf.size(flat)
             part = flat[length * place // carriers : length * (place + 1) // carriers]
-            (part,) = self._sum([part], f"{name}.hosts", [group[place] for group in groups], after)
-        whole = self._within.gather_over(mine, part, f"{name}.spread")
+            (part,) = self._sum([part], f"{name}.hosts", [group[place] for group in groups], after, overlaps)
+        whole = self._within.gather_over(mine, part, f"{name}.spread", overlaps)
         parts = tf.split(whole, [tf.size(s) for s in sums])
         return [tf.reshape(p, tf.shape(s)) for p, s in zip(parts, sums, strict=True)]
 
@@ -147,14 +150,16 @@ class Sockets(Transport):
         return f"sockets ({len(self._hosts)} ranks on {hosts} hosts{within})"
 
     def _sum(
-        self, tensors: Sequence[tf.Tensor], name: str, ranks: Sequence[int], after: dict[str, Any]
+        self, tensors: Sequence[tf.Tensor], name: str, ranks: Sequence[int], after: dict[str, Any], overlaps: bool
     ) -> list[tf.Tensor]:
         if len(ranks) == 1:
             factor = after["after"] / after["divisor"]
             return [t * tf.cast(factor, t.dtype) for t in tensors]
         place = self._place(name, tensors[0].dtype, ranks)
+        if overlaps and not tf.executing_eagerly():
+            place["spins"] = False  # the thread has other operations to run
         with tf.device("CPU:0"):
-            return native.load().hvdkit_sockets_sum(list(tensors), name=name, **after, **place)
+            return in_any_order(native.load().hvdkit_sockets_sum(list(tensors), name=name, **after, **place), overlaps)
 
     def _ranks(self, process_set: Any) -> list[int]:
         self._has_exchanged = True

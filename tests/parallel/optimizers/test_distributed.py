@@ -3,6 +3,8 @@
 import numpy as np
 import pytest
 
+from hvdkit.optimizers import heartbeat
+
 LOCAL_BATCH = 4
 STEPS = 6
 
@@ -134,8 +136,8 @@ def test_options_that_change_only_the_way_do_not_change_the_result(ranks):
         assert {name: d for name, d in found.items() if not d < 1e-5} == {}
 
 
-def in_groups(groups):
-    """A step of SGD with rate 1 from 0, and the variables of each of Horovod's groups, in the order of the graph."""
+def in_groups(groups, operation):
+    """A step of SGD with rate 1 from 0, and the variables that each such operation sends, in the order of the graph."""
     import keras
     import tensorflow as tf
 
@@ -155,22 +157,59 @@ def in_groups(groups):
     found = [
         [tensor.shape.num_elements() for tensor in node.inputs]
         for node in graph.get_operations()
-        if node.type == "HorovodGroupedAllreduce"
+        if node.type == operation
     ]
     return [np.unique(v).tolist() for v in variables], found
 
 
-@pytest.mark.parametrize("groups", [None, 2])
-def test_gradients_travel_in_one_group_or_in_as_many_as_asked_for_the_last_layers_first(ranks, groups):
-    from hvdkit.optimizers import heartbeat
+_HOROVOD = ("HorovodGroupedAllreduce", {"HVDKIT_SHARED_MEMORY": "0", "HVDKIT_SOCKETS": "0"})
+_SOCKETS = ("HvdkitSocketsSum", {"HVDKIT_SHARED_MEMORY": "0"})
+_SHARED = ("HvdkitSharedSum", {})
 
-    expected = {
-        None: [[1_200_000, 5, 1_300_000, heartbeat.LENGTH]],
-        2: [[5, 1_300_000, heartbeat.LENGTH], [1_200_000]],
-    }
-    for weights, found in ranks(2, in_groups, groups=groups, env={"HVDKIT_SHARED_MEMORY": "0", "HVDKIT_SOCKETS": "0"}):
+
+@pytest.mark.parametrize(
+    ("transport", "groups", "expected"),
+    [
+        (_HOROVOD, None, [[1_200_000, 5, 1_300_000, heartbeat.LENGTH]]),
+        (_HOROVOD, 2, [[5, 1_300_000], [1_200_000, heartbeat.LENGTH]]),
+        (_SOCKETS, None, [[1_300_000], [1_200_000, 5, heartbeat.LENGTH]]),
+        (_SOCKETS, 1, [[1_200_000, 5, 1_300_000, heartbeat.LENGTH]]),
+        (_SHARED, None, [[1_200_000, 5, 1_300_000, heartbeat.LENGTH]]),
+    ],
+)
+def test_gradients_travel_in_one_group_or_in_several_the_last_layers_first(ranks, transport, groups, expected):
+    operation, environment = transport
+    for weights, found in ranks(2, in_groups, groups=groups, operation=operation, env=environment):
         assert weights == [[-1.5], [-3.0], [-4.5]]
-        assert found == expected[groups]
+        assert found == expected
+
+
+def in_buckets(length):
+    """Gradients of steps that depend on nothing before them, so all could be sent at once: what each step received."""
+    import tensorflow as tf
+
+    import hvdkit as hvd
+    from hvdkit.optimizers.gradients import GradientExchange
+
+    world = hvd.init()
+    exchange = GradientExchange("buckets")
+
+    @tf.function
+    def steps(scale):
+        found = []
+        for step in range(30):
+            grads = [scale * (step + 1) * tf.fill([length], i + 1.0) for i in range(3)]
+            found.append(tf.stack([tf.stack([g[0], g[-1]]) for g in exchange(grads)]))
+        return tf.stack(found)
+
+    return steps(tf.constant(world.rank + 1.0)).numpy().tolist()
+
+
+@pytest.mark.parametrize(("size", "env"), [(2, _SOCKETS[1]), (3, _SOCKETS[1])])
+def test_buckets_of_one_step_never_meet_those_of_another(ranks, size, env):
+    expected = [[[(step + 1) * (i + 1) * (size + 1) / 2] * 2 for i in range(3)] for step in range(30)]
+    for found in ranks(size, in_buckets, length=600_000, env=env):
+        assert found == expected
 
 
 def with_sets_and_local_variables():
