@@ -554,7 +554,7 @@ print(f"proof: Horovod with {built} sums right on", ("GPUs" if mine else "the CP
 PY
   # horovodrun takes a library that does not load for one built without Gloo: the loader's own words say more.
   stage "Loading what was compiled" "$prefix/bin/python" -c 'import horovod.tensorflow'
-  stage "Compiling the exchange through shared memory, and Adam (25 s)" build_native
+  stage "Compiling hvdkit's own operations (30 s)" build_native
   stage "Proving it: two ranks, one allreduce (about 20 s)" \
     timeout -k 10 300 "$prefix/bin/horovodrun" -np 2 --gloo "$prefix/bin/python" "$tmp/proof.py"
   sed -n 's/.*proof: /    /p' "$log" | sort -u
