@@ -13,25 +13,16 @@
 // one step. All ranks sum in the order of the ranks, so they get bit-identical results.
 //
 // Tensors are sent from where they are, and received into the results: nothing is copied into a buffer before.
-#include <errno.h>
-#include <poll.h>
-#include <sys/eventfd.h>
-#include <sys/socket.h>
-#include <sys/uio.h>
-#include <unistd.h>
-
 #include <algorithm>
 #include <atomic>
-#include <condition_variable>
 #include <cstdint>
 #include <cstring>
-#include <deque>
+#include <functional>
 #include <map>
 #include <memory>
 #include <mutex>
 #include <string>
 #include <thread>
-#include <tuple>
 #include <utility>
 #include <vector>
 
@@ -40,14 +31,20 @@
 #include "tensorflow/core/framework/op_kernel.h"
 #include "tensorflow/core/framework/shape_inference.h"
 
+#include "network.h"
 #include "sum.h"
 
 namespace {
 
 using hvdkit::Add;
+using hvdkit::BytesOf;
+using hvdkit::Exchange;
+using hvdkit::Header;
+using hvdkit::Network;
 using hvdkit::Now;
 using hvdkit::Pause;
 using hvdkit::Piece;
+using hvdkit::Places;
 using hvdkit::Wider;
 using tensorflow::AsyncOpKernel;
 using tensorflow::OpKernelConstruction;
@@ -57,355 +54,8 @@ using tensorflow::Tensor;
 constexpr size_t kChunkBytes = 1 << 20;    // of a message: a chunk is summed while the next one arrives
 constexpr size_t kUndividedBytes = 32 << 10;  // up to this size, a second step costs more than sending all to all ranks
 constexpr uint64_t kSpinNanoseconds = 300'000;  // typical time between ranks in a step; a wake-up takes longer
-constexpr int kCancelPollMilliseconds = 50;  // how often a waiting rank checks whether its step was cancelled
-constexpr size_t kMostPieces = 64;           // of one call of sendmsg or recvmsg
 
-std::atomic<uint64_t> nanoseconds_waiting{0}, nanoseconds_in_all{0}, collectives{0}, sent_bytes{0};
-
-// What stands before each message. Ranks run the same program on hosts of one byte order, as all of TensorFlow assumes.
-struct Header {
-  uint64_t collective;  // hash of its name, dtype and ranks
-  uint32_t call;        // number of the call of this collective, from 0
-  uint32_t part;        // number of the message within the call
-  uint64_t bytes;       // of the message, without this header
-};
-using Tag = std::tuple<uint64_t, uint32_t, uint32_t>;
-using Places = std::vector<iovec>;
-
-Tag TagOf(const Header& header) { return {header.collective, header.call, header.part}; }
-
-size_t BytesOf(const Places& places) {
-  size_t bytes = 0;
-  for (const iovec& place : places) bytes += place.iov_len;
-  return bytes;
-}
-
-// Removes `bytes` from the front of places[*at:].
-void Consume(Places* places, size_t* at, size_t bytes) {
-  while (bytes) {
-    iovec& place = (*places)[*at];
-    const size_t n = std::min(bytes, place.iov_len);
-    place.iov_base = static_cast<char*>(place.iov_base) + n;
-    place.iov_len -= n;
-    bytes -= n;
-    if (!place.iov_len) ++*at;
-  }
-}
-
-// The messages of one collective of one step.
-struct Exchange {
-  std::atomic<int> left{0};  // number of messages that are not yet sent or received
-  std::atomic<bool> has_failed{false};
-  std::string problem;  // written once, before has_failed
-
-  void Fail(const std::string& why) {
-    if (has_failed) return;
-    problem = why;
-    has_failed = true;
-  }
-};
-
-// A message to receive: the places for it, or a vector if its size is not known before.
-struct Receipt {
-  Places places;
-  std::vector<char>* whole = nullptr;
-  std::atomic<bool>* arrived = nullptr;
-  Exchange* exchange = nullptr;
-};
-
-// The connection to another rank.
-struct Peer {
-  struct Outgoing {
-    Header header;
-    Places places;  // the first is the header
-    size_t at = 0;
-    Exchange* exchange;
-  };
-
-  int rank = -1, file = -1;
-  std::string problem;
-  std::deque<Outgoing> outgoing;
-  std::map<Tag, Receipt> expected;
-  std::map<Tag, std::vector<char>> early;  // messages of collectives that this rank has not started yet
-  // The message that is being received.
-  Header header;
-  size_t header_bytes = 0, at = 0, left = 0;
-  Receipt incoming;
-  std::vector<char> unexpected;
-};
-
-// All connections of this process. The threads that wait for messages also send and receive for all the others.
-class Network {
- public:
-  static Network& Get() {
-    static auto* network = new Network;
-    return *network;
-  }
-
-  void Start(int count, const int* ranks, const int* files) {
-    const std::lock_guard<std::mutex> lock(guard_);
-    if (wake_ < 0) wake_ = eventfd(0, EFD_NONBLOCK | EFD_CLOEXEC);
-    for (int i = 0; i < count; ++i) {
-      auto& peer = peers_[ranks[i]];
-      peer = std::make_unique<Peer>();
-      peer->rank = ranks[i];
-      peer->file = files[i];
-    }
-  }
-
-  void Stop() {
-    const std::lock_guard<std::mutex> lock(guard_);
-    for (auto& [rank, peer] : peers_) Break(peer.get(), "this rank has left the job");
-    calls_.clear();
-  }
-
-  uint32_t NextCall(uint64_t collective) {
-    const std::lock_guard<std::mutex> lock(guard_);
-    return calls_[collective]++;
-  }
-
-  void Send(int rank, const Header& header, Places places, Exchange* exchange) {
-    const std::lock_guard<std::mutex> lock(guard_);
-    Peer* peer = Find(rank, exchange);
-    if (!peer) return;
-    ++exchange->left;
-    sent_bytes += header.bytes;
-    peer->outgoing.push_back({header, {}, 0, exchange});
-    Peer::Outgoing& message = peer->outgoing.back();  // a deque keeps its elements where they are
-    message.places.reserve(places.size() + 1);
-    message.places.push_back({&message.header, sizeof(Header)});
-    for (const iovec& place : places) {
-      if (place.iov_len) message.places.push_back(place);
-    }
-    if (peer->outgoing.size() == 1) Flush(peer);
-    if (!peer->outgoing.empty() && is_polling_) Wake();  // the polling thread must wait for room in this socket, too
-  }
-
-  void Expect(int rank, const Header& header, Receipt receipt) {
-    const std::lock_guard<std::mutex> lock(guard_);
-    Peer* peer = Find(rank, receipt.exchange);
-    if (!peer) return;
-    ++receipt.exchange->left;
-    peer->expected[TagOf(header)] = std::move(receipt);
-    Match(peer, header);
-  }
-
-  // Sends and receives what is possible now. Returns whether it did anything.
-  bool Progress() {
-    std::unique_lock<std::mutex> lock(guard_, std::try_to_lock);
-    return lock.owns_lock() && ProgressLocked();
-  }
-
-  // The number of messages that were sent or received so far, and of connections that ended.
-  uint64_t events() const { return events_; }
-
-  // Sleeps until something can be sent or received, by this thread or by another one, and does it. Returns at once if
-  // anything has happened since the caller read `events`: another thread may have completed what the caller waits for.
-  void Sleep(uint64_t seen) {
-    std::unique_lock<std::mutex> lock(guard_);
-    if (events_ != seen) return;
-    if (is_polling_) {
-      progress_.wait_for(lock, std::chrono::milliseconds(kCancelPollMilliseconds));
-      return;
-    }
-    std::vector<pollfd> files{{wake_, POLLIN, 0}};
-    for (const auto& [rank, peer] : peers_) {
-      const short events = POLLIN | (peer->outgoing.empty() ? 0 : POLLOUT);
-      if (peer->problem.empty()) files.push_back({peer->file, events, 0});
-    }
-    is_polling_ = true;
-    lock.unlock();
-    poll(files.data(), files.size(), kCancelPollMilliseconds);
-    lock.lock();
-    is_polling_ = false;
-    uint64_t ignored;
-    if (files[0].revents && read(wake_, &ignored, sizeof ignored)) {
-    }
-    ProgressLocked();
-    progress_.notify_all();
-  }
-
-  // Forgets an exchange whose step was cancelled: its memory is about to be freed.
-  void Abandon(Exchange* exchange) {
-    const std::lock_guard<std::mutex> lock(guard_);
-    if (exchange->left == 0) return;
-    for (auto& [rank, peer] : peers_) Break(peer.get(), "an earlier step was cancelled: start the job again");
-  }
-
- private:
-  Peer* Find(int rank, Exchange* exchange) {
-    const auto found = peers_.find(rank);
-    Peer* peer = found == peers_.end() ? nullptr : found->second.get();
-    if (!peer || !peer->problem.empty()) {
-      exchange->Fail(peer ? peer->problem : "There is no connection to rank " + std::to_string(rank) + ".");
-      return nullptr;
-    }
-    return peer;
-  }
-
-  bool ProgressLocked() {
-    bool did = false;
-    for (auto& [rank, peer] : peers_) {
-      if (peer->problem.empty() && !peer->outgoing.empty()) did |= Flush(peer.get());
-      if (peer->problem.empty()) did |= Receive(peer.get());
-    }
-    return did;
-  }
-
-  bool Flush(Peer* peer) {
-    bool did = false;
-    while (!peer->outgoing.empty()) {
-      Peer::Outgoing& message = peer->outgoing.front();
-      while (message.at < message.places.size()) {
-        msghdr parts{};
-        parts.msg_iov = message.places.data() + message.at;
-        parts.msg_iovlen = std::min(kMostPieces, message.places.size() - message.at);
-        const ssize_t n = sendmsg(peer->file, &parts, MSG_DONTWAIT | MSG_NOSIGNAL);
-        if (n < 0 && errno == EINTR) continue;
-        if (n < 0 && (errno == EAGAIN || errno == EWOULDBLOCK)) return did;
-        if (n < 0) {
-          Break(peer, std::strerror(errno));
-          return true;
-        }
-        Consume(&message.places, &message.at, n);
-        did = true;
-      }
-      --message.exchange->left;
-      ++events_;
-      peer->outgoing.pop_front();
-    }
-    return did;
-  }
-
-  bool Receive(Peer* peer) {
-    bool did = false;
-    for (;;) {
-      ssize_t n;
-      if (peer->header_bytes < sizeof(Header)) {
-        char* to = reinterpret_cast<char*>(&peer->header) + peer->header_bytes;
-        n = recv(peer->file, to, sizeof(Header) - peer->header_bytes, MSG_DONTWAIT);
-        if (n > 0 && (peer->header_bytes += n) == sizeof(Header)) BeginMessage(peer);
-      } else {
-        msghdr parts{};
-        parts.msg_iov = peer->incoming.places.data() + peer->at;
-        parts.msg_iovlen = std::min(kMostPieces, peer->incoming.places.size() - peer->at);
-        n = recvmsg(peer->file, &parts, MSG_DONTWAIT);
-        if (n > 0) {
-          Consume(&peer->incoming.places, &peer->at, n);
-          peer->left -= n;
-        }
-      }
-      if (n < 0 && errno == EINTR) continue;
-      if (n < 0 && (errno == EAGAIN || errno == EWOULDBLOCK)) return did;
-      if (n <= 0) {
-        Break(peer, n ? std::strerror(errno) : "the process has ended");
-        return true;
-      }
-      did = true;
-      if (peer->header_bytes == sizeof(Header) && !peer->left && peer->problem.empty()) EndMessage(peer);
-      if (!peer->problem.empty()) return true;
-    }
-  }
-
-  // Finds the place for the message whose header has arrived.
-  void BeginMessage(Peer* peer) {
-    const auto found = peer->expected.find(TagOf(peer->header));
-    peer->at = 0;
-    peer->left = peer->header.bytes;
-    peer->incoming = {};
-    if (found != peer->expected.end()) {
-      if (!found->second.whole && !Fits(peer, peer->header.bytes, found->second)) return;
-      peer->incoming = std::move(found->second);
-      peer->expected.erase(found);
-    }
-    if (!peer->incoming.exchange || peer->incoming.whole) {
-      auto& bytes = peer->incoming.whole ? *peer->incoming.whole : peer->unexpected;
-      bytes.resize(peer->header.bytes);
-      peer->incoming.places = {{bytes.data(), bytes.size()}};
-    }
-    while (peer->at < peer->incoming.places.size() && !peer->incoming.places[peer->at].iov_len) ++peer->at;
-  }
-
-  void EndMessage(Peer* peer) {
-    peer->header_bytes = 0;
-    if (peer->incoming.exchange) {
-      Complete(peer->incoming);
-      peer->incoming = {};
-      return;
-    }
-    peer->early[TagOf(peer->header)] = std::move(peer->unexpected);
-    peer->unexpected = {};
-    Match(peer, peer->header);
-  }
-
-  // Hands over a message that had arrived before this rank expected it.
-  void Match(Peer* peer, const Header& header) {
-    const auto expected = peer->expected.find(TagOf(header));
-    const auto early = peer->early.find(TagOf(header));
-    if (expected == peer->expected.end() || early == peer->early.end()) return;
-    const Receipt receipt = std::move(expected->second);
-    const std::vector<char> bytes = std::move(early->second);
-    peer->expected.erase(expected);
-    peer->early.erase(early);
-    if (receipt.whole) {
-      *receipt.whole = bytes;
-    } else {
-      if (!Fits(peer, bytes.size(), receipt)) return;
-      const char* from = bytes.data();
-      for (const iovec& place : receipt.places) {
-        std::memcpy(place.iov_base, from, place.iov_len);
-        from += place.iov_len;
-      }
-    }
-    Complete(receipt);
-  }
-
-  bool Fits(Peer* peer, size_t bytes, const Receipt& receipt) {
-    const size_t expected = BytesOf(receipt.places);
-    if (bytes == expected) return true;
-    receipt.exchange->Fail("Mismatched sizes: rank " + std::to_string(peer->rank) + " sent " + std::to_string(bytes) +
-                           " bytes where this rank expected " + std::to_string(expected) +
-                           ". All ranks must pass tensors of the same shapes to a collective.");
-    Break(peer, receipt.exchange->problem);
-    return false;
-  }
-
-  void Complete(const Receipt& receipt) {
-    if (receipt.arrived) receipt.arrived->store(true, std::memory_order_release);
-    --receipt.exchange->left;
-    ++events_;
-  }
-
-  // Ends a connection, and all exchanges that use it. The words are those by which `watchdog.was_thrown_out` knows it.
-  void Break(Peer* peer, const std::string& why) {
-    if (!peer->problem.empty()) return;
-    peer->problem = "Connection closed by peer, rank " + std::to_string(peer->rank) + ": " + why;
-    close(peer->file);
-    for (auto& message : peer->outgoing) message.exchange->Fail(peer->problem);
-    for (auto& [tag, receipt] : peer->expected) receipt.exchange->Fail(peer->problem);
-    if (peer->header_bytes == sizeof(Header) && peer->incoming.exchange) peer->incoming.exchange->Fail(peer->problem);
-    peer->outgoing.clear();
-    peer->expected.clear();
-    peer->early.clear();
-    ++events_;
-    progress_.notify_all();
-    if (is_polling_) Wake();
-  }
-
-  void Wake() {
-    const uint64_t one = 1;
-    if (write(wake_, &one, sizeof one)) {
-    }
-  }
-
-  std::mutex guard_;
-  std::condition_variable progress_;
-  std::map<int, std::unique_ptr<Peer>> peers_;
-  std::map<uint64_t, uint32_t> calls_;
-  std::atomic<uint64_t> events_{0};
-  bool is_polling_ = false;
-  int wake_ = -1;
-};
+std::atomic<uint64_t> nanoseconds_waiting{0}, nanoseconds_in_all{0}, collectives{0};
 
 // A stream of elements over several tensors.
 template <typename T>
@@ -805,5 +455,5 @@ extern "C" void hvdkit_sockets_times(uint64_t* in_all, uint64_t* waiting, uint64
   *in_all = nanoseconds_in_all;
   *waiting = nanoseconds_waiting;
   *number = collectives;
-  *bytes = sent_bytes;
+  *bytes = Network::Get().sent_bytes();
 }
