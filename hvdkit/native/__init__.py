@@ -98,14 +98,15 @@ def sockets_times() -> tuple[int, int, int, int]:
     return _four_numbers(_functions().hvdkit_sockets_times)
 
 
-def start_sockets(files: dict[int, int]) -> None:
+def start_sockets(files: dict[int, int], packing: int) -> None:
     """Hands connected sockets to the operations that use them.
 
     Args:
         files: the file descriptor of the connection to each other rank.
+        packing: whether to leave out zeros: 0 never, 1 always, 2 where it saves time.
     """
     numbers = ctypes.c_int * len(files)
-    _functions().hvdkit_sockets_start(len(files), numbers(*files), numbers(*files.values()))
+    _functions().hvdkit_sockets_start(len(files), numbers(*files), numbers(*files.values()), packing)
 
 
 def stop_sockets() -> None:

@@ -3,6 +3,8 @@
 #define HVDKIT_NATIVE_NETWORK_H_
 
 #include <errno.h>
+#include <linux/tcp.h>
+#include <netinet/in.h>
 #include <poll.h>
 #include <sys/eventfd.h>
 #include <sys/socket.h>
@@ -24,6 +26,8 @@
 #include <utility>
 #include <vector>
 
+#include "pack.h"
+
 namespace hvdkit {
 
 constexpr int kCancelPollMilliseconds = 50;  // how often a waiting rank checks whether its step was cancelled
@@ -35,17 +39,14 @@ struct Header {
   uint32_t call;        // number of the call of this collective, from 0
   uint32_t part;        // number of the message within the call
   uint64_t bytes;       // of the message, without this header
+  uint64_t sent_bytes;  // less than `bytes` if the message is packed
+
+  bool IsPacked() const { return sent_bytes != bytes; }
 };
 using Tag = std::tuple<uint64_t, uint32_t, uint32_t>;
-using Places = std::vector<iovec>;
+enum class Packing { kNever, kAlways, kWhereItSavesTime };
 
 inline Tag TagOf(const Header& header) { return {header.collective, header.call, header.part}; }
-
-inline size_t BytesOf(const Places& places) {
-  size_t bytes = 0;
-  for (const iovec& place : places) bytes += place.iov_len;
-  return bytes;
-}
 
 // Removes `bytes` from the front of places[*at:].
 inline void Consume(Places* places, size_t* at, size_t bytes) {
@@ -84,21 +85,28 @@ struct Receipt {
 struct Peer {
   struct Outgoing {
     Header header;
-    Places places;  // the first is the header
-    size_t at = 0;
+    Places places;  // once it has begun, the first is the header
     Exchange* exchange;
+    bool may_be_packed, has_begun = false;
+    size_t at = 0;
+    std::vector<char> packed;
+  };
+  struct Early {
+    Header header;
+    std::vector<char> bytes;
   };
 
   int rank = -1, file = -1;
   std::string problem;
   std::deque<Outgoing> outgoing;
   std::map<Tag, Receipt> expected;
-  std::map<Tag, std::vector<char>> early;  // messages of collectives that this rank has not started yet
+  std::map<Tag, Early> early;  // messages of collectives that this rank has not started yet
   // The message that is being received.
   Header header;
   size_t header_bytes = 0, at = 0, left = 0;
   Receipt incoming;
-  std::vector<char> unexpected;
+  Places into;              // where its bytes go
+  std::vector<char> aside;  // its bytes, if it is packed or not expected
 };
 
 // All connections of this process. The threads that wait for messages also send and receive for all the others.
@@ -109,8 +117,9 @@ class Network {
     return *network;
   }
 
-  void Start(int count, const int* ranks, const int* files) {
+  void Start(int count, const int* ranks, const int* files, Packing packing) {
     const std::lock_guard<std::mutex> lock(guard_);
+    packing_ = packing;
     if (wake_ < 0) wake_ = eventfd(0, EFD_NONBLOCK | EFD_CLOEXEC);
     for (int i = 0; i < count; ++i) {
       auto& peer = peers_[ranks[i]];
@@ -131,19 +140,13 @@ class Network {
     return calls_[collective]++;
   }
 
-  void Send(int rank, const Header& header, Places places, Exchange* exchange) {
+  // Sends a message. `may_be_packed`: the receiver expects it in places of its own.
+  void Send(int rank, const Header& header, Places places, Exchange* exchange, bool may_be_packed) {
     const std::lock_guard<std::mutex> lock(guard_);
     Peer* peer = Find(rank, exchange);
     if (!peer) return;
     ++exchange->left;
-    sent_bytes_ += header.bytes;
-    peer->outgoing.push_back({header, {}, 0, exchange});
-    Peer::Outgoing& message = peer->outgoing.back();  // a deque keeps its elements where they are
-    message.places.reserve(places.size() + 1);
-    message.places.push_back({&message.header, sizeof(Header)});
-    for (const iovec& place : places) {
-      if (place.iov_len) message.places.push_back(place);
-    }
+    peer->outgoing.push_back({header, std::move(places), exchange, may_be_packed});
     if (peer->outgoing.size() == 1) Flush(peer);
     if (!peer->outgoing.empty() && is_polling_) Wake();  // the polling thread must wait for room in this socket, too
   }
@@ -224,6 +227,7 @@ class Network {
     bool did = false;
     while (!peer->outgoing.empty()) {
       Peer::Outgoing& message = peer->outgoing.front();
+      if (!message.has_begun) BeginSending(peer, &message);
       while (message.at < message.places.size()) {
         msghdr parts{};
         parts.msg_iov = message.places.data() + message.at;
@@ -245,6 +249,29 @@ class Network {
     return did;
   }
 
+  // Packs the message if that is worth it, and puts the header in front of it.
+  void BeginSending(Peer* peer, Peer::Outgoing* message) {
+    message->has_begun = true;
+    Places& places = message->places;
+    places.erase(std::remove_if(places.begin(), places.end(), [](const iovec& p) { return !p.iov_len; }), places.end());
+    if (message->may_be_packed && HasWholeWords(places) && PaysToPack(peer, places)) {
+      message->packed = Pack(places);
+      const size_t bytes = message->packed.size();
+      if (bytes < message->header.bytes) places = {{message->packed.data(), bytes}};
+    }
+    message->header.sent_bytes = BytesOf(places);
+    sent_bytes_ += message->header.sent_bytes;
+    places.insert(places.begin(), {&message->header, sizeof(Header)});
+  }
+
+  bool PaysToPack(const Peer* peer, const Places& places) const {
+    if (packing_ != Packing::kWhereItSavesTime) return packing_ == Packing::kAlways && !places.empty();
+    tcp_info info{};
+    socklen_t size = sizeof info;
+    const bool is_known = !getsockopt(peer->file, IPPROTO_TCP, TCP_INFO, &info, &size);
+    return is_known && info.tcpi_delivery_rate && IsWorthPacking(places, info.tcpi_delivery_rate);
+  }
+
   bool Receive(Peer* peer) {
     bool did = false;
     for (;;) {
@@ -255,11 +282,11 @@ class Network {
         if (n > 0 && (peer->header_bytes += n) == sizeof(Header)) BeginMessage(peer);
       } else {
         msghdr parts{};
-        parts.msg_iov = peer->incoming.places.data() + peer->at;
-        parts.msg_iovlen = std::min(kMostPieces, peer->incoming.places.size() - peer->at);
+        parts.msg_iov = peer->into.data() + peer->at;
+        parts.msg_iovlen = std::min(kMostPieces, peer->into.size() - peer->at);
         n = recvmsg(peer->file, &parts, MSG_DONTWAIT);
         if (n > 0) {
-          Consume(&peer->incoming.places, &peer->at, n);
+          Consume(&peer->into, &peer->at, n);
           peer->left -= n;
         }
       }
@@ -279,31 +306,31 @@ class Network {
   void BeginMessage(Peer* peer) {
     const auto found = peer->expected.find(TagOf(peer->header));
     peer->at = 0;
-    peer->left = peer->header.bytes;
+    peer->left = peer->header.sent_bytes;
     peer->incoming = {};
     if (found != peer->expected.end()) {
       if (!found->second.whole && !Fits(peer, peer->header.bytes, found->second)) return;
       peer->incoming = std::move(found->second);
       peer->expected.erase(found);
     }
-    if (!peer->incoming.exchange || peer->incoming.whole) {
-      auto& bytes = peer->incoming.whole ? *peer->incoming.whole : peer->unexpected;
-      bytes.resize(peer->header.bytes);
-      peer->incoming.places = {{bytes.data(), bytes.size()}};
+    peer->into = peer->incoming.places;
+    if (!peer->incoming.exchange || peer->incoming.whole || peer->header.IsPacked()) {
+      auto& bytes = peer->incoming.whole ? *peer->incoming.whole : peer->aside;
+      bytes.resize(peer->left + (peer->header.IsPacked() ? kWord : 0));  // `Unpack` reads one word more
+      peer->into = {{bytes.data(), peer->left}};
     }
-    while (peer->at < peer->incoming.places.size() && !peer->incoming.places[peer->at].iov_len) ++peer->at;
+    while (peer->at < peer->into.size() && !peer->into[peer->at].iov_len) ++peer->at;
   }
 
   void EndMessage(Peer* peer) {
     peer->header_bytes = 0;
-    if (peer->incoming.exchange) {
+    if (!peer->incoming.exchange) {
+      peer->early[TagOf(peer->header)] = {peer->header, std::exchange(peer->aside, {})};
+      Match(peer, peer->header);
+    } else if (!peer->header.IsPacked() || Place(peer, peer->header, peer->aside.data(), peer->incoming)) {
       Complete(peer->incoming);
       peer->incoming = {};
-      return;
     }
-    peer->early[TagOf(peer->header)] = std::move(peer->unexpected);
-    peer->unexpected = {};
-    Match(peer, peer->header);
   }
 
   // Hands over a message that had arrived before this rank expected it.
@@ -312,20 +339,30 @@ class Network {
     const auto early = peer->early.find(TagOf(header));
     if (expected == peer->expected.end() || early == peer->early.end()) return;
     const Receipt receipt = std::move(expected->second);
-    const std::vector<char> bytes = std::move(early->second);
+    const Peer::Early message = std::move(early->second);
     peer->expected.erase(expected);
     peer->early.erase(early);
     if (receipt.whole) {
-      *receipt.whole = bytes;
-    } else {
-      if (!Fits(peer, bytes.size(), receipt)) return;
-      const char* from = bytes.data();
-      for (const iovec& place : receipt.places) {
-        std::memcpy(place.iov_base, from, place.iov_len);
-        from += place.iov_len;
-      }
+      *receipt.whole = message.bytes;
+    } else if (!Fits(peer, message.header.bytes, receipt) || !Place(peer, message.header, message.bytes.data(), receipt)) {
+      return;
     }
     Complete(receipt);
+  }
+
+  // Copies or unpacks a message into its places.
+  bool Place(Peer* peer, const Header& header, const char* bytes, const Receipt& receipt) {
+    if (header.IsPacked()) {
+      if (Unpack(bytes, header.sent_bytes, receipt.places)) return true;
+      receipt.exchange->Fail("Rank " + std::to_string(peer->rank) + " sent a message that cannot be unpacked.");
+      Break(peer, receipt.exchange->problem);
+      return false;
+    }
+    for (const iovec& place : receipt.places) {
+      std::memcpy(place.iov_base, bytes, place.iov_len);
+      bytes += place.iov_len;
+    }
+    return true;
   }
 
   bool Fits(Peer* peer, size_t bytes, const Receipt& receipt) {
@@ -372,6 +409,7 @@ class Network {
   std::map<uint64_t, uint32_t> calls_;
   std::atomic<uint64_t> events_{0}, sent_bytes_{0};
   bool is_polling_ = false;
+  Packing packing_ = Packing::kNever;
   int wake_ = -1;
 };
 

@@ -124,10 +124,10 @@ class Collective {
 
  protected:
   size_t size() const { return ranks_.size(); }
-  Header MessageOf(uint32_t part, size_t bytes) const { return {name_, call_, part, bytes}; }
-  void Send(size_t to, uint32_t part, Places places) {
+  Header MessageOf(uint32_t part, size_t bytes) const { return {name_, call_, part, bytes, bytes}; }
+  void Send(size_t to, uint32_t part, Places places, bool may_be_packed) {
     const Header header = MessageOf(part, BytesOf(places));
-    network_.Send(ranks_[to], header, std::move(places), &exchange_);
+    network_.Send(ranks_[to], header, std::move(places), &exchange_, may_be_packed);
   }
   void Expect(size_t from, uint32_t part, Places places, std::atomic<bool>* arrived) {
     network_.Expect(ranks_[from], MessageOf(part, 0), {std::move(places), nullptr, arrived, &exchange_});
@@ -175,7 +175,7 @@ class Sum : public Collective {
       const size_t rank = (me_ + 1 + other) % size();
       const size_t from = is_divided_ ? PartBegin(rank) : 0, to = is_divided_ ? PartBegin(rank + 1) : stream_.length();
       uint32_t c = 0;
-      for (size_t at = from; at < to; at += kChunk) Send(rank, c++, stream_.In(at, std::min(to, at + kChunk)));
+      for (size_t at = from; at < to; at += kChunk) Send(rank, c++, stream_.In(at, std::min(to, at + kChunk)), true);
       c = kSums;
       if (!is_divided_) continue;
       for (size_t at = from; at < to; at += kChunk) {
@@ -194,7 +194,7 @@ class Sum : public Collective {
       AddChunk(chunks_[at_].first, chunks_[at_].second);
       if (!is_divided_) continue;
       for (size_t other = 0; other < others; ++other) {
-        Send((me_ + 1 + other) % size(), kSums + at_, stream_.Out(chunks_[at_].first, chunks_[at_].second));
+        Send((me_ + 1 + other) % size(), kSums + at_, stream_.Out(chunks_[at_].first, chunks_[at_].second), true);
       }
     }
     return exchange().left == 0;
@@ -251,7 +251,7 @@ class Gather : public Collective {
       if (rank != me_) ExpectWhole(rank, &rows_[rank]);
     }
     for (size_t other = 1; other < size(); ++other) {
-      Send((me_ + other) % size(), 0, {{mine.data(), mine.TotalBytes()}});
+      Send((me_ + other) % size(), 0, {{mine.data(), mine.TotalBytes()}}, false);
     }
     return true;
   }
@@ -441,9 +441,9 @@ REGISTER(float);
 REGISTER(double);
 REGISTER_KERNEL_BUILDER(Name("HvdkitSocketsGather").Device(tensorflow::DEVICE_CPU), SocketsGather);
 
-// Takes over the connected sockets to `count` other ranks.
-extern "C" void hvdkit_sockets_start(int count, const int* ranks, const int* files) {
-  Network::Get().Start(count, ranks, files);
+// Takes over the connected sockets to `count` other ranks. `packing` is a value of Packing.
+extern "C" void hvdkit_sockets_start(int count, const int* ranks, const int* files, int packing) {
+  Network::Get().Start(count, ranks, files, static_cast<hvdkit::Packing>(packing));
 }
 
 // Closes all connections.

@@ -7,6 +7,7 @@ import threading
 import pytest
 
 from hvdkit.collectives.transports import sockets
+from hvdkit.errors import UsageError
 from hvdkit.watchdog.channel import Gone, call, listen
 
 
@@ -60,3 +61,17 @@ def test_a_rank_that_cannot_be_reached_is_named(monkeypatch):
 )
 def test_ranks_are_grouped_by_host(hosts, ranks, groups):
     assert sockets.Sockets(0, hosts, spins=False, within=None)._groups(ranks) == groups
+
+
+@pytest.mark.parametrize(("asked", "packing"), [(None, 2), ("0", 0), ("1", 1)])
+def test_zeros_are_left_out_where_it_saves_time_or_as_asked(monkeypatch, asked, packing):
+    monkeypatch.delenv("HVDKIT_PACK_ZEROS", raising=False)
+    if asked:
+        monkeypatch.setenv("HVDKIT_PACK_ZEROS", asked)
+    assert sockets._packing() == packing
+
+
+def test_another_wish_is_refused(monkeypatch):
+    monkeypatch.setenv("HVDKIT_PACK_ZEROS", "yes")
+    with pytest.raises(UsageError, match=r"HVDKIT_PACK_ZEROS must be 0 \(never\) or 1 \(always\), but is 'yes'"):
+        sockets._packing()
