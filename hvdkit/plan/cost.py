@@ -10,17 +10,31 @@ A data-parallel step computes on the local batch, then allreduces the gradients:
 - **Stragglers.** N ranks wait for the slowest. If step times are normal with standard deviation σ, the expected maximum
   is σ · √(2 ln N) above the mean (H. Cramér, "Mathematical methods of statistics", 1946, section 28.6, to first
   order). The model caps it at 3 σ.
-- **Ring allreduce** of n bytes: 2 (N - 1) α + 2 (N - 1)/N n β (P. Patarasuk and X. Yuan, "Bandwidth optimal all-reduce
-  algorithms for clusters of workstations", 2009). α is the latency of a message in seconds, β the seconds per byte.
-- **Tree allreduce** (recursive doubling): ⌈log2 N⌉ (α + n β) (R. Thakur et al., 2005). It is faster for small messages.
+- **Transport.** Which formulas hold for a collective depends on what moves it (`hvdkit.collectives.transports`). α is
+  the latency in seconds, β the seconds per byte.
+- **Sockets** (CPU ranks on several hosts): an allreduce of n bytes is a pairwise reduce-scatter and allgather (R. Thakur
+  et al., "Optimization of collective communication operations in MPICH", 2005): 2 α + 2 (N - 1)/N n β. Two ranks, and
+  buffers of up to 32 KiB, go to all others in one step: α + (N - 1) n β. Nothing is negotiated. Ranks of one host sum
+  in shared memory, each carries a part between the hosts, and they gather the parts in shared memory. So a host's link
+  carries n bytes, not n bytes per rank.
+- **Shared memory** (CPU ranks of one host): α for each barrier, one for up to four ranks and else two, and the bytes of a
+  ring. Nothing is negotiated.
+- **Horovod, ring allreduce** of n bytes: 2 (N - 1) α + 2 (N - 1)/N n β (P. Patarasuk and X. Yuan, "Bandwidth optimal
+  all-reduce algorithms for clusters of workstations", 2009).
+- **Horovod, tree allreduce** (recursive doubling): ⌈log2 N⌉ (α + n β) (Thakur et al.). It is faster for small messages.
   The model takes the faster of the two.
-- **Negotiation.** In every cycle, before it moves data, Horovod negotiates which tensors are ready on all ranks (A.
-  Sergeev and M. Del Balso, 2018, section 4). This takes γ seconds for two ranks, and γ ⌈log2 N⌉ for a tree of N.
-- **Hosts with L ranks each**: an allreduce inside each host over its own links (shared memory, NVLink), then an
-  allreduce between hosts in which each rank handles 1/L of the data (X. Jia et al., "Highly scalable deep learning
-  training system", 2018, section 4.2).
-- **Allgather** (top-k) of n bytes from each rank: (N - 1) (α + n β') (Thakur et al.). β' is the seconds per byte
-  measured for an allgather. Few-bit compression is an alltoall and an allgather: two such operations of n/N bytes.
+- **Horovod, negotiation.** In every cycle, before it moves data, Horovod negotiates which tensors are ready on all ranks
+  (A. Sergeev and M. Del Balso, 2018, section 4). This takes γ seconds for two ranks, and γ ⌈log2 N⌉ for a tree of N.
+- **Horovod, hosts with L ranks each** (GPUs): an allreduce inside each host over its own links (NVLink), then an
+  allreduce between hosts in which each rank sends 1/L of the data over a link of its own (X. Jia et al., "Highly scalable
+  deep learning training system", 2018, section 4.2).
+- **Allgather** (top-k) of n bytes from each rank: (N - 1) n β' and one α over sockets and shared memory, N - 1 over
+  Horovod (Thakur et al.). β' is the seconds per byte measured for an allgather. Few-bit compression is an alltoall of
+  n/N bytes, always by Horovod, and an allgather of n/N bytes.
+- **Shaped links.** A token bucket, as `tc tbf` and many clouds have it, saves up its rate while the link is idle, up to
+  `burst` bytes, which then pass at once (A. Tanenbaum, "Computer Networks", section 5.4). The link is idle while ranks
+  compute. So of n β seconds, the lower of burst · β and the idle time are saved: if the bucket is large enough, the step
+  takes the larger of computation and n β, not their sum.
 - **Model parallelism** has no gradient allreduce, and one batch for all ranks of the model. With tensor parallelism,
   the divided share of the weights computes N times as fast. Each pair of layers needs two allreduces of activations (M.
   Shoeybi et al., 2019, section 3). A pipeline of N stages and M micro-batches takes M + N - 1 turns. Each turn is the
@@ -32,6 +46,10 @@ local SGD over H steps divides it by H. Independent tasks do not communicate.
 
 import dataclasses
 import math
+from typing import NamedTuple
+
+UNDIVIDED_BYTES = 32 << 10  # up to this size, sockets send all elements to all ranks (kUndividedBytes in sockets.cc)
+UNDIVIDED_RANKS = 4  # up to this number, each rank sums all elements in shared memory (kDivideAbove in shared_memory.cc)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -39,17 +57,21 @@ class Link:
     """The communication cost between two ranks.
 
     Attributes:
-        latency: α, seconds per message.
-        byte_seconds: β, seconds per byte: the inverse of the bandwidth.
-        agreeing: γ, seconds of Horovod's negotiation between two ranks.
+        latency: α, seconds per message of Horovod, step of sockets, or barrier of shared memory.
+        byte_seconds: β, seconds per byte: the inverse of the bandwidth. With sockets, of a host.
+        agreeing: γ, seconds of Horovod's negotiation between two ranks. With the other transports, only alltoall pays it.
         gather_byte_seconds: β', seconds per byte of an allgather; 0 if it equals β. Gloo's allgather sends each rank's
             rows whole. Over a slow link this takes up to twice as long as the small chunks of its allreduce.
+        burst: bytes that pass at once after the link was idle.
+        transport: key of the transport that moves gradients over it (`Transport.key`).
     """
 
     latency: float
     byte_seconds: float
     agreeing: float = 0.0
     gather_byte_seconds: float = 0.0
+    burst: float = 0.0
+    transport: str = "horovod"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -174,7 +196,7 @@ class Prediction:
 
 def ring(ranks: int, size: float, link: Link) -> float:
     """Return the seconds of a ring allreduce of `size` bytes."""
-    return 2 * (ranks - 1) * link.latency + 2 * (ranks - 1) / ranks * size * link.byte_seconds
+    return 2 * (ranks - 1) * link.latency + _ring_bytes(size, ranks) * link.byte_seconds
 
 
 def tree(ranks: int, size: float, link: Link) -> float:
@@ -187,31 +209,126 @@ def agreeing(ranks: int, link: Link) -> float:
     return link.agreeing * math.ceil(math.log2(ranks)) if ranks > 1 else 0.0
 
 
-def allreduce(ranks: int, size: float, cluster: Cluster) -> float:
-    """Return the seconds of an allreduce of `size` bytes over ranks of one or several hosts."""
-    inside = min(ranks, cluster.ranks_per_host)
-    hosts = math.ceil(ranks / cluster.ranks_per_host)
-    seconds = 0.0
-    if inside > 1:
-        seconds += agreeing(inside, cluster.inside) + min(f(inside, size, cluster.inside) for f in (ring, tree))
-    if hosts > 1:
-        part = size / inside
-        seconds += agreeing(hosts, cluster.between) + min(f(hosts, part, cluster.between) for f in (ring, tree))
-    return seconds
+def is_divided(ranks: int, size: float) -> bool:
+    """Return whether sockets divide a sum of `size` bytes among the ranks, which takes a second step."""
+    return ranks > 2 and size > UNDIVIDED_BYTES
 
 
-def exchange(ranks: int, size: float, mode: Mode, cluster: Cluster) -> float:
-    """Return the communication seconds per step, for gradients of `size` bytes."""
+def barriers(ranks: int) -> int:
+    """Return the barriers of a sum in shared memory: many ranks divide it, and then gather the parts."""
+    return 1 if ranks <= UNDIVIDED_RANKS else 2
+
+
+def allreduce(ranks: int, size: float, cluster: Cluster, idle: float = 0.0) -> float:
+    """Return the seconds of an allreduce of `size` bytes over ranks of one or several hosts.
+
+    Args:
+        ranks: N.
+        size: bytes.
+        cluster: the hosts and links.
+        idle: seconds before it in which nothing was sent.
+    """
+    return _shaped(_allreduce(ranks, size, cluster), _link(ranks, cluster), idle)
+
+
+def exchange(ranks: int, size: float, mode: Mode, cluster: Cluster, idle: float = 0.0) -> float:
+    """Return the communication seconds per step, for gradients of `size` bytes.
+
+    Args:
+        ranks: N.
+        size: bytes of the gradients, uncompressed.
+        mode: the training mode.
+        cluster: the hosts and links.
+        idle: seconds of computation per step, in which nothing is sent.
+    """
     if ranks == 1:
         return 0.0
-    if mode.gathers or mode.scatters:
-        link = cluster.between if ranks > cluster.ranks_per_host else cluster.inside
-        byte, part = link.gather_byte_seconds or link.byte_seconds, size / ranks if mode.scatters else size
-        one = agreeing(ranks, link) + (ranks - 1) * (link.latency + mode.share * part * byte)
-        return mode.exchanges * one / mode.every
-    one = allreduce(ranks, mode.share * size, cluster)
-    again = allreduce(ranks, 0.0, cluster)  # latency of each further collective; the bytes are counted once
-    return (one + (mode.exchanges - 1) * again) / mode.every
+    sent = mode.share * size
+    if mode.gathers:
+        costs = [_allgather(ranks, sent, cluster)]
+    elif mode.scatters:
+        costs = [_alltoall(ranks, sent / ranks, cluster), _allgather(ranks, sent / ranks, cluster)]
+    else:
+        costs = [_allreduce(ranks, sent / mode.exchanges, cluster)] * mode.exchanges
+    whole = _Cost(sum(one.start for one in costs), sum(one.moving for one in costs))
+    return _shaped(whole, _link(ranks, cluster), idle * mode.every) / mode.every
+
+
+def _ring_bytes(size: float, ranks: int) -> float:  # hvdkit.collectives.traffic would load TensorFlow
+    return 2 * (ranks - 1) / ranks * size
+
+
+class _Cost(NamedTuple):
+    """The seconds of collectives: those before bytes move, and those in which a link between ranks moves bytes."""
+
+    start: float
+    moving: float
+
+
+def _link(ranks: int, cluster: Cluster) -> Link:
+    return cluster.between if ranks > cluster.ranks_per_host else cluster.inside
+
+
+def _shaped(cost: _Cost, link: Link, idle: float) -> float:
+    """Return the seconds over a link that has saved up its rate while idle, and does so while ranks wait, too."""
+    saved = min(link.burst * link.byte_seconds, idle + cost.start)
+    return cost.start + max(0.0, cost.moving - saved)
+
+
+def _allreduce(ranks: int, size: float, cluster: Cluster) -> _Cost:
+    inside = min(ranks, cluster.ranks_per_host)
+    hosts = math.ceil(ranks / cluster.ranks_per_host)
+    if hosts == 1:
+        return _allreduce_on_one_host(ranks, size, cluster.inside)
+    within = sum(_allreduce_on_one_host(inside, size, cluster.inside)) if inside > 1 else 0.0
+    if cluster.between.transport != "sockets":
+        between = _allreduce_by_horovod(hosts, size / inside, cluster.between)
+        return _Cost(within + between.start, between.moving)
+    carriers = ranks - (hosts - 1) * cluster.ranks_per_host  # as many as the smallest host has ranks
+    between = _allreduce_by_sockets(hosts, size / carriers, cluster.between)
+    spread = sum(_gather_in_memory(inside, size / carriers, cluster.inside)) if inside > 1 else 0.0
+    return _Cost(within + between.start + spread, carriers * between.moving)
+
+
+def _allreduce_on_one_host(ranks: int, size: float, link: Link) -> _Cost:
+    if link.transport == "shared":
+        return _Cost(barriers(ranks) * link.latency, _ring_bytes(size, ranks) * link.byte_seconds)
+    return _allreduce_by_horovod(ranks, size, link)
+
+
+def _allreduce_by_horovod(ranks: int, size: float, link: Link) -> _Cost:
+    latencies, seconds = min(((f(ranks, 0.0, link), f(ranks, size, link)) for f in (ring, tree)), key=lambda c: c[1])
+    return _Cost(agreeing(ranks, link) + latencies, seconds - latencies)
+
+
+def _allreduce_by_sockets(ranks: int, size: float, link: Link) -> _Cost:
+    if is_divided(ranks, size):
+        return _Cost(2 * link.latency, _ring_bytes(size, ranks) * link.byte_seconds)
+    return _Cost(link.latency, (ranks - 1) * size * link.byte_seconds)
+
+
+def _gather_in_memory(ranks: int, size: float, link: Link) -> _Cost:
+    return _Cost(link.latency, (ranks - 1) * size * (link.gather_byte_seconds or link.byte_seconds))
+
+
+def _allgather(ranks: int, size: float, cluster: Cluster) -> _Cost:
+    """Return the cost of an allgather of `size` bytes from each rank."""
+    link = _link(ranks, cluster)
+    byte = link.gather_byte_seconds or link.byte_seconds
+    if link.transport == "shared":
+        return _gather_in_memory(ranks, size, link)
+    if link.transport == "sockets":  # what each rank of a host sends to the ranks of the other hosts
+        inside = min(ranks, cluster.ranks_per_host)
+        return _Cost(link.latency, inside * (ranks - inside) * size * byte)
+    return _alltoall(ranks, size, cluster)
+
+
+def _alltoall(ranks: int, size: float, cluster: Cluster) -> _Cost:
+    """Return the cost of Horovod's alltoall, in which each rank sends `size` bytes to each other rank."""
+    link = _link(ranks, cluster)
+    messages = (ranks - 1) * link.latency if link.transport == "horovod" else 0.0  # otherwise α is not Horovod's
+    byte = link.gather_byte_seconds or link.byte_seconds
+    return _Cost(agreeing(ranks, link) + messages, (ranks - 1) * size * byte)
 
 
 def computation(ranks: int, local_batch: float, compute: Compute, mode: Mode, cluster: Cluster) -> float:
@@ -225,10 +342,12 @@ def computation(ranks: int, local_batch: float, compute: Compute, mode: Mode, cl
     return (compute.seconds(local_batch) + (mode.extra if ranks > 1 else 0.0)) * crowd * slowest
 
 
-def wire_bytes(ranks: int, size: float, mode: Mode) -> float:
+def wire_bytes(ranks: int, size: float, mode: Mode, transport: str = "horovod") -> float:
     """Return the bytes that a rank sends per step."""
-    factor = (ranks - 1) if mode.gathers else 2 * (ranks - 1) / ranks
-    return factor * mode.share * size / mode.every
+    sent = mode.share * size
+    is_sum = not (mode.gathers or mode.scatters)
+    to_all = mode.gathers or (transport == "sockets" and is_sum and not is_divided(ranks, sent / mode.exchanges))
+    return ((ranks - 1) * sent if to_all else _ring_bytes(sent, ranks)) / mode.every
 
 
 def predict(
@@ -249,7 +368,7 @@ def predict(
         return _predict_divided(ranks, local_batch, compute, mode, mode.division, cluster)
     size = compute.gradient_bytes
     seconds = computation(ranks, local_batch, compute, mode, cluster)
-    seconds += (1 - overlap) * exchange(ranks, size, mode, cluster)
+    seconds += (1 - overlap) * exchange(ranks, size, mode, cluster, idle=seconds)
     samples = ranks * local_batch / seconds
     alone = local_batch / computation(1, local_batch, compute, mode, cluster)
     return Prediction(
@@ -257,7 +376,7 @@ def predict(
         samples_per_second=samples,
         efficiency=samples / (ranks * alone),
         memory_bytes=compute.memory(local_batch, exchanges=ranks > 1 and mode.share > 0),
-        wire_bytes=wire_bytes(ranks, size, mode),
+        wire_bytes=wire_bytes(ranks, size, mode, _link(ranks, cluster).transport),
     )
 
 
@@ -265,11 +384,12 @@ def _predict_divided(
     ranks: int, batch: float, compute: Compute, mode: Mode, division: Division, cluster: Cluster
 ) -> Prediction:
     """Predict training with model parallelism, where N ranks process one batch together."""
-    link = cluster.between if ranks > cluster.ranks_per_host else cluster.inside
+    link = _link(ranks, cluster)
     sent = division.bytes * batch
     if division.stages:
         micro = batch / division.micro_batches
-        transfer = agreeing(2, link) + link.latency + division.bytes * micro * link.byte_seconds
+        negotiation = agreeing(2, link) if link.transport == "horovod" else 0.0
+        transfer = negotiation + link.latency + division.bytes * micro * link.byte_seconds
         turns = division.micro_batches + ranks - 1
         seconds = turns * (computation(ranks, micro, compute, mode, cluster) / ranks + 2 * transfer)
         wire = 2 * sent

@@ -66,14 +66,21 @@ def _interval(
     for work, start, byte in generator.normal(size=(_DRAWS, 3)):
         factors = [np.exp(d * deviations[n]) for d, n in ((work, "compute"), (start, "start"), (byte, "byte"))]
         slower = dataclasses.replace(compute, fixed=compute.fixed * factors[0], sample=compute.sample * factors[0])
-        between, inside = (
-            Link(old.latency * factors[1], old.byte_seconds * factors[2], old.agreeing * factors[1])
-            for old in (cluster.between, cluster.inside)
-        )
+        between, inside = (_scaled(old, factors[1], factors[2]) for old in (cluster.between, cluster.inside))
         elsewhere = dataclasses.replace(cluster, between=between, inside=inside)
         drawn.append(predict(ranks, local_batch, slower, mode, elsewhere).samples_per_second)
     low, high = np.quantile(drawn, [0.05, 0.95])
     return float(low), float(high)
+
+
+def _scaled(link: Link, start: float, byte: float) -> Link:
+    return dataclasses.replace(
+        link,
+        latency=link.latency * start,
+        agreeing=link.agreeing * start,
+        byte_seconds=link.byte_seconds * byte,
+        gather_byte_seconds=link.gather_byte_seconds * byte,
+    )
 
 
 def table(found: Sequence[Mapping[str, Any]]) -> str:
