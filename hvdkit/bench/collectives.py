@@ -25,7 +25,8 @@ _LIMIT_BYTES = 64 << 20
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the arguments of this command."""
-    parser.add_argument("--sizes", default="4,1024,65536,1048576,16777216", help="bytes per rank, separated by commas")
+    sizes = "bytes per rank, separated by commas; or training: only what hvdkit plan needs, in a few seconds"
+    parser.add_argument("--sizes", default="4,1024,65536,1048576,16777216", help=sizes)
     how = "launcher options of a case, such as '-np 2 --mpi' or '-H h1:1,h2:1'; may be repeated [-np 2]"
     parser.add_argument("--case", action="append", default=[], metavar="'LAUNCHER ARGS'", help=how)
 
@@ -54,9 +55,9 @@ def measure(arguments: argparse.Namespace) -> dict[str, Any]:
 
 def bus_bytes(operation: str, size: int, ranks: int) -> float:
     """Return the minimum bytes that a rank must move if each rank contributes `size` bytes."""
-    if operation.endswith("allreduce"):
+    if "allreduce" in operation:
         return 2 * (ranks - 1) / ranks * size
-    return (ranks - 1) * size if operation == "allgather" else size
+    return (ranks - 1) * size if operation.endswith("allgather") and not operation.startswith("send") else size
 
 
 def loopback_bandwidth() -> float:

@@ -4,15 +4,18 @@
     hvdkit plan --batch 64 --ranks 1,16,1024 --latency 20us --bandwidth 25Gbit/s -- --model=mine.py:build
     hvdkit plan measure -H h1:1,h2:1 ...     predict for these hosts, and run each mode on them
     hvdkit plan score FILE.json...           print the median error of files that `measure --json` wrote
-    hvdkit plan published FILE.png           compare predictions for ResNet-50 with published results
+    hvdkit plan published FILE.png           compare predictions for EfficientNet-B4 with NVIDIA's published results
 
 The planner measures the model on this machine for a few seconds, in as many processes as a host has ranks. Create
-links.json with `hvdkit bench collectives --case='-H h1:1,h2:1' --json links.json` on the hosts that will train. The
-file written by --json also contains the measurements of the model, and --model-from reuses them.
+links.json with `hvdkit bench collectives --sizes training --case='-H h1:1,h2:1' --json links.json` on the hosts that
+will train; `plan measure` does so itself. The file written by --json also contains the measurements of the model and of
+the links, and --model-from and --links reuse them.
 """
 
 import argparse
+import dataclasses
 import json
+import statistics
 import sys
 from pathlib import Path
 from typing import Any
@@ -25,7 +28,7 @@ from hvdkit.plan import score as scoring
 from hvdkit.plan.cost import Cluster, Compute, Link, Mode
 from hvdkit.world.devices import usable_cores
 
-_MEMORY = Link(5e-6, 1 / 4e9, 2e-4)  # default between ranks of one host: shared memory
+_MEMORY = Link(2e-4, 1 / 4e9, 1e-3, transport="shared")  # default between ranks of one host
 
 
 def main(argv: list[str]) -> int:
@@ -61,6 +64,12 @@ def parser() -> Parser:
     )
     made.add_argument("--agreeing", default="1ms", help="duration of Horovod's negotiation between two ranks [1ms]")
     made.add_argument(
+        "--transport",
+        choices=["sockets", "horovod"],
+        help="what moves gradients between hosts, if --links is not given [horovod with GPUs or HVDKIT_SOCKETS=0, else "
+        "sockets]",
+    )
+    made.add_argument(
         "--model-from", metavar="FILE", help="take the model's measurements from a file that --json wrote"
     )
     made.add_argument("--threads", type=int, help="cores per rank [an equal share of this machine's cores]")
@@ -78,7 +87,7 @@ def parser() -> Parser:
 def _plan(arguments: argparse.Namespace) -> int:
     numbers = _numbers(arguments.ranks)
     threads = arguments.threads or max(1, usable_cores() // max(1, arguments.ranks_per_host))
-    found, ways, measured = _predict(arguments, numbers, threads)
+    found, ways, measured = _predict(arguments, numbers, threads, *_cluster(arguments))
     sentence = advice.advise(found, ways, " ".join(arguments.flags), arguments.hosts)
     print(report.table(found))
     print(f"\n{sentence}")
@@ -99,24 +108,28 @@ def _measure(arguments: argparse.Namespace) -> int:
     number, arguments.ranks_per_host = sum(slots), max(slots)
     beside = number if arguments.shared_machine else arguments.ranks_per_host
     threads = arguments.threads or max(1, usable_cores() // beside)
-    predicted, ways, measured = _predict(arguments, [number], threads)
+    cluster, deviations, transfers = _measured_cluster(arguments)
+    predicted, ways, measured = _predict(arguments, [number], threads, cluster, deviations)
     predicted = [row for row in predicted if row["wire_bytes"] and not ways[row["mode"]].one_host]
     own = [*arguments.flags, f"--local_batch={arguments.batch}", f"--threads={threads}"]
     launcher = ["-H", arguments.hosts, "-np", str(number)]
     found = measure.measure(predicted, ways, own, launcher, arguments.seconds)
     print(measure.table(found))
     print(f"\nmedian error {scoring.score(found):.0%}")
-    reporting.write_measurement(arguments.json, {"rows": found, **measured})
+    reporting.write_measurement(arguments.json, {"rows": found, **measured, "links": transfers})
     return 0
 
 
 def _predict(
-    arguments: argparse.Namespace, numbers: list[int], threads: int
+    arguments: argparse.Namespace,
+    numbers: list[int],
+    threads: int,
+    cluster: Cluster,
+    deviations: dict[str, float],
 ) -> tuple[list[dict[str, Any]], dict[str, Mode], dict[str, Any]]:
     """Return the prediction rows, the modes by name, and the model's measurements for the JSON file."""
     if arguments.batch < 1 or arguments.ranks_per_host < 1:
         raise UsageError("--batch and --ranks-per-host must be 1 or more.")
-    cluster, deviations = _cluster(arguments)
     # The launcher binds the ranks of one host to separate cores. Hosts that share one machine do not coordinate, so
     # their ranks are not bound.
     beside = max(numbers) if arguments.shared_machine else arguments.ranks_per_host
@@ -125,9 +138,9 @@ def _predict(
         compute, known = _read_model(arguments.model_from)
     else:
         compute, known = facts.measure(arguments.flags, arguments.batch, threads, beside, bound, arguments.seconds)
-        known["compression_seconds"] = facts.compression_seconds(
-            modes.FEEDBACK, known["shapes"], threads, beside, bound
-        )
+    unknown = [name for name in _compressors(arguments.modes) if name not in known["compression_seconds"]]
+    if unknown:
+        known["compression_seconds"] |= facts.compression_seconds(unknown, known["shapes"], threads, beside, bound)
     deviations = {**deviations, "compute": max(compute.deviation, 0.02)}
     ways = modes.all_modes(
         known["shapes"], _optimizer(arguments.flags), known["compression_seconds"], known["divisions"]
@@ -137,6 +150,12 @@ def _predict(
         numbers, arguments.batch, compute, ways, cluster, deviations, arguments.price, known["one_process"]
     )
     return found, ways, {"compute": vars(compute), **known, "deviations": deviations}
+
+
+def _compressors(names: str) -> list[str]:
+    """Return the compressors among the modes to consider; the compute time of others is not measured."""
+    chosen = names.split(",") if names else modes.FEEDBACK
+    return [name for name in modes.FEEDBACK if name in chosen]
 
 
 def _read_model(path: str) -> tuple[Compute, dict[str, Any]]:
@@ -157,10 +176,29 @@ def _cluster(arguments: argparse.Namespace) -> tuple[Cluster, dict[str, float]]:
     if arguments.links:
         between, deviations = links.read(arguments.links)
     else:
-        between = links.given(arguments.latency, arguments.bandwidth, arguments.agreeing)
-    inside = links.read(arguments.inside)[0] if arguments.inside else _MEMORY
+        transport = arguments.transport or links.expected_transport()
+        between = links.given(arguments.latency, arguments.bandwidth, arguments.agreeing, transport)
+    inside = links.read(arguments.inside, "inside")[0] if arguments.inside else _MEMORY
     cluster = Cluster(between, inside, arguments.ranks_per_host, usable_cores(), arguments.shared_machine)
     return cluster, deviations
+
+
+def _measured_cluster(arguments: argparse.Namespace) -> tuple[Cluster, dict[str, float], dict[str, Any]]:
+    """Return the cluster of `-H`, the links' relative deviations, and the measurements of links that no file gives."""
+    cluster, deviations = _cluster(arguments)
+    names = [host.partition(":")[0] for host in arguments.hosts.split(",")]
+    transfers = {}
+    if len(names) > 1 and not arguments.links:
+        transfers["between"] = links.measure(["-H", ",".join(f"{name}:1" for name in names)], arguments.seconds / 8)
+        between, deviations = links.from_measurement(transfers["between"])
+        cluster = dataclasses.replace(cluster, between=between)
+    if arguments.ranks_per_host > 1 and not arguments.inside:
+        alone = ["-H", f"{names[0]}:{arguments.ranks_per_host}"]
+        transfers["inside"] = links.measure(alone, arguments.seconds / 8)
+        inside, spread = links.from_measurement(transfers["inside"])
+        deviations = deviations if len(names) > 1 else spread
+        cluster = dataclasses.replace(cluster, inside=inside)
+    return cluster, deviations, transfers
 
 
 def _numbers(text: str) -> list[int]:
@@ -197,21 +235,15 @@ def _score(argv: list[str]) -> int:
 def _published(argv: list[str]) -> int:
     if len(argv) != 1:
         raise UsageError("published needs one file, as in: python -m hvdkit.plan published FILE.png")
-    predictions = {
-        "predicted, nothing hidden": published.predicted(0.0),
-        "predicted, 90 % hidden": published.predicted(0.9),
-    }
-    points = {one.name: list(one.points) for one in published.ALL}
-    reporting.plot(argv[0], "ResNet-50, weak scaling", "GPUs", "efficiency", {**predictions, **points}, xscale="log")
-    rows = [[name, *(f"{efficiency:.2f}" for _, efficiency in line)] for name, line in predictions.items()]
-    print(reporting.table(["GPUs", *map(str, published.RANKS)], rows))
-    print()
-    theirs = [
-        [one.name, number, f"{efficiency:.2f}", one.source]
-        for one in published.ALL
-        for number, efficiency in one.points
-    ]
-    print(reporting.table(["published", "GPUs", "efficiency", "source"], theirs))
+    lines: dict[str, list[tuple[float, float]]] = {}
+    for one in published.ALL:
+        lines[f"{one.precision}, published"] = [(gpus, one.efficiency(gpus)) for gpus in one.images]
+        lines[f"{one.precision}, predicted"] = [(n, published.predicted(one, n).efficiency) for n in published.RANKS]
+    reporting.plot(argv[0], "EfficientNet-B4 on A100, weak scaling", "GPUs", "efficiency", lines, xscale="log")
+    print(report.published_table(published.ALL))
+    errors = [abs(published.error(one, gpus)) for one in published.ALL for gpus in one.images if gpus > 1]
+    print(f"\nmedian error {statistics.median(errors):.0%} of {len(errors)}, without the GPU that calibrates")
+    print(f"published: {published.SOURCE}")
     return 0
 
 

@@ -12,29 +12,30 @@ A data-parallel step computes on the local batch, then allreduces the gradients:
   order). The model caps it at 3 σ.
 - **Transport.** Which formulas hold for a collective depends on what moves it (`hvdkit.collectives.transports`). α is
   the latency in seconds, β the seconds per byte.
-- **Sockets** (CPU ranks on several hosts): an allreduce of n bytes is a pairwise reduce-scatter and allgather (R. Thakur
-  et al., "Optimization of collective communication operations in MPICH", 2005): 2 α + 2 (N - 1)/N n β. Two ranks, and
-  buffers of up to 32 KiB, go to all others in one step: α + (N - 1) n β. Nothing is negotiated. Ranks of one host sum
-  in shared memory, each carries a part between the hosts, and they gather the parts in shared memory. So a host's link
-  carries n bytes, not n bytes per rank.
-- **Shared memory** (CPU ranks of one host): α for each barrier, one for up to four ranks and else two, and the bytes of a
+- **Sockets** (CPU ranks on several hosts): an allreduce of n bytes is a pairwise reduce-scatter and allgather (R.
+  Thakur et al., "Optimization of collective communication operations in MPICH", 2005): 2 α + 2 (N - 1)/N n β. Two ranks
+  send each other everything in one step, and so do more ranks with up to 32 KiB: α + (N - 1) n β. Nothing is
+  negotiated. Ranks of one host sum in shared memory, each carries a part between the hosts, and they gather the parts
+  in shared memory. So a host's link carries the bytes of a single rank.
+- **Shared memory** (CPU ranks of one host): α for each barrier (one for up to four ranks, else two), and the bytes of a
   ring. Nothing is negotiated.
 - **Horovod, ring allreduce** of n bytes: 2 (N - 1) α + 2 (N - 1)/N n β (P. Patarasuk and X. Yuan, "Bandwidth optimal
   all-reduce algorithms for clusters of workstations", 2009).
 - **Horovod, tree allreduce** (recursive doubling): ⌈log2 N⌉ (α + n β) (Thakur et al.). It is faster for small messages.
   The model takes the faster of the two.
-- **Horovod, negotiation.** In every cycle, before it moves data, Horovod negotiates which tensors are ready on all ranks
-  (A. Sergeev and M. Del Balso, 2018, section 4). This takes γ seconds for two ranks, and γ ⌈log2 N⌉ for a tree of N.
+- **Horovod, negotiation.** In every cycle, before it moves data, Horovod negotiates which tensors are ready on all
+  ranks (A. Sergeev and M. Del Balso, 2018, section 4). This takes γ seconds for two ranks, and γ ⌈log2 N⌉ for a tree of
+  N.
 - **Horovod, hosts with L ranks each** (GPUs): an allreduce inside each host over its own links (NVLink), then an
-  allreduce between hosts in which each rank sends 1/L of the data over a link of its own (X. Jia et al., "Highly scalable
-  deep learning training system", 2018, section 4.2).
+  allreduce between hosts in which each rank sends 1/L of the data over a link of its own (X. Jia et al., "Highly
+  scalable deep learning training system", 2018, section 4.2).
 - **Allgather** (top-k) of n bytes from each rank: (N - 1) n β' and one α over sockets and shared memory, N - 1 over
   Horovod (Thakur et al.). β' is the seconds per byte measured for an allgather. Few-bit compression is an alltoall of
   n/N bytes, always by Horovod, and an allgather of n/N bytes.
 - **Shaped links.** A token bucket, as `tc tbf` and many clouds have it, saves up its rate while the link is idle, up to
   `burst` bytes, which then pass at once (A. Tanenbaum, "Computer Networks", section 5.4). The link is idle while ranks
-  compute. So of n β seconds, the lower of burst · β and the idle time are saved: if the bucket is large enough, the step
-  takes the larger of computation and n β, not their sum.
+  compute. So of n β seconds, burst · β are saved, or the idle time if it is shorter. If the bucket is large enough, the
+  step takes the larger of computation and n β, not their sum.
 - **Model parallelism** has no gradient allreduce, and one batch for all ranks of the model. With tensor parallelism,
   the divided share of the weights computes N times as fast. Each pair of layers needs two allreduces of activations (M.
   Shoeybi et al., 2019, section 3). A pipeline of N stages and M micro-batches takes M + N - 1 turns. Each turn is the
@@ -49,7 +50,7 @@ import math
 from typing import NamedTuple
 
 UNDIVIDED_BYTES = 32 << 10  # up to this size, sockets send all elements to all ranks (kUndividedBytes in sockets.cc)
-UNDIVIDED_RANKS = 4  # up to this number, each rank sums all elements in shared memory (kDivideAbove in shared_memory.cc)
+UNDIVIDED_RANKS = 4  # up to this number, each rank of a host sums all elements (kDivideAbove in shared_memory.cc)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -59,7 +60,7 @@ class Link:
     Attributes:
         latency: α, seconds per message of Horovod, step of sockets, or barrier of shared memory.
         byte_seconds: β, seconds per byte: the inverse of the bandwidth. With sockets, of a host.
-        agreeing: γ, seconds of Horovod's negotiation between two ranks. With the other transports, only alltoall pays it.
+        agreeing: γ, seconds of Horovod's negotiation between two ranks. Without Horovod, only an alltoall pays it.
         gather_byte_seconds: β', seconds per byte of an allgather; 0 if it equals β. Gloo's allgather sends each rank's
             rows whole. Over a slow link this takes up to twice as long as the small chunks of its allreduce.
         burst: bytes that pass at once after the link was idle.

@@ -14,13 +14,18 @@ from hvdkit.bench import jobs
 from hvdkit.errors import UsageError
 from hvdkit.plan.cost import Compute
 
+_MANY_STEPS = 10  # steps per execution for short steps
+_SHORT = 0.2  # seconds of a step
+
 
 def measure(
     flags: Sequence[str], local_batch: int, threads: int, beside: int, bound: bool, seconds: float
 ) -> tuple[Compute, dict[str, Any]]:
-    """Train the model for some seconds at 0.5, 1 and 2 times its batch size, in processes that do not communicate.
+    """Train the model for some seconds at 1 and 2 times its batch size, in processes that do not communicate.
 
-    As many processes train in parallel as one machine has ranks, because ranks share memory bandwidth and caches.
+    If its steps are short, several run per execution, as in training (see `hvdkit.model.executions`). A short first run
+    with half the batch size tells. As many processes train in parallel as one machine has ranks, because ranks share
+    memory bandwidth and caches.
 
     Args:
         flags: flags of hvdkit.train, without a batch size.
@@ -31,26 +36,32 @@ def measure(
         seconds: duration of each measurement.
 
     Returns:
-        The compute cost of a rank, and a dictionary with `shapes`, `divisions` and `one_process`. The last is the
-        samples per second of one process that has all cores and the batch of all ranks of this machine. It is None if
-        one rank runs alone or ranks are not bound to their own cores.
+        The compute cost of a rank, and a dictionary with `shapes`, `divisions`, `one_process` and an empty
+        `compression_seconds`. `one_process` is the samples per second of one process that has all cores and the batch
+        of all ranks of this machine. It is None if one rank runs alone or ranks are not bound to their own cores.
     """
-    runs = {}
-    for batch in sorted({max(1, local_batch // 2), local_batch, 2 * local_batch}):
+
+    def train(batch: int, many: int, seconds: float) -> dict[str, Any]:
         own = [*flags, f"--global_batch={batch}", "--strategy=single", f"--threads={threads}"]
+        own.append(f"--steps_per_execution={many}")
+        found = _side_by_side(lambda cores: jobs.train(["-np", "1"], own, seconds, cores=cores), threads, beside, bound)
+        return {**found[0], "samples_per_second": [rate for run in found for rate in run["samples_per_second"]]}
 
-        def train(cores: list[int] | None, own: list[str] = own) -> dict[str, Any]:
-            return jobs.train(["-np", "1"], own, seconds, cores=cores)
-
-        found = _side_by_side(train, threads, beside, bound)
-        runs[batch] = {**found[0], "samples_per_second": [rate for run in found for rate in run["samples_per_second"]]}
+    half = max(1, local_batch // 2)
+    many = together(half / statistics.median(train(half, 1, seconds / 4)["samples_per_second"]))
+    runs = {batch: train(batch, many, seconds) for batch in (local_batch, 2 * local_batch)}
     known = {name: runs[local_batch]["facts"][name] for name in ("shapes", "divisions")}
-    known["one_process"] = None
+    known |= {"one_process": None, "compression_seconds": {}}
     if bound and beside > 1:
-        own = [*flags, f"--global_batch={local_batch * beside}", "--strategy=single"]
+        own = [*flags, f"--global_batch={local_batch * beside}", "--strategy=single", f"--steps_per_execution={many}"]
         with contextlib.suppress(UsageError):  # the batch may exceed the data set
             known["one_process"] = statistics.median(jobs.train(["-np", "1"], own, seconds)["samples_per_second"])
     return from_runs(runs, threads, beside), known
+
+
+def together(step_seconds: float) -> int:
+    """Return the number of steps per execution for steps of this duration, so Python's overhead is negligible."""
+    return _MANY_STEPS if step_seconds < _SHORT else 1
 
 
 def from_runs(runs: dict[int, dict[str, Any]], threads: int, beside: int = 1) -> Compute:

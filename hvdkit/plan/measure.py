@@ -6,9 +6,7 @@ from typing import Any
 from hvdkit import reporting
 from hvdkit.bench import jobs
 from hvdkit.plan.cost import Mode
-
-_MANY_STEPS = 10  # steps per execution for short steps; this makes Python's overhead negligible
-_SHORT = 0.2  # seconds of a step
+from hvdkit.plan.facts import together
 
 
 def measure(
@@ -35,8 +33,7 @@ def measure(
     found: list[dict[str, Any]] = []
     for row in predicted:
         mode = modes[row["mode"]]
-        many = _MANY_STEPS if row["step_seconds"] < _SHORT else 1
-        own = [*flags, *mode.flags.split(), f"--steps_per_execution={many}"]
+        own = [*flags, *mode.flags.split(), f"--steps_per_execution={together(row['step_seconds'])}"]
         run = jobs.train(launcher, own, seconds)
         rate = run["mean_samples_per_second"]
         found.append(

@@ -21,7 +21,7 @@ def all_modes(
     Args:
         shapes: shapes of the trainable weights.
         optimizer: value of the flag `--optimizer` of hvdkit.train.
-        compression_seconds: compute seconds per step, by compressor.
+        compression_seconds: compute seconds per step, by compressor; compressors that are not in it are left out.
         divisions: by model-parallel strategy, how it divides the model (see `hvdkit.bench.rank`).
     """
     colon = "," if ":" in optimizer else ":"
@@ -30,7 +30,7 @@ def all_modes(
     modes = [
         Mode("data parallel"),
         Mode("fp16", "--compression=fp16", share=0.5, exact=False),
-        *(_with_feedback(name, shapes, compression_seconds[name]) for name in FEEDBACK),
+        *(_with_feedback(name, shapes, compression_seconds[name]) for name in FEEDBACK if name in compression_seconds),
         Mode("accumulation", accumulate, every=ACCUMULATED, exact=False),
         Mode("local SGD", f"--local-steps={LOCAL_STEPS} {mean}", every=LOCAL_STEPS, exact=False),
         Mode("DiLoCo", f"--local-steps={DILOCO_STEPS}", every=DILOCO_STEPS, exact=False),

@@ -7,6 +7,7 @@ from typing import Any
 import numpy as np
 
 from hvdkit import reporting
+from hvdkit.plan import published
 from hvdkit.plan.cost import Cluster, Compute, Link, Mode, predict
 
 _DRAWS = 400
@@ -112,3 +113,34 @@ def table(found: Sequence[Mapping[str, Any]]) -> str:
         ]
         lines.append(line + ([f"{row['cost_per_million']:.4f}"] if priced else []))
     return reporting.table(heads + (["cost of 1M samples"] if priced else []), lines)
+
+
+def published_table(results: Sequence[published.Published]) -> str:
+    """Format published results beside predictions, with nothing and with all of the allreduce hidden."""
+    heads = [
+        "precision",
+        "GPUs",
+        "published images/s",
+        "predicted images/s",
+        "error",
+        "error, all hidden",
+        "published efficiency",
+        "predicted efficiency",
+    ]
+    lines = []
+    for one in results:
+        for gpus, images in one.images.items():
+            found = published.predicted(one, gpus)
+            lines.append(
+                [
+                    one.precision,
+                    gpus,
+                    f"{images:,}",
+                    f"{found.samples_per_second:,.0f}",
+                    f"{published.error(one, gpus):+.1%}",
+                    f"{published.error(one, gpus, overlap=1.0):+.1%}",
+                    f"{one.efficiency(gpus):.3f}",
+                    f"{found.efficiency:.3f}",
+                ]
+            )
+    return reporting.table(heads, lines)

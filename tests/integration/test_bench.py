@@ -48,7 +48,8 @@ def test_collectives_lie_below_what_the_machine_can_do(bench, tmp_path):
     found, _ = bench("collectives", "--sizes", "1024,4194304")
     rows = {(row["operation"], row["bytes"]): row for row in found["rows"]}
     transfers = {"send_by_alltoall", "send_by_allgather", "send_by_shared_memory"}
-    assert {name for name, _ in rows} == {"allreduce", "allgather", "broadcast", "shared_allreduce"} | transfers
+    own = {"shared_allreduce", "shared_allgather"}
+    assert {name for name, _ in rows} == {"allreduce", "allgather", "broadcast"} | own | transfers
     for (_, size), row in rows.items():
         assert row["quartiles"][0] <= row["seconds"] <= row["quartiles"][1]
         assert size / row["seconds"] < 2 * found["limits"]["memory_copy"]
@@ -159,10 +160,18 @@ def test_predictions_are_scored(tmp_path):
     assert "+30%" in ended.output
 
 
-def test_resnet_50_is_drawn_beside_what_others_published(tmp_path):
+def test_predictions_are_held_against_what_nvidia_published(tmp_path):
     plot = tmp_path / "published.png"
     ended = run_command(forked.command("-m", "hvdkit.plan", "published", plot), timeout=60)
     assert ended.code == 0, ended.output
     assert plot.read_bytes().startswith(b"\x89PNG")
-    assert re.search(r"^Horovod, .* 512 +0\.90 ", ended.output, re.MULTILINE), ended.output
+    rows = re.findall(r"^(TF32|AMP) +(\d+) +([\d,]+) +([\d,]+) +([-+][\d.]+)%", ended.output, re.MULTILINE)
+    assert [(precision, gpus, images) for precision, gpus, images, _, _ in rows] == [
+        *(("TF32", gpus, images) for gpus, images in (("1", "165"), ("8", "1,308"), ("32", "4,782"), ("64", "9,473"))),
+        *(("AMP", gpus, images) for gpus, images in (("1", "470"), ("8", "3,550"), ("32", "12,908"), ("64", "25,455"))),
+    ], ended.output
+    for _, _, images, predicted, error in rows:
+        theirs, ours = (int(number.replace(",", "")) for number in (images, predicted))
+        assert float(error) == pytest.approx(100 * (ours / theirs - 1), abs=0.4)
+    assert "DeepLearningExamples" in ended.output
     assert "MXNet" not in ended.output

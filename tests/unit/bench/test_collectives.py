@@ -9,7 +9,15 @@ from hvdkit.bench import collectives
 
 @pytest.mark.parametrize(
     ("operation", "expected"),
-    [("allreduce", 1500), ("shared_allreduce", 1500), ("allgather", 3000), ("broadcast", 1000), ("send_by_x", 1000)],
+    [
+        ("allreduce", 1500),
+        ("shared_allreduce", 1500),
+        ("sockets_allreduce_after_pause", 1500),
+        ("allgather", 3000),
+        ("sockets_allgather", 3000),
+        ("broadcast", 1000),
+        ("send_by_allgather", 1000),
+    ],
 )
 def test_the_bytes_that_a_rank_must_move(operation, expected):
     assert collectives.bus_bytes(operation, 1000, ranks=4) == expected
