@@ -61,12 +61,32 @@ def train(
         environment: additional environment variables.
         cores: cores of this host that the job may use; None for all.
     """
+    return train_each(launcher, [flags], seconds, environment, cores)[0]
+
+
+def train_each(
+    launcher: Sequence[str],
+    several: Sequence[Sequence[str]],
+    seconds: float,
+    environment: dict[str, str] | None = None,
+    cores: Sequence[int] | None = None,
+) -> list[dict[str, Any]]:
+    """Measure several trainings in one job, one after the other: processes start only once.
+
+    Args:
+        launcher: see `train`.
+        several: flags of hvdkit.train for each training.
+        seconds: duration of each measurement.
+        environment: see `train`.
+        cores: see `train`.
+    """
     with tempfile.TemporaryDirectory() as folder:
         result = Path(folder, "result.json")
-        program = [sys.executable, "-m", "hvdkit.bench.rank", str(seconds), str(result), *flags]
+        program = [sys.executable, "-m", "hvdkit.bench.rank", str(seconds), str(result)]
+        program += [flag for flags in several for flag in ("---", *flags)]
         start = [sys.executable, "-m", "hvdkit.launch", *launcher, "--"] if launcher else []
-        run([*bound_to(cores), *start, *program], environment)
-        return dict(json.loads(result.read_text()))
+        run([*bound_to(cores), *start, *program], environment, limit=_LIMIT * len(several))
+        return list(json.loads(result.read_text()))
 
 
 def _end(output: str) -> str:

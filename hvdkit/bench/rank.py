@@ -1,8 +1,9 @@
 """The rank program of a benchmark: run `hvdkit.train` for some seconds and time its steps.
 
-    python -m hvdkit.launch -np 2 -- python -m hvdkit.bench.rank SECONDS RESULT.json [flags of hvdkit.train]
+    python -m hvdkit.launch -np 2 -- python -m hvdkit.bench.rank SECONDS RESULT.json --- [flags of hvdkit.train]
 
-It times the real training job, with its input pipeline, metrics and guards. The job writes no checkpoints.
+It times the real training job, with its input pipeline, metrics and guards. The job writes no checkpoints. The flags of
+another training may follow after another `---`; the same processes run it next.
 """
 
 import itertools
@@ -179,8 +180,12 @@ def _exchange() -> dict[str, Any]:
 
 
 def main(argv: list[str]) -> None:
-    """Measure; rank 0 writes the result to a file."""
-    found = measure(float(argv[1]), argv[3:])
+    """Measure each training; rank 0 writes the results to a file."""
+    found: list[dict[str, Any]] = []
+    for is_separator, flags in itertools.groupby(argv[3:], "---".__eq__):
+        if not is_separator:
+            found.append(measure(float(argv[1]), list(flags)))
+            keras.backend.clear_session()
     if world.rank() == 0:
         Path(argv[2]).write_text(json.dumps(found))
     runtime.shutdown()

@@ -18,6 +18,8 @@ def measure(
 ) -> list[dict[str, Any]]:
     """Train for some seconds in each mode, and return the measured speed beside the prediction.
 
+    One job trains in all modes, one after the other, because to start ranks takes longer than to measure them.
+
     Args:
         predicted: prediction rows for the ranks that the launcher starts.
         modes: the training modes by name.
@@ -30,16 +32,17 @@ def measure(
         data parallelism), and the bytes that a host sends per step, both predicted and counted at its network
         interfaces.
     """
+    several = [
+        [*flags, *modes[row["mode"]].flags.split(), f"--steps_per_execution={together(row['step_seconds'])}"]
+        for row in predicted
+    ]
     found: list[dict[str, Any]] = []
-    for row in predicted:
-        mode = modes[row["mode"]]
-        own = [*flags, *mode.flags.split(), f"--steps_per_execution={together(row['step_seconds'])}"]
-        run = jobs.train(launcher, own, seconds)
+    for row, run in zip(predicted, jobs.train_each(launcher, several, seconds), strict=True):
         rate = run["mean_samples_per_second"]
         found.append(
             {
-                "case": f"{mode.name}, {row['ranks']} ranks",
-                "mode": mode.name,
+                "case": f"{row['mode']}, {row['ranks']} ranks",
+                "mode": row["mode"],
                 "ranks": row["ranks"],
                 "predicted": row["samples_per_second"],
                 "interval": row["interval"],
