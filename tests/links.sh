@@ -3,7 +3,7 @@
 #
 #   tests/links.sh FOLDER          leaves FOLDER/MODEL-RATE-HOSTS.json (root; about 40 minutes on two cores)
 #
-# Links are measured between two hosts, and models in as many processes as there are hosts, which share the machine.
+# Links are measured between all hosts that train, and models in as many processes, which share the machine.
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 export HVDKIT_TESTHOSTS=links TF_CPP_MIN_LOG_LEVEL=2
@@ -20,31 +20,24 @@ modes_of() {  # MODEL RATE HOSTS: the whole list where a link is slow, and the r
   case $* in
     *" 1gbit 2") echo "data parallel,fp16,powersgd,DiLoCo" ;;
     *" 2") echo "data parallel,fp16,int8,onebit,topk,powersgd,local SGD,DiLoCo" ;;
-    cifar_cnn*" 3" | cifar_cnn" 1gbit "*) ;;
     *) echo "data parallel,powersgd,DiLoCo" ;;
   esac
 }
-declare -A sizes=(
-  [1gbit]="1024,65536,1048576,16777216" [100mbit]="1024,65536,1048576,4194304" [10mbit]="1024,65536,1048576"
-)
-
 on_first() { launch/testhosts.sh run h1 .venv/bin/python -m "$@" 2>&1 | grep -v '^[IWE]0000\|^WARNING: All log'; }
 
 for rate in ${HVDKIT_LINKS:-100mbit 10mbit 1gbit}; do
   launch/testhosts.sh up 4 --rate "$rate"
-  on_first hvdkit.bench collectives --seconds 2 --case '-H h1:1,h2:1 -np 2' --sizes "${sizes[$rate]}" \
-    --json "$folder/links-$rate.json"
   for model in large_mlp cifar_cnn; do
     read -ra own <<<"${flags[$model]}"
     for hosts in 2 3 4; do
       modes=$(modes_of "$model" "$rate" "$hosts")
-      [[ $modes ]] || continue
       echo "== $model, $hosts hosts, $rate"
       list=h1:1,h2:1,h3:1,h4:1
       list=${list:0:5 * hosts - 1}
-      known="$folder/$model-$hosts.json"
-      common=(--shared-machine --threads 1 --links "$folder/links-$rate.json")
+      known="$folder/$model-$hosts.json" links="$folder/large_mlp-$rate-$hosts.json"
+      common=(--shared-machine --threads 1)
       [[ -f $known ]] || on_first hvdkit.plan --ranks "$hosts" "${common[@]}" --json "$known" -- "${own[@]}" >/dev/null
+      [[ $model == large_mlp ]] || common+=(--links "$links")
       on_first hvdkit.plan measure -H "$list" "${common[@]}" --model-from "$known" --modes "$modes" \
         --json "$folder/$model-$rate-$hosts.json" -- "${own[@]}" || failed=1
     done

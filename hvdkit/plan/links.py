@@ -1,8 +1,10 @@
 """Measure links with the transport that gradients use, and fit a link's α, β and γ (see `cost`) to the measurements."""
 
+import itertools
 import json
 import os
 import re
+import statistics
 import sys
 import tempfile
 from collections.abc import Sequence
@@ -18,6 +20,7 @@ from hvdkit.plan.cost import Link, barriers, is_divided
 _UNITS = {"bit/s": 1 / 8, "byte/s": 1.0}
 _PREFIXES = {"": 1.0, "k": 1e3, "m": 1e6, "g": 1e9}
 _SECONDS = {"s": 1.0, "ms": 1e-3, "us": 1e-6, "µs": 1e-6}
+_LONG = 1 << 16  # bytes from which a transfer over sockets is long
 _SAVED = 0.2  # fraction of the time in which bytes move; below it, a faster transfer after a pause is noise
 
 
@@ -94,10 +97,12 @@ def fit(
     negotiated: Sequence[dict[str, Any]] = (),
     paused: Sequence[dict[str, Any]] = (),
 ) -> tuple[Link, dict[str, float]]:
-    """Fit the seconds per byte to the two largest sizes, and the fixed cost to the smallest.
+    """Fit the seconds per byte to large sizes, and the fixed cost to the smallest.
 
     A least-squares fit over all sizes would be wrong: traffic shapers of slow links let the first kilobytes pass, so
-    medium sizes look cheaper than they are in a long transfer.
+    medium sizes look cheaper than they are in a long transfer. While Horovod negotiates, a link saves up for many: of
+    its sizes only the two largest count. Sockets leave it no time, so each two neighbours from 64 KiB up count, and the
+    median of their slopes is robust against an outlier.
 
     A ring allreduce of N ranks takes γ ⌈log2 N⌉ + 2 (N - 1) α + 2 (N - 1)/N n β seconds. One number of ranks does not
     determine both α and γ. The fit therefore attributes 1 % of the fixed cost to messages (α) and the rest to
@@ -121,7 +126,7 @@ def fit(
     """
     if len({row["bytes"] for row in rows}) < 2 or ranks < 2:
         raise ValueError("two ranks and two sizes at least are needed")
-    start, byte = _line(rows)
+    start, byte = _line(rows, transport)
     spread = [(row["quartiles"][1] - row["quartiles"][0]) / 1.349 / row["seconds"] for row in rows]
     deviation = float(np.clip(np.median(spread), 0.01, 1.0))
     if transport == "horovod":
@@ -134,19 +139,25 @@ def fit(
         latency=latency,
         byte_seconds=byte_seconds,
         agreeing=negotiation / int(np.ceil(np.log2(ranks))),
-        gather_byte_seconds=_line(gathered)[1] / (ranks - 1) if len({row["bytes"] for row in gathered}) > 1 else 0.0,
+        gather_byte_seconds=_line(gathered, transport)[1] / (ranks - 1)
+        if len({row["bytes"] for row in gathered}) > 1
+        else 0.0,
         burst=_burst(paused, ranks, start, byte, transport) / byte_seconds,
         transport=transport,
     )
     return link, {"start": deviation, "byte": deviation}
 
 
-def _line(rows: Sequence[dict[str, Any]]) -> tuple[float, float]:
+def _line(rows: Sequence[dict[str, Any]], transport: str) -> tuple[float, float]:
     """Return the seconds of an empty message, and the seconds per byte."""
-    *_, (small, before), (large, longest) = ordered = sorted((row["bytes"], row["seconds"]) for row in rows)
-    byte = (longest - before) / (large - small)
+    ordered = sorted((row["bytes"], row["seconds"]) for row in rows)
+    pairs = list(itertools.pairwise(ordered))
+    long = [pair for pair in pairs if pair[0][0] >= _LONG] if transport != "horovod" else []
+    slopes = [(after - before) / (large - small) for (small, before), (large, after) in long or pairs[-1:]]
+    largest, longest = ordered[-1]
+    byte = statistics.median(slopes)
     if byte <= 0:  # noise
-        byte = longest / large
+        byte = longest / largest
     least, shortest = ordered[0]
     return max(shortest - least * byte, shortest / 10), byte
 

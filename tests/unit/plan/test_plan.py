@@ -318,6 +318,15 @@ def test_sockets_are_found_again_in_what_they_take(hosts):
     assert found.agreeing == pytest.approx(5e-3 / np.ceil(np.log2(hosts)))
 
 
+def test_one_size_that_was_disturbed_does_not_spoil_the_link():
+    def row(n, times=1.0):
+        return {"bytes": n, "seconds": times * (1e-4 + n * 8e-8), "quartiles": [0, 0]}
+
+    rows = [row(4), row(1 << 16), row(1 << 18), row(1 << 20), row(1 << 22, 1.2)]
+    assert links.fit(rows, 2, transport="sockets")[0].byte_seconds == pytest.approx(8e-8, rel=0.01)
+    assert links.fit(rows, 2)[0].byte_seconds > 9e-8, "of Horovod's, the longest count alone"
+
+
 def test_a_link_that_saves_nothing_has_no_burst():
     def row(n, seconds):
         return {"bytes": n, "seconds": seconds, "quartiles": [0, 0]}
