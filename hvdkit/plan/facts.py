@@ -49,11 +49,20 @@ def measure(
 
     half = max(1, local_batch // 2)
     many = together(half / statistics.median(train(half, 1, seconds / 4)["samples_per_second"]))
-    runs = {batch: train(batch, many, seconds) for batch in (local_batch, 2 * local_batch)}
+
+    def train_as_ranks_do(batch: int) -> dict[str, Any]:
+        try:
+            return train(batch, many, seconds)
+        except UsageError:
+            if many == 1:
+                raise
+            return train(batch, 1, seconds)  # the steps of an epoch are no multiple
+
+    runs = {batch: train_as_ranks_do(batch) for batch in (local_batch, 2 * local_batch)}
     known = {name: runs[local_batch]["facts"][name] for name in ("shapes", "divisions")}
     known |= {"one_process": None, "compression_seconds": {}}
     if bound and beside > 1:
-        own = [*flags, f"--global_batch={local_batch * beside}", "--strategy=single", f"--steps_per_execution={many}"]
+        own = [*flags, f"--global_batch={local_batch * beside}", "--strategy=single"]
         with contextlib.suppress(UsageError):  # the batch may exceed the data set
             known["one_process"] = statistics.median(jobs.train(["-np", "1"], own, seconds)["samples_per_second"])
     return from_runs(runs, threads, beside), known

@@ -85,8 +85,11 @@ def test_each_mode_is_tried_beside_its_prediction(tmp_path):
     measure = forked.command("-m", "hvdkit.plan", "measure", *options, "--json", file, "--", *flags)
     ended = run_command(measure, timeout=400)
     assert ended.code == 0, ended.output
-    rows = json.loads(file.read_text())["rows"]
+    content = json.loads(file.read_text())
+    rows = content["rows"]
     assert [row["mode"] for row in rows] == ["data parallel", "powersgd", "local SGD"]
+    transfers = {row["operation"] for row in content["links"]["inside"]["rows"]}
+    assert transfers == {"allreduce", "shared_allreduce", "shared_allgather", "shared_allreduce_after_pause"}
     assert all(row["predicted"] > 0 and row["measured"] > 0 for row in rows)
     assert rows[1]["predicted_wire_bytes"] < rows[0]["predicted_wire_bytes"] / 5
     scored = run_command(forked.command("-m", "hvdkit.plan", "score", file), timeout=60)

@@ -15,6 +15,7 @@ import sys
 import psutil
 import pytest
 
+from hvdkit.plan import links
 from tests.conftest import ROOT, Cluster, remains, run_command
 from tests.integration.test_launcher import STUBBORN, SideEffect, arrive, end, read_until, wait_until
 
@@ -119,6 +120,27 @@ def test_each_host_sends_what_one_rank_would(launch, hosts, size, share):
     assert max(f["error"] for f in found) < 1e-6
     assert len({f["bits"] for f in found}) == 1
     assert [f["sent"] for f in found] == [pytest.approx(share, rel=0.1)] * size
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(900)
+def test_the_planner_measures_the_links_that_gradients_use(cluster, tmp_path):
+    file = tmp_path / "tried.json"
+    options = ["--shared-machine", "--threads", "1", "--batch", "32", "--seconds", "1", "--modes", "data parallel"]
+    flags = ["--model=mnist_mlp", "--dataset=synthetic:28x28x1:10:6400"]
+    measure = [sys.executable, "-m", "hvdkit.plan", "measure", *TWO, *options, "--json", file, "--", *flags]
+    ended = cluster.run("h1", *measure, timeout=600)
+    assert ended.code == 0, ended.output
+    content = json.loads(file.read_text())
+    assert [(row["mode"], row["predicted"] > 0, row["measured"] > 0) for row in content["rows"]] == [
+        ("data parallel", True, True)
+    ]
+    between = content["links"]["between"]
+    assert (between["ranks"], between["hosts"]) == (2, 2)
+    link, _ = links.read(str(file))
+    assert link.transport == "sockets"
+    by_horovod = next(row["seconds"] for row in between["rows"] if row["operation"] == "allreduce")
+    assert link.agreeing == by_horovod, "what an alltoall pays"
 
 
 def test_a_dry_run_asks_the_hosts(launch):
