@@ -51,6 +51,7 @@ def train(
     seconds: float,
     environment: dict[str, str] | None = None,
     cores: Sequence[int] | None = None,
+    prefix: Sequence[str] = (),
 ) -> dict[str, Any]:
     """Measure one training job.
 
@@ -60,8 +61,9 @@ def train(
         seconds: duration of the measurement.
         environment: additional environment variables.
         cores: cores of this host that the job may use; None for all.
+        prefix: command that starts each rank's program, if not the launcher itself.
     """
-    return train_each(launcher, [flags], seconds, environment, cores)[0]
+    return train_each(launcher, [flags], seconds, environment, cores, prefix)[0]
 
 
 def train_each(
@@ -70,6 +72,7 @@ def train_each(
     seconds: float,
     environment: dict[str, str] | None = None,
     cores: Sequence[int] | None = None,
+    prefix: Sequence[str] = (),
 ) -> list[dict[str, Any]]:
     """Measure several trainings in one job, one after the other: processes start only once.
 
@@ -79,10 +82,11 @@ def train_each(
         seconds: duration of each measurement.
         environment: see `train`.
         cores: see `train`.
+        prefix: see `train`.
     """
     with tempfile.TemporaryDirectory() as folder:
         result = Path(folder, "result.json")
-        program = [sys.executable, "-m", "hvdkit.bench.rank", str(seconds), str(result)]
+        program = [*prefix, sys.executable, "-m", "hvdkit.bench.rank", str(seconds), str(result)]
         program += [flag for flags in several for flag in ("---", *flags)]
         start = [sys.executable, "-m", "hvdkit.launch", *launcher, "--"] if launcher else []
         run([*bound_to(cores), *start, *program], environment, limit=_LIMIT * len(several))

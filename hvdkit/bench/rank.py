@@ -26,6 +26,7 @@ import numpy as np  # noqa: E402
 import tensorflow as tf  # noqa: E402
 
 from hvdkit import collectives, parallel, runtime, world  # noqa: E402
+from hvdkit.bench.peers.programs import timing  # noqa: E402
 from hvdkit.collectives import transports  # noqa: E402
 from hvdkit.optimizers import local_sgd  # noqa: E402
 from hvdkit.train import flags as train_flags  # noqa: E402
@@ -104,6 +105,15 @@ class Clock(keras.callbacks.Callback):
         first, *_, last = self._whole()
         return (last[1] - first[1]) / (last[0] - first[0]), (last[2] - first[2]) / (last[1] - first[1])
 
+    def step_times(self) -> dict[str, float]:
+        """Return the median and 95th percentile of the step times after the warm-up, as for other tools.
+
+        What happens between two epochs counts for no step.
+        """
+        epoch = self.params["steps"]
+        pairs = [(a, b) for a, b in itertools.pairwise(self._kept()) if a[1] % epoch]
+        return timing.step_times([(b[0] - a[0], b[1] - a[1]) for a, b in pairs])
+
     def _kept(self) -> list[tuple[float, int, int]]:
         begin = self.ends[0][0] + _WARM_UP * self._seconds
         return [end for end in self.ends if end[0] >= begin]
@@ -154,6 +164,7 @@ def measure(seconds: float, flags: list[str]) -> dict[str, Any]:
         "replicas": result["size"],
         "global_batch": result["global_batch"],
         "samples_per_second": [rate * result["global_batch"] for rate in clock.rates()],
+        "step_seconds": clock.step_times(),
         "mean_samples_per_second": clock.means()[0] * result["global_batch"],
         "sent_bytes_per_step": clock.means()[1],
         "startup_seconds": {name: round(value, 2) for name, value in phases.items()},

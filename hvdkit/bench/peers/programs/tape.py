@@ -6,6 +6,8 @@ horovodrun -np 2 tape.py mlp
 import os
 
 import models
+import setting
+import timing
 
 os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
 os.environ["TF_ENABLE_ONEDNN_OPTS"] = "1"
@@ -23,32 +25,40 @@ def measure(tf, hvd, keras, name):
 
     @tf.function
     def steps():
-        for _ in tf.range(models.STEPS_PER_CALL):
+        for _ in tf.range(timing.STEPS_PER_CALL):
             x, y = next(batches)
             with tf.GradientTape() as tape:
                 loss = loss_of(y, model(x, training=True))
             gradients = tape.gradient(loss, model.trainable_variables)
             optimizer.apply(hvd.grouped_allreduce(gradients, op=hvd.Average), model.trainable_variables)
 
-    def run(number):
-        for _ in range(number // models.STEPS_PER_CALL):
-            steps()
+    def run(number, windows, clock):
+        for _ in range(windows):
+            clock.begin()
+            for _ in range(number // timing.STEPS_PER_CALL):
+                steps()
+                clock.end_execution(timing.STEPS_PER_CALL)
+            clock.end()
+
+    def mean(value):
+        return float(hvd.allreduce(tf.constant(value, tf.float64)))
 
     hvd.broadcast_variables([v.value for v in model.variables], root_rank=0)
     weights = sum(int(tf.size(w)) for w in model.trainable_weights)
-    models.timed(run, hvd.rank(), name, models.BATCHES[name] * hvd.size(), weights)
+    batch = models.BATCHES[name] * hvd.size()
+    timing.measure(run, mean, workload=name, rank=hvd.rank(), global_batch=batch, weights=weights)
 
 
 def main():
-    models.pin(int(os.environ.get("HOROVOD_LOCAL_RANK", 0)))
+    setting.pin(int(os.environ.get("HOROVOD_LOCAL_RANK", 0)))
     import horovod.tensorflow as hvd
     import keras
     import tensorflow as tf
 
-    tf.config.threading.set_intra_op_parallelism_threads(models.threads())
-    tf.config.threading.set_inter_op_parallelism_threads(max(2, models.threads()))
+    tf.config.threading.set_intra_op_parallelism_threads(setting.threads())
+    tf.config.threading.set_inter_op_parallelism_threads(max(2, setting.threads()))
     hvd.init()
-    for name in models.chosen():
+    for name in setting.chosen():
         measure(tf, hvd, keras, name)
 
 

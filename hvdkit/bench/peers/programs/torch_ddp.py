@@ -1,6 +1,8 @@
 """Benchmark PyTorch DistributedDataParallel over Gloo.
 
-torchrun --nproc_per_node 2 torch_ddp.py mlp,lenet
+    python -m hvdkit.launch -np 2 -- torch_ddp.py mlp,lenet
+
+The launcher only starts the processes, which find each other as torch.distributed prescribes.
 """
 
 import itertools
@@ -11,6 +13,8 @@ from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
 import models
+import setting
+import timing
 
 _DENSE = {"mlp": (128, 64), "large_mlp": (2048, 2048)}
 
@@ -80,24 +84,36 @@ def measure(name, rank, size):
     labels = torch.randint(0, 10, (models.EXAMPLES,))
     loss_of, batch = nn.CrossEntropyLoss(), models.BATCHES[name]
 
-    def run(steps):
-        order = torch.randperm(models.EXAMPLES)
-        for step in range(steps):
-            start = step * batch % models.EXAMPLES
-            rows = order[start : start + batch]
-            optimizer.zero_grad(set_to_none=True)
-            loss_of(model(images[rows]), labels[rows]).backward()
-            optimizer.step()
+    def run(steps, windows, clock):
+        for _ in range(windows):
+            clock.begin()
+            order = torch.randperm(models.EXAMPLES)
+            for step in range(steps):
+                start = step * batch % models.EXAMPLES
+                rows = order[start : start + batch]
+                optimizer.zero_grad(set_to_none=True)
+                loss_of(model(images[rows]), labels[rows]).backward()
+                optimizer.step()
+                clock.end_execution(1)
+            clock.end()
 
-    models.timed(run, rank, name, batch * size, weights)
+    timing.measure(run, mean, workload=name, rank=rank, global_batch=batch * size, weights=weights)
+
+
+def mean(value):
+    total = torch.tensor(value, dtype=torch.float64)
+    torch.distributed.all_reduce(total)
+    return float(total) / torch.distributed.get_world_size()
 
 
 def main():
-    rank, size = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
-    models.pin(int(os.environ["LOCAL_RANK"]))
-    torch.set_num_threads(models.threads())
-    torch.distributed.init_process_group("gloo")
-    for name in models.chosen():
+    rank, size, local_rank = setting.rank_and_size()
+    setting.pin(local_rank)
+    torch.set_num_threads(setting.threads())
+    if "HOROVOD_GLOO_IFACE" in os.environ:  # the launcher has found the interface that leads to the other hosts
+        os.environ.setdefault("GLOO_SOCKET_IFNAME", os.environ["HOROVOD_GLOO_IFACE"])
+    torch.distributed.init_process_group("gloo", f"tcp://{setting.addresses()[0]}", rank=rank, world_size=size)
+    for name in setting.chosen():
         measure(name, rank, size)
     torch.distributed.destroy_process_group()
 
