@@ -120,21 +120,52 @@ def test_accuracy_is_timed_to_the_epoch_that_reached_it(bench):
 @pytest.mark.slow
 def test_peers_train_the_same_model(bench):
     """Those that need no environment of their own; the others are started in the same way."""
-    found, output = bench("peers", "--workloads", "mlp", "--peers", "horovod_tape,mirrored", timeout=550)
+    found, output = bench("peers", "--workloads", "mlp", "--peers", "hvdkit,horovod_tape,mirrored", timeout=550)
     assert found["missing"] == {}, output
     rows = {row["peer"]: row for row in found["rows"]}
-    assert set(rows) == {"hvdkit", "horovod_tape", "mirrored"}
+    assert set(rows) == {"hvdkit_script", "hvdkit", "horovod_tape", "mirrored"}
+    for row in found["rows"]:
+        expected = rows["hvdkit_script"]["samples_per_second"] / row["samples_per_second"]
+        assert row["ratio"]["median"] == pytest.approx(expected)
+        assert row["slow_steps"] >= 1
     for peer in ("horovod_tape", "mirrored"):
-        expected = rows["hvdkit"]["samples_per_second"] / rows[peer]["samples_per_second"]
-        assert rows[peer]["ratio"]["median"] == pytest.approx(expected)
         assert rows[peer]["setting"]["HVDKIT_BENCH_THREADS"]
+
+
+@pytest.mark.slow
+def test_hvdkit_is_compared_with_one_core(bench):
+    found, output = bench("peers", "--workloads", "mlp", "--peers", "one_core", "--cpus", "0,1")
+    script, alone = found["rows"]
+    assert (script["peer"], alone["peer"]) == ("hvdkit_script", "one_core")
+    (times,) = [one["step_seconds"] for one in alone["rounds"]]
+    assert times["steps_per_execution"] == 1, "Keras' default"
+    assert alone["samples_per_second"] == pytest.approx(64 / times["median"], rel=0.9), "of one process"
+    (verdict,) = found["verdicts"]
+    assert (verdict["best_peer"], verdict["one_core"]) == (None, alone["ratio"])
+    assert re.search(r"^mlp +none ", output, re.MULTILINE), output
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(700)
+def test_peers_across_hosts(cluster, tmp_path):
+    file = tmp_path / "peers.json"
+    peers = ["--peers", "horovod_tape,mirrored", "--workloads", "mlp", "--rounds", "1", "--seconds", "2"]
+    command = [sys.executable, "-m", "hvdkit.bench", "peers", "-H", "h1:1,h2:1", "--cpus", "0,1", *peers]
+    ended = cluster.run("h1", *command, "--json", file, timeout=600)
+    assert ended.code == 0, ended.output
+    found = json.loads(file.read_text())
+    assert (found["ranks"], found["hosts"], found["cpus"]) == (2, "h1:1,h2:1", [0, 1])
+    assert [row["peer"] for row in found["rows"]] == ["hvdkit_script", "horovod_tape"]
+    assert all(row["samples_per_second"] > 100 for row in found["rows"])
+    assert ended.output.splitlines()[-1] == "mirrored was left out: its replicas are in one process"
 
 
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
         (["bench", "throughput", "--workloads", "vgg"], "There is no workload 'vgg'. Choose from mlp, lenet"),
-        (["bench", "peers", "--peers", "jax"], "There is no peer 'jax'. Choose from hvdkit_script, torch_ddp"),
+        (["bench", "peers", "--peers", "jax"], "There is no peer 'jax'. Choose from hvdkit, hvdkit_script, one_core"),
+        (["bench", "peers", "--cpus", "0"], "--cpus 0 names 1 core(s) for 2 ranks."),
         (["bench", "accuracy", "--target", "97"], "--target=97.0 is no accuracy between 0 and 1."),
         (["bench", "scaling", "--ranks", "two"], "--ranks=two is no list of numbers, as in --ranks=1,2,4."),
         (["plan", "--ranks", "0"], "--ranks=0 is no list of numbers from 1 up"),

@@ -27,6 +27,15 @@ def test_rates_leave_the_warm_up_out():
     assert clock.means() == pytest.approx((5.0, 20.0))
 
 
+def test_step_times_leave_out_what_is_between_epochs():
+    """Two steps per execution, an epoch of 4 steps, and a second between two epochs."""
+    clock = rank.Clock(0)
+    clock.set_params({"steps": 4})
+    clock.ends = [(0.0, 2, 0), (1.0, 4, 0), (3.0, 6, 0), (4.2, 8, 0), (6.2, 10, 0), (7.2, 12, 0)]
+    found = clock.step_times()
+    assert found == {"median": 0.5, "percentile_95": pytest.approx(0.6), "steps_per_execution": 2, "steps": 6}
+
+
 def test_means_are_over_whole_rounds():
     """A step takes a second, and the exchange after each fourth one two more."""
     clock = rank.Clock(0)
