@@ -20,6 +20,7 @@ from hvdkit.world.devices import usable_cores
 OURS, SCRIPT, ONE_CORE = "hvdkit", "hvdkit_script", "one_core"
 _PROGRAMS = Path(__file__).parent / "programs"
 _MAKING = 3600  # seconds to create an environment on all hosts
+_START = 300  # seconds for horovodrun to reach the hosts: its own 30 are too few for busy ones
 
 
 @dataclasses.dataclass(frozen=True)
@@ -93,7 +94,9 @@ def _horovodrun(place: Place, python: list[str], program: list[str]) -> list[str
     script = shutil.which("horovodrun", path=str(folder))
     if not script:
         raise UsageError(f"there is no horovodrun in {folder}")
-    options = [*place.launcher_options(), "--gloo", *(["--disable-cache"] if place.hosts else [])]
+    options = [*place.launcher_options(), "--gloo", "--start-timeout", str(_START)]
+    if place.hosts:
+        options.append("--disable-cache")  # what it found of hosts with these names an hour ago
     return [*python, script, *options, *bound(place), *program]
 
 

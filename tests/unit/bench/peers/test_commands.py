@@ -52,7 +52,8 @@ def test_peers_without_a_launcher_for_hosts_take_hvdkits(made, tmp_path, peer):
 def test_horovod_has_its_own_launcher(made, tmp_path):
     command = PEERS["horovod_tape"].command(HOSTS)
     assert command[1].endswith("horovodrun")
-    assert command[2:8] == ["-np", "2", "-H", "h1:1,h2:1", "--gloo", "--disable-cache"]
+    options = ["-np", "2", "-H", "h1:1,h2:1", "--gloo", "--start-timeout", "300", "--disable-cache"]
+    assert command[2:10] == options
     command = PEERS["horovod_keras2"].command(HERE)
     folder = tmp_path / "peers" / "horovod-keras2" / "bin"
     assert command[:3] == [str(folder / "python"), "-E", str(folder / "horovodrun")]
