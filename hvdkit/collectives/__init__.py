@@ -12,6 +12,8 @@ from hvdkit.collectives.tensors import (
     check_root,
     gather_rows,
     reduce_dense,
+    reduce_dense_done,
+    reduce_dense_start,
     size_of,
     takes_part,
 )
@@ -31,6 +33,8 @@ __all__ = [
     "gather_object",
     "gather_rows",
     "reduce_dense",
+    "reduce_dense_done",
+    "reduce_dense_start",
     "scatter_object",
     "size_of",
     "takes_part",

@@ -103,12 +103,56 @@ def reduce_dense(
     """
     scale = Scale(prescale, postscale, average=op == world.horovod().Average)
     results: list[tf.Tensor | None] = [None] * len(tensors)
-    for dtype in sorted({t.dtype.name for t in tensors}):
-        places = [i for i, t in enumerate(tensors) if t.dtype.name == dtype]
+    for dtype, places in _by_dtype(tensors).items():
         reduced = wire.allreduce([tensors[i] for i in places], f"{name}.{dtype}", process_set, scale, overlaps)
         for place, tensor in zip(places, reduced, strict=True):
             results[place] = tf.ensure_shape(tensor, tensors[place].shape)
     return results
+
+
+def reduce_dense_start(tensors: Sequence[tf.Tensor], name: str, *, op: Any, process_set: Any, slot: str) -> None:
+    """Starts averaging or summing tensors while this rank computes; `reduce_dense_done` returns the results.
+
+    Args:
+        tensors: as for `reduce_dense`.
+        name: as for `reduce_dense`.
+        op: as for `reduce_dense`.
+        process_set: as for `reduce_dense`.
+        slot: where this process finds them again; an earlier start in the slot is dropped.
+    """
+    scale = Scale(average=op == world.horovod().Average)
+    for dtype, places in _by_dtype(tensors).items():
+        given = [tensors[i] for i in places]
+        wire.allreduce_start(given, f"{name}.{dtype}", process_set, scale, f"{slot}.{dtype}")
+
+
+def reduce_dense_done(
+    tensors: Sequence[tf.Tensor], name: str, *, op: Any, process_set: Any, slot: str, is_started: tf.Tensor
+) -> list[tf.Tensor]:
+    """Returns the results of `reduce_dense_start`.
+
+    Args:
+        tensors: those given to `reduce_dense_start`: transports that cannot overlap reduce them only now.
+        name: as for `reduce_dense`, but not that of `reduce_dense_start`.
+        op: as for `reduce_dense_start`.
+        process_set: as for `reduce_dense_start`.
+        slot: as for `reduce_dense_start`.
+        is_started: whether this process has started it, the same on all ranks; if not, `tensors` are reduced now.
+    """
+    scale = Scale(average=op == world.horovod().Average)
+    results: list[tf.Tensor | None] = [None] * len(tensors)
+    for dtype, places in _by_dtype(tensors).items():
+        given = [tensors[i] for i in places]
+        reduced = wire.allreduce_done(given, f"{name}.{dtype}", process_set, scale, f"{slot}.{dtype}", is_started)
+        for place, tensor in zip(places, reduced, strict=True):
+            results[place] = tf.ensure_shape(tensor, tensors[place].shape)
+    return results
+
+
+def _by_dtype(tensors: Sequence[tf.Tensor]) -> dict[str, list[int]]:
+    """Returns the places of the tensors of each dtype, in the order of the dtypes' names."""
+    dtypes = [t.dtype.name for t in tensors]
+    return {dtype: [i for i, d in enumerate(dtypes) if d == dtype] for dtype in sorted(set(dtypes))}
 
 
 def gather_rows(tensor: tf.Tensor, name: str, process_set: Any) -> tf.Tensor:

@@ -73,6 +73,31 @@ def allreduce(
     return _run(transport.allreduce, transport.needs_graph, "allreduce", tensors, name, process_set, **how)
 
 
+def allreduce_start(tensors: Sequence[tf.Tensor], name: str, process_set: Any, scale: Scale, slot: str) -> None:
+    """Starts what `allreduce_done` ends, by the same transport (see `Transport.allreduce_start`)."""
+    transport = transports.choose("allreduce", tensors[0].dtype, process_set)
+    if tf.executing_eagerly():
+        transport.allreduce_start(tensors, _clean(name), process_set, scale=scale, slot=slot)
+    else:
+        transport.allreduce_start(tensors, _unique(_clean(name)), process_set, scale=scale, slot=slot)
+
+
+def allreduce_done(
+    tensors: Sequence[tf.Tensor], name: str, process_set: Any, scale: Scale, slot: str, is_started: tf.Tensor
+) -> list[tf.Tensor]:
+    """Returns the results of what `allreduce_start` has started (see `Transport.allreduce_done`)."""
+    transport = transports.choose("allreduce", tensors[0].dtype, process_set)
+    given, options = [*tensors, is_started], {"transport": transport, "scale": scale, "slot": slot}
+    return _run(_done, transport.needs_graph, "allreduce", given, name, process_set, **options)
+
+
+def _done(
+    given: Sequence[tf.Tensor], name: str, process_set: Any, transport: transports.Transport, **options: Any
+) -> list[tf.Tensor]:
+    *tensors, is_started = given
+    return transport.allreduce_done(tensors, name, process_set, is_started=is_started, **options)
+
+
 def allgather(tensor: tf.Tensor, name: str, process_set: Any) -> tf.Tensor:
     """Concatenates the ranks' rows, by the transport that serves them (see `Transport.allgather`)."""
     transport = transports.choose("allgather", tensor.dtype, process_set)

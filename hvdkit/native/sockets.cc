@@ -1,5 +1,6 @@
 // Collectives between ranks of several hosts over TCP sockets: HvdkitSocketsSum is an allreduce that sums tensors, and
-// HvdkitSocketsGather is an allgather of rows.
+// HvdkitSocketsGather is an allgather of rows. HvdkitSocketsSumStart and HvdkitSocketsSumDone are the two halves of an
+// allreduce that goes on while the rank computes (XLA has all-reduce-start and all-reduce-done).
 //
 // Horovod sends gradients between hosts from its background thread, after a negotiation with a coordinator, through
 // Gloo's own thread. Each of these steps wakes another thread, which on a rank with one core first waits for that core.
@@ -47,6 +48,7 @@ using hvdkit::Piece;
 using hvdkit::Places;
 using hvdkit::Wider;
 using tensorflow::AsyncOpKernel;
+using tensorflow::OpKernel;
 using tensorflow::OpKernelConstruction;
 using tensorflow::OpKernelContext;
 using tensorflow::Tensor;
@@ -61,17 +63,11 @@ std::atomic<uint64_t> nanoseconds_waiting{0}, nanoseconds_in_all{0}, collectives
 template <typename T>
 class Stream {
  public:
-  bool Open(OpKernelContext* context) {
-    for (int i = 0; i < context->num_inputs(); ++i) {
-      const Tensor& in = context->input(i);
-      Tensor* out = nullptr;
-      const auto status = context->allocate_output(i, in.shape(), &out);
-      if (!status.ok()) return hvdkit::Fail(context, status);
-      if (!in.NumElements()) continue;
-      pieces_.push_back({in.flat<T>().data(), out->flat<T>().data(), static_cast<size_t>(in.NumElements())});
-      length_ += in.NumElements();
-    }
-    return true;
+  // The stream does not own the tensors.
+  void Append(const Tensor& in, Tensor* out) {
+    if (!in.NumElements()) return;
+    pieces_.push_back({in.flat<T>().data(), out->flat<T>().data(), static_cast<size_t>(in.NumElements())});
+    length_ += in.NumElements();
   }
 
   size_t length() const { return length_; }
@@ -108,15 +104,14 @@ class Stream {
 // One collective of one step.
 class Collective {
  public:
-  Collective(OpKernelContext* context, uint64_t name, const std::vector<int>& ranks, int rank)
-      : context_(context), network_(Network::Get()), name_(name), call_(network_.NextCall(name)), ranks_(ranks) {
+  Collective(uint64_t name, const std::vector<int>& ranks, int rank)
+      : network_(Network::Get()), name_(name), call_(network_.NextCall(name)), ranks_(ranks) {
     me_ = std::find(ranks.begin(), ranks.end(), rank) - ranks.begin();
   }
   virtual ~Collective() { network_.Abandon(&exchange_); }
 
-  // Sends what can be sent at once, and names the messages that it expects. Returns false after an error, which is then
-  // in the context's status.
-  virtual bool Begin() = 0;
+  // Sends what can be sent at once, and names the messages that it expects.
+  virtual void Begin() = 0;
   // Works on what has arrived. Returns whether all is done, except for messages that are still to be sent.
   virtual bool Advance() = 0;
 
@@ -136,7 +131,6 @@ class Collective {
     network_.Expect(ranks_[from], MessageOf(0, 0), {{}, bytes, nullptr, &exchange_});
   }
 
-  OpKernelContext* context_;
   size_t me_;
 
  private:
@@ -153,11 +147,10 @@ class Sum : public Collective {
  public:
   using W = typename Wider<T>::type;
 
-  Sum(OpKernelContext* context, uint64_t name, const std::vector<int>& ranks, int rank, W scale)
-      : Collective(context, name, ranks, rank), scale_(scale) {}
+  Sum(uint64_t name, const std::vector<int>& ranks, int rank, W scale, Stream<T> stream)
+      : Collective(name, ranks, rank), scale_(scale), stream_(std::move(stream)) {}
 
-  bool Begin() override {
-    if (!stream_.Open(context_)) return false;
+  void Begin() override {
     is_divided_ = size() > 2 && stream_.length() * sizeof(T) > kUndividedBytes;
     Cut(is_divided_ ? PartBegin(me_) : 0, is_divided_ ? PartBegin(me_ + 1) : stream_.length());
     const size_t others = size() - 1;
@@ -182,7 +175,6 @@ class Sum : public Collective {
         Expect(rank, c++, stream_.Out(at, std::min(to, at + kChunk)), nullptr);
       }
     }
-    return true;
   }
 
   bool Advance() override {
@@ -229,8 +221,8 @@ class Sum : public Collective {
   size_t PartBegin(size_t rank) const { return stream_.length() * rank / size(); }
 
   const W scale_;
+  const Stream<T> stream_;
   bool is_divided_ = false;
-  Stream<T> stream_;
   size_t begin_ = 0, end_ = 0;  // of the elements that this rank sums
   std::vector<std::pair<size_t, size_t>> chunks_;
   std::vector<T> scratch_;
@@ -241,11 +233,11 @@ class Sum : public Collective {
 // Gathers the rows of all ranks, in the order of the ranks.
 class Gather : public Collective {
  public:
-  using Collective::Collective;
+  Gather(OpKernelContext* context, uint64_t name, const std::vector<int>& ranks, int rank)
+      : Collective(name, ranks, rank), context_(context) {}
 
-  bool Begin() override {
+  void Begin() override {
     const Tensor& mine = context_->input(0);
-    if (mine.dims() < 1) return hvdkit::Fail(context_, absl::InvalidArgumentError("A scalar has no rows to gather."));
     rows_.resize(size());
     for (size_t rank = 0; rank < size(); ++rank) {
       if (rank != me_) ExpectWhole(rank, &rows_[rank]);
@@ -253,7 +245,6 @@ class Gather : public Collective {
     for (size_t other = 1; other < size(); ++other) {
       Send((me_ + other) % size(), 0, {{mine.data(), mine.TotalBytes()}}, false);
     }
-    return true;
   }
 
   bool Advance() override { return exchange().left == 0 && !exchange().has_failed && Join(); }
@@ -284,18 +275,46 @@ class Gather : public Collective {
     return true;
   }
 
+  OpKernelContext* context_;
   std::vector<std::vector<char>> rows_;
 };
 
-// The common base of the operations: runs a collective until all its messages are sent and received.
+// The identity of a collective, from the attributes of its operation.
+struct Identity {
+  uint64_t name;
+  std::vector<int> ranks;
+  int rank;
+
+  absl::Status Read(OpKernelConstruction* construction) {
+    int64_t hash;
+    TF_RETURN_IF_ERROR(construction->GetAttr("collective", &hash));
+    name = hash;
+    TF_RETURN_IF_ERROR(construction->GetAttr("ranks", &ranks));
+    return construction->GetAttr("rank", &rank);
+  }
+};
+
+// The factor of a sum, from the attributes of its operation.
+struct Factor {
+  float after;
+  int divisor;  // not a part of `after`, which is a float: dividing a double by 3 needs double precision
+
+  absl::Status Read(OpKernelConstruction* construction) {
+    TF_RETURN_IF_ERROR(construction->GetAttr("after", &after));
+    return construction->GetAttr("divisor", &divisor);
+  }
+  template <typename T>
+  typename Wider<T>::type As() const {
+    using W = typename Wider<T>::type;
+    return W(after) / W(divisor);
+  }
+};
+
+// The common base of the operations that wait: runs a collective until all its messages are sent and received.
 class SocketsCollective : public AsyncOpKernel {
  public:
   explicit SocketsCollective(OpKernelConstruction* construction) : AsyncOpKernel(construction) {
-    int64_t name;
-    OP_REQUIRES_OK(construction, construction->GetAttr("collective", &name));
-    name_ = name;
-    OP_REQUIRES_OK(construction, construction->GetAttr("ranks", &ranks_));
-    OP_REQUIRES_OK(construction, construction->GetAttr("rank", &rank_));
+    OP_REQUIRES_OK(construction, identity_.Read(construction));
     OP_REQUIRES_OK(construction, construction->GetAttr("spins", &spins_));
     OP_REQUIRES_OK(construction, construction->GetAttr("blocks", &blocks_));
   }
@@ -303,7 +322,8 @@ class SocketsCollective : public AsyncOpKernel {
   void ComputeAsync(OpKernelContext* context, DoneCallback done) override {
     const uint64_t began = Now();
     const std::shared_ptr<Collective> collective = New(context);
-    const bool is_over = !collective->Begin() || Spin(collective.get(), context);
+    if (collective) collective->Begin();
+    const bool is_over = !collective || Spin(collective.get(), context);
     if (is_over || blocks_) {
       if (!is_over) Wait(collective.get(), context);
       return End(began, done);
@@ -317,11 +337,10 @@ class SocketsCollective : public AsyncOpKernel {
   }
 
  protected:
+  // Returns null after an error, which is then in the context's status.
   virtual std::shared_ptr<Collective> New(OpKernelContext* context) = 0;
 
-  uint64_t name_;
-  std::vector<int> ranks_;
-  int rank_;
+  Identity identity_;
 
  private:
   bool IsOver(Collective* collective, OpKernelContext* context) {
@@ -371,18 +390,26 @@ template <typename T>
 class SocketsSum : public SocketsCollective {
  public:
   explicit SocketsSum(OpKernelConstruction* construction) : SocketsCollective(construction) {
-    OP_REQUIRES_OK(construction, construction->GetAttr("after", &after_));
-    OP_REQUIRES_OK(construction, construction->GetAttr("divisor", &divisor_));
+    OP_REQUIRES_OK(construction, factor_.Read(construction));
   }
 
  private:
   std::shared_ptr<Collective> New(OpKernelContext* context) override {
-    using W = typename Wider<T>::type;
-    return std::make_shared<Sum<T>>(context, name_, ranks_, rank_, W(after_) / W(divisor_));
+    Stream<T> stream;
+    for (int i = 0; i < context->num_inputs(); ++i) {
+      Tensor* out = nullptr;
+      const auto status = context->allocate_output(i, context->input(i).shape(), &out);
+      if (!status.ok()) {
+        context->SetStatus(status);
+        return nullptr;
+      }
+      stream.Append(context->input(i), out);
+    }
+    const auto& [name, ranks, rank] = identity_;
+    return std::make_shared<Sum<T>>(name, ranks, rank, factor_.template As<T>(), std::move(stream));
   }
 
-  float after_;
-  int divisor_;  // not a part of `after`, which is a float: dividing a double by 3 needs double precision
+  Factor factor_;
 };
 
 class SocketsGather : public SocketsCollective {
@@ -391,8 +418,181 @@ class SocketsGather : public SocketsCollective {
 
  private:
   std::shared_ptr<Collective> New(OpKernelContext* context) override {
-    return std::make_shared<Gather>(context, name_, ranks_, rank_);
+    if (context->input(0).dims() < 1) {
+      context->SetStatus(absl::InvalidArgumentError("A scalar has no rows to gather."));
+      return nullptr;
+    }
+    const auto& [name, ranks, rank] = identity_;
+    return std::make_shared<Gather>(context, name, ranks, rank);
   }
+};
+
+// A sum that was started: a thread of its own completes it. It owns the tensors, so that it outlives the step that
+// started it, even one that was cancelled.
+class StartedSum {
+ public:
+  // TensorFlow does not write to tensors that others hold, too, so `ins` need not be copied.
+  StartedSum(std::vector<Tensor> ins, std::vector<Tensor> outs, std::unique_ptr<Collective> collective)
+      : ins_(std::move(ins)), outs_(std::move(outs)), collective_(std::move(collective)) {}
+
+  // Waits until the sum is complete or has failed.
+  void Run() {
+    Network& network = Network::Get();
+    for (uint64_t seen = network.events(); !collective_->Advance(); seen = network.events()) {
+      if (collective_->exchange().has_failed) {
+        status_ = absl::AbortedError(collective_->exchange().problem);
+        break;
+      }
+      network.Sleep(seen);
+    }
+    std::function<void()> then;
+    {
+      const std::lock_guard<std::mutex> lock(guard_);
+      is_over_ = true;
+      then = std::move(then_);
+    }
+    if (then) then();
+  }
+
+  // Calls `then` once the sum is complete or has failed: now, or in the thread that waits for it.
+  void WhenOver(std::function<void()> then) {
+    {
+      const std::lock_guard<std::mutex> lock(guard_);
+      if (!is_over_) {
+        then_ = std::move(then);
+        return;
+      }
+    }
+    then();
+  }
+
+  // To be called when it is over.
+  const absl::Status& status() const { return status_; }
+  const std::vector<Tensor>& outs() const { return outs_; }
+
+ private:
+  const std::vector<Tensor> ins_, outs_;
+  const std::unique_ptr<Collective> collective_;  // ends before the tensors that it uses
+  absl::Status status_;
+  std::mutex guard_;
+  bool is_over_ = false;
+  std::function<void()> then_;
+};
+
+// The sums that were started in this process and are not yet asked for, by slot.
+class StartedSums {
+ public:
+  static StartedSums& Get() {
+    static auto* sums = new StartedSums;
+    return *sums;
+  }
+
+  // An earlier sum in the slot is dropped: it completes, as the other ranks need it to, but has no results.
+  void Put(const std::string& slot, std::shared_ptr<StartedSum> sum) {
+    const std::lock_guard<std::mutex> lock(guard_);
+    sums_[slot].swap(sum);
+  }
+
+  // Returns null if there is none.
+  std::shared_ptr<StartedSum> Take(const std::string& slot) {
+    const std::lock_guard<std::mutex> lock(guard_);
+    const auto found = sums_.find(slot);
+    if (found == sums_.end()) return nullptr;
+    const auto sum = std::move(found->second);
+    sums_.erase(found);
+    return sum;
+  }
+
+  void Clear() {
+    const std::lock_guard<std::mutex> lock(guard_);
+    sums_.clear();
+  }
+
+ private:
+  std::mutex guard_;
+  std::map<std::string, std::shared_ptr<StartedSum>> sums_;
+};
+
+template <typename T>
+class SocketsSumStart : public OpKernel {
+ public:
+  explicit SocketsSumStart(OpKernelConstruction* construction) : OpKernel(construction) {
+    OP_REQUIRES_OK(construction, identity_.Read(construction));
+    OP_REQUIRES_OK(construction, factor_.Read(construction));
+    OP_REQUIRES_OK(construction, construction->GetAttr("slot", &slot_));
+  }
+
+  void Compute(OpKernelContext* context) override {
+    const uint64_t began = Now();
+    std::vector<Tensor> ins, outs(context->num_inputs());
+    Stream<T> stream;
+    for (int i = 0; i < context->num_inputs(); ++i) {
+      ins.push_back(context->input(i));
+      OP_REQUIRES_OK(context, context->allocate_temp(ins[i].dtype(), ins[i].shape(), &outs[i]));
+      stream.Append(ins[i], &outs[i]);
+    }
+    const auto& [name, ranks, rank] = identity_;
+    auto collective = std::make_unique<Sum<T>>(name, ranks, rank, factor_.template As<T>(), std::move(stream));
+    Collective& started = *collective;
+    auto sum = std::make_shared<StartedSum>(std::move(ins), std::move(outs), std::move(collective));
+    started.Begin();
+    OP_REQUIRES(context, !started.exchange().has_failed, absl::AbortedError(started.exchange().problem));
+    StartedSums::Get().Put(slot_, sum);
+    std::thread([sum = std::move(sum)] { sum->Run(); }).detach();
+    nanoseconds_in_all += Now() - began;
+  }
+
+ private:
+  Identity identity_;
+  Factor factor_;
+  std::string slot_;
+};
+
+// Waits for a sum that was started, in a step that may be cancelled meanwhile: the sum then goes on without it.
+class SocketsSumDone : public AsyncOpKernel {
+ public:
+  explicit SocketsSumDone(OpKernelConstruction* construction) : AsyncOpKernel(construction) {
+    OP_REQUIRES_OK(construction, construction->GetAttr("slot", &slot_));
+  }
+
+  void ComputeAsync(OpKernelContext* context, DoneCallback done) override {
+    const uint64_t began = Now();
+    const auto sum = StartedSums::Get().Take(slot_);
+    OP_REQUIRES_ASYNC(context, sum, absl::FailedPreconditionError("No sum was started in the slot " + slot_ + "."),
+                      done);
+    const auto is_answered = std::make_shared<std::atomic<bool>>(false);
+    auto* manager = context->cancellation_manager();
+    const auto token = manager ? manager->get_cancellation_token() : tensorflow::CancellationToken();
+    const auto cancel = [context, done, is_answered] {
+      if (is_answered->exchange(true)) return;
+      context->SetStatus(absl::CancelledError("The step was cancelled while ranks waited for each other."));
+      done();
+    };
+    if (manager && !manager->RegisterCallback(token, cancel)) return cancel();
+    sum->WhenOver([sum, context, done, is_answered, manager, token, began] {
+      if (is_answered->exchange(true)) return;  // the context is gone
+      if (manager) manager->DeregisterCallback(token);
+      Answer(*sum, context);
+      nanoseconds_waiting += Now() - began;
+      nanoseconds_in_all += Now() - began;
+      ++collectives;
+      done();
+    });
+  }
+
+ private:
+  static void Answer(const StartedSum& sum, OpKernelContext* context) {
+    OP_REQUIRES_OK(context, sum.status());
+    OP_REQUIRES(context, static_cast<int>(sum.outs().size()) == context->num_outputs(),
+                absl::FailedPreconditionError("Another number of tensors was started than is asked for."));
+    for (int i = 0; i < context->num_outputs(); ++i) {
+      OP_REQUIRES(context, sum.outs()[i].dtype() == context->expected_output_dtype(i),
+                  absl::FailedPreconditionError("Tensors of another dtype were started than are asked for."));
+      context->set_output(i, sum.outs()[i]);
+    }
+  }
+
+  std::string slot_;
 };
 
 }  // namespace
@@ -415,6 +615,27 @@ REGISTER_OP("HvdkitSocketsSum")
       return absl::OkStatus();
     });
 
+REGISTER_OP("HvdkitSocketsSumStart")
+    .Input("tensors: number * T")
+    .Attr("number: int >= 1")
+    .Attr("T: {half, bfloat16, float, double}")
+    .Attr("slot: string")
+    .Attr("collective: int")
+    .Attr("ranks: list(int) >= 2")
+    .Attr("rank: int")
+    .Attr("after: float = 1.0")
+    .Attr("divisor: int = 1")
+    .SetIsStateful()
+    .SetShapeFn(tensorflow::shape_inference::NoOutputs);
+
+REGISTER_OP("HvdkitSocketsSumDone")
+    .Output("sums: number * T")
+    .Attr("number: int >= 1")
+    .Attr("T: {half, bfloat16, float, double}")
+    .Attr("slot: string")
+    .SetIsStateful()
+    .SetShapeFn(tensorflow::shape_inference::UnknownShape);
+
 REGISTER_OP("HvdkitSocketsGather")
     .Input("rows: T")
     .Output("all_rows: T")
@@ -433,12 +654,16 @@ REGISTER_OP("HvdkitSocketsGather")
       return absl::OkStatus();
     });
 
-#define REGISTER(T) \
-  REGISTER_KERNEL_BUILDER(Name("HvdkitSocketsSum").Device(tensorflow::DEVICE_CPU).TypeConstraint<T>("T"), SocketsSum<T>)
+#define REGISTER(T)                                                                                     \
+  REGISTER_KERNEL_BUILDER(Name("HvdkitSocketsSum").Device(tensorflow::DEVICE_CPU).TypeConstraint<T>("T"), \
+                          SocketsSum<T>);                                                               \
+  REGISTER_KERNEL_BUILDER(Name("HvdkitSocketsSumStart").Device(tensorflow::DEVICE_CPU).TypeConstraint<T>("T"), \
+                          SocketsSumStart<T>)
 REGISTER(Eigen::half);
 REGISTER(Eigen::bfloat16);
 REGISTER(float);
 REGISTER(double);
+REGISTER_KERNEL_BUILDER(Name("HvdkitSocketsSumDone").Device(tensorflow::DEVICE_CPU), SocketsSumDone);
 REGISTER_KERNEL_BUILDER(Name("HvdkitSocketsGather").Device(tensorflow::DEVICE_CPU), SocketsGather);
 
 // Takes over the connected sockets to `count` other ranks. `packing` is a value of Packing.
@@ -447,7 +672,10 @@ extern "C" void hvdkit_sockets_start(int count, const int* ranks, const int* fil
 }
 
 // Closes all connections.
-extern "C" void hvdkit_sockets_stop() { Network::Get().Stop(); }
+extern "C" void hvdkit_sockets_stop() {
+  Network::Get().Stop();
+  StartedSums::Get().Clear();
+}
 
 // Returns what this process has spent in these collectives so far: total nanoseconds, nanoseconds of waiting for other
 // ranks, number of collectives, and bytes sent.

@@ -176,6 +176,39 @@ class GradientExchange:
                 result[place] = _divided(result[place], self.process_set.size())
         return result
 
+    def start(self, tensors: Sequence[tf.Tensor], variables: Sequence[Any], name: str, slot: str) -> None:
+        """Starts a reduction that continues while this rank computes, and that `done` ends.
+
+        Args:
+            tensors: dense, one per variable; compression by casting applies to them, other options do not.
+            variables: their variables, for messages.
+            name: distinguishes what is reduced, the same on all ranks.
+            slot: where this process finds it again (see `collectives.reduce_dense_start`).
+        """
+        if self.process_set.process_set_id == 0:
+            watchdog.traced(f"{self.name}.{name}", [_signature(t, v) for t, v in zip(tensors, variables, strict=True)])
+        wires = [*(self._compression.compress(t)[0] for t in tensors), heartbeat.current().payload()]
+        options = {"op": self.op, "process_set": self.process_set, "slot": slot}
+        collectives.reduce_dense_start(wires, f"{self.name}.{name}.start", **options)
+
+    def done(self, tensors: Sequence[tf.Tensor], name: str, slot: str, is_started: tf.Tensor) -> list[tf.Tensor]:
+        """Returns what `start` reduces.
+
+        Args:
+            tensors: those given to `start`.
+            name: as for `start`.
+            slot: as for `start`.
+            is_started: whether `start` ran in this process; if not, `tensors` are reduced now.
+        """
+        beat = heartbeat.current()
+        compressed = [self._compression.compress(t) for t in tensors]
+        options = {"op": self.op, "process_set": self.process_set, "slot": slot, "is_started": is_started}
+        wires = [*(wire for wire, _ in compressed), beat.payload()]
+        *reduced, total = collectives.reduce_dense_done(wires, f"{self.name}.{name}.done", **options)
+        average = self.op == world.horovod().Average
+        beat.receive(total * self.process_set.size() if average else total, heartbeat.members(self.process_set))
+        return [self._compression.decompress(t, context) for t, (_, context) in zip(reduced, compressed, strict=True)]
+
     def _note(self, name: str, result: list[Gradient]) -> None:
         """Records the time at which all gradients are ready."""
         there = [place for place, grad in enumerate(result) if grad is not None]

@@ -11,8 +11,9 @@
 3. `allreduce` and `allgather` do the work. They run while a graph is traced, or eagerly. Set `needs_graph` if the
    operation needs a node with a name. The name they receive is unique in the graph and the same on all ranks: match
    messages by it. Operations must be stateful in TensorFlow, or their results used; otherwise TensorFlow prunes them.
-4. Add the class to `_KNOWN` in `transports/__init__.py`: the first one in this list that serves a request runs it.
-5. Add it to `TRANSPORTS` in `tests/parallel/collectives/test_transports.py`, which tests one contract for all of them.
+4. If the transport can send while the rank computes, override `allreduce_start` and `allreduce_done`, too.
+5. Add the class to `_KNOWN` in `transports/__init__.py`: the first one in this list that serves a request runs it.
+6. Add it to `TRANSPORTS` in `tests/parallel/collectives/test_transports.py`, which tests one contract for all of them.
 
 A transport may contain others: one between hosts can first sum within each host by `SharedMemory`.
 """
@@ -122,6 +123,47 @@ class Transport(abc.ABC):
             overlaps: whether this rank has other work to do meanwhile. In a graph, operations may then run in any
                 order. The caller ensures that two calls of the same operation follow each other.
         """
+
+    def allreduce_start(  # noqa: B027 - `allreduce_done` does the work of those that cannot overlap
+        self, tensors: Sequence[tf.Tensor], name: str, process_set: Any, *, scale: Scale, slot: str
+    ) -> None:
+        """Starts an allreduce that continues while this rank computes, if the transport can; returns at once.
+
+        The names are XLA's (all-reduce-start, all-reduce-done).
+
+        Args:
+            tensors: as for `allreduce`.
+            name: as for `allreduce`.
+            process_set: as for `allreduce`.
+            scale: as for `allreduce`.
+            slot: where this process finds it again. It need not be the same on all ranks. An earlier allreduce in the
+                slot is completed, but its results are dropped.
+        """
+
+    def allreduce_done(
+        self,
+        tensors: Sequence[tf.Tensor],
+        name: str,
+        process_set: Any,
+        *,
+        scale: Scale,
+        slot: str,
+        is_started: tf.Tensor,
+    ) -> list[tf.Tensor]:
+        """Waits for the allreduce that was started in a slot, perhaps by another graph, and returns its results.
+
+        By default, allreduces now: the same results, without overlap.
+
+        Args:
+            tensors: those given to `allreduce_start`, or tensors of their shapes if they are not needed again.
+            name: as for `allreduce`, but not that of `allreduce_start`.
+            process_set: as for `allreduce`.
+            scale: as for `allreduce_start`.
+            slot: as for `allreduce_start`.
+            is_started: whether this process has started it; the same on all ranks. If not, as after a restart from a
+                checkpoint, `tensors` are allreduced now. bool, scalar.
+        """
+        return self.allreduce(tensors, name, process_set, scale=scale)
 
     @abc.abstractmethod
     def allgather(self, tensors: Sequence[tf.Tensor], name: str, process_set: Any) -> list[tf.Tensor]:

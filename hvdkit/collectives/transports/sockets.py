@@ -11,6 +11,7 @@ The ranks connect when a job starts. They learn each other's address, and the se
 prove to know (see `hvdkit.watchdog.channel`), through Horovod. Nothing listens afterwards.
 """
 
+import dataclasses
 import hashlib
 import logging
 import os
@@ -98,29 +99,57 @@ class Sockets(Transport):
         self, tensors: Sequence[tf.Tensor], name: str, process_set: Any, *, scale: Scale, overlaps: bool = False
     ) -> list[tf.Tensor]:
         """Sums within each host, then a part per rank between the hosts, and spreads the parts within each host."""
-        ranks = self._ranks(process_set)
-        if scale.before != 1:
-            tensors = [t * tf.cast(scale.before, t.dtype) for t in tensors]
-        after = {"after": scale.after, "divisor": len(ranks) if scale.average else 1}
-        groups = self._groups(ranks)
-        if all(len(group) == 1 for group in groups) or self._within is None:
-            return self._sum(tensors, name, ranks, after, overlaps)
-        mine = next(group for group in groups if self._rank in group)
-        if len(groups) == 1:
-            within = Scale(after=scale.after, average=scale.average)
-            return self._within.sum_over(mine, tensors, name, within, overlaps)
-        sums = self._within.sum_over(mine, tensors, f"{name}.host", Scale(), overlaps)
-        flat = tf.concat([tf.reshape(s, [-1]) for s in sums], axis=0)
-        carriers = min(map(len, groups))
-        place = mine.index(self._rank)
-        part = flat[:0]
-        if place < carriers:
-            length = tf.size(flat)
-            part = flat[length * place // carriers : length * (place + 1) // carriers]
-            (part,) = self._sum([part], f"{name}.hosts", [group[place] for group in groups], after, overlaps)
-        whole = self._within.gather_over(mine, part, f"{name}.spread", overlaps)
-        parts = tf.split(whole, [tf.size(s) for s in sums])
-        return [tf.reshape(p, tf.shape(s)) for p, s in zip(parts, sums, strict=True)]
+        way = self._way(process_set, overlaps)
+        if len(way.between) == 1 and way.host:  # all of them on one host
+            return way.sum_within(_times(tensors, scale.before), name, Scale(after=scale.after, average=scale.average))
+        parts = way.own_parts(_times(tensors, scale.before), name)
+        if way.carries:
+            parts = self._sum(parts, f"{name}.hosts" if way.host else name, way.between, way.factor(scale), overlaps)
+        return way.spread(parts, tensors, name)
+
+    def allreduce_start(
+        self, tensors: Sequence[tf.Tensor], name: str, process_set: Any, *, scale: Scale, slot: str
+    ) -> None:
+        """Sums within each host, and starts the sum between the hosts, which a thread completes."""
+        way = self._way(process_set)
+        if len(way.between) == 1:
+            return
+        parts = way.own_parts(_times(tensors, scale.before), name)
+        if not way.carries:
+            return
+        place = self._place(f"{name}.hosts" if way.host else name, parts[0].dtype, way.between, waits=False)
+        with tf.device("CPU:0"):
+            native.load().hvdkit_sockets_sum_start(parts, slot=slot, name=name, **way.factor(scale), **place)
+
+    def allreduce_done(
+        self,
+        tensors: Sequence[tf.Tensor],
+        name: str,
+        process_set: Any,
+        *,
+        scale: Scale,
+        slot: str,
+        is_started: tf.Tensor,
+    ) -> list[tf.Tensor]:
+        """Waits for the sum between the hosts, and spreads the parts within each host."""
+        way = self._way(process_set)
+
+        def wait() -> list[tf.Tensor]:
+            number = 1 if way.host else len(tensors)
+            parts = [tf.zeros([0], tensors[0].dtype)]
+            if way.carries:
+                with tf.device("CPU:0"):
+                    done = native.load().hvdkit_sockets_sum_done
+                    parts = done(number=number, T=tensors[0].dtype, slot=slot, name=f"{name}.done")
+            return way.spread(parts, tensors, name)
+
+        def again() -> list[tf.Tensor]:
+            return self.allreduce(tensors, f"{name}.again", process_set, scale=scale)
+
+        if len(way.between) == 1:
+            return again()
+        found = tf.cond(is_started, wait, again)
+        return [tf.ensure_shape(f, t.shape) for f, t in zip(found, tensors, strict=True)]
 
     def allgather(self, tensors: Sequence[tf.Tensor], name: str, process_set: Any) -> list[tf.Tensor]:
         """Sends the rows of each rank to each other rank."""
@@ -167,21 +196,92 @@ class Sockets(Transport):
         self._has_exchanged = True
         return list(range(len(self._hosts))) if process_set.process_set_id == 0 else list(process_set.ranks)
 
+    def _way(self, process_set: Any, overlaps: bool = False) -> "_Way":
+        """Returns how a sum reaches the ranks of a process set."""
+        ranks = self._ranks(process_set)
+        groups = self._groups(ranks)
+        if all(len(group) == 1 for group in groups) or self._within is None:
+            return _Way(len(ranks), ranks, overlaps=overlaps)
+        mine = next(group for group in groups if self._rank in group)
+        place, carriers = mine.index(self._rank), min(map(len, groups))
+        between = [group[place] for group in groups] if place < carriers else [group[0] for group in groups]
+        return _Way(len(ranks), between, mine, place, carriers, self._within, overlaps)
+
     def _groups(self, ranks: Sequence[int]) -> list[list[int]]:
         """Returns the ranks of each host, in the order of the hosts."""
         hosts = dict.fromkeys(self._hosts[rank] for rank in ranks)
         return [[rank for rank in ranks if self._hosts[rank] == host] for host in hosts]
 
-    def _place(self, name: str, dtype: tf.DType, ranks: Sequence[int]) -> dict[str, Any]:
-        """Returns the identity of a collective, and how its operation waits."""
+    def _place(self, name: str, dtype: tf.DType, ranks: Sequence[int], waits: bool = True) -> dict[str, Any]:
+        """Returns the identity of a collective and, if it waits, how."""
         digest = hashlib.sha256(f"{name} {dtype.name} {list(ranks)}".encode()).digest()
         return {
             "collective": int.from_bytes(digest[:7], "big"),
             "ranks": list(ranks),
             "rank": self._rank,
-            "spins": self._spins,
-            "blocks": may_block(),
+            **({"spins": self._spins, "blocks": may_block()} if waits else {}),
         }
+
+
+@dataclasses.dataclass(frozen=True)
+class _Way:
+    """How a sum reaches all ranks: within each host, then a part per rank between the hosts, then within each host.
+
+    Attributes:
+        ranks: number of ranks whose tensors are summed.
+        between: the ranks between which this rank sums over the sockets: one of each host.
+        host: the ranks of this host, if they first sum in shared memory; otherwise empty.
+        place: position of this rank in `host`.
+        carriers: number of ranks of each host that send a part.
+        within: shared memory of this host.
+        overlaps: whether the rank has other work to do meanwhile.
+    """
+
+    ranks: int
+    between: Sequence[int]
+    host: Sequence[int] = ()
+    place: int = 0
+    carriers: int = 1
+    within: SharedMemory | None = None
+    overlaps: bool = False
+
+    @property
+    def carries(self) -> bool:
+        """Whether this rank sends a part."""
+        return self.place < self.carriers
+
+    def factor(self, scale: Scale) -> dict[str, Any]:
+        """Returns the attributes of the sum between the hosts."""
+        return {"after": scale.after, "divisor": self.ranks if scale.average else 1}
+
+    def sum_within(self, tensors: Sequence[tf.Tensor], name: str, scale: Scale) -> list[tf.Tensor]:
+        """Sums over the ranks of this host."""
+        if self.within is None:
+            return list(tensors)
+        return self.within.sum_over(self.host, tensors, name, scale, self.overlaps)
+
+    def own_parts(self, tensors: Sequence[tf.Tensor], name: str) -> list[tf.Tensor]:
+        """Returns what this rank sums between the hosts: all tensors, or its part of the host's sum."""
+        if not self.host:
+            return list(tensors)
+        sums = self.sum_within(tensors, f"{name}.host", Scale())
+        flat = tf.concat([tf.reshape(s, [-1]) for s in sums], axis=0)
+        if not self.carries:
+            return [flat[:0]]
+        length = tf.size(flat)
+        return [flat[length * self.place // self.carriers : length * (self.place + 1) // self.carriers]]
+
+    def spread(self, parts: Sequence[tf.Tensor], like: Sequence[tf.Tensor], name: str) -> list[tf.Tensor]:
+        """Returns the sums, of the shapes of `like`, on all ranks of this host."""
+        if self.within is None:
+            return list(parts)
+        whole = self.within.gather_over(self.host, parts[0], f"{name}.spread", self.overlaps)
+        sums = tf.split(whole, [tf.size(t) for t in like])
+        return [tf.reshape(s, tf.shape(t)) for s, t in zip(sums, like, strict=True)]
+
+
+def _times(tensors: Sequence[tf.Tensor], factor: float) -> Sequence[tf.Tensor]:
+    return tensors if factor == 1 else [t * tf.cast(factor, t.dtype) for t in tensors]
 
 
 def _what_is_used_instead() -> str:

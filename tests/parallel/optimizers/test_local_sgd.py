@@ -88,6 +88,154 @@ def _start():
     return np.concatenate([np.ravel(w) for w in model.get_weights()]).astype(np.float64)
 
 
+TRANSPORTS = {
+    "shared memory": {},
+    "sockets": {"HVDKIT_SHARED_MEMORY": "0"},
+    "horovod": {"HVDKIT_SHARED_MEMORY": "0", "HVDKIT_SOCKETS": "0"},
+}
+STREAMED = 17  # steps, which end while a fragment is under way
+
+
+def _two_layers():
+    """A linear model of two layers; its weights have 20, 4, 4 and 1 elements."""
+    import keras
+
+    keras.utils.set_random_seed(2)
+    return keras.Sequential([keras.layers.Input([5]), keras.layers.Dense(4), keras.layers.Dense(1)])
+
+
+def _streamed_batches(size):
+    generator = np.random.default_rng(3)
+    inputs = generator.normal(size=[STREAMED, size * LOCAL_BATCH, 5]).astype("float32")
+    return inputs, generator.normal(size=[STREAMED, size * LOCAL_BATCH, 1]).astype("float32")
+
+
+def streamed(transport, arguments, joined=1):
+    """This rank's weights after every `joined` steps, and after a last synchronization."""
+    import keras
+    import tensorflow as tf
+
+    import hvdkit as hvd
+    from hvdkit.collectives import transports
+
+    me = hvd.init()
+    assert transports.choose("allreduce", "float32", hvd.global_process_set).name == transport
+    model = _two_layers()
+    optimizer = hvd.LocalSGD(keras.optimizers.SGD(0.05), **arguments)
+    optimizer.build(model.trainable_variables)
+    optimizer.start()
+    mine = slice(me.rank * LOCAL_BATCH, (me.rank + 1) * LOCAL_BATCH)
+    x, y = (tf.constant(part[:, mine]) for part in _streamed_batches(me.size))
+
+    @tf.function(autograph=False)
+    def steps(first):
+        def step(number):
+            with tf.GradientTape() as tape:
+                loss = tf.reduce_mean((model(x[number]) - y[number]) ** 2)
+            optimizer.apply(tape.gradient(loss, [v.value for v in model.trainable_variables]))
+            return (number + 1,)
+
+        until = tf.minimum(first + joined, STREAMED)
+        tf.while_loop(lambda n: n < until, step, [first], parallel_iterations=1)
+
+    path = []
+    for first in range(0, STREAMED, joined):
+        steps(tf.constant(first))
+        path.append(model.get_weights())
+    optimizer.synchronise()
+    place = {id(variable): i for i, variable in enumerate(model.trainable_variables)}
+    return path, model.get_weights(), [[place[id(v)] for v in part] for part in optimizer.fragments]
+
+
+class Reference:
+    """Algorithm 2 of Douillard et al. 2025 in NumPy, for SGD and two linear layers.
+
+    `path` has the weights of each rank after each step, and `anchors` those after a last synchronization.
+    """
+
+    rate, momentum = 0.7, 0.9
+
+    def __init__(self, size, every, parts, overlap, mixing):
+        self.parts, self.mixing = parts, mixing
+        start = [w.astype(np.float64) for w in _two_layers().get_weights()]
+        self.anchors, self.velocities = [w.copy() for w in start], [np.zeros_like(w) for w in start]
+        self.ranks, self.path, flying = [[w.copy() for w in start] for _ in range(size)], [], {}
+        inputs, targets = _streamed_batches(size)
+        for t in range(1, STREAMED + 1):
+            for rank, weights in enumerate(self.ranks):
+                rows = slice(rank * LOCAL_BATCH, (rank + 1) * LOCAL_BATCH)
+                self.train(weights, inputs[t - 1][rows], targets[t - 1][rows])
+            for p in [p for p, (began, _) in flying.items() if began + overlap == t]:
+                self.step_outside(parts[p], flying.pop(p)[1])
+                self.mix(parts[p], mixing)
+            now = [p for p in range(len(parts)) if (t - every * (p + 1) // len(parts)) % every == 0]
+            for p in now:
+                if overlap:
+                    flying[p] = (t, self.changes_of(parts[p]))
+                else:
+                    self.step_outside(parts[p], self.changes_of(parts[p]))
+                    self.mix(parts[p], 0)
+            self.path.append([[w.copy() for w in weights] for weights in self.ranks])
+        for p in set(range(len(parts))) - (set() if overlap else set(now)):
+            self.step_outside(parts[p], self.changes_of(parts[p]))
+
+    def train(self, weights, x, y):
+        w1, b1, w2, b2 = weights
+        hidden = x @ w1 + b1
+        error = 2 * (hidden @ w2 + b2 - y) / LOCAL_BATCH
+        back = error @ w2.T
+        for i, gradient in enumerate((x.T @ back, back.sum(0), hidden.T @ error, error.sum(0))):
+            weights[i] = weights[i] - 0.05 * gradient
+
+    def changes_of(self, part):
+        return [np.mean([self.anchors[i] - weights[i] for weights in self.ranks], axis=0) for i in part]
+
+    def step_outside(self, part, changes):
+        for i, change in zip(part, changes, strict=True):
+            self.velocities[i] = self.momentum * self.velocities[i] + change
+            self.anchors[i] = self.anchors[i] - self.rate * (change + self.momentum * self.velocities[i])
+
+    def mix(self, part, mixing):
+        for weights in self.ranks:
+            for i in part:
+                weights[i] = mixing * weights[i] + (1 - mixing) * self.anchors[i]
+
+
+SCHEDULES = {  # H, P, the variables of each fragment, τ, α
+    "no overlap": (6, 2, [[0], [1, 2, 3]], 0, 0.5),
+    "three fragments": (7, 3, [[0], [1, 3], [2]], 2, 0.5),
+    "all the time": (4, 2, [[0], [1, 2, 3]], 2, 0.25),
+    "one fragment": (5, 1, [[0, 1, 2, 3]], 5, 0.0),
+}
+
+
+@pytest.mark.parametrize(
+    ("number", "transport", "joined"),
+    [
+        (2, "sockets", 1),
+        (3, "sockets", 5),
+        (2, "shared memory", 5),
+        pytest.param(2, "horovod", 5, marks=pytest.mark.slow),
+    ],
+)
+@pytest.mark.parametrize("schedule", SCHEDULES)
+def test_streaming_diloco_is_the_papers(ranks, number, transport, joined, schedule):
+    every, fragments, parts, overlap, mixing = SCHEDULES[schedule]
+    arguments = {"steps": every, "fragments": fragments, "overlap": overlap, "mixing": mixing}
+    env = TRANSPORTS[transport]
+    found = ranks(number, streamed, transport=transport, arguments=arguments, joined=joined, env=env)
+    expected = Reference(number, every, parts, overlap, mixing)
+    seen = [expected.path[min(first + joined, STREAMED) - 1] for first in range(0, STREAMED, joined)]
+    for rank, (weights, last, fragments) in enumerate(found):
+        assert fragments == parts
+        for step, (got, right) in enumerate(zip(weights, seen, strict=True)):
+            for one, other in zip(got, right[rank], strict=True):
+                np.testing.assert_allclose(one, other, rtol=1e-4, atol=1e-5, err_msg=f"execution {step}")
+        for one, other, first in zip(last, expected.anchors, found[0][1], strict=True):
+            np.testing.assert_allclose(one, other, rtol=1e-4, atol=1e-5)
+            assert np.array_equal(one, first), "the ranks differ after synchronise()"
+
+
 def fitted(every, compression="none"):
     """`fit` with validation, guards and an Embedding: what ends with one model on all ranks."""
     import keras
