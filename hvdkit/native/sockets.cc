@@ -572,7 +572,7 @@ class SocketsSumDone : public AsyncOpKernel {
     sum->WhenOver([sum, context, done, is_answered, manager, token, began] {
       if (is_answered->exchange(true)) return;  // the context is gone
       if (manager) manager->DeregisterCallback(token);
-      Answer(*sum, context);
+      context->SetStatus(Answer(*sum, context));
       nanoseconds_waiting += Now() - began;
       nanoseconds_in_all += Now() - began;
       ++collectives;
@@ -581,15 +581,18 @@ class SocketsSumDone : public AsyncOpKernel {
   }
 
  private:
-  static void Answer(const StartedSum& sum, OpKernelContext* context) {
-    OP_REQUIRES_OK(context, sum.status());
-    OP_REQUIRES(context, static_cast<int>(sum.outs().size()) == context->num_outputs(),
-                absl::FailedPreconditionError("Another number of tensors was started than is asked for."));
+  static absl::Status Answer(const StartedSum& sum, OpKernelContext* context) {
+    if (!sum.status().ok()) return sum.status();
+    if (static_cast<int>(sum.outs().size()) != context->num_outputs()) {
+      return absl::FailedPreconditionError("Another number of tensors was started than is asked for.");
+    }
     for (int i = 0; i < context->num_outputs(); ++i) {
-      OP_REQUIRES(context, sum.outs()[i].dtype() == context->expected_output_dtype(i),
-                  absl::FailedPreconditionError("Tensors of another dtype were started than are asked for."));
+      if (sum.outs()[i].dtype() != context->expected_output_dtype(i)) {
+        return absl::FailedPreconditionError("Tensors of another dtype were started than are asked for.");
+      }
       context->set_output(i, sum.outs()[i]);
     }
+    return absl::OkStatus();
   }
 
   std::string slot_;

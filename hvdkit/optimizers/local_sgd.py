@@ -164,6 +164,16 @@ class LocalSGD(DistributedOptimizer):
         """The number of steps that an allreduce may overlap."""
         return self._self_overlap
 
+    def schedule(self) -> str:
+        """Describes when the ranks synchronize, in a few words, once the optimizer is built."""
+        text = f"every {self._self_steps} steps"
+        if self._self_fragments > 1:
+            sizes = [sum(map(_bytes_of, part)) for part in self.fragments]
+            text += f", in {len(sizes)} fragments of {min(sizes) / 1e6:.3g} to {max(sizes) / 1e6:.3g} MB"
+        if self._self_overlap:
+            text += f", which are applied {self._self_overlap} step(s) after they are sent"
+        return text
+
     @property
     def variables(self) -> list[Any]:
         """The variables of the optimizer and of the outer optimizer, and the state of the compressor."""

@@ -43,7 +43,7 @@ class HorovodStrategy(Strategy):
         """Returns a `DistributedOptimizer`, or another optimizer if an option asks for it.
 
         With the option `shard`, a `ShardedOptimizer`, which takes no other option; with `local_steps`, a `LocalSGD`,
-        which takes the other options, too.
+        which takes the other options, too, and `fragments`.
         """
         if options.pop("shard", False):
             return ShardedOptimizer(optimizer, **options)

@@ -1,6 +1,7 @@
 """Compiles the model of a run, with its optimizer distributed over the ranks."""
 
 import gc
+import logging
 from typing import Any
 
 import keras
@@ -9,10 +10,13 @@ import tensorflow as tf
 from hvdkit.compression import by_name
 from hvdkit.data.sources import Source, TokenSource
 from hvdkit.data.vocabulary import Vocabulary
+from hvdkit.optimizers.local_sgd import LocalSGD
 from hvdkit.train import flags
 from hvdkit.train.build import build_model, check_output, ends_in_probabilities, make_optimizer
 from hvdkit.train.flags import Settings
 from hvdkit.train.job import Job
+
+_log = logging.getLogger("hvdkit.train")  # the job's logger
 
 
 def compile_model(job: Job, vocabulary: Vocabulary | None, spec: tf.TensorSpec) -> tuple[keras.Model, Settings]:
@@ -27,7 +31,8 @@ def compile_model(job: Job, vocabulary: Vocabulary | None, spec: tf.TensorSpec) 
     if settings.shard_optimizer:
         options["shard"] = True
     if settings.local_steps:
-        options |= {n: getattr(settings, n) for n in ("local_steps", "outer_learning_rate", "outer_momentum")}
+        names = ("local_steps", "fragments", "outer_learning_rate", "outer_momentum")
+        options |= {name: getattr(settings, name) for name in names}
     from_logits, whole, compiled = not ends_in_probabilities(model), model, model.compiled
     model = strategy.divide(whole)
     if compiled and model is not whole:
@@ -49,6 +54,8 @@ def compile_model(job: Job, vocabulary: Vocabulary | None, spec: tf.TensorSpec) 
     # otherwise start from 0.
     if not model.optimizer.built:
         model.optimizer.build(model.trainable_variables)
+    if isinstance(model.optimizer, LocalSGD) and strategy.world.is_root and strategy.size > 1:
+        _log.info("the ranks train alone, and synchronize %s", model.optimizer.schedule())
     return model, settings
 
 

@@ -71,6 +71,10 @@ _HELP = {  # brackets: what applies without the flag, if its default is not a fi
     "local_steps": (
         "each rank trains alone for this many steps, then the models are synchronized (horovod; for slow links)"
     ),
+    "fragments": (
+        "with --local-steps: divide the weights into so many parts, which are synchronized at different steps while "
+        "training continues (streaming DiLoCo)"
+    ),
     "outer_learning_rate": (
         "with --local-steps: rate for the ranks' averaged change; 1 with --outer-momentum=0 averages the models"
     ),
@@ -132,6 +136,7 @@ class Config:
     compression: str
     compression_guard: int
     local_steps: int | None
+    fragments: int
     outer_learning_rate: float
     outer_momentum: float
     shard_optimizer: bool
@@ -205,6 +210,7 @@ def define() -> None:
     add(string, _HOW, "compression", "none")
     add(integer, _HOW, "compression_guard", 0, lower_bound=0)
     add(integer, _HOW, "local_steps", None, lower_bound=1)
+    add(integer, _HOW, "fragments", 1, lower_bound=1)
     add(number, _HOW, "outer_learning_rate", 0.7, lower_bound=1e-9)
     add(number, _HOW, "outer_momentum", 0.9, lower_bound=0.0, upper_bound=0.999)
     add(boolean, _HOW, "shard_optimizer", False)
@@ -313,6 +319,7 @@ def _check(config: Config) -> None:
     if config.shard_optimizer and (name != "none" or config.local_steps):
         other = "--local-steps" if config.local_steps else "--compression"
         raise UsageError(f"--shard-optimizer and {other} exclude each other: give one of them.")
+    _check_fragments(config.fragments, config.local_steps, config.compression)
     if config.fold is not None and not config.folding:
         raise UsageError(
             f"--fold={config.fold} is not FOLD/FOLDS with two folds or more, numbered from 0: the first of five is "
@@ -332,6 +339,27 @@ def _check(config: Config) -> None:
     ):
         raise UsageError(
             f"--checkpoint-every={config.checkpoint_every} is neither a number of steps, 1 or more, nor epoch or never."
+        )
+
+
+def _check_fragments(fragments: int, local_steps: int | None, compression: str) -> None:
+    """Raises a `UsageError` if the model cannot be synchronized in so many fragments."""
+    if fragments == 1:
+        return
+    if not local_steps:
+        raise UsageError(
+            f"--fragments={fragments} divides the synchronization of --local-steps, which was not given: give "
+            f"--local-steps, too, for example --local-steps={25 * fragments}."
+        )
+    if fragments > local_steps:
+        raise UsageError(
+            f"--fragments={fragments} is more than --local-steps={local_steps}: a step synchronizes one fragment at "
+            f"most. Use at most --fragments={local_steps}."
+        )
+    if compression not in COMPRESSIONS[:3]:
+        raise UsageError(
+            f"--fragments and --compression={compression} exclude each other: of the compressions, fp16 and bf16 work "
+            f"with fragments."
         )
 
 

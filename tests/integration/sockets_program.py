@@ -22,6 +22,13 @@ def main():
     reduce = tf.function(lambda x: wire.allreduce([x], "sum", everyone, Scale(average=True))[0])
     total = reduce(parts[me.rank])
     hvd.barrier()
+    start = tf.function(lambda x: wire.allreduce_start([x], "half", everyone, Scale(average=True), "slot"))
+    done = tf.function(
+        lambda x: wire.allreduce_done([x], "half", everyone, Scale(average=True), "slot", tf.constant(True))
+    )
+    start(parts[me.rank])
+    halves = done(tf.zeros_like(parts[me.rank]))[0]
+    hvd.barrier()
     before = sent()
     for _ in range(TIMES):
         total = reduce(parts[me.rank])
@@ -29,6 +36,7 @@ def main():
     result = {
         "rank": me.rank,
         "transport": transports.in_use()[0].name,
+        "same_in_halves": bool(np.array_equal(halves, total)),
         "error": float(np.abs(total.numpy() - np.mean(parts, axis=0)).max()),
         "bits": hashlib.sha256(total.numpy().tobytes()).hexdigest(),
         "sent": (sent() - before) / TIMES / (4 * ELEMENTS),

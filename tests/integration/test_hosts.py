@@ -119,6 +119,7 @@ def test_each_host_sends_what_one_rank_would(launch, hosts, size, share):
     assert {f["transport"] for f in found} == {"sockets"}
     assert max(f["error"] for f in found) < 1e-6
     assert len({f["bits"] for f in found}) == 1
+    assert all(f["same_in_halves"] for f in found), "a sum in two halves has other bits"
     assert [f["sent"] for f in found] == [pytest.approx(share, rel=0.1)] * size
 
 

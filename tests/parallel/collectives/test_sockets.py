@@ -81,3 +81,118 @@ def mismatched():
 def test_different_shapes_are_an_error_that_names_rank_and_sizes(ranks):
     found = ranks(2, mismatched, env=BY_SOCKETS, fresh=True)
     assert any("Mismatched sizes: rank 1 sent 16 bytes where this rank expected 12." in text for text in found)
+
+
+def started_by_one():
+    """Both ranks allreduce small tensors while a sum of 8 MB is under way; the results of both."""
+    import tensorflow as tf
+
+    import hvdkit as hvd
+    from hvdkit import collectives, world
+    from hvdkit.collectives import wire
+    from hvdkit.collectives.transports import Scale
+
+    me = hvd.init()
+    everyone = world.horovod().global_process_set
+    start = tf.function(lambda x: wire.allreduce_start([x], "large", everyone, Scale(), "slot"))
+    done = tf.function(lambda x: wire.allreduce_done([x], "large", everyone, Scale(), "slot", tf.constant(True)))
+    small = tf.function(lambda x: wire.allreduce([x], "small", everyone, Scale())[0])
+    x = tf.fill([2_000_000], me.rank + 1.0)
+    if me.rank == 0:
+        start(x)
+    collectives.barrier(name="started")  # rank 0 does not wait for rank 1, which has not started yet
+    if me.rank == 1:
+        start(x)
+    totals = [float(small(tf.constant(me.rank + number))) for number in (1.0, 2.0)]
+    (total,) = done(tf.zeros_like(x))
+    return totals, np.unique(total).tolist()
+
+
+def test_other_sums_go_on_while_one_is_under_way(ranks):
+    assert ranks(2, started_by_one, env=BY_SOCKETS, timeout=120) == [([3.0, 5.0], [3.0])] * 2
+
+
+def cancelled():
+    """A step that waits for a sum is cancelled; the sum then goes on, and the connections are whole."""
+    import threading
+    import time
+
+    import tensorflow as tf
+    from tensorflow.python.eager.cancellation import CancellationManager
+
+    import hvdkit as hvd
+    from hvdkit import collectives, world
+    from hvdkit.collectives import wire
+    from hvdkit.collectives.transports import Scale
+
+    me = hvd.init()
+    everyone = world.horovod().global_process_set
+    spec = tf.TensorSpec([1000])
+    start = tf.function(lambda x: wire.allreduce_start([x], "sum", everyone, Scale(), "slot"))
+    done = tf.function(lambda x: wire.allreduce_done([x], "sum", everyone, Scale(), "slot", tf.constant(True))[0])
+    start.get_concrete_function(spec), done.get_concrete_function(spec)
+    seconds, x = 0.0, tf.ones([1000])
+    if me.rank == 0:
+        start(x)
+        manager = CancellationManager()
+        threading.Timer(0.5, manager.start_cancel).start()
+        began = time.monotonic()
+        try:
+            manager.get_cancelable_function(done.get_concrete_function(spec))(x)
+        except tf.errors.CancelledError:
+            seconds = time.monotonic() - began
+    collectives.barrier(name="cancelled")
+    if me.rank == 1:
+        start(x)
+        done(x)
+    start(2 * x)
+    return 0.4 < seconds < 5 if me.rank == 0 else True, np.unique(done(x)).tolist()
+
+
+def test_a_cancelled_step_leaves_the_sum_to_its_thread(ranks):
+    assert ranks(2, cancelled, env=BY_SOCKETS) == [(True, [4.0])] * 2
+
+
+def left(how):
+    """Rank 1 closes its connections, or dies, while rank 0 waits for a sum that both were to start; rank 0's error."""
+    import os
+    import signal
+    import time
+
+    import tensorflow as tf
+
+    import hvdkit as hvd
+    from hvdkit import collectives, native, world
+    from hvdkit.collectives import wire
+    from hvdkit.collectives.transports import Scale
+
+    me = hvd.init()
+    everyone = world.horovod().global_process_set
+    x = tf.zeros([2_000_000])
+    start = tf.function(lambda x: wire.allreduce_start([x], "sum", everyone, Scale(), "slot"))
+    done = tf.function(lambda x: wire.allreduce_done([x], "sum", everyone, Scale(), "slot", tf.constant(True))[0])
+    if me.rank == 0:
+        start(x)
+    collectives.barrier(name="started")
+    if me.rank == 1 and how == "dies":
+        time.sleep(0.5)
+        os.kill(os.getpid(), signal.SIGKILL)
+    if me.rank == 1:
+        native.stop_sockets()
+        return ""
+    try:
+        done(x)
+    except tf.errors.AbortedError as error:
+        return error.message
+    return "no error"
+
+
+def test_a_connection_that_breaks_while_a_sum_is_under_way_ends_the_wait(ranks):
+    message, _ = ranks(2, left, how="leaves", env=BY_SOCKETS, fresh=True, timeout=120)
+    assert "Connection closed by peer, rank 1: the process has ended" in message
+
+
+def test_a_rank_that_dies_while_a_sum_is_under_way_ends_the_job(ranks):
+    ended = ranks(2, left, how="dies", env=BY_SOCKETS, fails=True, timeout=120)
+    assert "rank 1 on host" in ended.output
+    assert "was the first to fail, killed by SIGKILL" in ended.output

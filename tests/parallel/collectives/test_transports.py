@@ -88,6 +88,48 @@ def test_sums_are_right_for_every_dtype_scale_and_set_of_ranks_and_alike_on_all(
     assert {name: found[0][1][name] for name in found[1][1]} == found[1][1]
 
 
+def started(transport):
+    """What was wrong with sums that one graph starts and another one ends, and the bits of all sums."""
+    import tensorflow as tf
+
+    from hvdkit.collectives import wire
+    from hvdkit.collectives.transports import Scale
+
+    me, sets = _start(transport)
+    generator = np.random.default_rng(4)
+    given = [[generator.normal(size=shape) * 9 for shape in SHAPES] for _ in range(3)]
+    scale, wrong, bits = Scale(0.25, 3.0, average=True), [], {}
+    for dtype in ("float16", "bfloat16", "float32", "float64"):
+        parts = [[tf.cast(part, dtype) for part in rank] for rank in given]
+        for place, (ranks, _) in sets.items():
+            name, right = f"{dtype}.{place}", wire.allreduce(parts[me.rank], f"{dtype}.{place}", ranks, scale)
+
+            def start(x, n=name, r=ranks):
+                wire.allreduce_start(x, f"{n}.start", r, scale, slot=f"{n}.slot")
+
+            def done(x, is_started, n=name, r=ranks):
+                return wire.allreduce_done(x, f"{n}.done", r, scale, f"{n}.slot", is_started)
+
+            mine = parts[me.rank]
+            for how, (begin, end) in {"graph": (tf.function(start), tf.function(done)), "eager": (start, done)}.items():
+                begin([t + 1 for t in mine])  # dropped
+                begin(mine)
+                after_start = end(mine, tf.constant(True))
+                without_start = end(mine, tf.constant(False))
+                for got in (after_start, without_start):
+                    if [t.numpy().tobytes() for t in got] != [t.numpy().tobytes() for t in right]:
+                        wrong.append((name, how, got[0].numpy(), right[0].numpy()))
+            bits[name] = b"".join(tensor.numpy().tobytes() for tensor in right)
+    _end()
+    return wrong, bits
+
+
+def test_a_sum_that_one_graph_starts_and_another_ends_has_the_same_bits(on_three_ranks):
+    found = on_three_ranks(started)
+    assert [wrong for wrong, _ in found] == [[], [], []]
+    assert found[0][1] == found[2][1]
+
+
 def gathered(transport):
     import tensorflow as tf
 

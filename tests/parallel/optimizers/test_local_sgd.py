@@ -213,8 +213,8 @@ SCHEDULES = {  # H, P, the variables of each fragment, τ, α
     ("number", "transport", "joined"),
     [
         (2, "sockets", 1),
-        (3, "sockets", 5),
-        (2, "shared memory", 5),
+        pytest.param(3, "sockets", 5, marks=pytest.mark.slow),
+        pytest.param(2, "shared memory", 5, marks=pytest.mark.slow),
         pytest.param(2, "horovod", 5, marks=pytest.mark.slow),
     ],
 )
@@ -236,7 +236,7 @@ def test_streaming_diloco_is_the_papers(ranks, number, transport, joined, schedu
             assert np.array_equal(one, first), "the ranks differ after synchronise()"
 
 
-def fitted(every, compression="none"):
+def fitted(every, compression="none", **streaming):
     """`fit` with validation, guards and an Embedding: what ends with one model on all ranks."""
     import keras
 
@@ -255,7 +255,9 @@ def fitted(every, compression="none"):
             keras.layers.Dense(2),
         ]
     )
-    optimizer = hvd.LocalSGD(keras.optimizers.Adam(5e-3), every, 1.0, 0.0, compression=by_name(compression))
+    optimizer = hvd.LocalSGD(
+        keras.optimizers.Adam(5e-3), every, 1.0, 0.0, compression=by_name(compression), **streaming
+    )
     loss = keras.losses.SparseCategoricalCrossentropy(from_logits=True)
     model.compile(optimizer, loss=loss, metrics=["accuracy"], steps_per_execution=3)
     generator = np.random.default_rng(me.rank)
@@ -274,9 +276,18 @@ def fitted(every, compression="none"):
     return weights, history.history["val_accuracy"], history.history["accuracy"][-1]
 
 
-@pytest.mark.parametrize(("every", "compression"), [(7, "none"), pytest.param(4, "int8", marks=pytest.mark.slow)])
-def test_fit_ends_with_one_model(ranks, every, compression):
-    one, other = ranks(2, fitted, every=every, compression=compression)
+@pytest.mark.parametrize(
+    ("every", "compression", "streaming", "transport"),
+    [
+        pytest.param(7, "none", {}, "shared memory", marks=pytest.mark.slow),
+        pytest.param(4, "int8", {}, "shared memory", marks=pytest.mark.slow),
+        (7, "none", {"fragments": 3}, "sockets"),
+        pytest.param(7, "bf16", {"fragments": 3, "overlap": 0}, "sockets", marks=pytest.mark.slow),
+        pytest.param(7, "fp16", {"overlap": 3}, "shared memory", marks=pytest.mark.slow),
+    ],
+)
+def test_fit_ends_with_one_model(ranks, every, compression, streaming, transport):
+    one, other = ranks(2, fitted, every=every, compression=compression, **streaming, env=TRANSPORTS[transport])
     assert np.array_equal(one[0], other[0])
     assert one[1] == other[1], "evaluations are of the model that they agreed on"
     assert one[2] > 0.9
@@ -303,12 +314,50 @@ def test_a_run_that_is_resumed_between_two_exchanges_ends_bit_for_bit(tmp_path):
     assert ended.code == 0, ended.output
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("transport", ["sockets", "shared memory"])
+def test_a_run_that_is_resumed_while_a_fragment_is_under_way_ends_bit_for_bit(tmp_path, transport):
+    from tests import forked
+    from tests.conftest import run_command
+
+    # A fragment starts after every fourth step, and is applied four steps later: one is always under way.
+    flags = ["--model=mnist_mlp", "--local_steps=16", "--fragments=4", "--epochs=2", "--checkpoint_every=10"]
+    command = forked.command("-m", "hvdkit.verify_resume", "-np", "2", "--kill_seed=3", *flags)
+    ended = run_command(command, timeout=500, cwd=tmp_path, env=TRANSPORTS[transport])
+    assert ended.code == 0, ended.output
+
+
+@pytest.mark.slow
+def test_the_main_job_trains_in_fragments(train, tmp_path, shared_data):
+    """On MNIST, streaming DiLoCo is as accurate as DiLoCo; and its fragments are part of a checkpoint."""
+    flags = [f"--data_dir={shared_data}", "--dataset=mnist", "--local_steps=50", "--epochs=1"]
+    found = {}
+    for fragments in (1, 4):
+        ended = train(2, *flags, f"--workdir={tmp_path}/{fragments}", f"--fragments={fragments}", timeout=500)
+        assert ended.code == 0, ended.output
+        assert ("in 4 fragments of" in ended.output) == (fragments == 4)
+        found[fragments] = json.loads((tmp_path / str(fragments) / "result.json").read_text())
+    assert found[1]["test_accuracy"] > 0.9
+    assert found[4]["test_accuracy"] > found[1]["test_accuracy"] - 0.02
+    assert found[4]["wire_bytes_per_step"] == found[1]["wire_bytes_per_step"]
+    again = train(2, *flags[:3], "--epochs=2", f"--resume={tmp_path}/4", f"--workdir={tmp_path}/5", "--fragments=2")
+    assert again.code == 2
+    assert "is of another job: fragments 4 there, and fragments 2 here." in again.output
+
+
 def test_wrong_arguments_are_told(ranks):
     assert ranks(1, refusals) == [
         [
             "steps must be 1 or more, but is 0.",
             "outer_learning_rate must be above 0, and outer_momentum from 0 up to but not 1, but they are 0.7 and 1.",
             "LocalSGD and gradient_accumulation_steps exclude each other: give a larger `steps`.",
+            "fragments must be from 1 to steps, which is 4, but is 5.",
+            "overlap must be from 0 to 2, the steps between two fragments (steps / fragments), but is 3.",
+            "mixing must be from 0 up to but not 1, but is 1.",
+            (
+                "Int8 compresses all weights at once, so it excludes fragments and overlap. Leave it out, or use "
+                "Compression.fp16 or Compression.bf16."
+            ),
         ]
     ]
 
@@ -320,7 +369,15 @@ def refusals():
 
     hvd.init()
     messages = []
-    for arguments, more in (({"steps": 0}, {}), ({"outer_momentum": 1}, {}), ({}, {"gradient_accumulation_steps": 2})):
+    for arguments, more in (
+        ({"steps": 0}, {}),
+        ({"outer_momentum": 1}, {}),
+        ({}, {"gradient_accumulation_steps": 2}),
+        ({"steps": 4, "fragments": 5}, {}),
+        ({"steps": 4, "fragments": 2, "overlap": 3}, {}),
+        ({"steps": 4, "overlap": 1, "mixing": 1}, {}),
+        ({"steps": 4, "overlap": 1, "compression": hvd.Compression.int8()}, {}),
+    ):
         try:
             hvd.LocalSGD(keras.optimizers.SGD(0.1, **more), **arguments)
         except ValueError as error:

@@ -39,6 +39,9 @@ def parse(*flags):
         (["--epochs=1", "--steps=3"], "--epochs and --steps exclude each other"),
         (["--global_batch=8", "--local_batch=3"], "--global-batch and --local-batch exclude each other"),
         (["--shard_optimizer", "--compression=fp16"], "--shard-optimizer and --compression exclude each other"),
+        (["--fragments=4"], "--fragments=4 divides the synchronization of --local-steps, which was not given"),
+        (["--fragments=4", "--local_steps=3"], "--fragments=4 is more than --local-steps=3"),
+        (["--fragments=2", "--local_steps=8", "--compression=int8"], "--fragments and --compression=int8 exclude"),
     ],
 )
 def test_wrong_flags(flags, message):
@@ -49,7 +52,16 @@ def test_wrong_flags(flags, message):
             parse(*flags)
     finally:
         absl_flags.FLAGS.unparse_flags()
-        for name in ("epochs", "steps", "global_batch", "local_batch", "shard_optimizer", "compression"):
+        for name in (
+            "epochs",
+            "steps",
+            "global_batch",
+            "local_batch",
+            "shard_optimizer",
+            "compression",
+            "fragments",
+            "local_steps",
+        ):
             absl_flags.FLAGS[name].unparse()
 
 
