@@ -42,7 +42,9 @@ A data-parallel step computes on the local batch, then allreduces the gradients:
   computation of one stage and two transfers (Y. Huang et al., 2018, section 2.3).
 
 `Compression` itself counts the bytes of each operation. Gradient accumulation over k steps divides communication by k,
-local SGD over H steps divides it by H. Independent tasks do not communicate.
+local SGD over H steps divides it by H. Streaming DiLoCo does so, too, and hides the allreduces of its P fragments
+behind the computation of τ steps each, where ranks send in the background: between CPU ranks of several hosts.
+Independent tasks do not communicate.
 """
 
 import dataclasses
@@ -167,6 +169,7 @@ class Mode:
         scatters: whether gradients go through an alltoall and an allgather; each moves 1/N of the `share`.
         exact: whether the result equals that of dense data parallelism.
         exchanges: number of collectives that run one after the other.
+        hidden: compute steps that each of these collectives may overlap (between CPU ranks of several hosts).
         one_host: whether it works on one host only.
         division: how the model is divided; None if each rank holds the whole model.
     """
@@ -180,6 +183,7 @@ class Mode:
     scatters: bool = False
     exact: bool = True
     exchanges: int = 1
+    hidden: int = 0
     one_host: bool = False
     division: Division | None = None
 
@@ -369,7 +373,9 @@ def predict(
         return _predict_divided(ranks, local_batch, compute, mode, mode.division, cluster)
     size = compute.gradient_bytes
     seconds = computation(ranks, local_batch, compute, mode, cluster)
-    seconds += (1 - overlap) * exchange(ranks, size, mode, cluster, idle=seconds)
+    sends_meanwhile = cluster.cores and ranks > cluster.ranks_per_host
+    hidden = mode.exchanges * mode.hidden * seconds / mode.every if sends_meanwhile else 0.0
+    seconds += max(0.0, (1 - overlap) * exchange(ranks, size, mode, cluster, idle=seconds) - hidden)
     samples = ranks * local_batch / seconds
     alone = local_batch / computation(1, local_batch, compute, mode, cluster)
     return Prediction(

@@ -6,6 +6,7 @@ from typing import Any
 from hvdkit.plan.cost import Division, Mode
 
 LOCAL_STEPS, DILOCO_STEPS, ACCUMULATED = 20, 100, 5  # DiLoCo and local SGD rounds are whole executions of 10 steps
+FRAGMENTS = 4  # of streaming DiLoCo
 _SCATTERING = ("int8", "onebit")
 FEEDBACK = ("int8", "onebit", "topk", "powersgd")
 
@@ -34,6 +35,7 @@ def all_modes(
         Mode("accumulation", accumulate, every=ACCUMULATED, exact=False),
         Mode("local SGD", f"--local-steps={LOCAL_STEPS} {mean}", every=LOCAL_STEPS, exact=False),
         Mode("DiLoCo", f"--local-steps={DILOCO_STEPS}", every=DILOCO_STEPS, exact=False),
+        *([_streaming(min(FRAGMENTS, len(shapes)))] if len(shapes) > 1 else []),
         Mode("mirrored", "--strategy=mirrored", one_host=True),
         *(
             Mode(f"{name} parallel", f"--strategy={name}", division=Division(**division))
@@ -42,6 +44,12 @@ def all_modes(
         Mode("independent", "--strategy=single", share=0.0, every=10**9),
     ]
     return {mode.name: mode for mode in modes}
+
+
+def _streaming(fragments: int) -> Mode:
+    flags = f"--local-steps={DILOCO_STEPS} --fragments={fragments}"
+    hidden = min(5, DILOCO_STEPS // fragments)  # LocalSGD's default
+    return Mode("streaming DiLoCo", flags, every=DILOCO_STEPS, exact=False, exchanges=fragments, hidden=hidden)
 
 
 def _with_feedback(name: str, shapes: Sequence[Sequence[int]], seconds: float) -> Mode:

@@ -159,6 +159,31 @@ def test_each_mode_sends_what_its_compressor_does():
     assert wire_bytes(2, dense, found["independent"]) == 0
 
 
+def test_fragments_hide_what_their_steps_can_hide():
+    cluster = dataclasses.replace(CLUSTER, cores=1)
+    compute = predict(1, 64, COMPUTE, DENSE, cluster).step_seconds
+
+    def communication(mode, cluster):
+        return predict(2, 64, COMPUTE, mode, cluster).step_seconds - compute
+
+    whole, parts = Mode("x", every=100), Mode("x", every=100, exchanges=4)
+    shown = communication(parts, cluster)
+    assert communication(whole, cluster) < shown < communication(whole, cluster) * 1.2, "only the latency is added"
+    one_step = communication(dataclasses.replace(parts, hidden=1), cluster)
+    assert one_step == pytest.approx(shown - 4 * compute / 100)
+    assert communication(dataclasses.replace(parts, hidden=5), cluster) == pytest.approx(0)
+    on_gpus = dataclasses.replace(parts, hidden=5)
+    assert communication(on_gpus, CLUSTER) == pytest.approx(shown), "Horovod and NCCL send only afterwards"
+
+
+def test_streaming_diloco_needs_variables_to_divide():
+    seconds = dict.fromkeys(modes.FEEDBACK, 0.0)
+    assert "streaming DiLoCo" not in modes.all_modes([(2, 2)], "sgd", seconds)
+    found = modes.all_modes([(2, 2)] * 9, "sgd", seconds)["streaming DiLoCo"]
+    assert found.flags == "--local-steps=100 --fragments=4"
+    assert (found.every, found.exchanges, found.hidden) == (100, 4, 5)
+
+
 @pytest.mark.parametrize(("optimizer", "colon"), [("sgd", ":"), ("sgd:momentum=0.9", ",")])
 def test_flags_of_modes_that_accumulate_or_divide(optimizer, colon):
     parts = {"tensor": {"stages": False, "share": 0.8, "bytes": 100, "exchanges": 4}}
