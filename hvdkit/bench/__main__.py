@@ -3,8 +3,7 @@
     throughput    samples per second, start-up time and memory
     collectives   latency and bandwidth of allreduce, compared with the limits of network and memory
     scaling       N ranks compared with one
-    peers         the same models with PyTorch DDP, Keras on JAX, Horovod and TensorFlow's own strategies, on one host or
-                  across hosts
+    peers         the same models with PyTorch DDP, Keras on JAX, Horovod and TensorFlow's own strategies, also on hosts
     accuracy      time to a target accuracy
 
 The cases of a benchmark alternate, because the speed of a machine changes over time: compare numbers within one table,
