@@ -189,7 +189,7 @@ def left(how):
 
 def test_a_connection_that_breaks_while_a_sum_is_under_way_ends_the_wait(ranks):
     message, _ = ranks(2, left, how="leaves", env=BY_SOCKETS, fresh=True, timeout=120)
-    assert "Connection closed by peer, rank 1: the process has ended" in message
+    assert "Connection closed by peer, rank 1: " in message  # it ended, or was reset with bytes unread
 
 
 def test_a_rank_that_dies_while_a_sum_is_under_way_ends_the_job(ranks):
