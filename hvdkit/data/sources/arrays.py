@@ -6,6 +6,7 @@ from typing import Any
 import numpy as np
 import tensorflow as tf
 
+from hvdkit.data.sources.synthetic import images
 from hvdkit.errors import UsageError
 
 _HELD_OUT = 0.2  # fraction of the examples to use as the test split if a source has none
@@ -58,7 +59,7 @@ def load_digits() -> ArraySource:
 
 
 def synthetic(spec: str) -> ArraySource:
-    """Makes random images. Each class has its own mean, which a model can learn. The test split is a fifth as large.
+    """Makes synthetic images (see `images`). The test split is a fifth as large.
 
     Args:
         spec: `synthetic:HxWxC:CLASSES:EXAMPLES`. You may omit parts from the end; they default to 28x28x1, 10 and 4096.
@@ -73,12 +74,10 @@ def synthetic(spec: str) -> ArraySource:
         int(given or default) for given, default in zip(match.groups(), (28, 28, 1, 10, 4096), strict=True)
     )
     generator = np.random.default_rng(0)
-    means = generator.integers(64, 192, size=(classes, 1, 1, channels))
-    splits = {}
-    for split, count in (("train", examples), ("test", max(1, examples // 5))):
-        labels = generator.integers(classes, size=count)
-        noise = generator.integers(-64, 64, size=(count, height, width, channels), dtype=np.int16)
-        splits[split] = ((noise + means[labels]).astype(np.uint8), labels)
+    splits = {
+        split: images((height, width, channels), classes, count, generator)
+        for split, count in (("train", examples), ("test", max(1, examples // 5)))
+    }
     return ArraySource(spec, "image", [str(c) for c in range(classes)], splits)
 
 

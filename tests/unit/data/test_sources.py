@@ -33,6 +33,21 @@ def test_synthetic_has_any_shape():
         open_source("synthetic:6by5")
 
 
+def test_synthetic_images_have_zeros_and_can_be_told_apart():
+    source = open_source("synthetic:12x12x1:3:1500")
+    (train, test), (labels, wanted) = zip(
+        *(
+            source.read(split, 0, 300 if split == "test" else 1500).batch(1500).get_single_element()
+            for split in ("train", "test")
+        ),
+        strict=True,
+    )
+    flat, asked = (tf.reshape(tf.cast(images, tf.float32), [len(images), -1]).numpy() for images in (train, test))
+    assert 0.4 < (flat == 0).mean() < 0.7
+    nearest = ((asked[:, np.newaxis] - flat) ** 2).sum(axis=-1).argmin(axis=1)
+    assert 0.7 < (labels.numpy()[nearest] == wanted.numpy()).mean() < 0.97, "a tenth of the labels is random"
+
+
 def write_images(root, split, classes, size=(4, 4), count=2):
     for name in classes:
         (root / split / name).mkdir(parents=True)

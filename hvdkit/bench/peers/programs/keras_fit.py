@@ -130,7 +130,7 @@ def measure(
             model = build()
     else:
         model = build()
-    data = dataset(tf, name, size if strategy else 1)  # tf.distribute expects the global batch size
+    data = dataset(tf, name, rank, size if strategy else 1)  # tf.distribute expects the global batch size
     given = [*first, *always]
 
     def run(steps, windows, clock):
@@ -143,10 +143,8 @@ def measure(
     timing.measure(run, agree, workload=name, rank=rank, global_batch=batch, weights=weights)
 
 
-def dataset(tf, name, batches):
-    images = tf.random.uniform([models.EXAMPLES, *models.SHAPES[name]], 0, 255)
-    labels = tf.random.uniform([models.EXAMPLES], 0, 10, tf.int64)
-    data = tf.data.Dataset.from_tensor_slices((images, labels)).cache().shuffle(models.EXAMPLES).repeat()
+def dataset(tf, name, rank, batches):
+    data = tf.data.Dataset.from_tensor_slices(models.examples(name, rank)).cache().shuffle(models.EXAMPLES).repeat()
     data = data.batch(models.BATCHES[name] * batches, drop_remainder=True).prefetch(tf.data.AUTOTUNE)
     if batches > 1:
         options = tf.data.Options()

@@ -42,9 +42,8 @@ def measure(keras, name, rank, size, agree):
     model = models.build_keras(keras, name)
     loss = keras.losses.SparseCategoricalCrossentropy(from_logits=True)
     model.compile(models.optimizer_of(keras, name), loss, steps_per_execution=timing.STEPS_PER_CALL)
-    random, batch = np.random.default_rng(rank), models.BATCHES[name]
-    images = random.uniform(0, 255, [models.EXAMPLES, *models.SHAPES[name]]).astype("float32")
-    labels = random.integers(0, 10, models.EXAMPLES)
+    batch = models.BATCHES[name]
+    images, labels = models.examples(name, rank)
 
     def run(steps, windows, clock):
         how = {"epochs": windows, "steps_per_epoch": steps, "callbacks": [timing.callback(keras, clock)], "verbose": 0}

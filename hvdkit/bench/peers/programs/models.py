@@ -3,10 +3,23 @@
 `torch_ddp.py` builds the same models in PyTorch.
 """
 
+import runpy
+from pathlib import Path
+
 SHAPES = {"mlp": (28, 28, 1), "lenet": (32, 32, 3), "large_mlp": (28, 28, 1), "resnet20": (32, 32, 3)}
 BATCHES = {"mlp": 64, "lenet": 64, "large_mlp": 64, "resnet20": 32}
 EXAMPLES = 4096  # of each rank, in memory
 _DENSE = {"mlp": (128, 64), "large_mlp": (2048, 2048)}
+
+
+def examples(name, rank):
+    """Return this rank's images, float32 [EXAMPLES, height, width, channels], and labels, int64, as NumPy arrays."""
+    import numpy as np
+
+    # By its path: hvdkit itself cannot be imported in the peers' environments.
+    images = runpy.run_path(str(Path(__file__).parents[3] / "data" / "sources" / "synthetic.py"))["images"]
+    pixels, labels = images(SHAPES[name], 10, EXAMPLES, np.random.default_rng(1 + rank))
+    return pixels.astype("float32"), labels
 
 
 def build_keras(keras, name):

@@ -18,9 +18,9 @@ def measure(tf, hvd, keras, name):
     model, optimizer = models.build_keras(keras, name), models.optimizer_of(keras, name)
     optimizer.build(model.trainable_variables)
     loss_of = keras.losses.SparseCategoricalCrossentropy(from_logits=True)
-    images = tf.random.uniform([models.EXAMPLES, *models.SHAPES[name]], 0, 255)
-    labels = tf.random.uniform([models.EXAMPLES], 0, 10, tf.int64)
-    data = tf.data.Dataset.from_tensor_slices((images, labels)).cache().shuffle(models.EXAMPLES).repeat()
+    data = (
+        tf.data.Dataset.from_tensor_slices(models.examples(name, hvd.rank())).cache().shuffle(models.EXAMPLES).repeat()
+    )
     batches = iter(data.batch(models.BATCHES[name], drop_remainder=True).prefetch(tf.data.AUTOTUNE))
 
     @tf.function

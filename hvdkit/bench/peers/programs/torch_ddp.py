@@ -79,9 +79,8 @@ def measure(name, rank, size):
         optimizer = torch.optim.SGD(model.parameters(), 0.05, momentum=0.9)
     else:
         optimizer = torch.optim.Adam(model.parameters(), 1e-3)
-    height, width, channels = models.SHAPES[name]
-    images = torch.rand(models.EXAMPLES, channels, height, width) * 255
-    labels = torch.randint(0, 10, (models.EXAMPLES,))
+    images, labels = map(torch.from_numpy, models.examples(name, rank))
+    images = images.permute(0, 3, 1, 2).contiguous()
     loss_of, batch = nn.CrossEntropyLoss(), models.BATCHES[name]
 
     def run(steps, windows, clock):
