@@ -268,8 +268,9 @@ class GradientExchange:
         dense = [place for place in places if not isinstance(result[place], tf.IndexedSlices)]
         compressed = [self._compression.compress(tf.convert_to_tensor(result[i])) for i in dense]
         wires = [wire for wire, _ in compressed]
-        factors = {"prescale": 1 / self._predivide, "postscale": self._predivide}
-        reduced = collectives.reduce_dense(wires, name, op=self.op, process_set=copies, **factors)
+        reduced = collectives.reduce_dense(
+            wires, name, op=self.op, process_set=copies, prescale=1 / self._predivide, postscale=self._predivide
+        )
         for place, tensor, (_, context) in zip(dense, reduced, compressed, strict=True):
             result[place] = self._compression.decompress(tensor, context)
         for place in (place for place in places if place not in dense):
