@@ -37,6 +37,21 @@ def element_spec(iterator: Any) -> Any:
     return private(iterator, "_distributed_dataset").element_spec
 
 
+def stop_autotuning(iterator: Any) -> bool:
+    """Turns off tf.data's autotuning for the training data, unless the user has set it. Call it before the first epoch.
+
+    Returns:
+        Whether it was turned off.
+    """
+    dataset = private(iterator, "_distributed_dataset")
+    if not isinstance(dataset, tf.data.Dataset) or dataset.options().autotune.enabled is not None:
+        return False
+    options = tf.data.Options()
+    options.autotune.enabled = False
+    iterator._distributed_dataset = dataset.with_options(options)
+    return True
+
+
 def has_known_length(iterator: Any) -> bool:
     """Returns whether the steps of an epoch are known, and the data cannot end before them unexpectedly.
 

@@ -6,6 +6,7 @@ works in the same way. Each `fit` then
 - builds the model first, if the data determine its shapes (`build`);
 - runs the user's callbacks with metrics of all ranks, and writes each file once (`user_callbacks`);
 - starts with a callback that reports this rank's position to the watchdog (`marks`);
+- reads its data without autotuning if the rank has one core (`one_core`);
 - runs several steps of the graph at once, where nobody can see the difference (`executions`);
 - ends with a callback that keeps the ranks together and checks that they allreduce gradients (`guard`).
 
@@ -25,6 +26,7 @@ from hvdkit.model.build import build
 from hvdkit.model.executions import Executions, may_join
 from hvdkit.model.guard import FitGuard
 from hvdkit.model.marks import Marks
+from hvdkit.model.one_core import OneCore
 from hvdkit.model.user_callbacks import for_all_ranks
 from hvdkit.model.xla import make_train_function
 from hvdkit.optimizers import heartbeat
@@ -89,11 +91,11 @@ def _guard(model: keras.Model, optimizers: list[ExchangingOptimizer], arguments:
     """Replaces the callbacks among the arguments of `fit`."""
     given = arguments.get("callbacks")
     callbacks = keras.tree.flatten(given.callbacks if isinstance(given, keras.callbacks.CallbackList) else given or [])
-    callbacks = [c for c in callbacks if not isinstance(c, (Marks, FitGuard))]
+    callbacks = [c for c in callbacks if not isinstance(c, (Marks, OneCore, FitGuard))]
     if all_ranks_train(optimizers):
         build(model, arguments.get("x"))
         callbacks = for_all_ranks(callbacks)
-    callbacks = [Marks(), *callbacks, *_executions(model, callbacks, optimizers), FitGuard(optimizers)]
+    callbacks = [Marks(), OneCore(), *callbacks, *_executions(model, callbacks, optimizers), FitGuard(optimizers)]
     if isinstance(given, keras.callbacks.CallbackList):
         given.callbacks = callbacks
         given.set_model(model)

@@ -132,3 +132,33 @@ def test_the_length_is_known_if_steps_are_and_the_data_cannot_end_before(known, 
 def test_items_are_joined_from_the_first_step_to_the_last():
     assert fit_loop.joined((3, 3, "data"), (9, 9, "data")) == (3, 9, "data")
     assert fit_loop.joined((3, "data"), (9, "data")) == (9, "data")
+
+
+def tuned(data, batch=None):
+    """Stops the autotuning of a fit; returns the answer, the options, and how many batches the fit saw."""
+    found = []
+
+    def stop(iterator, callbacks):
+        found.append(fit_loop.stop_autotuning(iterator))
+        found.append(iterator._distributed_dataset.options().autotune.enabled)
+
+    watch = Watch()
+    model = keras.Sequential([keras.Input([1]), keras.layers.Dense(1)])
+    model.compile("sgd", loss="mse")
+    inputs = data if batch is None else {"x": data[0], "y": data[1], "batch_size": batch}
+    model.fit(**inputs if batch else {"x": inputs}, verbose=0, callbacks=[At(stop), watch])
+    return (*found, len(watch.steps))
+
+
+def test_autotuning_is_turned_off_for_data_sets_and_arrays():
+    arrays = (np.arange(4.0)[:, None], np.ones([4, 1]))
+    assert tuned(tf.data.Dataset.from_tensor_slices(arrays).batch(1)) == (True, False, 4)
+    assert tuned(arrays, batch=2) == (True, False, 2)
+
+
+@pytest.mark.parametrize("wish", [True, False])
+def test_autotuning_stays_as_the_user_has_set_it(wish):
+    options = tf.data.Options()
+    options.autotune.enabled = wish
+    data = tf.data.Dataset.from_tensor_slices((np.arange(4.0)[:, None], np.ones([4, 1]))).batch(1)
+    assert tuned(data.with_options(options)) == (False, wish, 4)
