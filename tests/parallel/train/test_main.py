@@ -2,6 +2,7 @@
 
 import csv
 import json
+import re
 import shutil
 
 import keras
@@ -81,7 +82,8 @@ def test_a_run_leaves_everything_behind(train, tmp_path):
     for rank in range(2):
         assert f"rank {rank}@" in (workdir / "logs" / f"rank-000{rank}.log").read_text()
     assert "epoch 2/2: accuracy=" in ended.output
-    assert "[1]" not in ended.output, "only rank 0 shows anything"
+    # TensorFlow itself logs an error on each rank if bfloat16 is slow on this processor (without AVX-512).
+    assert not re.search(r"^\[1\] (?!E\d{4} )", ended.output, re.MULTILINE), "only rank 0 shows anything"
 
 
 def test_a_users_own_models(train, tmp_path):
