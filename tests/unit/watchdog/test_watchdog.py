@@ -249,6 +249,8 @@ class Ranks:
         for man in self.men:
             man.start()
         self.until(lambda: len(self.men[0]._links.callers) == number - 1)
+        # Both ends of a connection have to know of it before a test cuts it.
+        self.until(lambda: number == 1 or all(man._links.everyone() for man in self.men))
 
     def until(self, condition, seconds=30):
         end = time.monotonic() + seconds
