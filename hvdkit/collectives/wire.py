@@ -76,10 +76,8 @@ def allreduce(
 def allreduce_start(tensors: Sequence[tf.Tensor], name: str, process_set: Any, scale: Scale, slot: str) -> None:
     """Starts what `allreduce_done` ends, by the same transport (see `Transport.allreduce_start`)."""
     transport = transports.choose("allreduce", tensors[0].dtype, process_set)
-    if tf.executing_eagerly():
-        transport.allreduce_start(tensors, _clean(name), process_set, scale=scale, slot=slot)
-    else:
-        transport.allreduce_start(tensors, _unique(_clean(name)), process_set, scale=scale, slot=slot)
+    name = _clean(name) if tf.executing_eagerly() else _unique(_clean(name))
+    transport.allreduce_start(tensors, name, process_set, scale=scale, slot=slot)
 
 
 def allreduce_done(

@@ -32,14 +32,21 @@ inline bool HasWholeWords(const Places& places) {
   return std::all_of(places.begin(), places.end(), [](const iovec& place) { return place.iov_len % kWord == 0; });
 }
 
+// Tensors of halves may begin between two words.
+inline uint32_t WordAt(const char* at) {
+  uint32_t word;
+  std::memcpy(&word, at, kWord);
+  return word;
+}
+
 // Estimates the fraction of words that are zero, from samples at equal distances.
 inline double FractionOfZeros(const Places& places) {
   const size_t words = BytesOf(places) / kWord, stride = std::max<size_t>(1, words / kSamples);
   size_t zeros = 0, samples = 0, next = 0, begin = 0;
   for (const iovec& place : places) {
-    const auto* at = static_cast<const uint32_t*>(place.iov_base);
+    const auto* at = static_cast<const char*>(place.iov_base);
     const size_t end = begin + place.iov_len / kWord;
-    for (; next < end; next += stride, ++samples) zeros += at[next - begin] == 0;
+    for (; next < end; next += stride, ++samples) zeros += WordAt(at + (next - begin) * kWord) == 0;
     begin = end;
   }
   return samples ? static_cast<double>(zeros) / samples : 0;
@@ -64,17 +71,17 @@ inline std::vector<char> Pack(const Places& places) {
     mask = in_block = 0;
   };
   for (const iovec& place : places) {
-    const auto* in = static_cast<const uint32_t*>(place.iov_base);
+    const auto* in = static_cast<const char*>(place.iov_base);
     for (size_t left = place.iov_len / kWord; left;) {
       if (!in_block) out = reinterpret_cast<uint32_t*>(mask_at + kMask);
       const size_t n = std::min(left, kBlockWords - in_block);
       for (size_t i = 0; i < n; ++i) {
-        *out = in[i];  // the next word overwrites it if it is zero
-        const uint64_t is_kept = in[i] != 0;
+        *out = WordAt(in + i * kWord);  // the next word overwrites it if it is zero
+        const uint64_t is_kept = *out != 0;
         out += is_kept;
         mask |= is_kept << (in_block + i);
       }
-      in += n, left -= n, in_block += n;
+      in += n * kWord, left -= n, in_block += n;
       if (in_block == kBlockWords) end_block();
     }
   }
@@ -91,7 +98,7 @@ inline bool Unpack(const char* packed, size_t bytes, const Places& places) {
   uint64_t mask = 0;
   size_t in_block = 0;  // words that are left
   for (const iovec& place : places) {
-    auto* out = static_cast<uint32_t*>(place.iov_base);
+    auto* out = static_cast<char*>(place.iov_base);
     for (size_t left = place.iov_len / kWord; left;) {
       if (!in_block) {
         if (!has(kMask)) return false;
@@ -102,13 +109,11 @@ inline bool Unpack(const char* packed, size_t bytes, const Places& places) {
       }
       const size_t n = std::min(left, in_block);
       for (size_t i = 0; i < n; ++i, mask >>= 1) {
-        uint32_t word;
-        std::memcpy(&word, at, kWord);
-        const uint32_t is_kept = mask & 1;
-        out[i] = word & -is_kept;
+        const uint32_t is_kept = mask & 1, word = WordAt(at) & -is_kept;
+        std::memcpy(out + i * kWord, &word, kWord);
         at += is_kept * kWord;
       }
-      out += n, left -= n, in_block -= n;
+      out += n * kWord, left -= n, in_block -= n;
     }
   }
   return at == end;
