@@ -6,7 +6,7 @@ works in the same way. Each `fit` then
 - builds the model first, if the data determine its shapes (`build`);
 - runs the user's callbacks with metrics of all ranks, and writes each file once (`user_callbacks`);
 - starts with a callback that reports this rank's position to the watchdog (`marks`);
-- reads its data without autotuning if the rank has one core (`one_core`);
+- hands no work to other threads if the rank has one core (`one_core`);
 - runs several steps of the graph at once, where nobody can see the difference (`executions`);
 - ends with a callback that keeps the ranks together and checks that they allreduce gradients (`guard`).
 
@@ -26,7 +26,7 @@ from hvdkit.model.build import build
 from hvdkit.model.executions import Executions, may_join
 from hvdkit.model.guard import FitGuard
 from hvdkit.model.marks import Marks
-from hvdkit.model.one_core import OneCore
+from hvdkit.model.one_core import OneCore, inline_execution
 from hvdkit.model.user_callbacks import for_all_ranks
 from hvdkit.model.xla import make_train_function
 from hvdkit.optimizers import heartbeat
@@ -71,7 +71,8 @@ class _GuardedFit:
         self._running += 1
         phase = "interrupted"  # this phase may last, and keeps the step at which it happened
         try:
-            result = fit(*call.args, **call.kwargs)
+            with inline_execution():
+                result = fit(*call.args, **call.kwargs)
             phase = "between"
             return result
         finally:

@@ -45,7 +45,7 @@ def load() -> Any:
 
 
 def build() -> Path:
-    """Compiles the library with `$CXX` or `g++`, in about 25 seconds, unless it exists.
+    """Compiles the library with `$CXX` or `g++`, in about 30 seconds, unless it exists.
 
     Raises:
         UsageError: there is no compiler, TensorFlow's headers are missing, or the folder cannot be written to.
