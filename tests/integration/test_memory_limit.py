@@ -19,7 +19,7 @@ LIMIT = 1_800 << 20
 FLAGS = [
     "--model=gpt",
     "--dataset=text:text",
-    "--model_args=width=768,depth=8",
+    "--model_args=width=1088,depth=4",
     "--sequence_length=32",
     "--steps=3",
     "--global_batch=4",

@@ -173,7 +173,7 @@ def trained(model_ranks, ways):
     dataset = dataset.map(lambda a, b: (tf.ensure_shape(a, [BATCH, 6]), b))
     found, references = {}, {}
     for how in ways:
-        for name, optimizer in list(_optimizers().items())[: 3 if how == ways[0] else 1]:
+        for name, optimizer in list(_optimizers().items())[: 3 if how == ways[0] and mesh.data == 1 else 1]:
             build = _small_branches if how == "branches" else _small_transformer
             if hvd.rank() == 0 and (build, name) not in references:
                 references[build, name] = _trained_whole(build, optimizer(), loss, x, y)
