@@ -213,6 +213,12 @@ def _gather(rows: Any, place: int, copies: Any) -> np.ndarray:
         )
     if rows.dtype.kind in "OSU":  # strings
         return np.concatenate(collectives.allgather_object(rows, name=f"predict.{place}", process_set=copies))
+    shapes = collectives.allgather_object(rows.shape[1:], name=f"predict.{place}.shape", process_set=copies)
+    if len(set(shapes)) > 1:
+        raise UsageError(
+            f"Output {place} of the model has rows of different shapes on the ranks: {', '.join(map(str, shapes))}. "
+            f"Pad the batches to one length, or predict with model.predict on each rank."
+        )
     return collectives.gather_rows(tf.convert_to_tensor(rows), f"hvdkit.predict.{place}", copies).numpy()
 
 

@@ -38,6 +38,7 @@ struct Header {
   uint64_t collective;  // hash of its name, dtype and ranks
   uint32_t call;        // number of the call of this collective, from 0
   uint32_t part;        // number of the message within the call
+  uint64_t layout;      // hash of the shapes of the sender's tensors, which must be those of the receiver's
   uint64_t bytes;       // of the message, without this header
   uint64_t sent_bytes;  // less than `bytes` if the message is packed
 
@@ -75,6 +76,7 @@ struct Exchange {
 
 // A message to receive: the places for it, or a vector if its size is not known before.
 struct Receipt {
+  uint64_t layout = 0;
   Places places;
   std::vector<char>* whole = nullptr;
   std::atomic<bool>* arrived = nullptr;
@@ -309,7 +311,7 @@ class Network {
     peer->left = peer->header.sent_bytes;
     peer->incoming = {};
     if (found != peer->expected.end()) {
-      if (!found->second.whole && !Fits(peer, peer->header.bytes, found->second)) return;
+      if (!Fits(peer, peer->header, found->second)) return;
       peer->incoming = std::move(found->second);
       peer->expected.erase(found);
     }
@@ -342,9 +344,10 @@ class Network {
     const Peer::Early message = std::move(early->second);
     peer->expected.erase(expected);
     peer->early.erase(early);
+    if (!Fits(peer, message.header, receipt)) return;
     if (receipt.whole) {
       *receipt.whole = message.bytes;
-    } else if (!Fits(peer, message.header.bytes, receipt) || !Place(peer, message.header, message.bytes.data(), receipt)) {
+    } else if (!Place(peer, message.header, message.bytes.data(), receipt)) {
       return;
     }
     Complete(receipt);
@@ -365,12 +368,16 @@ class Network {
     return true;
   }
 
-  bool Fits(Peer* peer, size_t bytes, const Receipt& receipt) {
-    const size_t expected = BytesOf(receipt.places);
-    if (bytes == expected) return true;
-    receipt.exchange->Fail("Mismatched sizes: rank " + std::to_string(peer->rank) + " sent " + std::to_string(bytes) +
-                           " bytes where this rank expected " + std::to_string(expected) +
-                           ". All ranks must pass tensors of the same shapes to a collective.");
+  // Returns whether a message is of the size and of tensors of the shapes that its receiver expects.
+  bool Fits(Peer* peer, const Header& header, const Receipt& receipt) {
+    const size_t expected = receipt.whole ? header.bytes : BytesOf(receipt.places);
+    if (header.bytes == expected && header.layout == receipt.layout) return true;
+    const std::string sender = "rank " + std::to_string(peer->rank);
+    receipt.exchange->Fail(
+        (header.bytes == expected ? "Mismatched shapes: " + sender + " passed other shapes than this rank"
+                                  : "Mismatched sizes: " + sender + " sent " + std::to_string(header.bytes) +
+                                        " bytes where this rank expected " + std::to_string(expected)) +
+        ". All ranks must pass tensors of the same shapes to a collective; to an allgather, rows of the same shape.");
     Break(peer, receipt.exchange->problem);
     return false;
   }

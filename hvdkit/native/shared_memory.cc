@@ -12,6 +12,9 @@
 // sum among themselves (a reduce-scatter and an allgather; R. Thakur, R. Rabenseifner and W. Gropp, "Optimization of
 // Collective Communication Operations in MPICH", 2005), which takes a second barrier.
 //
+// With each chunk a rank also writes the layout of its tensors. After the barrier, each rank compares all layouts before
+// it reads anything, so all ranks fail together if they differ.
+//
 // A collective runs on TensorFlow's thread as long as it does not have to wait for other ranks, and continues on its
 // own thread otherwise: to start a thread takes longer than an allreduce of a small model's gradients.
 #include <fcntl.h>
@@ -47,9 +50,11 @@ namespace {
 
 using hvdkit::Add;
 using hvdkit::Fail;
+using hvdkit::Layout;
 using hvdkit::Now;
 using hvdkit::Pause;
 using hvdkit::Piece;
+using hvdkit::ReadFactor;
 using hvdkit::Wider;
 using tensorflow::AsyncOpKernel;
 using tensorflow::OpKernelConstruction;
@@ -67,7 +72,9 @@ std::atomic<uint64_t> nanoseconds_waiting{0}, nanoseconds_in_all{0}, collectives
 struct alignas(64) Counters {
   std::atomic<uint32_t> arrived;   // number of barriers that it has reached
   std::atomic<uint32_t> sleepers;  // number of ranks that sleep until it reaches the next one
+  Layout layouts[2];               // of its tensors, at barriers of even and of odd number
 };
+static_assert(sizeof(Counters) == 64);
 
 // Memory that the ranks of one host share, for the collectives of one name.
 class Segment {
@@ -112,12 +119,23 @@ class Segment {
   }
   bool is_broken() const { return is_broken_; }
 
-  // Tells the other ranks that this one has reached the next barrier.
-  void Arrive() {
+  // Tells the other ranks that this one has reached the next barrier, and what it has brought.
+  void Arrive(const Layout& layout) {
     has_arrived_ = true;
     Counters& mine = counters_[rank_];
+    mine.layouts[(barrier_ + 1) & 1] = layout;
     mine.arrived.store(++barrier_, std::memory_order_seq_cst);
     if (mine.sleepers.load(std::memory_order_seq_cst)) Futex(&mine.arrived, FUTEX_WAKE, INT_MAX, nullptr);
+  }
+
+  // Returns how a rank's tensors at this barrier, which all have reached, differ from this rank's; or an empty string.
+  std::string Mismatch() const {
+    const Layout& mine = counters_[rank_].layouts[barrier_ & 1];
+    for (int rank = 0; rank < size_; ++rank) {
+      const Layout& other = counters_[rank].layouts[barrier_ & 1];
+      if (!(other == mine)) return mine.Mismatch(other, "number " + std::to_string(rank) + " of the ranks");
+    }
+    return "";
   }
 
   // Returns whether all other ranks have reached the barrier, or reach it while this thread spins.
@@ -198,9 +216,12 @@ class Collective {
   // which is then in the context's status.
   virtual bool Advance() = 0;
 
+  const Layout& layout() const { return layout_; }
+
  protected:
   Segment& segment_;
   OpKernelContext* context_;
+  Layout layout_;
 };
 
 // Sums tensors over the ranks, as one stream of elements cut into chunks.
@@ -209,8 +230,11 @@ class Sum : public Collective {
  public:
   using W = typename Wider<T>::type;
 
-  Sum(Segment* segment, OpKernelContext* context, float before, W after)
-      : Collective(segment, context), before_(before), after_(after) {}
+  Sum(Segment* segment, OpKernelContext* context, W before, W after)
+      : Collective(segment, context), before_(before), after_(after) {
+    layout_.Add('S');
+    for (int i = 0; i < context->num_inputs(); ++i) layout_.Add(context->input(i).shape(), 0);
+  }
 
   bool Advance() override {
     if (!is_cut_) {
@@ -253,16 +277,17 @@ class Sum : public Collective {
         rest.in += n, rest.out += n, rest.count -= n;
       }
     }
+    if (chunks_.empty()) chunks_.emplace_back();  // others may have elements: meet them at a barrier
     return is_cut_ = true;
   }
 
   void Put() {
     T* mine = Slot(segment_.rank());
     for (const Piece<T>& piece : chunks_[at_].pieces) {
-      if (before_ == 1.0f) {
+      if (before_ == W(1)) {
         std::memcpy(mine, piece.in, piece.count * sizeof(T));
       } else {
-        for (size_t i = 0; i < piece.count; ++i) mine[i] = static_cast<T>(static_cast<W>(piece.in[i]) * W(before_));
+        for (size_t i = 0; i < piece.count; ++i) mine[i] = static_cast<T>(static_cast<W>(piece.in[i]) * before_);
       }
       mine += piece.count;
     }
@@ -301,8 +326,7 @@ class Sum : public Collective {
     return slots;
   }
 
-  const float before_;
-  const W after_;
+  const W before_, after_;
   bool is_cut_ = false, is_part_added_ = false;
   std::vector<Chunk> chunks_;
   size_t at_ = 0;
@@ -313,7 +337,10 @@ class Sum : public Collective {
 class Gather : public Collective {
  public:
   Gather(Segment* segment, OpKernelContext* context)
-      : Collective(segment, context), mine_(context->input(0)), length_(segment->size()), begin_(segment->size() + 1) {}
+      : Collective(segment, context), mine_(context->input(0)), length_(segment->size()), begin_(segment->size() + 1) {
+    layout_.Add('G');
+    layout_.Add(mine_.shape(), 1);
+  }
 
   bool Advance() override {
     if (mine_.dims() < 1) return Fail(context_, absl::InvalidArgumentError("A scalar has no rows to gather."));
@@ -415,15 +442,16 @@ class SharedCollective : public AsyncOpKernel {
   // Returns true at the end, and false if this rank has reached a barrier before the others and would have to sleep.
   bool AdvanceWithoutSleep(Collective* collective, Segment* segment, OpKernelContext* context) {
     if (segment->is_broken()) {
-      context->SetStatus(absl::AbortedError("An earlier step was cancelled during a collective: start the job again."));
+      context->SetStatus(absl::AbortedError("An earlier step ended during a collective: start the job again."));
       return true;
     }
     while (collective->Advance()) {
-      segment->Arrive();
+      segment->Arrive(collective->layout());
       const uint64_t began = Now();
       const bool all = segment->AllHaveArrived(own_core_);
       nanoseconds_waiting += Now() - began;
       if (!all) return false;
+      if (!AreAlike(segment, context)) return true;
     }
     return true;
   }
@@ -434,13 +462,19 @@ class SharedCollective : public AsyncOpKernel {
     while (!is_over && Await(segment, context)) is_over = AdvanceWithoutSleep(collective, segment, context);
   }
 
-  // Returns false if the step was cancelled meanwhile.
+  // Returns false if the step was cancelled meanwhile, or the ranks' tensors differ.
   static bool Await(Segment* segment, OpKernelContext* context) {
     const uint64_t began = Now();
     const bool all = segment->Await(context);
     nanoseconds_waiting += Now() - began;
     if (!all) context->SetStatus(absl::CancelledError("The step was cancelled while ranks waited for each other."));
-    return all;
+    return all && AreAlike(segment, context);
+  }
+
+  // Horovod reports differing tensors by this kind of error, too.
+  static bool AreAlike(Segment* segment, OpKernelContext* context) {
+    const std::string mismatch = segment->Mismatch();
+    return mismatch.empty() || Fail(context, absl::FailedPreconditionError(mismatch));
   }
 
   static void End(Segment* segment, OpKernelContext* context, uint64_t began, const DoneCallback& done) {
@@ -460,19 +494,19 @@ template <typename T>
 class SharedSum : public SharedCollective {
  public:
   explicit SharedSum(OpKernelConstruction* construction) : SharedCollective(construction) {
-    OP_REQUIRES_OK(construction, construction->GetAttr("before", &before_));
-    OP_REQUIRES_OK(construction, construction->GetAttr("after", &after_));
+    OP_REQUIRES_OK(construction, ReadFactor(construction, "before", &before_));
+    OP_REQUIRES_OK(construction, ReadFactor(construction, "after", &after_));
     OP_REQUIRES_OK(construction, construction->GetAttr("divisor", &divisor_));
   }
 
  private:
   std::unique_ptr<Collective> Begin(Segment* segment, OpKernelContext* context) override {
     using W = typename Wider<T>::type;
-    return std::make_unique<Sum<T>>(segment, context, before_, W(after_) / W(divisor_));
+    return std::make_unique<Sum<T>>(segment, context, W(before_), W(after_) / W(divisor_));
   }
 
-  int divisor_;  // not a part of `after`, which is a float: dividing a double by 3 needs double precision
-  float before_, after_;
+  double before_, after_;
+  int divisor_;
 };
 
 class SharedGather : public SharedCollective {
@@ -495,8 +529,8 @@ REGISTER_OP("HvdkitSharedSum")
     .Attr("path: string")
     .Attr("rank: int")
     .Attr("size: int")
-    .Attr("before: float = 1.0")
-    .Attr("after: float = 1.0")
+    .Attr("before: string = '1'")
+    .Attr("after: string = '1'")
     .Attr("divisor: int = 1")
     .Attr("own_core: bool = true")
     .Attr("blocks: bool = false")

@@ -41,11 +41,13 @@ using hvdkit::Add;
 using hvdkit::BytesOf;
 using hvdkit::Exchange;
 using hvdkit::Header;
+using hvdkit::Layout;
 using hvdkit::Network;
 using hvdkit::Now;
 using hvdkit::Pause;
 using hvdkit::Piece;
 using hvdkit::Places;
+using hvdkit::ReadFactor;
 using hvdkit::Wider;
 using tensorflow::AsyncOpKernel;
 using tensorflow::OpKernel;
@@ -65,12 +67,14 @@ class Stream {
  public:
   // The stream does not own the tensors.
   void Append(const Tensor& in, Tensor* out) {
+    layout_.Add(in.shape(), 0);
     if (!in.NumElements()) return;
     pieces_.push_back({in.flat<T>().data(), out->flat<T>().data(), static_cast<size_t>(in.NumElements())});
     length_ += in.NumElements();
   }
 
   size_t length() const { return length_; }
+  const Layout& layout() const { return layout_; }
 
   std::vector<Piece<T>> Slice(size_t begin, size_t end) const {
     std::vector<Piece<T>> slice;
@@ -99,6 +103,7 @@ class Stream {
  private:
   std::vector<Piece<T>> pieces_;
   size_t length_ = 0;
+  Layout layout_;
 };
 
 // One collective of one step.
@@ -119,19 +124,20 @@ class Collective {
 
  protected:
   size_t size() const { return ranks_.size(); }
-  Header MessageOf(uint32_t part, size_t bytes) const { return {name_, call_, part, bytes, bytes}; }
+  Header MessageOf(uint32_t part, size_t bytes) const { return {name_, call_, part, layout_.hash, bytes, bytes}; }
   void Send(size_t to, uint32_t part, Places places, bool may_be_packed) {
     const Header header = MessageOf(part, BytesOf(places));
     network_.Send(ranks_[to], header, std::move(places), &exchange_, may_be_packed);
   }
   void Expect(size_t from, uint32_t part, Places places, std::atomic<bool>* arrived) {
-    network_.Expect(ranks_[from], MessageOf(part, 0), {std::move(places), nullptr, arrived, &exchange_});
+    network_.Expect(ranks_[from], MessageOf(part, 0), {layout_.hash, std::move(places), nullptr, arrived, &exchange_});
   }
   void ExpectWhole(size_t from, std::vector<char>* bytes) {
-    network_.Expect(ranks_[from], MessageOf(0, 0), {{}, bytes, nullptr, &exchange_});
+    network_.Expect(ranks_[from], MessageOf(0, 0), {layout_.hash, {}, bytes, nullptr, &exchange_});
   }
 
   size_t me_;
+  Layout layout_;
 
  private:
   Network& network_;
@@ -148,13 +154,17 @@ class Sum : public Collective {
   using W = typename Wider<T>::type;
 
   Sum(uint64_t name, const std::vector<int>& ranks, int rank, W scale, Stream<T> stream)
-      : Collective(name, ranks, rank), scale_(scale), stream_(std::move(stream)) {}
+      : Collective(name, ranks, rank), scale_(scale), stream_(std::move(stream)) {
+    layout_ = stream_.layout();
+    layout_.Add('S');
+  }
 
   void Begin() override {
     is_divided_ = size() > 2 && stream_.length() * sizeof(T) > kUndividedBytes;
     Cut(is_divided_ ? PartBegin(me_) : 0, is_divided_ ? PartBegin(me_ + 1) : stream_.length());
     const size_t others = size() - 1;
     // The others' elements: the first other rank's arrive in the result, which then becomes the sum.
+    if (!stream_.length()) Greet();
     scratch_.resize((others - 1) * (end_ - begin_));
     arrived_ = std::vector<std::atomic<bool>>(chunks_.size() * others);
     for (size_t c = 0; c < chunks_.size(); ++c) {
@@ -196,6 +206,14 @@ class Sum : public Collective {
   static constexpr size_t kChunk = kChunkBytes / sizeof(T);
   static constexpr uint32_t kSums = 1u << 31;  // number of the first message with sums
 
+  // Sends and expects empty messages: other ranks may have elements, and then must not wait for ever.
+  void Greet() {
+    for (size_t other = 1; other < size(); ++other) {
+      Expect((me_ + other) % size(), 0, {}, nullptr);
+      Send((me_ + other) % size(), 0, {}, false);
+    }
+  }
+
   void Cut(size_t begin, size_t end) {
     begin_ = begin, end_ = end;
     for (size_t at = begin; at < end; at += kChunk) chunks_.push_back({at, std::min(end, at + kChunk)});
@@ -234,7 +252,10 @@ class Sum : public Collective {
 class Gather : public Collective {
  public:
   Gather(OpKernelContext* context, uint64_t name, const std::vector<int>& ranks, int rank)
-      : Collective(name, ranks, rank), context_(context) {}
+      : Collective(name, ranks, rank), context_(context) {
+    layout_.Add(context->input(0).shape(), 1);
+    layout_.Add('G');
+  }
 
   void Begin() override {
     const Tensor& mine = context_->input(0);
@@ -296,11 +317,11 @@ struct Identity {
 
 // The factor of a sum, from the attributes of its operation.
 struct Factor {
-  float after;
-  int divisor;  // not a part of `after`, which is a float: dividing a double by 3 needs double precision
+  double after;
+  int divisor;
 
   absl::Status Read(OpKernelConstruction* construction) {
-    TF_RETURN_IF_ERROR(construction->GetAttr("after", &after));
+    TF_RETURN_IF_ERROR(ReadFactor(construction, "after", &after));
     return construction->GetAttr("divisor", &divisor);
   }
   template <typename T>
@@ -608,7 +629,7 @@ REGISTER_OP("HvdkitSocketsSum")
     .Attr("collective: int")
     .Attr("ranks: list(int) >= 2")
     .Attr("rank: int")
-    .Attr("after: float = 1.0")
+    .Attr("after: string = '1'")
     .Attr("divisor: int = 1")
     .Attr("spins: bool = true")
     .Attr("blocks: bool = false")
@@ -626,7 +647,7 @@ REGISTER_OP("HvdkitSocketsSumStart")
     .Attr("collective: int")
     .Attr("ranks: list(int) >= 2")
     .Attr("rank: int")
-    .Attr("after: float = 1.0")
+    .Attr("after: string = '1'")
     .Attr("divisor: int = 1")
     .SetIsStateful()
     .SetShapeFn(tensorflow::shape_inference::NoOutputs);

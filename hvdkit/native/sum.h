@@ -1,4 +1,5 @@
-// What the collectives of shared memory and of sockets have in common: streams of elements, sums, and the clock.
+// What the collectives of shared memory and of sockets have in common: streams of elements, sums, factors, layouts, and
+// the clock.
 #ifndef HVDKIT_NATIVE_SUM_H_
 #define HVDKIT_NATIVE_SUM_H_
 
@@ -7,6 +8,8 @@
 #include <algorithm>
 #include <cstddef>
 #include <cstdint>
+#include <cstdlib>
+#include <string>
 #include <vector>
 
 #include "tensorflow/core/framework/op_kernel.h"
@@ -29,6 +32,43 @@ inline void Pause() {
   __builtin_ia32_pause();
 #endif
 }
+
+// Reads a factor from an attribute. It is text, because TensorFlow's attributes have no doubles.
+inline absl::Status ReadFactor(tensorflow::OpKernelConstruction* construction, const char* name, double* factor) {
+  std::string text;
+  TF_RETURN_IF_ERROR(construction->GetAttr(name, &text));
+  *factor = std::strtod(text.c_str(), nullptr);
+  return absl::OkStatus();
+}
+
+// What must be the same on all ranks, or elements of different tensors would be mixed up: a hash of the collective's kind
+// and of the shapes of its tensors, and a number for the error message.
+struct Layout {
+  uint64_t hash = 0xcbf29ce484222325;  // FNV-1a, over words instead of bytes
+  uint64_t elements = 0;
+
+  void Add(uint64_t word) { hash = (hash ^ word) * 0x100000001b3; }
+
+  // `from`: the first dimension that must be the same.
+  void Add(const tensorflow::TensorShape& shape, int from) {
+    uint64_t elements_here = 1;
+    Add(shape.dims());
+    for (int i = from; i < shape.dims(); ++i) {
+      Add(shape.dim_size(i));
+      elements_here *= shape.dim_size(i);
+    }
+    elements += elements_here;
+  }
+  bool operator==(const Layout& other) const { return hash == other.hash && elements == other.elements; }
+
+  // Says how another rank's tensors differ from this rank's.
+  std::string Mismatch(const Layout& other, const std::string& rank) const {
+    const std::string theirs = std::to_string(other.elements), ours = std::to_string(elements);
+    return "Mismatched shapes: " + rank + " passed " +
+           (theirs == ours ? "other shapes than this rank" : theirs + " elements where this rank passed " + ours) +
+           ". All ranks must pass tensors of the same shapes to a collective; to an allgather, rows of the same shape.";
+  }
+};
 
 // A part of a tensor within a stream of elements.
 template <typename T>

@@ -217,6 +217,17 @@ class Transport(abc.ABC):
         """Describes the transport in this job, in one log line."""
 
 
+def scaled(tensor: tf.Tensor, factor: float) -> tf.Tensor:
+    """Multiplies by a factor in at least float32, and integers in float64; integers are truncated.
+
+    `tf.cast` would round the factor to float32 even for float64 tensors.
+    """
+    if factor == 1:
+        return tensor
+    wide = tf.float32 if tensor.dtype.is_floating and tensor.dtype.size <= 4 else tf.float64
+    return tf.cast(tf.cast(tensor, wide) * tf.constant(factor, wide), tensor.dtype)
+
+
 def may_block() -> bool:
     """Returns whether an operation created now may wait on the thread that runs it.
 

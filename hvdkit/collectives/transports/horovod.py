@@ -10,7 +10,7 @@ from typing import Any
 import tensorflow as tf
 
 from hvdkit import world
-from hvdkit.collectives.transports.base import Kind, Scale, Transport
+from hvdkit.collectives.transports.base import Kind, Scale, Transport, scaled
 from hvdkit.world.ranks import World
 
 _LONGEST_IDLE_CYCLE_MS = 50.0
@@ -43,15 +43,11 @@ class Horovod(Transport):
         if tensors[0].dtype == tf.bfloat16:
             return self._sum_bfloat16(tensors, name, process_set, scale)
         hvd = world.horovod()
-        return run(
-            tensors,
-            name,
-            process_set,
-            kind="grouped_allreduce",
-            op=hvd.Average if scale.average else hvd.Sum,
-            prescale_factor=scale.before,
-            postscale_factor=scale.after,
-        )
+        options = {"kind": "grouped_allreduce", "op": hvd.Average if scale.average else hvd.Sum}
+        if tensors[0].dtype == tf.float64:  # Horovod's factors are float32
+            sums = run([scaled(t, scale.before) for t in tensors], name, process_set, **options)
+            return [scaled(t, scale.after) for t in sums]
+        return run(tensors, name, process_set, prescale_factor=scale.before, postscale_factor=scale.after, **options)
 
     def allgather(self, tensors: Sequence[tf.Tensor], name: str, process_set: Any) -> list[tf.Tensor]:
         """Allgathers the tensor, as bytes if Horovod does not support its dtype."""

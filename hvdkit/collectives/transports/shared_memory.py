@@ -101,7 +101,8 @@ class SharedMemory(Transport):
     ) -> list[tf.Tensor]:
         """Sums tensors over ranks of this host; see `allreduce`."""
         place = self._place(name, tensors[0].dtype, ranks)
-        factors = {"before": scale.before, "after": scale.after, "divisor": len(ranks) if scale.average else 1}
+        divisor = len(ranks) if scale.average else 1
+        factors = {"before": repr(float(scale.before)), "after": repr(float(scale.after)), "divisor": divisor}
         with tf.device("CPU:0"):
             return in_any_order(native.load().hvdkit_shared_sum(list(tensors), name=name, **factors, **place), overlaps)
 

@@ -25,7 +25,7 @@ from typing import Any
 import tensorflow as tf
 
 from hvdkit import native, world
-from hvdkit.collectives.transports.base import Kind, Scale, Transport, Usage, in_any_order, may_block
+from hvdkit.collectives.transports.base import Kind, Scale, Transport, Usage, in_any_order, may_block, scaled
 from hvdkit.collectives.transports.shared_memory import GATHERED, SUMMED, SharedMemory, owns_a_core
 from hvdkit.errors import UsageError
 from hvdkit.watchdog.channel import Gone, Visitor, call, listen, own_address
@@ -101,8 +101,8 @@ class Sockets(Transport):
         """Sums within each host, then a part per rank between the hosts, and spreads the parts within each host."""
         way = self._way(process_set, overlaps)
         if len(way.between) == 1 and way.host:  # all of them on one host
-            return way.sum_within(_times(tensors, scale.before), name, Scale(after=scale.after, average=scale.average))
-        parts = way.own_parts(_times(tensors, scale.before), name)
+            return way.sum_within(tensors, name, scale)
+        parts = way.own_parts([scaled(t, scale.before) for t in tensors], name)
         if way.carries:
             parts = self._sum(parts, f"{name}.hosts" if way.host else name, way.between, way.factor(scale), overlaps)
         return way.spread(parts, tensors, name)
@@ -114,7 +114,7 @@ class Sockets(Transport):
         way = self._way(process_set)
         if len(way.between) == 1:
             return
-        parts = way.own_parts(_times(tensors, scale.before), name)
+        parts = way.own_parts([scaled(t, scale.before) for t in tensors], name)
         if not way.carries:
             return
         place = self._place(f"{name}.hosts" if way.host else name, parts[0].dtype, way.between, waits=False)
@@ -184,8 +184,7 @@ class Sockets(Transport):
         self, tensors: Sequence[tf.Tensor], name: str, ranks: Sequence[int], after: dict[str, Any], overlaps: bool
     ) -> list[tf.Tensor]:
         if len(ranks) == 1:
-            factor = after["after"] / after["divisor"]
-            return [t * tf.cast(factor, t.dtype) for t in tensors]
+            return [scaled(t, float(after["after"]) / after["divisor"]) for t in tensors]
         place = self._place(name, tensors[0].dtype, ranks)
         if overlaps and not tf.executing_eagerly():
             place["spins"] = False  # the thread has other operations to run
@@ -252,7 +251,7 @@ class _Way:
 
     def factor(self, scale: Scale) -> dict[str, Any]:
         """Returns the attributes of the sum between the hosts."""
-        return {"after": scale.after, "divisor": self.ranks if scale.average else 1}
+        return {"after": repr(float(scale.after)), "divisor": self.ranks if scale.average else 1}
 
     def sum_within(self, tensors: Sequence[tf.Tensor], name: str, scale: Scale) -> list[tf.Tensor]:
         """Sums over the ranks of this host."""
@@ -278,10 +277,6 @@ class _Way:
         whole = self.within.gather_over(self.host, parts[0], f"{name}.spread", self.overlaps)
         sums = tf.split(whole, [tf.size(t) for t in like])
         return [tf.reshape(s, tf.shape(t)) for s, t in zip(sums, like, strict=True)]
-
-
-def _times(tensors: Sequence[tf.Tensor], factor: float) -> Sequence[tf.Tensor]:
-    return tensors if factor == 1 else [t * tf.cast(factor, t.dtype) for t in tensors]
 
 
 def _what_is_used_instead() -> str:

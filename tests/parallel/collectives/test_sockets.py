@@ -62,27 +62,6 @@ def test_ranks_may_start_collectives_in_different_orders(ranks):
     assert ranks(2, in_two_orders, env=BY_SOCKETS) == [{10: [3.0], 50_000: [3.0], 2_000_000: [3.0]}] * 2
 
 
-def mismatched():
-    import tensorflow as tf
-
-    import hvdkit as hvd
-    from hvdkit import world
-    from hvdkit.collectives import wire
-    from hvdkit.collectives.transports import Scale
-
-    me = hvd.init()
-    try:
-        wire.allreduce([tf.zeros([3 + me.rank])], "grads", world.horovod().global_process_set, Scale())
-    except tf.errors.AbortedError as error:
-        return str(error)
-    return "no error"
-
-
-def test_different_shapes_are_an_error_that_names_rank_and_sizes(ranks):
-    found = ranks(2, mismatched, env=BY_SOCKETS, fresh=True)
-    assert any("Mismatched sizes: rank 1 sent 16 bytes where this rank expected 12." in text for text in found)
-
-
 def started_by_one():
     """Both ranks allreduce small tensors while a sum of 8 MB is under way; the results of both."""
     import tensorflow as tf

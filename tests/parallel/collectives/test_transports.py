@@ -51,7 +51,7 @@ def summed(transport):
     me, sets = _start(transport)
     generator = np.random.default_rng(4)
     given = [[generator.normal(size=shape) * 9 for shape in SHAPES] for _ in range(3)]
-    scales = {"sum": Scale(), "average": Scale(average=True), "scaled": Scale(0.25, 3.0, average=True)}
+    scales = {"sum": Scale(), "average": Scale(average=True), "scaled": Scale(1 / 3, 3.1, average=True)}
     wrong, bits = [], {}
     for dtype, bound in BOUNDS.items():
         parts = [[tf.cast(part, dtype) for part in rank] for rank in given]
@@ -155,6 +155,54 @@ def gathered(transport):
 
 def test_rows_are_gathered_whatever_their_number_and_dtype(on_three_ranks):
     assert on_three_ranks(gathered) == [[], [], []]
+
+
+def mismatched(transport, kind):
+    """What this rank is told when the other one passes tensors of other shapes."""
+    import tensorflow as tf
+
+    import hvdkit as hvd
+    from hvdkit.collectives import transports, wire
+    from hvdkit.collectives.transports import Scale
+
+    first, everyone = hvd.init().rank == 0, hvd.global_process_set
+    assert transports.choose("allreduce", "float32", everyone).name == transport
+    try:
+        if kind == "rows":
+            wire.allgather(tf.zeros([2, 7 if first else 9]), kind, everyone)
+        elif kind == "shapes":  # as many elements
+            wire.allreduce([tf.zeros([2 if first else 4]), tf.zeros([4 if first else 2])], kind, everyone, Scale())
+        elif kind == "nothing":
+            wire.allreduce([tf.zeros([0 if first else 4])], kind, everyone, Scale())
+        else:
+            wire.allreduce([tf.zeros([4])] * (1 if first else 2), kind, everyone, Scale())
+    except tf.errors.OpError as error:
+        return str(error)
+    return "no error"
+
+
+@pytest.mark.parametrize("kind", ["sizes", "shapes", "rows", "nothing"])
+@pytest.mark.parametrize("transport", ["shared memory", "sockets"])
+def test_tensors_of_other_shapes_are_told_and_never_mixed_up(ranks, transport, kind):
+    told = ranks(2, mismatched, transport=transport, kind=kind, env=TRANSPORTS[transport], timeout=60)
+    assert "no error" not in told
+    if transport == "shared memory":  # all ranks compare the layouts of all
+        expected = {
+            "sizes": "number 1 of the ranks passed 8 elements where this rank passed 4",
+            "shapes": "number 1 of the ranks passed other shapes than this rank",
+            "rows": "number 1 of the ranks passed 9 elements where this rank passed 7",
+            "nothing": "number 1 of the ranks passed 4 elements where this rank passed 0",
+        }
+        assert f"Mismatched shapes: {expected[kind]}" in told[0]
+        assert "Mismatched shapes: number 0 of the ranks" in told[1]
+        return
+    expected = {  # the rank that sees it first closes the connection
+        "sizes": ("rank 1 sent 32 bytes where this rank expected 16", "rank 0 sent 16 bytes"),
+        "shapes": ("Mismatched shapes: rank 1 passed other shapes", "Mismatched shapes: rank 0 passed other shapes"),
+        "rows": ("Mismatched shapes: rank 1 passed other shapes", "Mismatched shapes: rank 0 passed other shapes"),
+        "nothing": ("rank 1 sent 16 bytes where this rank expected 0", "rank 0 sent 0 bytes"),
+    }
+    assert any(text in said for text, said in zip(expected[kind], told, strict=True)), told
 
 
 def transferred(transport):

@@ -105,13 +105,20 @@ def evaluated():
 
 
 def _refused(world, model, x, y):
+    import keras
     import tensorflow as tf
 
     import hvdkit as hvd
 
+    # Each rank predicts one batch; they are padded to different lengths.
+    anything = keras.Sequential([keras.layers.Input([None]), keras.layers.Activation("linear")])
+    batches = [np.zeros((2, 7 + rank), "float32") for rank in range(world.size)]
+    ragged = tf.data.Dataset.from_generator(lambda: batches, output_signature=tf.TensorSpec([None, None]))
+    ragged = ragged.apply(tf.data.experimental.assert_cardinality(world.size))
     calls = {
         "shares": lambda: hvd.evaluate(model, x[world.rank :], y[world.rank :]),
         "nothing": lambda: hvd.predict(model, x[:0]),
+        "rows of other lengths": lambda: hvd.predict(anything, ragged),
         "endless": lambda: hvd.predict(model, tf.data.Dataset.from_tensors(x).repeat()),
         "labels twice": lambda: hvd.evaluate(model, tf.data.Dataset.from_tensors((x, y)), y),
         "one rank": lambda: hvd.evaluate(model, x, y[: EXAMPLES - world.rank]),
@@ -195,6 +202,7 @@ def test_every_metric_is_that_of_one_process(ranks, size):
             assert summed[name] == pytest.approx(expected[name], abs=1e-6, rel=1e-6), name
         assert "on rank 0 41 examples (2 steps) and on rank 1 40 examples (2 steps)" in refused["shares"]
         assert "nothing to work on: 0 examples" in refused["nothing"]
+        assert "has rows of different shapes on the ranks: (7,), (8,)" in refused["rows of other lengths"]
         assert "infinite. Give steps=" in refused["endless"]
         assert "y and sample_weight go with arrays" in refused["labels twice"]
         assert "40 and 41 examples" in refused["one rank"]
