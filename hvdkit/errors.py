@@ -4,6 +4,12 @@
 class UsageError(ValueError):
     """An error in the user's input: the message says what was given, what was expected and how to fix it."""
 
+    __init__ = Exception.__init__  # which lets autograph raise it again as it is, with the user's line, and not another
+
+
+class NotInitializedError(UsageError, RuntimeError):
+    """`hvdkit.init` was not called. A `ValueError`, as in Horovod."""
+
 
 class UnfitSizeError(UsageError):
     """This number of ranks is not usable, but a smaller one may be: an elastic job restarts with one rank less."""

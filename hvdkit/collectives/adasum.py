@@ -4,9 +4,12 @@ S. Maleki et al., "Scaling Distributed Training with Adaptive Summation", MLSys 
 
     Adasum(a, b) = (1 - a·b / (2 |a|²)) a + (1 - a·b / (2 |b|²)) b
 
-for each tensor, in a binary tree over the ranks. Horovod implements this for MPI only. Here it uses alltoall and
-allgather, so it also works over Gloo and NCCL. The tree is the paper's vector halving with distance doubling: at each
-level, two ranks exchange halves of their vectors. So the traffic is that of a ring allreduce, about twice the buffer.
+for each tensor, in a binary tree over the ranks. Float64 tensors are combined in float64, all others in float32. The
+dot products are those of vectors whose largest element is 1, so they neither overflow nor vanish.
+
+Horovod implements this for MPI only. Here it uses alltoall and allgather, so it also works over Gloo and NCCL. The tree
+is the paper's vector halving with distance doubling: at each level, two ranks exchange halves of their vectors. So the
+traffic is that of a ring allreduce, about twice the buffer.
 """
 
 from collections.abc import Sequence
@@ -36,7 +39,8 @@ def adasum(tensors: Sequence[tf.Tensor], name: str, process_set: Any) -> list[tf
             f"another number, or use op=hvdkit.Average."
         )
     sizes = [tf.size(t) for t in tensors]
-    flat = tf.concat([tf.reshape(tf.cast(t, tf.float32), [-1]) for t in tensors], axis=0)
+    dtype = tf.float64 if any(t.dtype == tf.float64 for t in tensors) else tf.float32
+    flat = tf.concat([tf.reshape(tf.cast(t, dtype), [-1]) for t in tensors], axis=0)
     length = tf.size(flat)
     padding = -length % ranks
     vector = tf.pad(flat, [[0, padding]])
@@ -61,15 +65,23 @@ def _combine(
     kept, sent, owners = halves[upper], halves[not upper], halves_of_owners[upper]
     received = _swap(sent, mine ^ (1 << level), name, process_set)
     first, second = (received, kept) if upper else (kept, received)
-    pairs = ((first, first), (first, second), (second, second))
-    products = [tf.cast(a, tf.float64) * tf.cast(b, tf.float64) for a, b in pairs]
-    dots = tf.stack([tf.math.unsorted_segment_sum(p, owners, count) for p in products])
+    dots = _dots(tf.cast(first, tf.float64), tf.cast(second, tf.float64), owners, count)
     # The two vectors are distributed over the ranks of this subtree.
     everyone = collectives.gather_rows(dots[tf.newaxis], f"{name}.dots", process_set)
     base = mine >> (level + 1) << (level + 1)
-    aa, ab, bb = tf.unstack(tf.reduce_sum(everyone[base : base + (2 << level)], axis=0))
-    weights = [tf.cast(1 - tf.math.divide_no_nan(ab, 2 * norm), tf.float32) for norm in (aa, bb)]
+    dots, largest = everyone[base : base + (2 << level), :3], everyone[base : base + (2 << level), 3:]
+    shrinking = tf.math.divide_no_nan(largest, tf.reduce_max(largest, axis=0))
+    aa, ab, bb = tf.unstack(tf.reduce_sum(dots * shrinking**2, axis=0))
+    weights = [tf.cast(1 - tf.math.divide_no_nan(ab, 2 * norm), first.dtype) for norm in (aa, bb)]
     return tf.gather(weights[0], owners) * first + tf.gather(weights[1], owners) * second, owners
+
+
+def _dots(first: tf.Tensor, second: tf.Tensor, owners: tf.Tensor, count: int) -> tf.Tensor:
+    """Returns a·a, a·b and b·b of each tensor's elements, divided by their largest magnitude; and this: [4, count]."""
+    magnitudes = tf.maximum(tf.abs(first), tf.abs(second))
+    largest = tf.maximum(tf.math.unsorted_segment_max(magnitudes, owners, count), 0)  # without elements: negative
+    a, b = (tf.math.divide_no_nan(v, tf.gather(largest, owners)) for v in (first, second))
+    return tf.stack([*(tf.math.unsorted_segment_sum(p, owners, count) for p in (a * a, a * b, b * b)), largest])
 
 
 def _swap(tensor: tf.Tensor, partner: int, name: str, process_set: Any) -> tf.Tensor:

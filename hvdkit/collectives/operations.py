@@ -10,7 +10,11 @@ and Horovod reports the lines that wait. Ranks that call on different lines must
 `broadcast` is identified by its enclosing function, because the root rank often calls in another branch.
 
 **Dtypes.** Dtypes that Horovod does not support (bfloat16, 16 and 32 bit unsigned integers, ...) are converted if the
-conversion is exact. Operations without a meaning (sums of bool or strings) raise a `TypeError`.
+conversion is exact. Averages do not overflow: they are computed in a wider dtype. Factors apply in at least float32,
+to float64 and integers in float64. Operations without a meaning (sums of bool or strings) raise a `TypeError`.
+
+**Arguments.** `horovod.tensorflow` and `horovod.tensorflow.keras` order some arguments differently, and name the first
+one `tensor` or `value`: both are accepted (see `hvdkit.compat.horovod_arguments`).
 """
 
 from collections.abc import Callable, Sequence
@@ -22,6 +26,9 @@ from hvdkit import collectives, watchdog, world
 from hvdkit.collectives import transports, wire
 from hvdkit.collectives.adasum import adasum
 from hvdkit.collectives.casting import NoneCompressor
+from hvdkit.collectives.transports.base import scaled
+from hvdkit.compat.horovod_arguments import of_both_modules
+from hvdkit.errors import UsageError
 
 # Dtypes that Horovod cannot sum, and the dtype in which they are sent instead.
 _ADDED_AS = {"bfloat16": "float32", "int16": "int32", "uint16": "int32", "uint32": "int64"}
@@ -32,7 +39,15 @@ _ADDED = {"uint8", "int8", "int32", "int64", "float16", "float32", "float64"}
 _as_it_is = tf.autograph.experimental.do_not_convert
 
 
+class UnsupportedOperationError(UsageError, NotImplementedError):
+    """The operation does not exist for these values. A `NotImplementedError`, as in Horovod."""
+
+
 @_as_it_is
+@of_both_modules(
+    "tensor average device_dense device_sparse compression op prescale_factor postscale_factor name process_set "
+    "ignore_name_scope"
+)
 def allreduce(
     value: Any,
     name: str | None = None,
@@ -54,7 +69,8 @@ def allreduce(
         average: deprecated: True for `op=Average`, False for `op=Sum`.
         prescale_factor: factor before the reduction.
         postscale_factor: factor after the reduction.
-        op: `hvdkit.Average` (the default; truncated for integers), `Sum`, `Min`, `Max`, `Product` or `Adasum`.
+        op: `hvdkit.Average` (the default; truncated for integers), `Sum`, `Min`, `Max`, `Product` or `Adasum` (floats
+            only).
         compression: rounds the value before it is sent: `hvdkit.Compression.none`, `fp16` or `bf16` (sent as float32
             here; only `DistributedOptimizer` sends half the bytes).
         device_dense: device on which dense values are reduced, as in `tf.device`.
@@ -63,12 +79,13 @@ def allreduce(
         ignore_name_scope: ignored, accepted for compatibility with Horovod: names never contain scopes here.
 
     Returns:
-        A tensor of the value's shape and dtype, or `tf.IndexedSlices`.
+        A tensor of the value's shape and dtype, or `tf.IndexedSlices`; the average of integer `tf.IndexedSlices` has
+        floats, as in Horovod.
 
     Raises:
         ValueError: both `op` and `average` are given, this rank is not in the process set, or the operation does not
             support `op`.
-        TypeError: values of this dtype cannot be summed.
+        TypeError: values of this dtype cannot be reduced.
     """
     op = _op(op, average)
     name = name or wire.caller("allreduce")
@@ -127,6 +144,7 @@ def grouped_allreduce(
 
 
 @_as_it_is
+@of_both_modules("tensor name ignore_name_scope process_set")
 def allgather(value: Any, name: str | None = None, ignore_name_scope: bool = False, process_set: Any = None) -> Any:
     """Concatenates the ranks' values along the first dimension, in rank order.
 
@@ -152,6 +170,7 @@ def grouped_allgather(
 
 
 @_as_it_is
+@of_both_modules("tensor root_rank name ignore_name_scope process_set")
 def broadcast(
     value: Any, root_rank: int, name: str | None = None, ignore_name_scope: bool = False, process_set: Any = None
 ) -> Any:
@@ -176,6 +195,9 @@ def broadcast(
 
 
 @_as_it_is
+@of_both_modules(
+    "tensor device_dense compression op name process_set ignore_name_scope prescale_factor postscale_factor"
+)
 def reducescatter(
     value: Any,
     name: str | None = None,
@@ -280,14 +302,21 @@ def join() -> Any:
     return last
 
 
-def broadcast_global_variables(root_rank: int) -> None:
-    """Raises an error: TensorFlow 2 keeps no list of all variables, so there is nothing to broadcast.
+def broadcast_global_variables(root_rank: int) -> Any:
+    """Broadcasts all variables of a TensorFlow 1 graph; raises an error elsewhere, except in a job of one rank.
 
-    In a job of one rank it does nothing.
+    Args:
+        root_rank: the rank whose values are assigned.
+
+    Returns:
+        In a TensorFlow 1 graph, the operation that does this.
 
     Raises:
-        RuntimeError: always with several ranks; the message says what to write instead.
+        RuntimeError: there are several ranks, and no such graph: TensorFlow 2 keeps no list of all variables. The
+            message says what to write instead.
     """
+    if not (tf.executing_eagerly() or tf.inside_function()):
+        return collectives.broadcast_variables(tf.compat.v1.global_variables(), root_rank)
     if world.size() > 1:
         raise RuntimeError(
             f"broadcast_global_variables({root_rank}) has no variables to broadcast: TensorFlow 2 keeps no list of all "
@@ -295,6 +324,7 @@ def broadcast_global_variables(root_rank: int) -> None:
             f"root_rank={root_rank}), or give model.fit "
             f"callbacks=[hvdkit.callbacks.BroadcastGlobalVariablesCallback({root_rank})]."
         )
+    return None
 
 
 def _op(op: Any, average: bool | None = None) -> Any:
@@ -321,34 +351,67 @@ def _reduce(
         _check_rows(tensors, kind)
     _check_op(op, scatter)
     for tensor in tensors:
-        _check_addable(tensor, kind)
+        _check_addable(tensor, kind, op)
     if not collectives.takes_part(process_set):
-        factor = scale[0] * scale[1]
-        return tensors if factor == 1.0 else [tf.cast(tf.cast(t, tf.float64) * factor, t.dtype) for t in tensors]
+        return [scaled(scaled(t, scale[0]), scale[1]) for t in tensors]
+    given = [scaled(t, scale[0]) for t in tensors]
     if op == world.horovod().Adasum:
-        scaled = [t if scale[0] == 1.0 else t * tf.cast(scale[0], t.dtype) for t in tensors]
-        combined = adasum(scaled, name, process_set or world.horovod().global_process_set) if scaled else []
-        return [t if scale[1] == 1.0 else t * tf.cast(scale[1], t.dtype) for t in combined]
-    wires, contexts = zip(*[compression.compress(t) for t in tensors], strict=True) if tensors else ((), ())
-    travels_as = _SCATTERED_AS if scatter else _ADDED_AS
-    carriers = [travels_as.get(t.dtype.name, t.dtype.name) for t in wires]
+        combined = adasum(given, name, process_set or world.horovod().global_process_set) if given else []
+        return [scaled(t, scale[1]) for t in combined]
+    wires, contexts = zip(*[compression.compress(t) for t in given], strict=True) if given else ((), ())
+    packing = _Packing(op, scatter, collectives.size_of(process_set))
+    carriers = [packing.carrier(t) for t in wires]
     results: list[Any] = [None] * len(tensors)
     for dtype in sorted(set(carriers)):
         places = [i for i, carrier in enumerate(carriers) if carrier == dtype]
-        reduced = wire.run(
-            kind,
-            [tf.cast(wires[i], dtype) for i in places],
-            f"{name}.{dtype}" if kind.startswith("grouped") else name,
-            process_set,
-            device,
-            op=op,
-            prescale_factor=scale[0],
-            postscale_factor=scale[1],
-        )
-        for place, tensor in zip(places, reduced, strict=True):
-            result = compression.decompress(tf.cast(tensor, wires[place].dtype), contexts[place])
+        packed = [packing.pack(wires[i]) for i in places]
+        group = f"{name}.{dtype}" if kind.startswith("grouped") else name
+        reduced = wire.run(kind, packed, group, process_set, device, op=packing.op(dtype))
+        for place, total in zip(places, reduced, strict=True):
+            unpacked = packing.unpack(total, wires[place].dtype)
+            result = scaled(compression.decompress(unpacked, contexts[place]), scale[1])
             results[place] = result if scatter else tf.ensure_shape(result, tensors[place].shape)
     return results
+
+
+class _Packing:
+    """What is sent for a tensor that is reduced: a dtype that Horovod can sum, in which no average overflows.
+
+    The average of integers is exact: each is sent as the quotient and the remainder of its division by the number of
+    ranks, both int64, because the sum of the integers themselves may exceed any integer dtype.
+    """
+
+    def __init__(self, op: Any, scatter: bool, ranks: int) -> None:
+        self._given, self._ranks = op, ranks
+        self._averages = op == world.horovod().Average
+        self._sent_as = dict(_SCATTERED_AS if scatter else _ADDED_AS)
+        if self._averages:
+            self._sent_as["float16"] = "float32"
+
+    def carrier(self, tensor: tf.Tensor) -> str:
+        """Returns the dtype that is sent."""
+        if self._averages and tensor.dtype.is_integer:
+            return "int64"
+        return self._sent_as.get(tensor.dtype.name, tensor.dtype.name)
+
+    def op(self, carrier: str) -> Any:
+        """Returns the operation on what is sent."""
+        return world.horovod().Sum if self._averages and carrier == "int64" else self._given
+
+    def pack(self, tensor: tf.Tensor) -> tf.Tensor:
+        """Returns what is sent."""
+        wide = tf.cast(tensor, self.carrier(tensor))
+        if self._averages and tensor.dtype.is_integer:
+            return tf.stack([wide // self._ranks, wide % self._ranks], axis=-1)
+        return wide
+
+    def unpack(self, total: tf.Tensor, dtype: tf.DType) -> tf.Tensor:
+        """Returns the result in the tensor's own dtype; averages are rounded towards zero, as in Horovod."""
+        if self._averages and dtype.is_integer:
+            quotients, remainders = tf.unstack(total, num=2, axis=-1)
+            floor, rest = quotients + remainders // self._ranks, remainders % self._ranks
+            total = floor + tf.cast((floor < 0) & (rest > 0), total.dtype)
+        return tf.cast(total, dtype)
 
 
 def _reduce_rows(
@@ -356,7 +419,7 @@ def _reduce_rows(
 ) -> tf.IndexedSlices:
     hvd = world.horovod()
     if op not in (hvd.Sum, hvd.Average):
-        raise ValueError(
+        raise UnsupportedOperationError(
             "tf.IndexedSlices can be summed or averaged (op=hvdkit.Sum or hvdkit.Average), nothing else; "
             "tf.convert_to_tensor(slices) makes a dense tensor of them."
         )
@@ -364,12 +427,11 @@ def _reduce_rows(
         values, context = compression.compress(_tensor(slices.values))
         values = compression.decompress(allgather(values, f"{name}.values", process_set=process_set), context)
         indices = allgather(slices.indices, f"{name}.indices", process_set=process_set)
-        factor = scale[0] * scale[1]
-        if op == hvd.Average:
-            factor /= collectives.size_of(process_set)
-        scaled = values if factor == 1.0 else values * tf.cast(factor, values.dtype)
+        if op == hvd.Average:  # as in Horovod, integers become floats
+            values /= tf.cast(collectives.size_of(process_set), values.dtype)
+        values = scaled(values, scale[0] * scale[1])
     shape = None if slices.dense_shape is None else _tensor(slices.dense_shape)
-    return tf.IndexedSlices(scaled, indices, shape)
+    return tf.IndexedSlices(values, indices, shape)
 
 
 def _gather(tensors: list[tf.Tensor], kind: str, name: str, process_set: Any) -> list[tf.Tensor]:
@@ -413,7 +475,12 @@ def _check_rows(tensors: Sequence[tf.Tensor], kind: str) -> None:
         )
 
 
-def _check_addable(tensor: tf.Tensor, kind: str) -> None:
+def _check_addable(tensor: tf.Tensor, kind: str, op: Any) -> None:
+    if op == world.horovod().Adasum and not tensor.dtype.is_floating:
+        raise TypeError(
+            f"op=hvdkit.Adasum combines floats, but was given values of dtype {tensor.dtype.name}. Use hvdkit.Sum or "
+            f"hvdkit.Average."
+        )
     if tensor.dtype.name not in _ADDED | _ADDED_AS.keys():
         raise TypeError(
             f"{kind} cannot reduce values of dtype {tensor.dtype.name}. Cast them to one of "

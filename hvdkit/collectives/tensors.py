@@ -13,6 +13,11 @@ import tensorflow as tf
 from hvdkit import world
 from hvdkit.collectives import wire
 from hvdkit.collectives.transports import Scale
+from hvdkit.errors import UsageError
+
+
+class NotInProcessSetError(tf.errors.InvalidArgumentError, UsageError):
+    """A rank is not in the process set. The error of TensorFlow that Horovod raises, and a `ValueError`."""
 
 
 def allreduce_sum(values: np.ndarray, name: str, process_set: Any = None) -> np.ndarray:
@@ -45,25 +50,25 @@ def takes_part(process_set: Any) -> bool:
     """Returns whether there are other ranks to communicate with: False in a job of one rank.
 
     Raises:
-        ValueError: the process set is not registered, or this rank is not in it.
+        ValueError: the process set is not registered, or this rank is not in it (`NotInProcessSetError`).
     """
     if world.size() == 1:
         return False
     if process_set is None or process_set.process_set_id == 0:
         return True
-    if process_set.size() == 1:
-        return False
     if process_set.process_set_id is None:
         raise ValueError(
             f"{process_set} is not registered: pass it to hvdkit.init(process_sets=[...]) or, with "
             f"HOROVOD_DYNAMIC_PROCESS_SETS=1 in the environment, to hvdkit.add_process_set on all ranks."
         )
     if not process_set.included():
-        raise ValueError(
+        raise NotInProcessSetError(
+            None,
+            None,
             f"Rank {world.rank()} is not among the ranks {process_set.ranks} of the process set: only those may call. "
-            f"Write `if process_set.included(): ...`."
+            f"Write `if process_set.included(): ...`.",
         )
-    return True
+    return process_set.size() > 1
 
 
 def size_of(process_set: Any) -> int:
@@ -72,10 +77,11 @@ def size_of(process_set: Any) -> int:
 
 
 def check_root(root_rank: int, process_set: Any) -> None:
-    """Raises a `ValueError` if `root_rank` does not take part: Horovod would hang, or end the process."""
+    """Raises a `NotInProcessSetError` if `root_rank` does not take part: Horovod would hang, or end the process."""
     ranks = range(world.size()) if process_set is None or not process_set.process_set_id else process_set.ranks
     if root_rank not in ranks:
-        raise ValueError(f"root_rank={root_rank} does not take part; the ranks are {list(ranks)}.")
+        message = f"root_rank={root_rank} does not take part; the ranks are {list(ranks)}."
+        raise NotInProcessSetError(None, None, message)
 
 
 def reduce_dense(

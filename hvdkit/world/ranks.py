@@ -11,7 +11,7 @@ import socket
 import sys
 from typing import Any
 
-from hvdkit.errors import UsageError
+from hvdkit.errors import NotInitializedError, UsageError
 from hvdkit.world.devices import take_devices
 from hvdkit.world.limits import leave_stalls_to_hvdkit
 
@@ -135,10 +135,10 @@ def current() -> World:
     """Returns the world that `init` returned.
 
     Raises:
-        RuntimeError: `init` was not called.
+        NotInitializedError: `init` was not called.
     """
     if _world is None:
-        raise RuntimeError("hvdkit is not initialised: call hvdkit.init() at the start of the script.")
+        raise NotInitializedError("hvdkit is not initialised: call hvdkit.init() at the start of the script.")
     return _world
 
 

@@ -41,6 +41,14 @@ def _reductions(hvd, mine):
         "rows": lambda: hvd.allreduce(rows, op=hvd.Sum),
         "scaled rows": lambda: hvd.allreduce(rows, op=hvd.Average, prescale_factor=2.0),
         "several": lambda: hvd.grouped_allreduce(several, op=hvd.Sum),
+        "sum by its place": lambda: hvd.allreduce([mine], False),
+        "by the other name": lambda: hvd.allreduce(tensor=[mine], op=hvd.Sum),
+        "mean of integer rows": lambda: hvd.allreduce(tf.IndexedSlices([[int(mine)]], [0], [1, 1])),
+        "mean of large bytes": lambda: hvd.allreduce(tf.constant([199 + int(mine)], tf.uint8)),
+        "mean of large integers": lambda: hvd.allreduce(tf.constant([2**62 + 3 * int(mine)], tf.int64)) - 2**62,
+        "means towards zero": lambda: hvd.allreduce(tf.constant([-min(2, int(mine)), min(2, int(mine))])),
+        "mean of large halves": lambda: hvd.allreduce(tf.constant([4e4], tf.float16)),
+        "double factor": lambda: hvd.allreduce(tf.constant([1e10], tf.float64), op=hvd.Sum, prescale_factor=0.1),
         "same line": lambda: [hvd.allreduce(mine * n, op=hvd.Sum) for n in range(3)],
     }
 
@@ -57,6 +65,8 @@ def _movements(hvd, rank, mine):
         "sent": lambda: hvd.broadcast([mine, mine], root_rank=1),
         "sent complex": lambda: tf.math.imag(hvd.broadcast(tf.complex(0.0, mine), root_rank=2)),
         "part": lambda: hvd.reducescatter([mine] * 4, op=hvd.Sum),
+        "part by its place": lambda: hvd.reducescatter([mine] * 3, "", hvd.Compression.none, hvd.Sum),
+        "part of a mean": lambda: hvd.reducescatter(tf.constant([100] * 3, tf.int8)),
         "parts": lambda: hvd.grouped_reducescatter([[mine] * 3, tf.constant([rank] * 3, tf.int8)], op=hvd.Sum),
         "exchanged": lambda: hvd.alltoall([mine * 10, mine * 10 + 1, mine * 10 + 2]),
         "exchanged unevenly": lambda: hvd.alltoall([mine] * 3, splits=[0, 1, 2]),
@@ -105,6 +115,14 @@ def _expected(rank):
         "rows": rows,
         "scaled rows": scaled,
         "several": [rows, 6, wide, 6],
+        "sum by its place": [6],
+        "by the other name": [6],
+        "mean of integer rows": {"values": [[1 / 3], [2 / 3], [1]], "indices": [0, 0, 0], "shape": [1, 1]},
+        "mean of large bytes": [201],
+        "mean of large integers": [6],
+        "means towards zero": [-1, 1],
+        "mean of large halves": [4e4],
+        "double factor": [3e9],
         "same line": [0, 6, 12],
         "gathered": [[1], [2], [2], [3], [3], [3]],
         "gathered bytes": [0, 1, 2],
@@ -113,6 +131,8 @@ def _expected(rank):
         "sent": [2, 2],
         "sent complex": 3,
         "part": [6, 6] if rank == 0 else [6],
+        "part by its place": [6],
+        "part of a mean": [100],
         "parts": [[6], [3]],
         "exchanged": [10 + rank, 20 + rank, 30 + rank],
         "exchanged unevenly": [[1] * rank + [2] * rank + [3] * rank, [rank] * 3],
@@ -144,7 +164,8 @@ def refusals():
 
     import hvdkit as hvd
 
-    hvd.init()
+    alone = hvd.ProcessSet([0])
+    world = hvd.init(process_sets=[alone])
     rows = tf.IndexedSlices(tf.ones([1, 2]), [0], [3, 2])
     calls = [
         lambda: hvd.allreduce([True]),
@@ -161,13 +182,33 @@ def refusals():
         lambda: hvd.allreduce(1.0, process_set=hvd.ProcessSet([0, 1])),
         lambda: hvd.reducescatter([1.0], op=hvd.Adasum),
         lambda: hvd.broadcast_global_variables(0),
+        lambda: hvd.allreduce([1], op=hvd.Adasum),
+        lambda: hvd.allreduce(1.0, "loss", "", ""),
+        tf.function(lambda: hvd.broadcast_object(1)),
+        tf.function(lambda: hvd.allgather_object(1)),
     ]
     messages = []
     for call in calls:
         with pytest.raises((TypeError, ValueError, RuntimeError)) as caught:
             call()
         messages.append(f"{caught.type.__name__}: {caught.value}")
+    assert isinstance(_error(lambda: hvd.allreduce(rows, op=hvd.Max)), NotImplementedError), "as in Horovod"
+    if world.rank == 1:  # a set of one rank is no excuse to return the value of a rank outside of it
+        for call in (hvd.allreduce, lambda x, **to: hvd.broadcast(x, 0, **to), hvd.allgather_object):
+            error = _error(lambda call=call: call(1.0, process_set=alone))
+            assert isinstance(error, ValueError)
+            assert isinstance(error, tf.errors.InvalidArgumentError), "as in Horovod"
+            assert str(error).startswith("Rank 1 is not among the ranks [0] of the process set")
+    hvd.barrier()  # a rank that has left ends the job for the other process set
     return messages
+
+
+def _error(call):
+    try:
+        call()
+    except Exception as error:
+        return error
+    return None
 
 
 def test_what_cannot_be_done_is_said_in_a_sentence(ranks):
@@ -177,18 +218,22 @@ def test_what_cannot_be_done_is_said_in_a_sentence(ranks):
             [
                 "TypeError: allreduce cannot reduce values of dtype bool. Cast them to one of float16",
                 "ValueError: The op parameter supersedes average.",
-                "ValueError: tf.IndexedSlices can be summed or averaged",
+                "UnsupportedOperationError: tf.IndexedSlices can be summed or averaged",
                 "ValueError: op must be one of hvdkit.Average, hvdkit.Sum, hvdkit.Adasum",
                 "ValueError: reducescatter can sum or average",
                 "ValueError: allgather works along the first dimension, but was given a scalar",
                 "TypeError: Tensors of dtype string cannot be sent between ranks",
                 "TypeError: tf.IndexedSlices can be reduced by allreduce and grouped_allreduce only",
-                "ValueError: root_rank=5 does not take part; the ranks are [0, 1].",
-                "ValueError: root_rank=-1 does not take part",
-                "ValueError: root_rank=2 does not take part",
+                "NotInProcessSetError: root_rank=5 does not take part; the ranks are [0, 1].",
+                "NotInProcessSetError: root_rank=-1 does not take part",
+                "NotInProcessSetError: root_rank=2 does not take part",
                 "is not registered: pass it to hvdkit.init(process_sets=[...])",
                 "ValueError: reducescatter can sum or average",
                 "RuntimeError: broadcast_global_variables(0) has no variables to broadcast",
+                "TypeError: op=hvdkit.Adasum combines floats, but was given values of dtype int32",
+                "ArgumentsError: allreduce was given ('loss', '', ''), which are neither",
+                "UsageError: in user code",
+                "UsageError: in user code",
             ],
             strict=True,
         ):
@@ -217,6 +262,8 @@ def on_a_process_set(dynamic):
         hvd.broadcast_object(world.rank, here.ranks[0], process_set=here),
         _plain(hvd.allreduce(tf.constant([1.0], tf.bfloat16), op=hvd.Sum, process_set=here)),
         _plain(hvd.allreduce([3.0], op=hvd.Adasum, process_set=here)),
+        _plain(hvd.allreduce(tf.constant([1e300, 1 + 1e-12], tf.float64), op=hvd.Adasum, process_set=here)),
+        _plain(hvd.allreduce(tf.constant([1e-300], tf.float64), op=hvd.Adasum, process_set=here)),
     ]
     hvd.broadcast_variables([variable], root_rank=here.ranks[1], process_set=here)
     found.append(_plain(variable))
@@ -248,6 +295,8 @@ def test_process_sets(ranks, dynamic):
             first,
             [2],
             [3],
+            [1e300, 1 + 1e-12],
+            [1e-300],
             [second],
         ]
         assert found[: len(expected)] == expected

@@ -17,12 +17,20 @@ def test_each_is_the_identity():
         assert several([]) == []
     assert hvd.allreduce(rows).values.numpy().tolist() == [[1.0, 1.0]]
     assert hvd.allreduce([3], prescale_factor=2, postscale_factor=3).numpy().tolist() == [18]
+    assert hvd.allreduce(tf.constant([1.0], tf.float64), prescale_factor=0.1).numpy().tolist() == [0.1]
+    integers = hvd.allreduce(tf.IndexedSlices(tf.constant([[3]]), [0], [3, 1]))
+    assert (integers.values.numpy().tolist(), integers.values.dtype) == ([[3]], tf.float64), "as on many ranks"
     received, splits = hvd.alltoall(value, splits=[2])
     assert (received.numpy().tolist(), splits.numpy().tolist()) == ([1.0, 2.0], [2])
     assert int(hvd.join()) == 0
     assert hvd.barrier() is None
     assert hvd.broadcast_global_variables(0) is None
     assert (hvd.broadcast_object({"a": 1}), hvd.allgather_object("x")) == ({"a": 1}, ["x"])
+    assert hvd.broadcast_object_fn(0)({"a": 1}) == {"a": 1}
+    variable = tf.Variable([1.0])
+    assert hvd.broadcast_variables([variable], root_rank=0) is None
+    assert [v.numpy().tolist() for v in hvd.broadcast_([variable], 0)] == [[1.0]]
+    assert hvd.gpu_available("tensorflow") == bool(tf.config.list_physical_devices("GPU"))
 
 
 def test_refusals_are_those_of_many_ranks():
