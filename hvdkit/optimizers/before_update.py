@@ -5,6 +5,7 @@ them. Where ranks hold shards, clipping needs the norms of the other ranks. Kera
 this module replaces one Keras function. It replaces it once and serves both purposes in that order.
 """
 
+import dataclasses
 from collections.abc import Callable
 from typing import Any
 
@@ -14,6 +15,15 @@ from hvdkit.compat.keras3 import replace_clipping
 from hvdkit.optimizers.gradients import Gradient
 
 Grads = list[Gradient]
+_HOOKS = "_hvdkit_hooks"
+
+
+@dataclasses.dataclass
+class _Hooks:
+    """What runs before the update of one optimizer; another call of `hook` replaces it."""
+
+    exchange: Callable[[Grads], Grads] | None
+    clip: Callable[[Grads, Callable[[Grads], Grads]], Grads] | None
 
 
 def hook(
@@ -22,7 +32,10 @@ def hook(
     exchange: Callable[[Grads], Grads] | None = None,
     clip: Callable[[Grads, Callable[[Grads], Grads]], Grads] | None = None,
 ) -> None:
-    """Installs the hook in an optimizer. Call it once per optimizer.
+    """Installs the hook in an optimizer, in place of one that was installed before.
+
+    So two wrappers of one optimizer, as after a second `compile`, do not both reduce its gradients: the wrapper that
+    applies gradients calls this first.
 
     Args:
         optimizer: an optimizer that applies updates itself.
@@ -30,11 +43,18 @@ def hook(
         clip: takes these gradients and Keras' clipping function, and returns clipped gradients; None lets Keras clip.
     """
 
+    hooks = getattr(optimizer, _HOOKS, None)
+    if hooks is not None:
+        hooks.exchange, hooks.clip = exchange, clip
+        return
+    hooks = _Hooks(exchange, clip)
+
     def make(keras_clip: Callable[[Grads], Grads]) -> Callable[[Grads], Grads]:
         def before_update(grads: Any) -> Grads:
-            grads = grads if exchange is None else exchange(grads)
-            return keras_clip(grads) if clip is None else clip(grads, keras_clip)
+            grads = grads if hooks.exchange is None else hooks.exchange(grads)
+            return keras_clip(grads) if hooks.clip is None else hooks.clip(grads, keras_clip)
 
         return before_update
 
     replace_clipping(optimizer, make)
+    setattr(optimizer, _HOOKS, hooks)

@@ -37,7 +37,7 @@ def clip_over_shards(
 
 def _clip_each(grads: list[Any], shards: Sequence[Shard | None], mesh: Any, limit: float) -> list[Any]:
     """Applies `clipnorm`: clips each variable's gradient by its own norm."""
-    squares = [_square(g) for g in grads]
+    squares = _squares(grads)
     divided = [i for i, shard in enumerate(shards) if shard is not None and shard.axis is not None]
     if divided:  # the same variables on all ranks of a row
         whole = _sum(tf.stack([squares[i] for i in divided]), mesh, "each")
@@ -49,15 +49,23 @@ def _clip_each(grads: list[Any], shards: Sequence[Shard | None], mesh: Any, limi
 def _clip_all(grads: list[Any], shards: Sequence[Shard | None], mesh: Any, limit: float) -> list[Any]:
     """Applies `global_clipnorm`: clips all gradients by their global norm, counting replicated gradients once."""
     counts = [shard is not None or mesh.model_index == 0 for shard in shards]
-    mine = [_square(g) for g, counted in zip(grads, counts, strict=True) if counted]
-    norm = tf.sqrt(_sum(tf.add_n(mine) if mine else wire.zeros([], tf.float32), mesh, "all"))
+    squares = _squares(grads)
+    mine = [square for square, counted in zip(squares, counts, strict=True) if counted]
+    norm = tf.sqrt(_sum(tf.add_n(mine) if mine else wire.zeros([], norm_dtype(grads)), mesh, "all"))
     scale = limit * tf.minimum(1 / norm, 1 / limit) + (norm - norm)  # NaN if the norm is not finite, as in Keras
     return [tf.convert_to_tensor(g) * tf.cast(scale, g.dtype) for g in grads]  # dense, as in Keras
 
 
-def _square(grad: Any) -> tf.Tensor:
-    values = grad.values if isinstance(grad, tf.IndexedSlices) else grad
-    return tf.reduce_sum(tf.square(tf.cast(values, tf.float32)))
+def norm_dtype(grads: Sequence[Any]) -> tf.DType:
+    """Returns the dtype in which the norms of gradients are computed: float64 if one of them is, else float32."""
+    return tf.float64 if any(g.dtype == tf.float64 for g in grads) else tf.float32
+
+
+def _squares(grads: Sequence[Any]) -> list[tf.Tensor]:
+    """Returns the squared norm of each gradient."""
+    dtype = norm_dtype(grads)
+    values = [g.values if isinstance(g, tf.IndexedSlices) else g for g in grads]
+    return [tf.reduce_sum(tf.square(tf.cast(v, dtype))) for v in values]
 
 
 def _scaled(grad: Any, factor: tf.Tensor) -> Any:

@@ -22,6 +22,7 @@ from hvdkit import world
 from hvdkit.collectives.mesh import mesh_of, shard_of
 from hvdkit.collectives.traffic import elements, ring_bytes
 from hvdkit.compat import call_stack
+from hvdkit.compat.horovod_arguments import of_both_modules
 from hvdkit.compat.keras3 import trained_variables
 from hvdkit.compression import Compression, ErrorFeedback
 from hvdkit.errors import UsageError
@@ -62,6 +63,9 @@ class DistributedOptimizer(ExchangingOptimizer):
         process_set: the Horovod process set whose ranks take part; by default all. Other ranks send no gradients.
         scale_local_gradients: divide the gradients of local variables by the number of ranks, as averaging does for the
             others.
+        use_locking: ignored, accepted for compatibility with Horovod.
+
+    Positional arguments may also have the order of `horovod.tensorflow.DistributedOptimizer`.
 
     Raises:
         TypeError: `optimizer` is not a Keras 3 optimizer, or is already wrapped.
@@ -71,6 +75,10 @@ class DistributedOptimizer(ExchangingOptimizer):
     https://arxiv.org/abs/1802.05799; the arguments are those of `horovod.tensorflow.keras.DistributedOptimizer` 0.28.1.
     """
 
+    @of_both_modules(
+        "optimizer name use_locking device_dense device_sparse compression sparse_as_dense backward_passes_per_step op "
+        "gradient_predivide_factor average_aggregated_gradients num_groups groups process_set scale_local_gradients"
+    )
     def __init__(
         self,
         optimizer: keras.optimizers.Optimizer,
@@ -87,6 +95,7 @@ class DistributedOptimizer(ExchangingOptimizer):
         groups: int | Sequence[Sequence[Any]] | None = None,
         process_set: Any = None,
         scale_local_gradients: bool = True,
+        use_locking: bool = False,
     ) -> None:
         _refuse_what_is_no_optimizer(optimizer)
         exchange = GradientExchange(
@@ -103,11 +112,11 @@ class DistributedOptimizer(ExchangingOptimizer):
         optimizer = loss_scale.with_loss_scale(optimizer)
         super().__init__(optimizer, exchange)
         self._self_gradients = exchange
-        factor = 1 if average_aggregated_gradients else backward_passes_per_step
+        self._self_factor = 1 if average_aggregated_gradients else backward_passes_per_step
         _accumulate(optimizer, backward_passes_per_step)
         self._self_variables: list[Any] | None = None
         self._self_exchanges_inside = self._exchanges_where_accumulated()
-        self._hook_into_updates(factor)
+        self._hook_into_updates()
 
     def apply(self, grads: Sequence[Gradient], trainable_variables: Sequence[Any] | None = None) -> None:
         """Reduces `grads` over the ranks and applies the result.
@@ -117,6 +126,7 @@ class DistributedOptimizer(ExchangingOptimizer):
             trainable_variables: their variables; by default those that the optimizer was built with.
         """
         exchange = self._self_gradients
+        self._hook_into_updates()  # another wrapper of this optimizer may have replaced the hooks
         if exchange.is_alone():
             self.__wrapped__.apply(list(grads), trainable_variables)
             return
@@ -194,14 +204,11 @@ class DistributedOptimizer(ExchangingOptimizer):
     def _exchanges_where_accumulated(self) -> bool:
         return _accumulates(self.__wrapped__) and not self._self_gradients.is_adasum()
 
-    def _hook_into_updates(self, factor: float) -> None:
+    def _hook_into_updates(self) -> None:
         """Installs the hooks that run between accumulation and the update.
 
         With gradient accumulation this includes the gradient allreduce. It runs in a branch that all ranks take every N
         calls.
-
-        Args:
-            factor: factor by which accumulated gradients are multiplied.
         """
         for part in parts_of(self.__wrapped__):
             if isinstance(part, keras.optimizers.LossScaleOptimizer):
@@ -210,16 +217,16 @@ class DistributedOptimizer(ExchangingOptimizer):
                 continue
             before_update.hook(
                 part,
-                exchange=functools.partial(self._exchange_accumulated, factor) if self._self_exchanges_inside else None,
+                exchange=self._exchange_accumulated if self._self_exchanges_inside else None,
                 clip=functools.partial(self._clip_over_shards, part),
             )
 
-    def _exchange_accumulated(self, factor: float, grads: list[Gradient]) -> list[Gradient]:
+    def _exchange_accumulated(self, grads: list[Gradient]) -> list[Gradient]:
         variables = self._self_variables
         if variables is not None and len(variables) != len(grads):  # a part of a MultiOptimizer
             variables = None
         grads = self._self_gradients(grads, variables)
-        return [g if g is None else g * tf.cast(factor, g.dtype) for g in grads]
+        return [g if g is None else g * tf.cast(self._self_factor, g.dtype) for g in grads]
 
     def _clip_over_shards(self, part: Any, grads: list[Gradient], keras_clip: Callable) -> list[Gradient]:
         return clipping.clip_over_shards(part, self._self_variables or [], grads, keras_clip)

@@ -11,6 +11,7 @@ from hvdkit.collectives import transports
 from hvdkit.collectives.adasum import adasum
 from hvdkit.collectives.mesh import mesh_of, shard_of
 from hvdkit.collectives.traffic import elements
+from hvdkit.collectives.transports.base import scaled
 from hvdkit.compat.keras3 import native_variable
 from hvdkit.compression import Compression, ErrorFeedback
 from hvdkit.errors import UsageError
@@ -306,11 +307,11 @@ class GradientExchange:
     def _gather_sparse(self, grad: tf.IndexedSlices, name: str, process_set: Any) -> tf.IndexedSlices:
         if process_set.size() == 1:
             return grad
-        wire, context = self._compression.compress(grad.values / tf.cast(self._predivide, grad.values.dtype))
+        wire, context = self._compression.compress(scaled(grad.values, 1 / self._predivide))
         values = collectives.gather_rows(wire, f"{name}.values", process_set)
         values = self._compression.decompress(values, context)
         divisor = process_set.size() if self.op == world.horovod().Average else 1
-        values = values * tf.cast(self._predivide / divisor, values.dtype)
+        values = scaled(values, self._predivide / divisor)
         indices = collectives.gather_rows(grad.indices, f"{name}.indices", process_set)
         return tf.IndexedSlices(values, indices, grad.dense_shape)
 

@@ -38,6 +38,7 @@ from hvdkit.compat.keras3 import (
 )
 from hvdkit.errors import UsageError
 from hvdkit.optimizers import before_update, heartbeat, loss_scale
+from hvdkit.optimizers.clipping import norm_dtype
 from hvdkit.optimizers.distributed import DistributedOptimizer
 from hvdkit.optimizers.flat import Flat
 from hvdkit.optimizers.fused_update import fuse_updates
@@ -313,11 +314,12 @@ class ShardedOptimizer(DistributedOptimizer):
         """Clips by norm as Keras does, with the norms of whole variables, summed over ranks in one allreduce."""
         leaf = self._self_leaf
         pieces = [tf.split(g, [s.size for s in f.mine]) for f, g in zip(self._self_flats, grads, strict=True)]
-        squares: list[Any] = [wire.zeros([], tf.float32)] * len(self._self_model)
+        dtype = norm_dtype(grads)
+        squares: list[Any] = [wire.zeros([], dtype)] * len(self._self_model)
         for flat, vectors in zip(self._self_flats, pieces, strict=True):
             for span, vector in zip(flat.mine, vectors, strict=True):
                 if span.place is not None:
-                    squares[span.place] = tf.cast(tf.reduce_sum(tf.square(vector)), tf.float32)
+                    squares[span.place] = tf.reduce_sum(tf.square(tf.cast(vector, dtype)))
         (total,) = collectives.reduce_dense(
             [tf.stack(squares)],
             f"{self._self_gradients.name}.norms",

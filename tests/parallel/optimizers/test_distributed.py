@@ -563,3 +563,32 @@ def inside_a_loss_scale_that_was_built_without_it():
 def test_a_place_that_would_hang_is_refused(ranks):
     for message in ranks(2, inside_a_loss_scale_that_was_built_without_it):
         assert "Put it outside: hvdkit.DistributedOptimizer(keras.optimizers.LossScaleOptimizer(" in message
+
+
+def wrapped(times):
+    """What two steps of an accumulating optimizer do to a shared and to a local weight, wrapped several times."""
+    import keras
+    import tensorflow as tf
+
+    import hvdkit as hvd
+
+    me = hvd.init()
+    layer = keras.layers.Dense(1, use_bias=False, kernel_initializer="zeros")
+    layer.build([None, 1])
+    shared = keras.Variable([[0.0]])
+    optimizer = keras.optimizers.SGD(1.0, gradient_accumulation_steps=2)
+    options = {"op": hvd.Sum, "scale_local_gradients": False}
+    first, *_ = (
+        hvd.PartialDistributedOptimizer(optimizer, local_layers=layer if number == 0 else None, **options)
+        for number in range(times)
+    )
+    first.build([shared, layer.kernel])
+    for _ in range(2):
+        first.apply([tf.fill([1, 1], me.rank + 1.0)] * 2, [shared, layer.kernel])
+    return float(shared[0, 0]), float(layer.kernel[0, 0])
+
+
+@pytest.mark.parametrize("times", [1, 2])
+def test_an_optimizer_that_is_wrapped_again_is_reduced_once_by_the_wrapper_in_use(ranks, times):
+    """As after a second `compile`, or where two models share it."""
+    assert ranks(2, wrapped, times=times) == [(-3.0, -1.0), (-3.0, -2.0)]

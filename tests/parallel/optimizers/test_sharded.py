@@ -328,3 +328,29 @@ def test_another_number_of_ranks_goes_on_sharded_or_not(ranks, tmp_path):
         assert taken == 0
         assert all(np.array_equal(a, b) for a, b in zip(weights, other_weights, strict=True))
         assert all(np.array_equal(a, b) for a, b in zip(state, other_state, strict=True))
+
+
+def clipped_doubles():
+    """The largest difference to Keras, of float64 weights after one step that is clipped by norm."""
+    import keras
+    import tensorflow as tf
+
+    import hvdkit as hvd
+
+    hvd.init()
+    values = [np.linspace(0.1, 1.3, 7), np.linspace(0.7, 0.9, 6).reshape(2, 3)]
+    worst = 0.0
+    for clipping in ({"clipnorm": 0.1}, {"global_clipnorm": 0.1}):
+        found = []
+        for wrap in (hvd.ShardedOptimizer, lambda optimizer: optimizer):
+            optimizer = wrap(keras.optimizers.SGD(1.0, **clipping))
+            variables = [keras.Variable(np.zeros(v.shape), dtype="float64") for v in values]
+            optimizer.build(variables)
+            optimizer.apply([tf.constant(v) for v in values], variables)
+            found.append([np.asarray(v) for v in variables])
+        worst = max([worst, *(float(np.abs(a - b).max()) for a, b in zip(*found, strict=True))])
+    return worst
+
+
+def test_norms_of_doubles_are_doubles(ranks):
+    assert max(ranks(2, clipped_doubles)) < 1e-15
