@@ -27,7 +27,7 @@ import contextlib
 import functools
 import os
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -47,7 +47,15 @@ world.horovod()  # raises an error with instructions if Horovod is missing
 from horovod.common.elastic import ObjectState, run_fn  # noqa: E402
 from horovod.common.exceptions import HorovodInternalError  # noqa: E402
 
-__all__ = ["CommitStateCallback", "KerasState", "UpdateBatchStateCallback", "UpdateEpochStateCallback", "run"]
+__all__ = [
+    "CommitStateCallback",
+    "KerasState",
+    "TensorFlowKerasState",
+    "TensorFlowState",
+    "UpdateBatchStateCallback",
+    "UpdateEpochStateCallback",
+    "run",
+]
 
 # The errors that TensorFlow raises if an operation of Horovod fails, and a pattern for their text.
 _BROKEN = (
@@ -61,47 +69,41 @@ _FOLDER = "HVDKIT_ELASTIC"  # variable for rank 0's commit folder; set by a laun
 _OF_HOROVOD = re.compile(r"horovod|gloo|nccl|hvdkit\.", re.IGNORECASE)
 
 
-class KerasState(ObjectState):
-    """The state of a training run in memory, with `commit`, `restore`, and `sync` over all ranks.
+class TensorFlowState(ObjectState):
+    """The state of a training loop in memory, with `commit`, `restore`, and `sync` over all ranks.
 
-    It contains the model's weights and random seeds, the optimizer's slots, iterations and learning rate, and the
-    keyword arguments, which become attributes.
+    It contains variables and the keyword arguments, which become attributes.
 
     Args:
-        model: a built Keras model.
-        optimizer: by default the optimizer of the compiled model.
-        **kwargs: further values, such as `epoch=0` and `batch=0`. With Horovod's launcher: anything that can be
-            pickled. With hvdkit's launcher, which does not pickle: numbers, strings, arrays, and lists, tuples and
-            dicts of these.
+        variables: list of `tf.Variable`s or `keras.Variable`s, in the same order on all ranks.
+        session: ignored, accepted for compatibility with Horovod.
+        **kwargs: further values, such as `epoch=0` and `batch=0`; see `KerasState`.
 
     Raises:
-        ValueError: the model is not built, or has no optimizer and none is given.
-        UsageError: the optimizer is a `ShardedOptimizer`.
+        UsageError: there are no variables. TensorFlow 2 keeps no list of all variables, which Horovod takes by default.
     """
 
-    def __init__(self, model: keras.Model, optimizer: Any = None, **kwargs: Any) -> None:
-        if not model.built:
-            raise ValueError(
-                f"The model {model.name!r} has no variables yet, so there is no state to keep. Build it first: "
-                f"model.build(input_shape)."
-            )
-        optimizer = optimizer if optimizer is not None else getattr(model, "optimizer", None)
-        if optimizer is None:
-            raise ValueError(f"The model {model.name!r} has no optimizer: compile it, or pass one to KerasState.")
-        if isinstance(optimizer, ShardedOptimizer):
+    def __init__(self, variables: Sequence[Any] | None = None, session: Any = None, **kwargs: Any) -> None:
+        if not variables:
             raise UsageError(
-                "KerasState cannot keep the state of a ShardedOptimizer: it is divided over the ranks, and the part of "
-                "a lost rank is lost, too. Use hvdkit.callbacks.CheckpointCallback, or DistributedOptimizer."
+                "TensorFlowState was given no variables, and TensorFlow 2 keeps no list of all variables: write "
+                "TensorFlowState([*model.variables, *optimizer.variables], ...), or use KerasState(model)."
             )
-        if not optimizer.built:
-            optimizer.build(model.trainable_variables)
-        self.model = model
-        self.optimizer = optimizer
+        self.variables = list(variables)
+        self._start(None, kwargs)
+
+    def _start(self, model: keras.Model | None, attributes: dict[str, Any]) -> None:
+        """Keeps the first values.
+
+        Args:
+            model: the model whose `fit` a signal interrupts; None for a training loop of one's own.
+            attributes: the user's keyword arguments.
+        """
         self._committed = self._values()
         self._commits: Commits | None = None
         self._listener = Listener(model)
         broadcast = functools.partial(collectives.broadcast_object, name="elastic.state")
-        super().__init__(bcast_object=broadcast, get_rank=world.rank, **kwargs)
+        super().__init__(bcast_object=broadcast, get_rank=world.rank, **attributes)
 
     def save(self) -> None:
         """Copies the state, for `restore`. Part of `commit`."""
@@ -115,11 +117,10 @@ class KerasState(ObjectState):
         super().restore()
 
     def sync(self) -> None:
-        """Broadcasts rank 0's state to all ranks and commits it; then makes random seeds differ between ranks."""
+        """Broadcasts rank 0's state to all ranks and commits it."""
         with horovod_errors():
             collectives.broadcast_variables(self._variables())
             super().sync()
-        make_seeds_differ(self.model)
         self.save()
 
     def commit(self) -> None:
@@ -164,12 +165,66 @@ class KerasState(ObjectState):
         if self._commits:
             self._commits.forget()
 
+    def reset(self) -> None:
+        """Does nothing: a graph of one's own is traced by one's own function."""
+
     def _leave(self) -> None:
         error = self._commits.wait() if self._commits else ""
         # No rank may stop before the commit is written: a launcher ends the job with the first rank that exits.
         error = collectives.broadcast_object(error, name="elastic.leave")
         outcome = f"could not be written ({error}), but an older one is kept" if error else "is written"
         raise Preempted(f"A rank received a stop request. The commit {outcome}. All ranks stop; start the job again.")
+
+    def _variables(self) -> list[Any]:
+        return self.variables
+
+    def _values(self) -> list[np.ndarray]:
+        return [np.array(keras.ops.convert_to_numpy(v)) for v in self._variables()]
+
+
+class KerasState(TensorFlowState):
+    """The state of a training run in memory, with `commit`, `restore`, and `sync` over all ranks.
+
+    It contains the model's weights and random seeds, the optimizer's slots, iterations and learning rate, and the
+    keyword arguments, which become attributes.
+
+    Args:
+        model: a built Keras model.
+        optimizer: by default the optimizer of the compiled model.
+        **kwargs: further values, such as `epoch=0` and `batch=0`. With Horovod's launcher: anything that can be
+            pickled. With hvdkit's launcher, which does not pickle: numbers, strings, arrays, and lists, tuples and
+            dicts of these.
+
+    Raises:
+        ValueError: the model is not built, or has no optimizer and none is given.
+        UsageError: the optimizer is a `ShardedOptimizer`.
+    """
+
+    def __init__(self, model: keras.Model, optimizer: Any = None, **kwargs: Any) -> None:
+        if not model.built:
+            raise ValueError(
+                f"The model {model.name!r} has no variables yet, so there is no state to keep. Build it first: "
+                f"model.build(input_shape)."
+            )
+        optimizer = optimizer if optimizer is not None else getattr(model, "optimizer", None)
+        if optimizer is None:
+            raise ValueError(f"The model {model.name!r} has no optimizer: compile it, or pass one to KerasState.")
+        if isinstance(optimizer, ShardedOptimizer):
+            raise UsageError(
+                "KerasState cannot keep the state of a ShardedOptimizer: it is divided over the ranks, and the part of "
+                "a lost rank is lost, too. Use hvdkit.callbacks.CheckpointCallback, or DistributedOptimizer."
+            )
+        if not optimizer.built:
+            optimizer.build(model.trainable_variables)
+        self.model = model
+        self.optimizer = optimizer
+        self._start(model, kwargs)
+
+    def sync(self) -> None:
+        """Broadcasts rank 0's state to all ranks and commits it; then makes random seeds differ between ranks."""
+        super().sync()
+        make_seeds_differ(self.model)
+        self.save()
 
     def reset(self) -> None:
         """Discards the graphs that were traced for a different number of ranks."""
@@ -181,8 +236,19 @@ class KerasState(ObjectState):
     def _variables(self) -> list[Any]:
         return [*self.model.variables, *self.optimizer.variables]
 
-    def _values(self) -> list[np.ndarray]:
-        return [np.array(keras.ops.convert_to_numpy(v)) for v in self._variables()]
+
+class TensorFlowKerasState(KerasState):
+    """`KerasState` by the name that Horovod gives it in `horovod.tensorflow.elastic`.
+
+    Args:
+        model: a built Keras model.
+        optimizer: by default the optimizer of the compiled model.
+        backend: ignored, accepted for compatibility with Horovod.
+        **kwargs: further values; see `KerasState`.
+    """
+
+    def __init__(self, model: keras.Model, optimizer: Any = None, backend: Any = None, **kwargs: Any) -> None:
+        super().__init__(model, optimizer, **kwargs)
 
 
 def run(func: Callable[..., Any]) -> Callable[..., Any]:
@@ -207,10 +273,11 @@ def run(func: Callable[..., Any]) -> Callable[..., Any]:
         folder = os.environ.get(_FOLDER)
         if not folder:
             return under_horovod(state, *args, **kwargs)
-        if not isinstance(state, KerasState):
+        if not isinstance(state, TensorFlowState):
             raise UsageError(
-                f"hvdkit's launcher needs a hvd.elastic.KerasState, but was given {type(state).__name__}, which it "
-                f"cannot keep for the next start. Use KerasState, or Horovod's own launcher, horovodrun."
+                f"hvdkit's launcher needs a hvd.elastic.KerasState or TensorFlowState, but was given "
+                f"{type(state).__name__}, which it cannot keep for the next start. Use one of them, or Horovod's own "
+                f"launcher, horovodrun."
             )
         with state.kept_in(Path(folder)):
             state.sync()

@@ -64,7 +64,7 @@ class Listener:
 
     Args:
         model: the model that `fit` trains. A `fit` that ends with an exception calls no hook, so each signal checks
-            whether `fit` still runs.
+            whether `fit` still runs. None for a loop that calls `stop` in any case.
         signals: the signals to receive. The first is recorded and later ones are ignored. SIGINT and SIGKILL still end
             the process.
 
@@ -111,7 +111,7 @@ class Listener:
         return bool(collectives.allreduce_sum(np.array([float(self.heard is not None)]), name="preemption")[0])
 
     def _note(self, number: int, frame: FrameType | None) -> None:
-        if call_stack.locals_of("fit", self._model, ()) is None:
+        if self._model is not None and call_stack.locals_of("fit", self._model, ()) is None:
             self.stop()
             os.kill(os.getpid(), number)  # for the previous handler
             return

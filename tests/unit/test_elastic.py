@@ -53,6 +53,35 @@ def test_a_reset_makes_new_graphs(model):
     model.fit(*_data(), verbose=0)
 
 
+def test_horovods_names_of_the_states(model):
+    state = elastic.TensorFlowKerasState(model, backend=None, epoch=3)
+    assert isinstance(state, elastic.KerasState)
+    assert (state.optimizer, state.epoch, hasattr(state, "backend")) == (model.optimizer, 3, False)
+    with pytest.raises(hvd.UsageError, match="TensorFlow 2 keeps no list of all variables: write TensorFlowState"):
+        elastic.TensorFlowState(epoch=3)
+
+
+def test_a_loop_of_ones_own_leaves_and_goes_on(monkeypatch, tmp_path):
+    monkeypatch.setenv("HVDKIT_ELASTIC", str(tmp_path))
+    starts = []
+
+    @elastic.run
+    def train(state, leave):
+        starts.append(state.step)
+        while state.step < 4:
+            state.variables[0].assign_add([state.step])
+            state.step += 1
+            if state.step == leave:
+                os.kill(os.getpid(), signal.SIGTERM)
+            state.commit()
+
+    with pytest.raises(SystemExit, match="received a stop request. The commit is written"):
+        train(elastic.TensorFlowState([tf.Variable([0])], step=0), leave=2)
+    state = elastic.TensorFlowState([tf.Variable([0])], step=0)
+    train(state, leave=None)
+    assert (starts, state.step, int(state.variables[0][0])) == ([0, 2], 4, 6)
+
+
 def test_states_that_cannot_be_kept_are_refused():
     with pytest.raises(ValueError, match=r"has no variables yet.*model.build\(input_shape\)"):
         elastic.KerasState(keras.Sequential([keras.layers.Dense(1)]))
@@ -209,5 +238,5 @@ def test_commits_of_another_model_and_values_that_cannot_be_kept_are_refused(mon
     commits = Commits(tmp_path / "other")
     with pytest.raises(hvd.UsageError, match="holds a value of type object, which is not kept on disk"):
         commits.keep([], {"epoch": object()}, may_drop=False)
-    with pytest.raises(hvd.UsageError, match="needs a hvd.elastic.KerasState, but was given int"):
+    with pytest.raises(hvd.UsageError, match="needs a hvd.elastic.KerasState or TensorFlowState, but was given int"):
         elastic.run(lambda state: None)(0)
