@@ -26,6 +26,17 @@ def number_collectives_when_traced() -> None:
     CollectiveReplicaLauncher._prefer_unique_instance_key = False
 
 
+def stop_server(server: Any) -> None:
+    """Stops a server of tf.data's service, whose public methods can only wait for its end.
+
+    Raises:
+        MissingNameError: TensorFlow's servers cannot be stopped.
+    """
+    if not hasattr(server, "_stop"):
+        raise missing_in_tensorflow(f"{type(server).__name__}._stop")
+    server._stop()
+
+
 def run_out_of_order(operation: tf.Operation) -> None:
     """Removes an operation from the order in which a `tf.function` runs stateful operations. Call it when traced.
 

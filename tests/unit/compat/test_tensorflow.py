@@ -30,6 +30,14 @@ def test_a_switch_of_another_name_is_not_passed_over(monkeypatch):
     assert str(caught.value).endswith("proven with TensorFlow 2.16 to 2.21: pip install 'tensorflow==2.21.*'.")
 
 
+def test_a_server_of_the_data_service_ends():
+    server = tf.data.experimental.service.DispatchServer()
+    tensorflow.stop_server(server)
+    server.join()  # returns
+    with pytest.raises(MissingNameError, match=r"has no SimpleNamespace\._stop"):
+        tensorflow.stop_server(types.SimpleNamespace())
+
+
 def _order(independent):
     """Whether the second of two stateful operations waits for the first."""
 
