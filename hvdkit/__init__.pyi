@@ -56,6 +56,7 @@ from hvdkit.collectives import allgather_object as allgather_object
 from hvdkit.collectives import average_variables as average_variables
 from hvdkit.collectives import barrier as barrier
 from hvdkit.collectives import broadcast_object as broadcast_object
+from hvdkit.collectives import broadcast_object_fn as broadcast_object_fn
 from hvdkit.collectives import broadcast_variables as broadcast_variables
 from hvdkit.collectives.operations import allgather as allgather
 from hvdkit.collectives.operations import allreduce as allreduce
@@ -67,6 +68,7 @@ from hvdkit.collectives.operations import grouped_allreduce as grouped_allreduce
 from hvdkit.collectives.operations import grouped_reducescatter as grouped_reducescatter
 from hvdkit.collectives.operations import join as join
 from hvdkit.collectives.operations import reducescatter as reducescatter
+from hvdkit.collectives.variables import broadcast_ as broadcast_
 
 Adasum: int
 Average: int
@@ -74,6 +76,22 @@ Max: int
 Min: int
 Product: int
 Sum: int
+
+# Ranks and sizes as tensors, which a graph reads when it runs.
+def rank_op(name: str | None = None) -> Any:
+    """Index of this process, an int32 scalar."""
+
+def size_op(process_set_id: int = 0, name: str | None = None) -> Any:
+    """Number of processes in a process set, an int32 scalar."""
+
+def local_rank_op(name: str | None = None) -> Any:
+    """Index of this process on its host, an int32 scalar."""
+
+def local_size_op(name: str | None = None) -> Any:
+    """Number of processes on this host, an int32 scalar."""
+
+def process_set_included_op(process_set_id: int = 0, name: str | None = None) -> Any:
+    """1 if this process is in a process set, else 0; an int32 scalar."""
 
 # Process sets: collectives among some of the ranks.
 class ProcessSet:
@@ -104,6 +122,8 @@ from hvdkit.errors import ReplicasDiverged as ReplicasDiverged
 from hvdkit.errors import UsageError as UsageError
 
 # What Horovod records, how it was built, and what it uses.
+from hvdkit.world import gpu_available as gpu_available
+
 def start_timeline(file_path: str, mark_cycles: bool = False) -> None:
     """Records a timeline of the collectives, with HOROVOD_TIMELINE=DYNAMIC."""
 

@@ -5,7 +5,13 @@ the same on all ranks. `tensors`, `variables` and `objects` are the collectives 
 package re-exports them. `operations` are the public collectives, with Horovod's names.
 """
 
-from hvdkit.collectives.objects import allgather_object, broadcast_object, gather_object, scatter_object
+from hvdkit.collectives.objects import (
+    allgather_object,
+    broadcast_object,
+    broadcast_object_fn,
+    gather_object,
+    scatter_object,
+)
 from hvdkit.collectives.tensors import (
     allreduce_sum,
     barrier,
@@ -26,6 +32,7 @@ __all__ = [
     "average_variables",
     "barrier",
     "broadcast_object",
+    "broadcast_object_fn",
     "broadcast_variables",
     "check_root",
     "digest",

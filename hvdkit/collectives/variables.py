@@ -1,7 +1,8 @@
 """Collectives for the variables of a model or optimizer: broadcast, averages, checksums."""
 
+import functools
 import hashlib
-from collections.abc import Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import numpy as np
@@ -16,10 +17,11 @@ from hvdkit.collectives.transports.horovod import from_wire, to_wire
 
 def broadcast_variables(
     variables: Sequence[Any], root_rank: int = 0, process_set: Any = None, inplace: bool = False
-) -> None:
+) -> Any:
     """Assigns the root rank's values to `variables` on all ranks.
 
-    Variables that are equal on all ranks, as after equal seeds, are detected by their SHA-256 and not sent.
+    Variables that are equal on all ranks, as after equal seeds, are detected by their SHA-256 and not sent. In a graph
+    all variables are sent whenever the graph runs.
 
     Args:
         variables: `keras.Variable`s or `tf.Variable`s of any dtype, in the same order and of the same shapes on all
@@ -28,28 +30,70 @@ def broadcast_variables(
         process_set: the ranks that take part; by default all.
         inplace: ignored, accepted for compatibility with Horovod, where it saves the memory of a copy.
 
+    Returns:
+        None; in a graph, the operation that does this.
+
     Raises:
         ValueError: the ranks' lists differ in length, shape or dtype; the message shows the first difference. Or there
             is no such root rank.
     """
+    return _broadcast(_native(variables), variables, root_rank, process_set, "hvdkit.broadcast")
+
+
+def broadcast_(
+    variables: Sequence[Any], root_rank: int, name: str | None = None, process_set: Any = None
+) -> list[tf.Tensor]:
+    """Assigns the root rank's values to `variables` on all ranks, and returns them.
+
+    Args:
+        variables: as for `broadcast_variables`, as are `root_rank` and `process_set`.
+        root_rank: the rank whose values are assigned.
+        name: name of the broadcast, the same on all ranks.
+        process_set: the ranks that take part; by default all.
+
+    Returns:
+        The new values, in the order of `variables`.
+    """
+    native = _native(variables)
+    done = _broadcast(native, variables, root_rank, process_set, name or "hvdkit.broadcast_")
+    with tf.control_dependencies([] if done is None else [done]):
+        return [variable.read_value() for variable in native]
+
+
+def _native(variables: Sequence[Any]) -> list[tf.Variable]:
+    return [getattr(v, "value", v) if not isinstance(v, tf.Variable) else v for v in variables]
+
+
+def _broadcast(
+    native: Sequence[tf.Variable], variables: Sequence[Any], root_rank: int, process_set: Any, name: str
+) -> Any:
     check_root(root_rank, process_set)
     if not takes_part(process_set):
-        return
-    native = [getattr(v, "value", v) if not isinstance(v, tf.Variable) else v for v in variables]
-    differing = _differing(variables, native, process_set)
+        return tf.no_op()
 
-    @tf.function
-    def broadcast() -> None:
-        for number, variable in differing:
+    def send(numbered: Iterable[tuple[int, tf.Variable]]) -> Any:
+        assigned = []
+        for number, variable in numbered:
             tensor = [to_wire(variable.read_value())]
-            name = f"hvdkit.broadcast.{number}"
-            (received,) = wire.run("broadcast", tensor, name, process_set, root_rank=root_rank)
-            variable.assign(from_wire(received, variable.dtype))
+            (received,) = wire.run("broadcast", tensor, f"{name}.{number}", process_set, root_rank=root_rank)
+            assigned.append(variable.assign(from_wire(received, variable.dtype.base_dtype)))
+        return tf.group(*assigned)
 
-    if differing:
+    if not tf.executing_eagerly():
+        return send(enumerate(native))
+    if differing := _differing(variables, native, process_set):
         everyone = process_set is None or process_set.process_set_id == 0
-        with watchdog.waiting("hvdkit.broadcast", f"{len(differing)} variables", everyone):
-            broadcast()
+        with watchdog.waiting(name, f"{len(differing)} variables", everyone):
+            _run_in_graph(functools.partial(send, differing))
+    return None
+
+
+def _run_in_graph(function: Callable[[], Any]) -> None:
+    @tf.function(autograph=False)
+    def run() -> None:
+        function()
+
+    run()
 
 
 def average_variables(variables: Sequence[Any], process_set: Any = None) -> None:

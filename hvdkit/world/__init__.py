@@ -4,7 +4,7 @@
 stall limits. `introduction` is not imported here, because it loads TensorFlow.
 """
 
-from hvdkit.world.devices import share_cores, usable_cores
+from hvdkit.world.devices import gpu_available, share_cores, usable_cores
 from hvdkit.world.limits import stall_aborts, stall_limit
 from hvdkit.world.ranks import (
     World,
@@ -30,6 +30,7 @@ __all__ = [
     "cross_size",
     "current",
     "enter",
+    "gpu_available",
     "horovod",
     "init",
     "is_initialized",

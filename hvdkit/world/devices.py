@@ -14,6 +14,18 @@ def usable_cores() -> int:
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
+def gpu_available(ext_base_name: str = "tensorflow", verbose: bool = False) -> bool:
+    """Returns whether TensorFlow sees a GPU.
+
+    Args:
+        ext_base_name: ignored, accepted for compatibility with Horovod, which serves several frameworks.
+        verbose: likewise.
+    """
+    import tensorflow as tf
+
+    return bool(tf.config.list_physical_devices("GPU"))
+
+
 def take_devices(local_rank: int, local_size: int, host: str) -> None:
     """Makes this rank's GPU the only visible one; without GPUs, limits TensorFlow to this rank's share of the cores.
 

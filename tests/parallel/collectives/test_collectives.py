@@ -132,6 +132,62 @@ def test_only_what_differs_travels(ranks):
         assert values == [[1.0, 2.0], [1.0], [3]]
 
 
+def in_graphs():
+    """What is called in a `tf.function`, in the session of a TensorFlow 1 graph, and from the elastic state."""
+    import keras
+    import tensorflow as tf
+
+    import hvdkit as hvd
+
+    me = hvd.init()
+    mine = float(me.rank + 1)
+    weight, half, whole = tf.Variable([mine]), keras.Variable([mine], dtype="bfloat16"), tf.Variable([mine])
+    found = {}
+
+    @tf.function
+    def step(first):
+        if first:  # as in Horovod's examples
+            hvd.broadcast_variables([weight, half], root_rank=1)
+        return [hvd.rank_op(), hvd.size_op(), hvd.local_rank_op(), hvd.local_size_op(), hvd.process_set_included_op()]
+
+    found["ranks"] = [int(number) for number in step(True)]
+    found["in a function"] = [float(weight[0]), float(np.asarray(half)[0])]
+    found["in place"] = [float(value[0]) for value in hvd.broadcast_([whole], 1, name="in_place")]
+    found["by a function"] = hvd.broadcast_object_fn(root_rank=1)(mine)
+
+    with tf.Graph().as_default(), tf.compat.v1.Session() as session:
+        old = tf.compat.v1.get_variable("old", initializer=[mine], use_resource=False)
+        new = tf.compat.v1.get_variable("new", initializer=[mine], use_resource=True)
+        session.run(tf.compat.v1.global_variables_initializer())
+        session.run(hvd.broadcast_global_variables(root_rank=1))
+        found["in a session"] = [*session.run(old), *session.run(hvd.broadcast_([new], 1))[0]]
+        found["objects in a session"] = [hvd.broadcast_object(mine, 1), hvd.allgather_object(mine)]
+
+    variables = [tf.Variable([mine], dtype=tf.float64), tf.Variable(me.rank)]
+    state = hvd.elastic.TensorFlowState(variables, epoch=me.rank + 10)
+    state.sync()
+    found["state"] = [float(variables[0][0]), int(variables[1]), state.epoch]
+    variables[0].assign([7.0])
+    state.epoch = 20
+    state.restore()
+    found["restored"] = [float(variables[0][0]), state.epoch]
+    return found
+
+
+def test_graphs_sessions_and_states_of_variables(ranks):
+    for rank, found in enumerate(ranks(2, in_graphs)):
+        assert found == {
+            "ranks": [rank, 2, rank, 2, 1],
+            "in a function": [2.0, 2.0],
+            "in place": [2.0],
+            "by a function": 2.0,
+            "in a session": [2.0, 2.0],
+            "objects in a session": [2.0, [1.0, 2.0]],
+            "state": [1.0, 0, 10],
+            "restored": [1.0, 10],
+        }
+
+
 def diverged():
     import keras
 
