@@ -1,10 +1,13 @@
 """Exceptions for users. `UsageError` means "the user can fix this": shown without a traceback, exit code 2."""
 
+from typing import TYPE_CHECKING
+
 
 class UsageError(ValueError):
     """An error in the user's input: the message says what was given, what was expected and how to fix it."""
 
-    __init__ = Exception.__init__  # which lets autograph raise it again as it is, with the user's line, and not another
+    if not TYPE_CHECKING:  # AutoGraph raises such errors again as they are, with the user's line, and others as its own
+        __init__ = Exception.__init__
 
 
 class NotInitializedError(UsageError, RuntimeError):

@@ -152,7 +152,7 @@ class ShardedOptimizer(DistributedOptimizer):
         if leaf is not self.__wrapped__:  # Keras also saves the inner optimizer separately
             leaf.save_own_variables = lambda store: self._save(store, inner=True)
 
-    def _hook_into_updates(self, factor: float) -> None:
+    def _hook_into_updates(self) -> None:
         """Does nothing: `_take_over` installs the hooks, once the wrapped optimizer is known."""
 
     def _exchanges_where_accumulated(self) -> bool:
