@@ -1,33 +1,37 @@
-"""Builds a model before its first step."""
+"""`BuildFirst`: the callback that builds a model before its first step, so that all ranks start with the same weights.
+
+It takes the shapes from the data set that Keras' `fit` reads, and reads nothing itself: a `PyDataset` or a generator of
+the user's may be slow, may have side effects, and may give each batch only once.
+"""
 
 import logging
 from typing import Any
 
 import keras
-import numpy as np
-import tensorflow as tf
 
+from hvdkit.compat import fit_loop
 from hvdkit.compat.keras3 import layers_of
 
 _log = logging.getLogger(__name__)
 
 
-def build(model: keras.Model, x: Any) -> None:
-    """Builds a model that would otherwise be built in its first step, so all ranks start with the same weights."""
-    if all(layer.built for layer in layers_of(model, include_self=False)) and model.weights:
-        return
-    try:
-        spec = keras.tree.map_structure(_symbol, _inputs_of(x))
-        model(spec)
-    except Exception as error:  # any error: the model's code may need a real batch, or x may be a generator
-        _log.debug("The model is built in its first step: %s", error)
+class BuildFirst(keras.callbacks.Callback):
+    """Builds a model that Keras would otherwise build in the first step. Put it before callbacks that need weights."""
 
+    checkpointed = False
+    sees_executions = True
 
-def _inputs_of(x: Any) -> Any:
-    if isinstance(x, tf.data.Dataset):
-        spec = x.element_spec
-        return spec[0] if isinstance(spec, tuple) else spec
-    return keras.tree.map_structure(lambda a: tf.TensorSpec([None, *np.shape(a)[1:]], a.dtype), x)
+    def on_train_begin(self, logs: dict | None = None) -> None:
+        """Calls the model on symbolic inputs of the data's shapes, unless it is built."""
+        model = self.model
+        if model.weights and all(layer.built for layer in layers_of(model, include_self=False)):
+            return
+        try:
+            spec = fit_loop.element_spec(fit_loop.of(model)[0])
+            inputs = spec[0] if isinstance(spec, tuple) else spec
+            model(keras.tree.map_structure(_symbol, inputs))
+        except Exception as error:  # any error: the model's code may need a real batch
+            _log.debug("The model is built in its first step: %s", error)
 
 
 def _symbol(spec: Any) -> keras.KerasTensor:

@@ -3,9 +3,9 @@
 While a job of several ranks runs, `keras.Model.fit` is wrapped. `hvdkit.init` calls `install`; MLflow's autologging
 works in the same way. Each `fit` then
 
+- starts with a callback that reports this rank's position to the watchdog (`marks`);
 - builds the model first, if the data determine its shapes (`build`);
 - runs the user's callbacks with metrics of all ranks, and writes each file once (`user_callbacks`);
-- starts with a callback that reports this rank's position to the watchdog (`marks`);
 - hands no work to other threads if the rank has one core (`one_core`);
 - runs several steps of the graph at once, where nobody can see the difference (`executions`);
 - ends with a callback that keeps the ranks together and checks that they allreduce gradients (`guard`).
@@ -22,7 +22,7 @@ import wrapt
 
 from hvdkit import collectives, watchdog, world
 from hvdkit.compat.keras3 import strategy_of
-from hvdkit.model.build import build
+from hvdkit.model.build import BuildFirst
 from hvdkit.model.executions import Executions, may_join
 from hvdkit.model.guard import FitGuard
 from hvdkit.model.marks import Marks
@@ -92,10 +92,9 @@ def _guard(model: keras.Model, optimizers: list[ExchangingOptimizer], arguments:
     """Replaces the callbacks among the arguments of `fit`."""
     given = arguments.get("callbacks")
     callbacks = keras.tree.flatten(given.callbacks if isinstance(given, keras.callbacks.CallbackList) else given or [])
-    callbacks = [c for c in callbacks if not isinstance(c, (Marks, OneCore, FitGuard))]
+    callbacks = [c for c in callbacks if not isinstance(c, (Marks, BuildFirst, OneCore, FitGuard))]
     if all_ranks_train(optimizers):
-        build(model, arguments.get("x"))
-        callbacks = for_all_ranks(callbacks)
+        callbacks = [BuildFirst(), *for_all_ranks(callbacks)]
     callbacks = [Marks(), OneCore(), *callbacks, *_executions(model, callbacks, optimizers), FitGuard(optimizers)]
     if isinstance(given, keras.callbacks.CallbackList):
         given.callbacks = callbacks
