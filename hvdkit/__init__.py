@@ -16,6 +16,7 @@ What you want to do, and what does it:
                                            stay each rank's own
     ... in a training loop of your own     DistributedGradientTape, broadcast_variables
     Add what fit needs on many ranks       callbacks.standard; callbacks has each by its name
+    Learn vocabularies and statistics      adapt
     Evaluate and predict on all ranks      evaluate, predict
     Average metrics and BatchNorm          callbacks.MetricAverageCallback, synchronize_batch_normalization
     Save, and resume from a checkpoint     callbacks.CheckpointCallback, load_model

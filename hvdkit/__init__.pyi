@@ -30,6 +30,7 @@ def is_homogeneous() -> bool:
 from hvdkit import callbacks as callbacks
 from hvdkit import data as data
 from hvdkit.compression import Compression as Compression
+from hvdkit.model.adapting import adapt as adapt
 from hvdkit.model.batch_normalization import SyncBatchNormalization as SyncBatchNormalization
 from hvdkit.model.batch_normalization import synchronize_batch_normalization as synchronize_batch_normalization
 from hvdkit.model.evaluation import evaluate as evaluate

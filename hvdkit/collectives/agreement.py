@@ -1,7 +1,8 @@
 """Shared errors: if one rank fails, all ranks stop together with the same error."""
 
 import contextlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
 
 from hvdkit import collectives, world
 from hvdkit.errors import ReplicasDiverged, UsageError
@@ -47,6 +48,28 @@ def check_equal(names: Sequence[str], digests: Sequence[str]) -> None:
                 f"The replicas' weights differ: {name} on rank(s) {', '.join(map(str, strangers))} is not that of rank "
                 f"0 (of {world.size()} ranks), so they are several models. A layer that changes weights by itself, or "
                 f"code that one rank alone runs, does this: look at what makes {name}."
+            )
+
+
+def check_equal_plans(plan: Mapping[str, Any]) -> None:
+    """Compares, before training starts, when the ranks train and validate.
+
+    A rank that validates alone, or trains for more epochs, would wait for the others, or add up other numbers.
+
+    Args:
+        plan: the arguments of `fit` that decide this, by name.
+
+    Raises:
+        UsageError: on all ranks, if they differ.
+    """
+    everyone = collectives.allgather_object(dict(plan), name="plans")
+    for name, here in everyone[0].items():
+        others = [rank for rank, other in enumerate(everyone) if other[name] != here]
+        if others:
+            raise UsageError(
+                f"fit has {name}={here!r} on rank 0, and {name}={everyone[others[0]][name]!r} on rank(s) "
+                f"{', '.join(map(str, others[:16]))}: all ranks must train and validate together. Give all the same, "
+                f"and to each its part of the validation data, hvd.data.shard(validation), whose metrics are combined."
             )
 
 

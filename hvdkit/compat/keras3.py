@@ -256,6 +256,12 @@ def graph_of(model: keras.Model) -> Any | None:
     return graph if isinstance(graph, keras.Function) else None
 
 
+def inputs_in(graph: Any, layer: Any) -> list[list[Any]]:
+    """Returns the symbolic tensors on which a functional model calls one of its layers, for each call."""
+    nodes = [node for _, nodes in sorted(private(graph, "_nodes_by_depth").items(), reverse=True) for node in nodes]
+    return [node.input_tensors for node in nodes if node.operation is layer]
+
+
 def has_mask(tensor: Any) -> bool:
     """Returns whether a symbolic tensor has a mask, such as that of `Embedding(mask_zero=True)`."""
     _check_masks()
@@ -337,6 +343,27 @@ def attributes_of_callback(callback: Any) -> dict[str, Any]:
     return {name: value for name, value in vars(callback).items() if name not in given}
 
 
+def attributes_of_own_class(thing: Any) -> dict[str, Any]:
+    """Returns the attributes that the user's class of a layer, model or metric has; none for Keras' own classes.
+
+    Keras makes lists and dicts in them to its own kinds, which this makes plain again.
+    """
+    if type(thing).__module__.startswith("keras."):
+        return {}
+    own = {name: value for name, value in vars(thing).items() if name not in _attributes_of_keras()}
+    return {n: list(v) if isinstance(v, list) else dict(v) if isinstance(v, dict) else v for n, v in own.items()}
+
+
+@functools.cache
+def _attributes_of_keras() -> frozenset[str]:
+    layer = keras.layers.Identity(name="hvdkit_probe")
+    model = keras.Sequential([keras.Input([1]), layer], name="hvdkit_probe")
+    model.compile("sgd", "mse", jit_compile=False)
+    return frozenset(
+        name for example in (layer, model, keras.metrics.Metric(name="hvdkit_probe")) for name in vars(example)
+    )
+
+
 def chooses_direction_late(callback: Any) -> bool:
     """Returns whether a callback decides, or has decided, at the end of the first epoch whether less is better."""
     return hasattr(callback, "_set_monitor_op") and hasattr(callback, "monitor_op")
@@ -346,6 +373,17 @@ def choose_direction(callback: Any) -> None:
     """Makes such a callback decide now, at most once: Keras flips the sign of `min_delta` each time."""
     if callback.monitor_op is None:
         private(callback, "_set_monitor_op")()
+
+
+def less_is_better(model: keras.Model, metric: str) -> bool | None:
+    """Returns whether Keras finds that a smaller value of a metric in the logs is better; None if it cannot tell."""
+    judge = keras.callbacks.EarlyStopping(metric)
+    judge.set_model(model)
+    try:
+        choose_direction(judge)
+    except ValueError:
+        return None
+    return None if judge.monitor_op is None else bool(judge.monitor_op(1.0, 2.0))
 
 
 def tensorboard_counters(callback: keras.callbacks.TensorBoard) -> dict[str, int]:

@@ -3,6 +3,7 @@
 While a job of several ranks runs, `keras.Model.fit` is wrapped. `hvdkit.init` calls `install`; MLflow's autologging
 works in the same way. Each `fit` then
 
+- compares when the ranks train and validate, and what their layers hold outside of their variables (`same_layers`);
 - starts with a callback that reports this rank's position to the watchdog (`marks`);
 - builds the model first, if the data determine its shapes (`build`);
 - runs the user's callbacks with metrics of all ranks, and writes each file once (`user_callbacks`);
@@ -21,7 +22,10 @@ import keras
 import wrapt
 
 from hvdkit import collectives, watchdog, world
+from hvdkit.collectives.agreement import check_equal_plans
+from hvdkit.compat import preprocessing
 from hvdkit.compat.keras3 import strategy_of
+from hvdkit.model import same_layers
 from hvdkit.model.build import BuildFirst
 from hvdkit.model.executions import Executions, may_join
 from hvdkit.model.guard import FitGuard
@@ -38,6 +42,7 @@ _originals: dict[str, tuple[type, Any]] = {}
 
 def install() -> None:
     """Wraps `keras.Model.fit` and the creation of its training step; a second call does nothing."""
+    preprocessing.watch()
     for name, wrapper in (("fit", _GuardedFit()), ("make_train_function", make_train_function)):
         if name not in _originals:
             owner = next(c for c in keras.Model.__mro__ if name in vars(c))
@@ -47,6 +52,7 @@ def install() -> None:
 
 def uninstall() -> None:
     """Restores Keras' own functions."""
+    preprocessing.stop_watching()
     for name, (owner, original) in _originals.items():
         setattr(owner, name, original)
     _originals.clear()
@@ -88,12 +94,21 @@ def _executions(model: keras.Model, callbacks: list[Any], optimizers: list[Excha
     return [Executions()] if all(everyone) else []
 
 
+def _plan(arguments: dict[str, Any]) -> dict[str, Any]:
+    """Returns the arguments of `fit` that say when it trains and validates."""
+    validates = arguments.get("validation_data") is not None or bool(arguments.get("validation_split"))
+    plan = {name: arguments.get(name, default) for name, default in (("epochs", 1), ("initial_epoch", 0))}
+    return {**plan, "validation": validates, "validation_freq": arguments.get("validation_freq", 1)}
+
+
 def _guard(model: keras.Model, optimizers: list[ExchangingOptimizer], arguments: dict[str, Any]) -> None:
     """Replaces the callbacks among the arguments of `fit`."""
     given = arguments.get("callbacks")
     callbacks = keras.tree.flatten(given.callbacks if isinstance(given, keras.callbacks.CallbackList) else given or [])
     callbacks = [c for c in callbacks if not isinstance(c, (Marks, BuildFirst, OneCore, FitGuard))]
     if all_ranks_train(optimizers):
+        check_equal_plans(_plan(arguments))
+        same_layers.check(model)
         callbacks = [BuildFirst(), *for_all_ranks(callbacks)]
     callbacks = [Marks(), OneCore(), *callbacks, *_executions(model, callbacks, optimizers), FitGuard(optimizers)]
     if isinstance(given, keras.callbacks.CallbackList):

@@ -166,6 +166,43 @@ def test_every_kind_of_model_trains_as_in_one_process(ranks):
         assert {name: d for name, d in found.items() if not d < 2e-6 * STEPS} == {}
 
 
+def plans_of_each_rank():
+    import keras
+
+    import hvdkit as hvd
+
+    rank = hvd.init().rank
+    model = _sequential(keras)
+    model.compile(hvd.DistributedOptimizer(keras.optimizers.SGD(0.1)), loss="mse", jit_compile=False)
+    x, y = np.ones([8, 6], "float32"), np.ones([8, 3], "float32")
+
+    def fit(**options):
+        try:
+            model.fit(x, y, batch_size=4, verbose=0, **options)
+        except hvd.UsageError as error:
+            return str(error)
+
+    alone = {"validation_data": (x, y)} if rank == 0 else {}
+    return [
+        fit(**alone),
+        fit(epochs=1 + rank),
+        fit(epochs=3, initial_epoch=rank),
+        fit(epochs=2, validation_split=0.5, validation_freq=1 + rank),
+        fit(epochs=2, validation_data=(x[: 4 + rank], y[: 4 + rank])),
+    ]
+
+
+def test_ranks_that_would_train_or_validate_at_other_times_are_refused(ranks):
+    for messages in ranks(2, plans_of_each_rank):
+        said = (
+            "validation=True on rank 0, and validation=False on rank(s) 1: all ranks must train and validate together"
+        )
+        assert said in messages[0]
+        names = ["epochs=1 on rank 0, and epochs=2", "initial_epoch=0", "validation_freq=1"]
+        assert all(name in message for name, message in zip(names, messages[1:], strict=False))
+        assert messages[4] is None
+
+
 def deciding_callbacks(folder):
     """Each rank has other data, so each would decide for itself."""
     import keras

@@ -559,6 +559,56 @@ def test_early_stopping_chooses_its_direction_once():
     assert not keras3.chooses_direction_late(keras.callbacks.Callback())
 
 
+def test_keras_says_whether_less_of_a_metric_is_better():
+    model = dense()
+    model.compile("sgd", "mse", metrics=[keras.metrics.CosineSimilarity(name="similar"), "mae", lambda y, z: y - z])
+    model.fit(np.ones([4, 3]), np.ones([4, 1]), verbose=0)
+    found = {name: keras3.less_is_better(model, name) for name in ("val_similar", "mae", "val_loss", "other")}
+    assert found == {"val_similar": False, "mae": True, "val_loss": True, "other": None}
+
+
+def test_attributes_of_own_class_are_those_that_keras_does_not_set():
+    class Own(keras.layers.Layer):
+        def __init__(self):
+            super().__init__()
+            self.count, self.list, self.dict = 3, [1, 2], {"a": 1}
+
+        def call(self, x):
+            return x
+
+    class Counted(keras.metrics.Mean):
+        seen = 0
+
+        def update_state(self, *args, **kwargs):
+            self.seen += 1
+
+    model = keras.Sequential([keras.layers.Input([3]), Own(), keras.layers.Dense(1)])
+    model.compile("sgd", "mse", metrics=[Counted()], jit_compile=False)
+    model.fit(np.ones([4, 3]), np.ones([4, 1]), verbose=0)
+    found = keras3.attributes_of_own_class(model.layers[0])
+    assert {name: value for name, value in found.items() if name[0] != "_"} == {
+        "count": 3,
+        "list": [1, 2],
+        "dict": {"a": 1},
+    }
+    assert [type(found[name]) for name in ("list", "dict")] == [list, dict]
+    assert keras3.attributes_of_own_class(model.layers[1]) == {}
+    metric = Counted()
+    metric.update_state(1)
+    assert keras3.attributes_of_own_class(metric)["seen"] == 1
+
+
+def test_inputs_of_a_layer_are_the_tensors_on_which_the_model_calls_it():
+    inputs = [keras.Input([3]), keras.Input([3])]
+    shared, once = keras.layers.Dense(3), keras.layers.Dense(3)
+    model = keras.Model(inputs, once(keras.layers.Add()([shared(inputs[0]), shared(inputs[1])])))
+    assert [[t is i for t in call] for call, i in zip(keras3.inputs_in(model, shared), inputs, strict=True)] == [
+        [True]
+    ] * 2
+    ((tensor,),) = keras3.inputs_in(model, once)
+    assert keras3.operation_of(tensor).name.startswith("add")
+
+
 def test_counters_of_tensorboard_count_batches(tmp_path):
     callback = keras.callbacks.TensorBoard(tmp_path)
     data = np.ones([8, 3]), np.ones([8, 1])
