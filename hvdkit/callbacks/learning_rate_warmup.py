@@ -3,7 +3,7 @@
 import logging
 
 from hvdkit import world
-from hvdkit.callbacks.learning_rate_schedule import LearningRateScheduleCallback
+from hvdkit.callbacks.learning_rate_schedule import LearningRateScheduleCallback, steps_taken
 
 _log = logging.getLogger(__name__)
 
@@ -18,7 +18,8 @@ class LearningRateWarmupCallback(LearningRateScheduleCallback):
         lr(epoch) = initial_lr / size * (1 + epoch * (size - 1) / warmup_epochs)
 
     Args:
-        initial_lr: the rate to reach; None takes the optimizer's rate.
+        initial_lr: the rate to reach; None takes the optimizer's rate, or in the middle of a warm-up the one that this
+            warm-up was to reach, as `LearningRateScheduleCallback` describes.
         warmup_epochs: length of the warm-up in epochs; may be a fraction.
         momentum_correction: see `LearningRateScheduleCallback`.
         steps_per_epoch: see `LearningRateScheduleCallback`.
@@ -52,11 +53,28 @@ class LearningRateWarmupCallback(LearningRateScheduleCallback):
         super().on_train_begin(logs)
         self._reached = False
 
+    def on_epoch_begin(self, epoch: int, logs: dict | None = None) -> None:
+        """Leaves the rate alone if training goes on after a warm-up."""
+        if self._begins and epoch >= self.warmup_epochs:
+            self._reached = True
+        super().on_epoch_begin(epoch, logs)
+
     def _multiplier(self, epoch: float) -> float:
         replicas = self.size or world.size()
         # One step ahead, as Horovod does: the last step of an epoch then counts as the full epoch.
         done = min(1.0, self._ahead(epoch) / self.warmup_epochs)
         return (1 + done * (replicas - 1)) / replicas
+
+    def _multiple_before(self, epoch: int, last: float) -> float:
+        steps = epoch * (self.steps_per_epoch or 1)
+        taken = steps_taken(self.model.optimizer)
+        multiple = super()._multiple_before(epoch, last)
+        # After other numbers of steps it was trained on other data, or on another number of ranks.
+        if multiple < 1 and not 0.9 * steps <= taken <= steps:
+            raise self._cannot_know(
+                epoch, f"is that after {taken} steps, and {epoch} epochs of {self.steps_per_epoch} steps are {steps}"
+            )
+        return multiple
 
     def _ahead(self, epoch: float) -> float:
         return epoch + 1 / (self.steps_per_epoch or 1)

@@ -4,6 +4,7 @@ import pytest
 
 import hvdkit as hvd
 from hvdkit import callbacks, world
+from hvdkit.errors import UsageError
 
 STEPS = 4
 
@@ -59,6 +60,97 @@ def test_warmup_leaves_the_rate_to_others_afterwards():
     warmup = callbacks.LearningRateWarmupCallback(initial_lr=0.8, warmup_epochs=1, size=4)
     rates, _, _ = fit(keras.optimizers.SGD(0.8), warmup, Reduce())
     assert rates[STEPS:] == pytest.approx([0.1] * 2 * STEPS)
+
+
+class Rates(keras.callbacks.Callback):
+    """Notes the rate at the end of each epoch."""
+
+    def __init__(self):
+        super().__init__()
+        self.seen = []
+
+    def on_epoch_end(self, epoch, logs=None):
+        self.seen.append(float(keras.ops.convert_to_numpy(self.model.optimizer.learning_rate)))
+
+
+def go_on(model, first, last, *chosen, batch=2):
+    """Trains from one epoch to another; returns the rates at the ends of epochs."""
+    rates, x = Rates(), np.arange(16.0).reshape(8, 2) / 16
+    chosen = [c if isinstance(c, keras.callbacks.Callback) else c(None) for c in chosen]
+    model.fit(
+        x, x[:, :1], batch, initial_epoch=first, epochs=last, shuffle=False, verbose=0, callbacks=[*chosen, rates]
+    )
+    return rates.seen
+
+
+def linear(rate=0.8, **options):
+    keras.utils.set_random_seed(0)
+    model = keras.Sequential([keras.layers.Input([2]), keras.layers.Dense(1)])
+    model.compile(keras.optimizers.SGD(rate, momentum=0.5), loss="mse", run_eagerly=True, **options)  # traces no graph
+    return model
+
+
+def saved(model, path):
+    model.save(path)
+    loaded = keras.saving.load_model(path)
+    loaded.run_eagerly = True
+    return loaded
+
+
+def warmup(rate):
+    return callbacks.LearningRateWarmupCallback(rate, warmup_epochs=4, size=4)
+
+
+def halves(rate):
+    return callbacks.LearningRateScheduleCallback(rate, 0.5, start_epoch=4, end_epoch=6)
+
+
+def tenth(rate):
+    return callbacks.LearningRateScheduleCallback(rate, lambda _: 0.1, start_epoch=6)
+
+
+@pytest.mark.parametrize("together", [1, 3])
+def test_in_the_middle_of_schedules_training_goes_on_with_the_rates_of_a_whole_one(together, tmp_path):
+    chosen = warmup, halves, tenth
+    whole = linear(steps_per_execution=together)
+    expected = go_on(whole, 0, 7, *chosen)
+    for stop in (2, 5, 6):
+        model = linear(steps_per_execution=together)
+        rates = go_on(model, 0, stop, *chosen)
+        loaded = saved(model, tmp_path / "half.keras")
+        for again in (model, loaded):  # in the same process, and from the file
+            assert rates + go_on(again, stop, 7, *chosen) == pytest.approx(expected)
+            for ours, theirs in zip(again.get_weights(), whole.get_weights(), strict=True):
+                np.testing.assert_allclose(ours, theirs, rtol=1e-5)
+
+
+def test_a_second_training_does_not_start_from_the_rate_of_an_unfinished_warmup(tmp_path, caplog):
+    model = linear()
+    first = [go_on(model, 0, 1, warmup) for _ in range(3)]
+    assert first == [pytest.approx([0.8 / 4 * (1 + 3 / 4)])] * 3
+    model.optimizer.learning_rate = 0.4  # set by the user, so it is the one to reach
+    assert go_on(model, 0, 4, warmup)[-1] == pytest.approx(0.4)
+    loaded = saved(model, tmp_path / "new.keras")
+    assert go_on(loaded, 0, 4, warmup)[-1] == pytest.approx(0.4)
+    assert "goes on in epoch" not in caplog.text
+
+
+def test_a_rate_that_cannot_be_known_is_refused_and_one_that_is_concluded_is_said(tmp_path, caplog):
+    model = linear()
+    go_on(model, 0, 2, warmup)
+    loaded = saved(model, tmp_path / "half.keras")
+    with pytest.raises(UsageError, match=r"begins in epoch 3.*that after 8 steps, and 2 epochs of 2 steps are 4.*init"):
+        go_on(loaded, 2, 4, warmup, batch=4)
+    assert go_on(loaded, 2, 4, callbacks.LearningRateWarmupCallback(0.8, 4, size=4), batch=4)[-1] == pytest.approx(0.8)
+    loaded = saved(model, tmp_path / "half.keras")
+    go_on(loaded, 2, 4, warmup)
+    assert "goes on in epoch 3 with a rate of 0.5, which it takes for 0.625 times 0.8" in caplog.text
+    ended = linear(0.3)
+    none = callbacks.LearningRateScheduleCallback(None, lambda epoch: max(0.0, 1 - epoch))
+    go_on(ended, 0, 2, none)
+    loaded = saved(ended, tmp_path / "ended.keras")
+    with pytest.raises(UsageError, match="the rate was 0 times it"):
+        go_on(loaded, 2, 3, callbacks.LearningRateScheduleCallback(None, lambda epoch: max(0.0, 1 - epoch)))
 
 
 def test_a_staircase_by_a_number_and_by_a_function():
