@@ -36,10 +36,12 @@ import numpy as np
 import tensorflow as tf
 
 from hvdkit import collectives, runtime, world
+from hvdkit.callbacks.learning_rate_schedule import has_schedule, learning_rate_of, remember_origin, steps_taken
 from hvdkit.checkpoint.commits import Commits
 from hvdkit.checkpoint.preemption import Listener, Preempted
 from hvdkit.errors import UsageError
 from hvdkit.optimizers import heartbeat
+from hvdkit.optimizers.parts import optimizers_of
 from hvdkit.optimizers.sharded import ShardedOptimizer
 from hvdkit.optimizers.state import make_seeds_differ
 
@@ -114,12 +116,14 @@ class TensorFlowState(ObjectState):
         """Restores the last commit."""
         for variable, value in zip(self._variables(), self._committed, strict=True):
             variable.assign(value)
+        self._tell_rate()
         super().restore()
 
     def sync(self) -> None:
         """Broadcasts rank 0's state to all ranks and commits it."""
         with horovod_errors():
             collectives.broadcast_variables(self._variables())
+            self._tell_rate()
             super().sync()
         self.save()
 
@@ -168,6 +172,9 @@ class TensorFlowState(ObjectState):
     def reset(self) -> None:
         """Does nothing: a graph of one's own is traced by one's own function."""
 
+    def _tell_rate(self) -> None:
+        """Does nothing: variables alone have no learning rate."""
+
     def _leave(self) -> None:
         error = self._commits.wait() if self._commits else ""
         # No rank may stop before the commit is written: a launcher ends the job with the first rank that exits.
@@ -185,11 +192,11 @@ class TensorFlowState(ObjectState):
 class KerasState(TensorFlowState):
     """The state of a training run in memory, with `commit`, `restore`, and `sync` over all ranks.
 
-    It contains the model's weights and random seeds, the optimizer's slots, iterations and learning rate, and the
+    It contains the model's weights and random seeds, the optimizers' slots, iterations and learning rates, and the
     keyword arguments, which become attributes.
 
     Args:
-        model: a built Keras model.
+        model: a built Keras model. The state also has optimizers in its attributes, as of a GAN.
         optimizer: by default the optimizer of the compiled model.
         **kwargs: further values, such as `epoch=0` and `batch=0`. With Horovod's launcher: anything that can be
             pickled. With hvdkit's launcher, which does not pickle: numbers, strings, arrays, and lists, tuples and
@@ -197,7 +204,7 @@ class KerasState(TensorFlowState):
 
     Raises:
         ValueError: the model is not built, or has no optimizer and none is given.
-        UsageError: the optimizer is a `ShardedOptimizer`.
+        UsageError: an optimizer is a `ShardedOptimizer`, or one in an attribute is not built.
     """
 
     def __init__(self, model: keras.Model, optimizer: Any = None, **kwargs: Any) -> None:
@@ -209,15 +216,26 @@ class KerasState(TensorFlowState):
         optimizer = optimizer if optimizer is not None else getattr(model, "optimizer", None)
         if optimizer is None:
             raise ValueError(f"The model {model.name!r} has no optimizer: compile it, or pass one to KerasState.")
-        if isinstance(optimizer, ShardedOptimizer):
+        others = [o for o in optimizers_of(model) if o is not optimizer]
+        if any(isinstance(o, ShardedOptimizer) for o in [optimizer, *others]):
             raise UsageError(
                 "KerasState cannot keep the state of a ShardedOptimizer: it is divided over the ranks, and the part of "
                 "a lost rank is lost, too. Use hvdkit.callbacks.CheckpointCallback, or DistributedOptimizer."
             )
         if not optimizer.built:
             optimizer.build(model.trainable_variables)
+        unbuilt = next((o for o in others if not o.built), None)
+        if unbuilt is not None:
+            raise UsageError(
+                f"The model {model.name!r} has a second optimizer, {unbuilt.name!r}, which has no slots yet. Build it "
+                f"for the variables that it trains before KerasState is made: optimizer.build(variables)."
+            )
         self.model = model
         self.optimizer = optimizer
+        self._optimizers = [optimizer, *others]
+        # Of a new optimizer; what is restored may be in the middle of a warm-up.
+        is_new = not steps_taken(optimizer) and not has_schedule(optimizer)
+        self._made_with = learning_rate_of(optimizer) if is_new else None
         self._start(model, kwargs)
 
     def sync(self) -> None:
@@ -233,8 +251,14 @@ class KerasState(TensorFlowState):
             self.model.make_test_function(force=True)
         self.model.make_predict_function(force=True)
 
+    def _tell_rate(self) -> None:
+        """Lets warm-ups and schedules multiply the rate with which the optimizer was made, not the restored one."""
+        if self._made_with is not None:
+            remember_origin(self.optimizer, self._made_with)
+
     def _variables(self) -> list[Any]:
-        return [*self.model.variables, *self.optimizer.variables]
+        slots = [v for optimizer in self._optimizers for v in optimizer.variables]
+        return list({id(v): v for v in [*self.model.variables, *slots]}.values())
 
 
 class TensorFlowKerasState(KerasState):

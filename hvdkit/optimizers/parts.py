@@ -6,10 +6,22 @@ import keras
 
 
 def optimizers_of(model: keras.Model) -> list[Any]:
-    """Returns the optimizer that a model is compiled with, and those in its own attributes (GANs have two)."""
-    candidates = [getattr(model, "optimizer", None), *vars(model).values()]
+    """Returns the optimizer that a model is compiled with, and those in its own attributes (GANs have two).
+
+    They may be in lists, tuples and dicts.
+    """
+    candidates = [getattr(model, "optimizer", None)]
+    for value in vars(model).values():
+        candidates += leaves_of(value)
     found: list[Any] = [c for c in candidates if isinstance(c, keras.optimizers.Optimizer)]
     return list({id(o): o for o in found}.values())
+
+
+def leaves_of(value: Any) -> list[Any]:
+    """Returns what lists, tuples and dicts contain, at any depth; of another value the value."""
+    if isinstance(value, dict):
+        value = list(value.values())
+    return [leaf for part in value for leaf in leaves_of(part)] if isinstance(value, (list, tuple)) else [value]
 
 
 def parts_of(optimizer: keras.optimizers.Optimizer) -> list[keras.optimizers.Optimizer]:
