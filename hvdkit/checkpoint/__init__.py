@@ -6,7 +6,10 @@
 - `writer`: the thread that writes while training continues;
 - `plain`: values as JSON and arrays, without pickle;
 - `variables`: weights, optimizer slots, metrics and seeds; one value for each rank where ranks differ;
-- `callback_state`: the state of callbacks: Keras', hvdkit's and yours;
+- `callback_state`: the state of callbacks (Keras', hvdkit's and yours), and of attributes of your layers and metrics;
+- `learnt`: what layers have learnt in `adapt`;
+- `rates`: learning rates, with another number of ranks;
+- `best`: which epochs are among the best;
 - `randomness`: the global random generators of Python, NumPy and Keras;
 - `running_fit`: makes a running `Model.fit` start in the middle of an epoch;
 - `preemption`: SIGTERM and SIGUSR1.

@@ -10,9 +10,10 @@ from typing import Any
 import keras
 
 from hvdkit import collectives, outcome, world
-from hvdkit.checkpoint import randomness, resuming, store, variables
+from hvdkit.checkpoint import learnt, randomness, rates, resuming, store, variables
 from hvdkit.checkpoint.background import Writer
-from hvdkit.checkpoint.callback_state import CallbackStates
+from hvdkit.checkpoint.best import Best
+from hvdkit.checkpoint.callback_state import CallbackStates, arrays_of, checksums, unlike
 from hvdkit.checkpoint.plain import pack, unpack
 from hvdkit.checkpoint.preemption import SIGNALS, Listener, Preempted
 from hvdkit.checkpoint.running_fit import RunningFit
@@ -20,7 +21,7 @@ from hvdkit.checkpoint.store import Checkpoint
 from hvdkit.compat.keras3 import set_first_epoch
 from hvdkit.errors import UsageError
 from hvdkit.optimizers.parts import optimizers_of
-from hvdkit.optimizers.state import kept_of
+from hvdkit.optimizers.state import METRIC, UNTRACKED, Kept, kept_of
 
 _log = logging.getLogger(__name__)
 
@@ -32,8 +33,13 @@ class CheckpointCallback(keras.callbacks.Callback):
 
     Put the callback on all ranks, anywhere in the list, and make a new one for each `fit`. It saves weights, optimizer
     slots and loss scale, the learning rate, the state of all callbacks (including Keras'), the metrics of the epoch so
-    far, epoch and step, every rank's seeds, and the position in the data. Rank 0 writes in a thread while training
-    continues.
+    far, epoch and step, every rank's seeds, and the position in the data. Also what Keras itself does not save: states
+    of stateful RNNs, `tf.Variable`s in layers, and plain values and arrays in attributes of your own layers and metrics
+    that change while training. What it leaves out is named in a warning before the first checkpoint. Rank 0 writes in a
+    thread while training continues.
+
+    With another number of ranks, the saved learning rate is multiplied by the ratio of those with which the optimizer
+    is made, so a rate in `hvdkit.scaled` stays scaled.
 
     A data set of your own (arrays, `tf.data.Dataset`, `PyDataset`) must give the same batches in each run: shuffle
     with a fixed seed, or after `keras.utils.set_random_seed`. When training resumes, the batches of the interrupted
@@ -49,9 +55,10 @@ class CheckpointCallback(keras.callbacks.Callback):
         resume: "auto" resumes from the newest intact checkpoint in `directory`, if there is one; "never"; or the path
             of a checkpoint, or of a run that has some.
         keep: how many of the newest checkpoints to keep.
-        keep_best: how many of the best checkpoints to keep in addition, by `monitor`.
+        keep_best: how many of the best checkpoints to keep in addition, by `monitor`. Every epoch is judged, and saved
+            if it is among the best, also where `every` would not save it.
         monitor: a metric in an epoch's logs.
-        mode: "min", "max", or "auto", which infers it from the metric's name.
+        mode: "min", "max", or "auto", which infers it like Keras, from the metric, and otherwise from its name.
         on_error: what to do when a checkpoint cannot be written: "warn" continues training, "stop" ends the job.
         job: what identifies this run: JSON values by name. A checkpoint with another value for one of them is rejected.
         extra: a function of the (epoch, step) at which training would resume. Its result, of JSON types, is saved in
@@ -101,6 +108,7 @@ class CheckpointCallback(keras.callbacks.Callback):
         self.keep_best = keep_best
         self.monitor = monitor
         more = any(part in monitor for part in _MORE_IS_BETTER)
+        self.infers_mode = mode == "auto"
         self.mode = mode if mode != "auto" else "max" if more else "min"
         self.on_error = on_error
         self.job = dict(job or {})
@@ -144,6 +152,7 @@ class _Keeper(keras.callbacks.Callback):
         self._looked = 0  # total steps when `_is_time` was last called
         self._stopped = False
         self._waited = 0.0  # seconds that training has waited for snapshots
+        self._saved = False  # a first checkpoint
         self._pending: Checkpoint | None = None  # to restore when the epoch has begun
         self._logs: dict[str, Any] = {}
 
@@ -152,9 +161,12 @@ class _Keeper(keras.callbacks.Callback):
         """Restores, after `on_train_begin` of all callbacks, and after the ranks are synchronized."""
         self._refuse_process_sets()
         settings = self._settings
-        self._states = CallbackStates(self._fit.callbacks)
+        self._states = CallbackStates(self._fit.callbacks, self.model)
+        self._rates = rates.rates_of(self.model)
         if world.rank() == 0:
             store.sweep(settings.directory)
+        there = store.metrics(settings.directory) if settings.keep_best and world.rank() == 0 else []
+        self._best = Best(self.model, settings.keep_best, settings.monitor, settings.mode, settings.infers_mode, there)
         found = settings.resumed or resuming.open_checkpoint(settings.directory, settings.resume)
         if found:
             resuming.refuse_another_job(found, settings.job)
@@ -180,6 +192,8 @@ class _Keeper(keras.callbacks.Callback):
         self._fit.build()
         kept = kept_of(self.model)
         resuming.refuse_another_model(found, variables.difference(kept, _signatures(state)))
+        resuming.refuse_another_model(found, learnt.difference(self.model, state.get("learnt", [])))
+        self._tell_what_is_not_restored(found, kept)
         self._before, self._looked = state["step"] - state["step_in_epoch"], state["step"]
         self._restore(found)
         self._pending = found if state["step_in_epoch"] else None
@@ -200,14 +214,29 @@ class _Keeper(keras.callbacks.Callback):
             logs=unpack(state["logs"], found.arrays),
         )
 
+    def _tell_what_is_not_restored(self, found: Checkpoint, kept: list[Kept]) -> None:
+        state, ranks = found.state, len(found.state["ranks"])
+        missing = variables.missing(kept, _signatures(state))
+        if state["step_in_epoch"] and any(k.kind == METRIC for k in missing):
+            _log.warning("The metrics are not those of %s: in this epoch they start from zero.", found.path)
+        lost = [k.path for k in missing if k.kind == UNTRACKED]
+        if lost:
+            _log.warning("%s does not have %s: it is left as it is.", found.path, " and ".join(lost[:3]))
+        moved = [k.path for k in kept if k.kind == UNTRACKED and k.path not in lost]
+        if moved and ranks != world.size():
+            message = "%s is of %d ranks and their data: each of the %d ranks takes that of one of them."
+            _log.warning(message, " and ".join(moved[:3]), ranks, world.size())
+        rates.tell(self.model, self._rates, state.get("rates", []), ranks)
+
     def _restore(self, found: Checkpoint) -> None:
         state = found.state
-        same_metrics = variables.restore(kept_of(self.model), _signatures(state), found.arrays)
-        if state["step_in_epoch"] and not same_metrics:
-            _log.warning("The metrics are not those of %s: in this epoch they start from zero.", found.path)
+        variables.restore(kept_of(self.model), _signatures(state), found.arrays)
+        learnt.settle(self.model)
         ranks = state["ranks"]
-        mine = ranks[world.rank()] if world.rank() < len(ranks) else ranks[0]
-        self._states.restore(mine["callbacks"], found.arrays)
+        if len(ranks) != world.size():
+            rates.rescale(self.model, self._rates, state.get("rates", []))
+        saved = world.rank() if world.rank() < len(ranks) else 0
+        self._states.restore(ranks[saved]["callbacks"], arrays_of(saved, found.arrays))
 
     def _restore_randomness(self, found: Checkpoint) -> None:
         ranks = found.state["ranks"]
@@ -247,8 +276,9 @@ class _Keeper(keras.callbacks.Callback):
         is_time = self._is_time()
         cut_short = self._stopped and self._fit.steps is not None and self._step < self._fit.steps
         position = (epoch, self._step) if cut_short else (epoch + 1, 0)
-        if self._settings.every == "epoch" or is_time or over or leaving:
-            names = self._save(*position, metrics=_numbers(logs), may_drop=not (over or leaving))
+        is_best = self._best.takes(_numbers(logs))
+        if self._settings.every == "epoch" or is_time or over or leaving or is_best:
+            names = self._save(*position, metrics=_numbers(logs), may_drop=not (over or leaving or is_best))
             if leaving:
                 self._leave(names)
         self._before += self._step
@@ -284,19 +314,26 @@ class _Keeper(keras.callbacks.Callback):
             The name of the signal that each rank received, or None.
         """
         began = time.perf_counter()
+        if not self._saved:
+            self._saved = True
+            self._tell_what_is_not_saved()
+            self._learnt = learnt.digests(self.model)
         arrays: dict[str, Any] = {}
+        own_arrays: dict[str, Any] = {}
         kept = kept_of(self.model)
         snapshot = variables.Snapshot(kept)
         random_arrays: dict[str, Any] = {}
         mine = {
-            "callbacks": self._states.pack(arrays),
+            "callbacks": self._states.pack(arrays, own_arrays),
+            "checksums": checksums(own_arrays),
             "random": pack(randomness.state(), random_arrays, f"random/{world.rank()}"),
             "random_arrays": random_arrays,
             "heard": self._listener.heard,
             **({"variables": snapshot.signatures} if snapshot.divided else {}),
         }
         ranks = collectives.allgather_object(mine, name="checkpoint.ranks")
-        own = collectives.gather_object(snapshot.own, name="checkpoint.own")
+        others = unlike(own_arrays, ranks[0]["checksums"])
+        everyone = collectives.gather_object((snapshot.own, others), name="checkpoint.own")
         heard = [rank["heard"] for rank in ranks]
         if world.rank():
             return heard
@@ -304,8 +341,9 @@ class _Keeper(keras.callbacks.Callback):
         if may_drop and self._writer.busy:
             _log.info("no checkpoint of step %d: the previous one is still being written", now)
             return heard
-        for rank in ranks:
-            arrays |= rank["random_arrays"]
+        arrays |= own_arrays
+        for rank, (_, others) in zip(ranks, everyone, strict=True):
+            arrays |= {**rank["random_arrays"], **others}
         state = {
             "step": now,
             "epoch": epoch,
@@ -316,6 +354,8 @@ class _Keeper(keras.callbacks.Callback):
             "job": self._settings.job,
             "extra": self._settings.extra(epoch, step) if self._settings.extra else None,
             "variables": snapshot.signatures,
+            "learnt": self._learnt,
+            "rates": self._rates,
             "ranks": [
                 {name: rank[name] for name in ("callbacks", "random", "variables") if name in rank} for rank in ranks
             ],
@@ -323,13 +363,23 @@ class _Keeper(keras.callbacks.Callback):
             "written": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
         }
         self._waited += time.perf_counter() - began
+        own = [values for values, _ in everyone]
         self._writer.start(now, lambda: self._write(now, state, {**arrays, **snapshot.arrays(own)}, metrics or {}))
         return heard
+
+    def _tell_what_is_not_saved(self) -> None:
+        unsaved = self._states.unsaved()
+        if unsaved and world.rank() == 0:
+            _log.warning(
+                "Checkpoints do not have %s: a run that resumes begins with what the program makes. Give its owner the "
+                "methods checkpoint_state() and restore_state(state), or make it a variable.",
+                " and ".join(unsaved[:3]),
+            )
 
     def _write(self, step: int, state: dict[str, Any], arrays: dict[str, Any], metrics: Mapping[str, float]) -> Path:
         settings = self._settings
         path = store.write(settings.directory, step, state, arrays, metrics)
-        store.retain(settings.directory, settings.keep, settings.keep_best, settings.monitor, settings.mode)
+        store.retain(settings.directory, settings.keep, settings.keep_best, settings.monitor, self._best.mode)
         return path
 
     def _stop_on_error(self) -> None:

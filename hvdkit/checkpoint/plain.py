@@ -5,6 +5,7 @@ stored separately; the JSON contains their names.
 """
 
 from collections import deque
+from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
@@ -39,7 +40,7 @@ def pack(value: Any, arrays: dict[str, np.ndarray], name: str) -> Any:
     raise NotPlain(type(value).__name__)
 
 
-def unpack(packed: Any, arrays: dict[str, np.ndarray]) -> Any:
+def unpack(packed: Any, arrays: Mapping[str, np.ndarray]) -> Any:
     """The inverse of `pack`."""
     if isinstance(packed, list):
         return [unpack(v, arrays) for v in packed]

@@ -218,15 +218,21 @@ def sweep(directory: Path) -> None:
                 shutil.rmtree(path, ignore_errors=True)
 
 
+def metrics(directory: Path) -> list[dict[str, float]]:
+    """Returns the metrics of all checkpoints in a directory that have some."""
+    return [found for path in folders(directory) if (found := _metrics(path))]
+
+
+def _metrics(path: Path) -> dict[str, float]:
+    try:
+        return dict(json.loads((path / "manifest.json").read_text(encoding="utf-8"))["metrics"])
+    except (OSError, ValueError, KeyError, TypeError):
+        return {}
+
+
 def _best(there: list[Path], best: int, monitor: str, mode: str) -> list[Path]:
-    judged = []
-    for path in there:
-        try:
-            value = json.loads((path / "manifest.json").read_text(encoding="utf-8"))["metrics"][monitor]
-        except (OSError, ValueError, KeyError, TypeError):
-            continue
-        if value == value:  # NaN is not
-            judged.append((-value if mode == "max" else value, path))
+    judged = [(value, path) for path in there if isinstance(value := _metrics(path).get(monitor), (int, float))]
+    judged = [(-value if mode == "max" else value, path) for value, path in judged if value == value]  # NaN is not
     return [path for _, path in sorted(judged)[:best]]
 
 

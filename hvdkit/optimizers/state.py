@@ -1,19 +1,21 @@
-"""The variables of a training run, and whether each is synchronized, local to a rank, a metric or a seed."""
+"""The variables of a training run, and whether each is synchronized, local to a rank, untracked, a metric or a seed."""
 
 import dataclasses
+from collections.abc import Iterator
 from typing import Any
 
 import keras
 import tensorflow as tf
 
 from hvdkit.collectives.mesh import copy_index, mesh_of
-from hvdkit.compat.keras3 import gradient_accumulators, is_seed, layers_of
+from hvdkit.compat.keras3 import gradient_accumulators, is_seed, layers_of, native_variable
+from hvdkit.compat.preprocessing import LEARNING
 from hvdkit.optimizers.distributed import keeps_local
-from hvdkit.optimizers.parts import optimizers_of, parts_of
+from hvdkit.optimizers.parts import leaves_of, optimizers_of, parts_of
 from hvdkit.optimizers.sharded import ShardedOptimizer
 from hvdkit.optimizers.whole_slots import WholeSlot
 
-COMMON, OWN, METRIC, SEED = "common", "own", "metric", "seed"
+COMMON, OWN, METRIC, SEED, UNTRACKED = "common", "own", "metric", "seed", "untracked"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -35,13 +37,18 @@ class Kept:
     @property
     def signature(self) -> list[Any]:
         """What must match where the variable is restored: shape, dtype and kind; the path is for messages."""
-        return [self.variable.path, list(self.variable.shape), str(self.variable.dtype), self.kind]
+        return [self.path, list(self.variable.shape), str(self.variable.dtype), self.kind]
+
+    @property
+    def path(self) -> str:
+        """Its name in Keras, or in TensorFlow."""
+        return getattr(self.variable, "path", None) or self.variable.name
 
     def parts(self) -> list[tf.Variable]:
         """Returns its TensorFlow variables: under `tf.distribute` one per replica; none for a sharded slot."""
         if isinstance(self.variable, WholeSlot):
             return []
-        native = getattr(self.variable, "value", self.variable)
+        native = self.variable if isinstance(self.variable, tf.Variable) else self.variable.value
         return list(getattr(native, "values", None) or [native])
 
 
@@ -65,9 +72,23 @@ def kept_of(model: keras.Model) -> list[Kept]:
         return Kept(variable, OWN if own else COMMON, local)
 
     kept = [describe(v) for i, v in everything.items() if i not in metrics and v.dtype != "string"]
+    known = {i for v in [*everything.values(), *metrics.values()] for i in (id(v), id(native_variable(v)))}
+    kept += [Kept(v, UNTRACKED) for v in {id(v): v for v in _untracked(model) if id(v) not in known}.values()]
     kept += [Kept(v, METRIC) for v in metrics.values() if v.dtype != "string"]
     mesh = mesh_of(model.weights)
     return [dataclasses.replace(k, columns=mesh.model) for k in kept] if mesh else kept
+
+
+def _untracked(model: keras.Model) -> Iterator[Any]:
+    """Yields variables in attributes of layers, which are unknown to Keras: states of stateful RNNs, `tf.Variable`s."""
+    for layer in layers_of(model):
+        if isinstance(layer, LEARNING):
+            continue
+        for value in list(vars(layer).values()):
+            for leaf in leaves_of(value):
+                found = leaf.state if isinstance(leaf, tf.random.Generator) else leaf
+                if isinstance(found, (keras.Variable, tf.Variable)) and found.dtype not in ("string", tf.string):
+                    yield found
 
 
 def _slots(optimizer: Any) -> list[Any]:

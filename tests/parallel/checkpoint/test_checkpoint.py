@@ -214,6 +214,114 @@ def test_every_ranks_own_state_goes_on(ranks, tmp_path):
     assert everyone[0][0][0][1] != everyone[1][0][0][1], "with seeds of each rank's own"
 
 
+def _with_states_of_their_own(rank):
+    """A layer and a callback that keep states in many ways."""
+    import time
+
+    import keras
+    import tensorflow as tf
+
+    class Counting(keras.layers.Layer):
+        def __init__(self):
+            super().__init__(name="counting")
+            self.calls, self.epochs_seen = tf.Variable(0, trainable=False), [0]
+
+        def call(self, x, training=False):
+            if training:
+                self.calls.assign_add(1 + rank)
+            return x
+
+    class Noting(keras.callbacks.Callback):
+        """Changes arrays in place, others on each rank, and those of layers."""
+
+        def __init__(self, stop):
+            super().__init__()
+            self.array, self.scalar, self.common = np.zeros(200_000), np.float64(0), np.zeros(2)
+            self.numbers = iter(range(9))
+            self._stop = stop
+
+        def on_epoch_begin(self, epoch, logs=None):
+            self.model.layers[0].epochs_seen = [*self.model.layers[0].epochs_seen, epoch + rank]
+            self.model.layers[1].reset_state()
+
+        def on_train_batch_end(self, batch, logs=None):
+            self.array += 1 + rank
+            self.common += 1
+            self.scalar = np.float64(self.scalar + rank)
+            time.sleep(0.1)  # the previous checkpoint is written
+            if self._stop and batch == 2 and len(self.model.layers[0].epochs_seen) == 3:
+                raise InterruptedError
+
+    return Counting, Noting
+
+
+def _wait_for_writers():
+    import threading
+
+    for thread in threading.enumerate():
+        if thread.name == "hvdkit-checkpoint":
+            thread.join()
+
+
+def states_outside_of_tracked_variables(folder):
+    """One training undisturbed, and one that is interrupted in an epoch: what each rank's objects hold in the end."""
+    import logging
+
+    import keras
+
+    import hvdkit as hvd
+    from hvdkit import collectives
+
+    rank = hvd.init().rank
+    layer, callback = _with_states_of_their_own(rank)
+    said, handler = [], logging.Handler()
+    handler.emit = lambda record: said.append(record.getMessage())
+
+    def train(name, stop=False):
+        keras.utils.set_random_seed(3)
+        generator = np.random.default_rng(rank)
+        x, y = generator.normal(size=[8, 5, 3]).astype("float32"), generator.normal(size=[8, 1]).astype("float32")
+        memory = keras.layers.LSTM(4, stateful=True)
+        model = keras.Sequential([keras.layers.Input(batch_shape=[2, 5, 3]), layer(), memory, keras.layers.Dense(1)])
+        model.compile(hvd.DistributedOptimizer(keras.optimizers.SGD(0.2)), loss="mse", jit_compile=False)
+        keeper = hvd.callbacks.CheckpointCallback(f"{folder}/{name}", every=2, signals=())
+        noting = callback(stop)
+        callbacks = [*hvd.callbacks.standard(), noting, keeper]
+        model.fit(x, y, batch_size=2, epochs=2, shuffle=False, verbose=0, callbacks=callbacks)
+        return {
+            "weights": collectives.digest(model.weights),
+            "states of the RNN": collectives.digest(memory.states),
+            "variable": int(model.layers[0].calls),
+            "attribute": list(model.layers[0].epochs_seen),
+            "array": (noting.array[0], noting.array[-1]),
+            "array like rank 0's": list(noting.common),
+            "scalar": (noting.scalar, type(noting.scalar).__name__),
+        }, keeper.resumed
+
+    logging.getLogger("hvdkit.checkpoint").addHandler(handler)
+    whole, _ = train("whole")
+    try:
+        train("broken", stop=True)
+    except InterruptedError:
+        _wait_for_writers()
+    hvd.barrier(name="interrupted")
+    resumed, found = train("broken")
+    logging.getLogger("hvdkit.checkpoint").removeHandler(handler)
+    return whole, resumed, found.state["step_in_epoch"], said
+
+
+def test_states_that_keras_does_not_save_go_on_on_every_rank(ranks, tmp_path):
+    everyone = ranks(2, states_outside_of_tracked_variables, folder=str(tmp_path))
+    for whole, resumed, step, _ in everyone:
+        assert step == 2
+        assert resumed == whole
+    first, second = everyone[0][0], everyone[1][0]
+    differing = {"states of the RNN", "variable", "attribute", "array", "scalar"}
+    assert {name for name in first if first[name] != second[name]} == differing
+    assert sum("numbers of Noting (an iterator)" in text for text in everyone[0][3]) == 3, "once for each fit"
+    assert not any("numbers of Noting" in text for text in everyone[1][3])
+
+
 def fit_where_rank_1_lacks_the_callback(folder):
     import keras
 

@@ -8,6 +8,7 @@ import subprocess
 import sys
 import threading
 import time
+import types
 
 import keras
 import ml_dtypes
@@ -17,9 +18,10 @@ import tensorflow as tf
 
 from hvdkit import collectives
 from hvdkit.callbacks import CheckpointCallback, LearningRateScheduleCallback, StepLossCallback
-from hvdkit.checkpoint import plain, store
+from hvdkit.checkpoint import plain, rates, store, variables
 from hvdkit.checkpoint.preemption import Preempted, leaving_at_once
 from hvdkit.errors import UsageError
+from hvdkit.optimizers.state import COMMON, Kept
 
 # ---- On disk ----------------------------------------------------------------------------------------------------
 
@@ -330,6 +332,144 @@ def test_what_is_foreign_is_refused(tmp_path):
     other = CheckpointCallback(tmp_path / "other", resume=tmp_path / "nothing")
     with pytest.raises(UsageError, match="is not there, so there is no intact checkpoint"):
         model().fit(**data("arrays"), verbose=0, callbacks=[other])
+
+
+def of_two_layers(optimizer, *names):
+    keras.utils.set_random_seed(3)
+    layers = [keras.layers.Dense(8, use_bias=False, name=name) for name in names]
+    built = keras.Sequential([keras.layers.Input([8]), *layers], name=f"run_{len(names[0])}")
+    built.compile(optimizer, loss="mse", jit_compile=False)
+    return built
+
+
+def test_another_optimizer_and_layers_in_another_order_are_refused_though_their_shapes_are_the_same(tmp_path):
+    def fit(optimizer, *names):
+        keeper = CheckpointCallback(tmp_path)
+        of_two_layers(optimizer, *names).fit(INPUTS, INPUTS, epochs=1, verbose=0, callbacks=[keeper])
+        return keeper
+
+    fit(keras.optimizers.RMSprop(0.01), "encoder", "decoder")
+    with pytest.raises(UsageError, match=r"another model or optimizer: the place of rm.*prop/.* is that of adagrad/"):
+        fit(keras.optimizers.Adagrad(0.01), "encoder", "decoder")
+    with pytest.raises(UsageError, match=r"the place of .*encoder/kernel there is that of .*decoder/kernel here"):
+        fit(keras.optimizers.RMSprop(0.01), "decoder", "encoder")
+    keras.optimizers.RMSprop(0.01)  # takes a number of Keras' names
+    assert fit(keras.optimizers.RMSprop(0.01), "encoder", "decoder").resumed
+
+
+@pytest.mark.parametrize(
+    ("ours", "theirs", "are_one"),
+    [
+        ("sequential_3/dense_7/kernel", "dense_1/kernel", True),
+        ("sequential/encoder/kernel", "sequential/decoder/kernel", False),
+        ("dense/kernel", "dense/bias", False),
+        ("gru_cell/recurrent_kernel", "gru_cell/kernel", False),
+        ("loss_scale_optimizer/sgd/sequential_dense_kernel_momentum", "sgd/dense_4_kernel_momentum", True),
+        ("adam/dense_kernel_momentum", "adam/dense_kernel_velocity", False),
+        ("rm_sprop/iteration", "adagrad/iteration", False),
+        ("rm_sprop/iteration", "rm_sprop_1/iteration", True),
+        ("count", "count", True),
+    ],
+)
+def test_paths_of_one_variable_in_two_processes(ours, theirs, are_one):
+    def difference(path, other):
+        variable = types.SimpleNamespace(path=path, shape=[2], dtype="float32")
+        return variables.difference([Kept(variable, COMMON)], [[other, [2], "float32", COMMON]])
+
+    assert (difference(ours, theirs) is None) is are_one
+    assert (difference(theirs, ours) is None) is are_one
+
+
+def test_numbers_that_keras_gives_do_not_matter(tmp_path):
+    def fit():
+        keeper = CheckpointCallback(tmp_path)
+        layers = [keras.layers.Dense(8), keras.layers.BatchNormalization(), keras.layers.Dense(8)]
+        built = keras.Sequential([keras.layers.Input([8]), *layers])
+        built.compile(keras.optimizers.SGD(0.1, momentum=0.9), loss="mse", jit_compile=False)
+        built.fit(INPUTS, INPUTS, epochs=1, verbose=0, callbacks=[keeper])
+        return keeper, built
+
+    _, first = fit()
+    keeper, second = fit()
+    assert first.layers[0].name != second.layers[0].name
+    assert keeper.resumed
+
+
+def test_another_vocabulary_is_refused_and_normalization_goes_on_with_what_is_saved(tmp_path):
+    texts = tf.data.Dataset.from_tensor_slices((np.array([["a b"], ["b c"]]), np.ones([2, 1]))).batch(2)
+
+    def fit_texts(*words):
+        layers = keras.layers
+        vectorize = layers.TextVectorization(output_sequence_length=2)
+        vectorize.adapt(np.array(words))
+        model_of_texts = [layers.Input([1], dtype="string"), vectorize, layers.Embedding(9, 2), layers.Flatten()]
+        built = keras.Sequential([*model_of_texts, layers.Dense(1)])
+        built.compile("sgd", "mse", jit_compile=False)
+        built.fit(texts, verbose=0, callbacks=[CheckpointCallback(tmp_path / "texts")])
+
+    fit_texts("a b", "b c")
+    fit_texts("a b", "b c")
+    with pytest.raises(UsageError, match=r"layer text_vectorization.* has learnt another vocabulary there than here"):
+        fit_texts("a b", "b d")
+
+    def fit_numbers(mean):
+        normalize = keras.layers.Normalization()
+        normalize.adapt(INPUTS + mean)
+        built = keras.Sequential([keras.layers.Input([8]), normalize, keras.layers.Dense(8)])
+        built.compile("sgd", "mse", jit_compile=False)
+        built.fit(INPUTS, INPUTS, epochs=1, verbose=0, callbacks=[CheckpointCallback(tmp_path / "numbers")])
+        return np.asarray(normalize.mean)
+
+    np.testing.assert_array_equal(fit_numbers(5.0), fit_numbers(7.0))
+
+
+class Said(keras.callbacks.Callback):
+    """Puts numbers into the logs of epochs, as a callback for validation does."""
+
+    checkpointed = False
+
+    def __init__(self, **values):
+        super().__init__()
+        self._values = values
+
+    def on_epoch_end(self, epoch, logs=None):
+        logs.update({name: values[epoch] for name, values in self._values.items()})
+
+
+def test_the_best_epoch_is_kept_also_where_no_checkpoint_is_due(tmp_path):
+    trained = of_two_layers(keras.optimizers.SGD(0.01), "a", "b")
+    keeper = CheckpointCallback(tmp_path, every=13, keep=1, keep_best=1, monitor="score", mode="max")
+    scores = [0.1, 0.9, 0.3, 0.5, 0.2]
+    trained.fit(INPUTS, INPUTS, batch_size=10, epochs=5, verbose=0, callbacks=[Said(score=scores), keeper])
+    assert steps_in(tmp_path) == [12, 30], "of the second epoch, and the last"
+
+
+@pytest.mark.parametrize(("mode", "kept"), [("auto", 12), ("min", 6), ("max", 12)])
+def test_keras_says_whether_more_is_better(tmp_path, mode, kept):
+    trained = of_two_layers(keras.optimizers.SGD(0.01), "a", "b")
+    trained.compile("sgd", "mse", metrics=[keras.metrics.CosineSimilarity(name="similar")], jit_compile=False)
+    keeper = CheckpointCallback(tmp_path, keep=1, keep_best=1, monitor="val_similar", mode=mode)
+    said = Said(val_similar=[0.1, 0.9, 0.3])
+    trained.fit(INPUTS, INPUTS, batch_size=10, epochs=3, verbose=0, callbacks=[said, keeper])
+    assert steps_in(tmp_path) == [kept, 18]
+
+
+def test_a_rate_is_scaled_to_another_number_of_ranks(caplog):
+    trained = of_two_layers(keras.optimizers.SGD(0.4, momentum=0.9), "a", "b")
+    trained.optimizer.build(trained.trainable_variables)
+    trained.optimizer.learning_rate = 0.05  # restored, of two ranks, where a callback has lowered it
+    for velocity in trained.optimizer.momentums:
+        velocity.assign(np.ones(velocity.shape))
+    rates.rescale(trained, [0.4], [0.2])
+    rates.tell(trained, [0.4], [0.2], 2)
+    assert float(trained.optimizer.learning_rate) == pytest.approx(0.1)
+    assert np.asarray(trained.optimizer.momentums[0])[0, 0] == pytest.approx(2)
+    assert "The saved learning rate, of 2 ranks, is scaled by 2," in caplog.text
+    trained.compile(keras.optimizers.SGD(keras.optimizers.schedules.CosineDecay(0.1, 100)), "mse")
+    assert rates.rates_of(trained) == ["CosineDecay"]
+    rates.rescale(trained, ["CosineDecay"], ["CosineDecay"])
+    rates.tell(trained, ["CosineDecay"], ["CosineDecay"], 2)
+    assert "CosineDecay counts steps, and those that are done were of 2 ranks" in caplog.text
 
 
 def test_a_write_error_does_not_end_training_unless_asked(tmp_path, caplog):
