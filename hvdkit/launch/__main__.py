@@ -5,6 +5,7 @@ python -m hvdkit.launch -H host1:4,host2:4 --workdir runs/mine -- python train_m
 """
 
 import importlib.util
+import os
 import signal
 import sys
 from collections.abc import Callable
@@ -12,7 +13,7 @@ from collections.abc import Callable
 from hvdkit import outcome
 from hvdkit.errors import UsageError
 from hvdkit.launch import options
-from hvdkit.launch.job import Job, Settings
+from hvdkit.launch.job import Job, Settings, Stopped
 from hvdkit.launch.mpi import MpiJob
 from hvdkit.launch.options import parser as parser
 from hvdkit.launch.restarts import ElasticJob, Roster
@@ -31,6 +32,8 @@ def launch(arguments: options.argparse.Namespace) -> int:
         print(f"hvdkit.launch: {error}", file=sys.stderr)
         outcome.tell(outcome.Failed("launch", outcome.USAGE, str(error)))
         return outcome.USAGE
+    finally:
+        _drop_unwritten_output()
 
 
 def _launch(arguments: options.argparse.Namespace) -> int:
@@ -61,10 +64,21 @@ def _run_once(job: Job, is_dry: bool) -> int:
             return 0
         job.start()
         return job.run()
-    except KeyboardInterrupt:
-        return 128 + signal.SIGINT
+    except Stopped as stopped:
+        return stopped.exit_code
     finally:
         job.close()
+
+
+def _drop_unwritten_output() -> None:
+    """Drops output that cannot be written: otherwise Python would try again at its end, and change the exit code."""
+    for stream in (sys.stdout, sys.stderr):
+        try:
+            stream.flush()
+        except OSError:
+            nothing = os.open(os.devnull, os.O_WRONLY)
+            os.dup2(nothing, stream.fileno())
+            os.close(nothing)
 
 
 def _receive(take: Callable[[int], None]) -> None:

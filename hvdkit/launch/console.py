@@ -49,6 +49,7 @@ class Console:
         self._streams: dict[tuple[int, bool], _Stream] = {}
         self._files: dict[int, IO[str]] = {}
         self._last: dict[int, collections.deque[str]] = {}
+        self._is_log_lost = False  # whether it is said that logs cannot be written
         self._is_on_progress = False  # whether the terminal's cursor is on a progress line
         if logs is not None:
             try:
@@ -85,7 +86,8 @@ class Console:
             if stream := self._streams.pop((rank, is_error), None):
                 self._take(rank, is_error, stream, stream.rest())
         if file := self._files.pop(rank, None):
-            file.close()
+            with contextlib.suppress(OSError):  # said before
+                file.close()
 
     def last_lines(self, rank: int) -> list[str]:
         """A rank's last lines; if it ended with a traceback, from the start of the traceback."""
@@ -120,7 +122,7 @@ class Console:
 
     def _show(self, rank: int, piece: str, is_error: bool) -> None:
         target = sys.stderr if is_error else sys.stdout
-        with contextlib.suppress(BrokenPipeError):  # the reader has closed the pipe; the job continues
+        with contextlib.suppress(OSError):  # a full disk, or a pipe whose reader has closed it; the job continues
             if self._is_on_progress and target.isatty():
                 target.write(_ERASE)
             self._is_on_progress = piece.endswith("\r")
@@ -132,11 +134,26 @@ class Console:
         self._last.setdefault(rank, collections.deque(maxlen=_KEPT_LINES)).append(line.rstrip("\n"))
         if self.logs is None:
             return
+        try:
+            self._log_of(rank, self.logs).write(line)
+        except OSError as error:
+            self._say_log_lost(self.logs, error)
+
+    def _log_of(self, rank: int, folder: Path) -> IO[str]:
         if rank not in self._files:
             # Appended: a restarted run must keep the log of the run before.
-            self._files[rank] = (self.logs / f"rank-{rank:04d}.log").open("a", encoding="utf-8", buffering=1)
+            self._files[rank] = (folder / f"rank-{rank:04d}.log").open("a", encoding="utf-8", buffering=1)
             self._files[rank].write(f"---- started {time.strftime('%Y-%m-%d %H:%M:%S')}\n")
-        self._files[rank].write(line)
+        return self._files[rank]
+
+    def _say_log_lost(self, folder: Path, error: OSError) -> None:
+        """Says, once, that a log cannot be written. It is tried again with each line: space may be made."""
+        if not self._is_log_lost:
+            self._is_log_lost = True
+            text = f"hvdkit.launch: a log in {folder} cannot be written ({error.strerror}); the job continues.\n"
+            with contextlib.suppress(OSError):
+                sys.stderr.write(text)
+                sys.stderr.flush()
 
 
 class _Stream:

@@ -4,8 +4,10 @@ The rank that the watchdog names as the cause is determined in `hvdkit.watchdog.
 """
 
 import dataclasses
+import itertools
 import signal
 from collections.abc import Mapping, Sequence
+from pathlib import PurePath
 
 
 @dataclasses.dataclass(frozen=True)
@@ -60,3 +62,15 @@ def first(
         if code:
             return Failure(rank, code)
     return next(iter(killed or failures), None)
+
+
+def python_program(command: Sequence[str]) -> str | None:
+    """Returns the Python script or module that a command runs; None if it runs something else."""
+    has_python = False
+    for word, following in itertools.zip_longest(command, command[1:]):
+        if word.endswith(".py") and not word.startswith("-"):
+            return word
+        if has_python and word == "-m":
+            return following
+        has_python |= PurePath(word).name.startswith("python")
+    return None

@@ -3,7 +3,9 @@
 One loop takes events off a queue: messages of agents, and signals. Nothing else changes a job's state.
 """
 
+import contextlib
 import dataclasses
+import math
 import queue
 import shlex
 import signal
@@ -29,11 +31,11 @@ from hvdkit.launch.link import (
 )
 from hvdkit.launch.shells import Shell
 from hvdkit.outcome import Failed
+from hvdkit.signals import SIGNALS
 
 _ANSWER_SECONDS = 30  # at least, for the agent of a busy host to answer; ssh notices sooner that a host is down
 _SPEAK_SECONDS = 4.0  # for the other ranks to report why one failed, before they are ended
 _END_SECONDS = 4.0  # from SIGTERM to SIGKILL after a failure or Ctrl-C
-_STOP_SECONDS = 30.0  # from SIGTERM to SIGKILL after a stop request (SIGTERM): ranks may save first
 _LATE_SECONDS = 2.0  # for an agent to finish
 _TICK = 0.25
 
@@ -54,6 +56,7 @@ class Settings:
     stall_limit: float | None
     silence: float
     is_watched: bool
+    stop_limit: float = 30.0  # from SIGTERM to SIGKILL after a stop request (SIGTERM): ranks save first
     elastic: str | None = None
     cores: list[int] | None = None
     gpus: list[str] | None = None
@@ -76,6 +79,18 @@ class Lost(Exception):  # noqa: N818 - says what happened
     def __init__(self, message: str, hosts: Sequence[str] = ()) -> None:
         super().__init__(message)
         self.hosts = hosts
+
+
+class Stopped(KeyboardInterrupt):
+    """A signal came before the ranks were started.
+
+    Args:
+        number: the signal's number.
+    """
+
+    def __init__(self, number: int) -> None:
+        super().__init__()
+        self.exit_code = exit_code_before_start(number)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -115,6 +130,9 @@ class Job:
         self._over_at: float | None = None  # when to stop waiting for agents
         self._looked = time.monotonic()
         self._stopped_by = 0
+        self._stopped_early_by = 0  # a stop request that came before all ranks had called hvd.init()
+        self._started = math.inf  # time.monotonic() at which the ranks were started
+        self._is_unheard = False  # whether it is said that no rank calls hvd.init()
         self._lost = ""
         self._is_closed = threading.Event()
         self.lost_hosts: list[str] = []
@@ -175,11 +193,10 @@ class Job:
 
     def _on_event_of_start(self, event: Any) -> None:
         if isinstance(event, int):
-            if event != signal.SIGUSR1:  # no rank runs yet that could handle it
-                raise KeyboardInterrupt
-        elif event.kind == GONE:
+            raise Stopped(event)
+        if event.kind == GONE:
             raise UnfitHostError(event.link.host, event.link.complaint())
-        elif event.kind == agent.HELLO:
+        if event.kind == agent.HELLO:
             event.link.about = event.content()
 
     def _check_host(self, link: Link) -> None:
@@ -219,6 +236,7 @@ class Job:
         addresses = {self._own_address(link) for link in self.links}
         addresses |= {str(link.about["source"]) for link in self.links if link.about}
         self._rendezvous = Rendezvous(self.slots, addresses)
+        self._started = time.monotonic()
         own = environment.own_environment()
         for link in self.links:
             mine = self.placed_on(link)
@@ -362,18 +380,28 @@ class Job:
             self._failures.append(Failure(rank, code))
             if self._ends_at is None:
                 # After a stop request ranks exit one by one, and the last may still be saving.
-                patience = _STOP_SECONDS if code == outcome.PREEMPTED else _SPEAK_SECONDS
+                patience = self.settings.stop_limit if code == outcome.PREEMPTED else _SPEAK_SECONDS
                 self._ends_at = time.monotonic() + patience
 
     def _on_signal(self, number: int) -> None:
+        if number in SIGNALS and self._is_starting():
+            self._stopped_early_by = self._stopped_early_by or number
         if number == signal.SIGUSR1:
             for link in self.links:
                 link.send(signal=int(number))
             return
         self.console.cancelled = True
-        again = self._stopped_by != 0
+        is_first = not self._stopped_by
         self._stopped_by = self._stopped_by or number
-        self._end(0 if again else _STOP_SECONDS if number == signal.SIGTERM else _END_SECONDS)
+        if is_first:
+            self._end(self.settings.stop_limit if number == signal.SIGTERM else _END_SECONDS)
+        elif number == signal.SIGINT:  # a person; others repeat, as where a scheduler and a wrapper both send SIGTERM
+            self._end(0)
+
+    def _is_starting(self) -> bool:
+        """Whether some rank has not called `hvd.init()` yet, as far as the rendezvous shows, and none has ended."""
+        missing = self._rendezvous is not None and len(self._rendezvous.arrived) < len(self.slots)
+        return missing and not (self._ended or self._is_unheard)
 
     def regroup(self, why: str) -> None:
         """Asks the ranks to save and exit because the job's hosts change. Call it from any thread."""
@@ -383,7 +411,7 @@ class Job:
         if self._ends_at is None and not self._ended:  # the job is not ending anyway
             say(f"the hosts change ({event.why}): the ranks save and exit.")
             self.regrouped = self.console.cancelled = True
-            self._end(_STOP_SECONDS)
+            self._end(self.settings.stop_limit)
 
     def _keep_time(self) -> None:
         now = time.monotonic()
@@ -410,6 +438,8 @@ class Job:
 
     def _check_start(self, now: float) -> None:
         arrived = dict(self._rendezvous.arrived) if self._rendezvous is not None else {}
+        if not arrived and now - self._started > self.settings.start_limit and not self._is_unheard:
+            self._say_unheard()
         missing = [slot for slot in self.slots if slot.rank not in arrived]
         if arrived and missing and now - min(arrived.values()) > self.settings.start_limit:
             hosts = sorted({slot.hostname for slot in missing})
@@ -418,6 +448,16 @@ class Job:
                 f"{self.settings.start_limit} s after the first rank. Check what they do there; "
                 f"--start-timeout=SECONDS gives more time.",
                 hosts,
+            )
+
+    def _say_unheard(self) -> None:
+        """Says, once, that the ranks are a Python program's that has not called `hvd.init()`."""
+        self._is_unheard = True
+        program = failures.python_program(self.settings.command)
+        if program and len(self.slots) > 1:
+            say(
+                f"no rank has called hvd.init(). Without it the {len(self.slots)} processes of {program} know nothing "
+                f"of each other, and each trains a model of its own. hvdkit lint says which lines to write."
             )
 
     def _end(self, grace: float) -> None:
@@ -439,11 +479,11 @@ class Job:
         if self.regrouped and not self._stopped_by:
             return outcome.PREEMPTED if any(self._ended.values()) else 0
         if self._stopped_by:
-            say(f"ended by {signal.Signals(self._stopped_by).name}.")
-            own = [code for _, code in sorted(self._ended.items()) if code > 0]
-            if self._ended and not any(self._ended.values()) and len(self._ended) == len(self.slots):
-                return 0
-            return own[0] if own else 128 + self._stopped_by
+            return self._conclude_stop()
+        if self._ended_before_it_began():
+            name = signal.Signals(self._stopped_early_by).name
+            say(f"{name} came before all ranks had called hvd.init(), so nothing is lost: run the same command again.")
+            return outcome.PREEMPTED
         if self._lost:
             return self._give_up(self._lost, outcome.STALLED if self._ended or self._has_begun() else outcome.USAGE)
         try:
@@ -452,11 +492,27 @@ class Job:
             self.lost_hosts.extend(lost.hosts)
             return self._give_up(str(lost), outcome.STALLED if lost.hosts else outcome.USAGE)
         if first is None:
+            if self._rendezvous is not None and not (self._rendezvous.arrived or self._is_unheard):
+                self._say_unheard()
             return 0
         if first.exit_code not in outcome.REPORTED:
             self._show_last_words(first)
         outcome.tell(self._outcome(first))
         return first.exit_code
+
+    def _conclude_stop(self) -> int:
+        say(f"ended by {signal.Signals(self._stopped_by).name}.")
+        if self._ended_before_it_began():
+            return outcome.PREEMPTED
+        own = [code for _, code in sorted(self._ended.items()) if code > 0]
+        if self._ended and not any(self._ended.values()) and len(self._ended) == len(self.slots):
+            return 0
+        return own[0] if own else 128 + self._stopped_by
+
+    def _ended_before_it_began(self) -> bool:
+        """Whether a stop request ended the ranks before all had called `hvd.init()`."""
+        codes = {-self._stopped_early_by, -int(signal.SIGTERM), outcome.PREEMPTED}  # SIGTERM is also the launcher's own
+        return bool(self._stopped_early_by and self._ended) and set(self._ended.values()) <= codes
 
     def _give_up(self, why: str, code: int) -> int:
         say(why)
@@ -493,7 +549,8 @@ class Job:
         if lines := self.console.last_lines(first.rank):
             log = f" ({self.console.logs}/rank-{first.rank:04d}.log has all)" if self.console.logs else ""
             say(f"the last lines of rank {first.rank}{log}:")
-            print(*(f"    {line}" for line in lines), sep="\n", file=sys.stderr)
+            with contextlib.suppress(OSError):
+                print(*(f"    {line}" for line in lines), sep="\n", file=sys.stderr)
         say(f"rank {first.rank} on host {self.host_of(first.rank)} {self._words(first)}.")
 
 
@@ -502,7 +559,14 @@ def _ranks(numbers: Sequence[int]) -> str:
     return f"Rank {named}" if len(numbers) == 1 else f"Ranks {named}"
 
 
+def exit_code_before_start(number: int) -> int:
+    """Returns the launcher's exit code for a signal that comes while no rank runs: there is nothing to save."""
+    return outcome.PREEMPTED if number in SIGNALS else 128 + number
+
+
 def say(text: str) -> None:
     """Prints a message of the launcher to stderr."""
-    sys.stdout.flush()
-    print(f"hvdkit.launch: {text}", file=sys.stderr, flush=True)
+    with contextlib.suppress(OSError):  # a full disk, or a closed pipe, must not end the job
+        sys.stdout.flush()
+    with contextlib.suppress(OSError):
+        print(f"hvdkit.launch: {text}", file=sys.stderr, flush=True)

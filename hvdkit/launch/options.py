@@ -155,6 +155,13 @@ def _add_limits(parser: Parser) -> None:
     )
     group.add_argument("--stall-timeout", type=float, metavar="S", help="for a rank to wait for others [600; 0: none]")
     group.add_argument(
+        "--stop-timeout",
+        type=float,
+        default=30.0,
+        metavar="S",
+        help="for ranks to save and exit after SIGTERM, before they are killed [%(default)g]",
+    )
+    group.add_argument(
         "--host-timeout", type=float, default=30.0, metavar="S", help="for a host to respond [%(default)g; 0: none]"
     )
 
@@ -178,7 +185,7 @@ def _add_output(parser: Parser) -> None:
 def _check(parser: Parser, arguments: argparse.Namespace) -> None:
     if arguments.np is not None and arguments.np < 1:
         parser.error(f"-np {arguments.np}: at least one rank is needed")
-    for name in ("start_timeout", "stall_timeout", "host_timeout", "elastic_timeout"):
+    for name in ("start_timeout", "stop_timeout", "stall_timeout", "host_timeout", "elastic_timeout"):
         if (getattr(arguments, name) or 0) < 0:
             parser.error(f"--{name.replace('_', '-')} {getattr(arguments, name)}: seconds cannot be negative")
     _check_elastic(parser, arguments)
@@ -225,6 +232,7 @@ def settings(arguments: argparse.Namespace) -> Settings:
         start_limit=arguments.start_timeout,
         stall_limit=arguments.stall_timeout if arguments.stall_timeout is not None or not arguments.elastic else 120.0,
         silence=arguments.host_timeout,
+        stop_limit=arguments.stop_timeout,
         is_watched=sys.stderr.isatty(),
         cores=hosts.numbers(arguments.cores, "--cores") if arguments.cores else None,
         gpus=arguments.gpus.split(",") if arguments.gpus else None,

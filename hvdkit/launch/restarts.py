@@ -20,7 +20,7 @@ from hvdkit import outcome
 from hvdkit.errors import UsageError
 from hvdkit.launch import hosts
 from hvdkit.launch.hosts import Host
-from hvdkit.launch.job import Job, Settings, UnfitHostError, say
+from hvdkit.launch.job import Job, Settings, UnfitHostError, exit_code_before_start, say
 from hvdkit.launch.link import is_reachable
 from hvdkit.launch.shells import Shell
 
@@ -137,7 +137,7 @@ class ElasticJob:
     @property
     def exit_code(self) -> int:
         """The launcher's exit code if a signal came while no rank was running."""
-        return 128 + (self._signal or signal.SIGINT)
+        return exit_code_before_start(self._signal or signal.SIGINT)
 
     def run(self) -> int:
         """Restarts the job until it succeeds, and returns the launcher's exit code.

@@ -9,6 +9,7 @@ import socket
 import subprocess
 import sys
 import time
+from pathlib import Path
 
 import psutil
 import pytest
@@ -117,6 +118,57 @@ def test_a_job_that_is_told_to_stop_lets_its_ranks_save():
     code, output = end(job)
     assert (code, output.count("saved")) == (85, 2)
     assert output.endswith("hvdkit.launch: ended by SIGTERM.\n")
+
+
+def test_a_repeated_stop_request_is_the_same_request():
+    """A scheduler and a wrapper around the launcher may both send it."""
+    job = start("-np", "2", "--", "sh", "-c", "trap 'sleep 1; echo saved; exit 85' TERM; echo ready; sleep 60 & wait")
+    read_until(job, "ready", 2)
+    for _ in range(2):
+        job.send_signal(signal.SIGTERM)
+        time.sleep(0.3)
+    code, output = end(job)
+    assert (code, output.count("saved")) == (85, 2), output
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1])
+def test_a_stop_request_before_the_ranks_have_begun_loses_nothing(number):
+    job = start("-np", "2", "--", "sh", "-c", "echo loading; exec sleep 60")
+    read_until(job, "loading", 2)
+    job.send_signal(number)
+    code, output = end(job)
+    assert code == 85, output
+
+
+def test_the_time_to_save_can_be_set():
+    job = start("-np", "1", "--stop-timeout", "1", "--", "sh", "-c", STUBBORN)
+    read_until(job, r"rank \d is")
+    began = time.monotonic()
+    job.send_signal(signal.SIGTERM)
+    assert end(job)[0] == 128 + signal.SIGTERM
+    assert time.monotonic() - began < 15
+
+
+def test_a_program_that_never_calls_init_is_told_of(tmp_path):
+    """Once, when the time to start is over, or at the end; nothing is said of a command that is no Python program."""
+    (tmp_path / "mine.py").write_text("import time\ntime.sleep(3)\n")
+    for options in ([], ["--start-timeout", "1"]):
+        ended = launch("-np", 2, *options, "--", sys.executable, tmp_path / "mine.py")
+        assert ended.code == 0
+        said = f"hvdkit.launch: no rank has called hvd.init(). Without it the 2 processes of {tmp_path}/mine.py know"
+        assert ended.output.count(said) == 1, ended.output
+
+
+def test_a_full_disk_under_the_output_does_not_end_the_job(tmp_path):
+    (tmp_path / "logs").mkdir()
+    (tmp_path / "logs" / "rank-0001.log").symlink_to("/dev/full")
+    script = f"for i in 1 2 3; do echo $i; sleep 0.1; done; touch {tmp_path}/done-$HOROVOD_RANK"
+    command = [*LAUNCH, "-np", "2", "--workdir", str(tmp_path), "--output", "all", "--", "sh", "-c", script]
+    with Path("/dev/full").open("wb") as full:
+        ended = subprocess.run(command, stdout=full, stderr=subprocess.PIPE, text=True, timeout=60, check=False)
+    assert ended.returncode == 0, ended.stderr
+    assert {path.name for path in tmp_path.glob("done-*")} == {"done-0", "done-1"}
+    assert ended.stderr.count("cannot be written (No space left on device); the job continues.") == 1
 
 
 def test_a_second_interrupt_ends_at_once():

@@ -1,14 +1,17 @@
 """The launcher's parts: hosts, bindings, what is shown, who failed first, and what the rendezvous refuses."""
 
+import contextlib
 import http.client
 import pickle
+import sys
+from pathlib import Path
 
 import pytest
 
 from hvdkit import UsageError, outcome
 from hvdkit.launch import binding, environment, failures, hosts, options
 from hvdkit.launch.console import Console
-from hvdkit.launch.failures import Failure
+from hvdkit.launch.failures import Failure, python_program
 from hvdkit.launch.hosts import Host
 from hvdkit.launch.rendezvous import MOST_BYTES, Rendezvous
 from hvdkit.launch.restarts import run_script
@@ -253,6 +256,27 @@ def test_what_is_no_failure_is_told_on(screen, tmp_path, monkeypatch):
     assert screen() == ("", "next\n")
 
 
+def test_a_full_disk_costs_output_but_not_the_job(screen, tmp_path, monkeypatch):
+    (tmp_path / "rank-0001.log").symlink_to("/dev/full")
+    console = Console("all", tmp_path)
+    with Path("/dev/full").open("w", buffering=1) as full:
+        monkeypatch.setattr(sys, "stdout", full)
+        for rank in (0, 1):
+            console.feed(rank, b"one\ntwo\n", is_error=False)
+            console.feed(rank, b"error\n", is_error=True)
+        monkeypatch.undo()
+        for rank in (0, 1):
+            console.finish(rank)
+        with contextlib.suppress(OSError):
+            full.close()
+    said = f"hvdkit.launch: a log in {tmp_path} cannot be written (No space left on device); the job continues.\n"
+    shown = screen()[1]
+    assert shown.replace(said, "") == "error\n[1] error\n"
+    assert shown.count(said) == 1, "once"
+    assert (tmp_path / "rank-0000.log").read_text().splitlines()[1:] == ["one", "two", "error"]
+    assert console.last_lines(1) == ["one", "two", "error"]
+
+
 # ---- Failures ----------------------------------------------------------------------------------------------------
 
 
@@ -283,6 +307,21 @@ def test_the_watchdog_names_the_rank_that_was_the_cause(screen, before, why, cod
 def test_who_failed_first(known, cause, known_before, expected):
     first = failures.first([Failure(*one) for one in known], cause, known_before, {0: -15})
     assert first == (Failure(*expected) if expected else None)
+
+
+@pytest.mark.parametrize(
+    ("command", "program"),
+    [
+        ("python train.py --model=mine.py", "train.py"),
+        ("/usr/bin/python3.11 -u -m mine.train --x", "mine.train"),
+        ("env X=1 ./train.py", "./train.py"),
+        ("python -c pass", None),
+        ("sort -m a b", None),
+        ("program --script=x.py", None),
+    ],
+)
+def test_which_python_program_a_command_runs(command, program):
+    assert python_program(command.split()) == program
 
 
 def test_failures_in_words():
