@@ -6,6 +6,7 @@ from hvdkit.lint.rules import callbacks, collectives, data, keras2, optimizer, o
 RULES = (
     Rule("HVD101", starting.not_initialised),
     Rule("HVD102", starting.initialised_late),
+    Rule("HVD103", starting.uses_no_hvdkit),
     Rule("HVD201", optimizer.not_distributed),
     Rule("HVD202", optimizer.learning_rate_not_scaled),
     Rule("HVD301", data.not_sharded),

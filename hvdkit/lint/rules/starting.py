@@ -52,6 +52,42 @@ def not_initialised(script: Script) -> Iterator[Problem]:
         )
 
 
+def uses_no_hvdkit(script: Script) -> Iterator[Problem]:
+    """The script trains a Keras model, but uses no hvdkit.
+
+    Started on N ranks, it trains N models that know nothing of each other, each on all the data. Wrong:
+
+        import keras
+        model.compile(keras.optimizers.Adam(1e-3), loss="mse")
+        model.fit(dataset, epochs=5)
+
+    Right:
+
+        import hvdkit as hvd
+        import keras
+        hvd.init()
+        dataset = hvd.data.shard(dataset)
+        model.compile(hvd.DistributedOptimizer(keras.optimizers.Adam(hvd.scaled(1e-3))), loss="mse")
+        model.fit(dataset, epochs=5, callbacks=hvd.callbacks.standard())
+
+    Not reported if it uses Horovod or tf.distribute, in a module that only defines functions, or if the script calls a
+    function of another file that may use hvdkit according to its name (`setup...`, `init...`).
+    """
+    others = {"hvd", "horovod"} & script.libraries or any(
+        script.called(call).startswith("tf.distribute.") for call in script.calls
+    )
+    if others or not fits(script) or not _is_program(script) or _may_start(script):
+        return
+    imports = [node for node in script.nodes if isinstance(node, ast.Import | ast.ImportFrom)]
+    yield Problem(
+        min([*imports, *fits(script)], key=start),
+        "The script trains a Keras model, but uses no hvdkit: started on N ranks, it trains N models, each on all the "
+        "data.",
+        "import hvdkit as hvd, call hvd.init() right after the imports, wrap the optimizer in "
+        "hvd.DistributedOptimizer(...), and check the script again.",
+    )
+
+
 def initialised_late(script: Script) -> Iterator[Problem]:
     """hvd.init() comes after the first tensor, optimizer or model.
 

@@ -337,7 +337,11 @@ def test_a_rule_names_the_line_and_is_silent_on_the_fixed_script(case):
 
 
 def test_every_rule_has_a_case():
-    assert {rule.code for rule in RULES} - set(re.findall(r"# (HVD\d+)", "".join(CASES))) == {"HVD101", "HVD102"}
+    assert {rule.code for rule in RULES} - set(re.findall(r"# (HVD\d+)", "".join(CASES))) == {
+        "HVD101",
+        "HVD102",
+        "HVD103",
+    }
 
 
 def test_hvd_init_must_be_there_and_come_first():
@@ -392,8 +396,15 @@ def test_what_one_file_does_not_show_is_not_reported(unknown):
     assert [code for code, _ in found(HEAD + unknown) if code != "HVD401"] == []
 
 
-def test_a_plain_keras_script_is_not_judged_by_the_rules_for_many_ranks():
-    assert found("import keras\nm = keras.Sequential([])\nm.compile('sgd')\nm.fit(x, y, epochs=1)\nm.save('x')") == []
+def test_a_plain_keras_script_is_told_that_it_uses_no_hvdkit_and_nothing_about_many_ranks():
+    plain = "import keras\nm = keras.Sequential([])\nm.compile('sgd')\n{}m.fit(x, y, epochs=1)\nm.save('x')"
+    assert found(plain.format("")) == [("HVD103", 1)]
+    assert found("import os\n" + plain.format("keras.optimizers.SGD(lr=1)\n")) == [("HVD103", 1), ("HVD602", 5)]
+    assert found("import keras\ndef train(m):\n    m.compile('sgd')\n    m.fit(x, epochs=1)") == [], "only defines"
+    assert found("from mine import setup\nsetup()\n" + plain.format("")) == []
+    assert found("import tensorflow as tf\ns = tf.distribute.MirroredStrategy()\n" + plain.format("")) == []
+    assert found("import horovod.torch\n" + plain.format(""), "HVD103") == []
+    assert found("import keras\nprint(keras.__version__)") == []
 
 
 def test_the_tests_of_the_rank_are_told_from_others():
@@ -495,7 +506,7 @@ def test_the_examples_of_the_explanations_are_what_they_say():
     """What stands indented below `Wrong:` is reported by its rule, and what stands below `Right` is not."""
     for rule in RULES:
         wrong, _, right = rule.explanation.partition("\nRight")
-        if rule.code in ("HVD101", "HVD102", "HVD402", "HVD601", "HVD604"):
+        if rule.code in ("HVD101", "HVD102", "HVD103", "HVD402", "HVD601", "HVD604"):
             continue  # fragments
         indented = [re.findall(r"^(    .*)$", part, re.MULTILINE) for part in (wrong, right)]
         examples = [textwrap.dedent("\n".join(example)) for example in indented]
