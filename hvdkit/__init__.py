@@ -14,7 +14,7 @@ What you want to do, and what does it:
     Give each rank its share of the data   data.shard, data.even_share
     Average gradients in model.fit         DistributedOptimizer, scaled; PartialDistributedOptimizer for layers that
                                            stay each rank's own
-    ... in a training loop of your own     DistributedGradientTape, broadcast_variables
+    ... in a training loop of your own     DistributedGradientTape, shard_loss, broadcast_variables
     Add what fit needs on many ranks       callbacks.standard; callbacks has each by its name
     Learn vocabularies and statistics      adapt
     Evaluate and predict on all ranks      evaluate, predict

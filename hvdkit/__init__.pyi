@@ -45,6 +45,7 @@ from hvdkit.optimizers.sharded import ShardedOptimizer as ShardedOptimizer
 # Train with a loop of your own.
 from hvdkit.optimizers.gradient_tape import DistributedGradientTape as DistributedGradientTape
 from hvdkit.optimizers.gradient_tape import PartialDistributedGradientTape as PartialDistributedGradientTape
+from hvdkit.optimizers.weighing import shard_loss as shard_loss
 
 # Choose how gradients meet, divide a model over ranks, go on when ranks come and go.
 from hvdkit import elastic as elastic

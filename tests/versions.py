@@ -35,6 +35,7 @@ SUITES = {
     "private names": ("tests/unit/compat",),
     "two ranks": ("tests/parallel/callbacks/test_broadcast.py",),
     "parity": ("tests/parallel/optimizers/test_parity.py",),
+    "losses": ("tests/parallel/optimizers/test_weighing.py::test_two_ranks_train_and_show_what_one_process_does",),
     "optimizer": ("tests/unit/optimizers/test_distributed.py", "tests/unit/optimizers/test_fused_update.py"),
     "accumulation": (
         "tests/parallel/optimizers/test_distributed.py::test_accumulated_gradients_are_exchanged_once_and_right",

@@ -31,6 +31,11 @@ def locals_of(method: str, owner: Any, names: Sequence[str]) -> dict[str, Any] |
     return None
 
 
+def is_running(method: str, owner: Any) -> bool:
+    """Returns whether a call of `owner`'s method is running, also as AutoGraph has converted it."""
+    return any(f.f_code.co_name in (method, f"tf__{method}") and f.f_locals.get("self") is owner for f in _frames())
+
+
 def loss_scale_in_build() -> Any | None:
     """Returns the `LossScaleOptimizer` whose `build` is running, or None."""
     return caller(keras.optimizers.LossScaleOptimizer, "build")

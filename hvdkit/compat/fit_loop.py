@@ -37,6 +37,31 @@ def element_spec(iterator: Any) -> Any:
     return private(iterator, "_distributed_dataset").element_spec
 
 
+def sizes_of_batches(iterator: Any) -> list[Any] | None:
+    """Returns what the data tell of their batches; None if they do not tell the number of examples in each step.
+
+    Two iterators for which it is equal have batches of the same sizes in the same steps.
+    """
+    specs = [spec for spec in tf.nest.flatten(element_spec(iterator)) if hasattr(spec, "shape")]
+    shapes = [spec.shape.as_list() if spec.shape.rank else None for spec in specs]
+    if not shapes or None in shapes:
+        return None
+    if all(shape[0] is not None for shape in shapes):
+        return shapes
+    adapter = private(iterator, "data_adapter")
+    if isinstance(adapter, _adapter_of_arrays()):
+        return [adapter.batch_size, adapter.partial_batch_size, adapter.num_batches, *shapes]
+    return None
+
+
+def _adapter_of_arrays() -> type:
+    try:
+        from keras.src.trainers.data_adapters.array_data_adapter import ArrayDataAdapter
+    except ImportError as error:
+        raise missing_in_keras("ArrayDataAdapter") from error
+    return ArrayDataAdapter
+
+
 def stop_autotuning(iterator: Any) -> bool:
     """Turns off tf.data's autotuning for the training data, unless the user has set it. Call it before the first epoch.
 

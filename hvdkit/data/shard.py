@@ -28,21 +28,20 @@ def shard(
 ) -> Any:
     """Returns this rank's shard of the data: every `size`-th element. All ranks get the same number of elements.
 
-    A batched data set is sharded by batches, so its batch size is the local batch. A rank with one batch more than the
-    others would wait for them forever. `uneven` says what to do with elements that do not divide evenly:
+    A batched data set is sharded by batches, so its batch size is the local batch. Its last batch may be smaller: `fit`
+    then weighs the ranks by their examples, and so does `hvdkit.shard_loss`. A rank with one batch more than the others
+    would wait for them forever. `uneven` says what to do with elements that do not divide evenly:
 
     - `"drop"` (the default) drops them at the end, at most `size - 1` elements, and logs a warning with their number.
     - `"pad"` fills the last round with elements from the beginning, at most `size - 1`, and logs a warning. These count
-      twice in this epoch's gradients and metrics (as in PyTorch's `DistributedSampler`). In a batched data set, the
-      elements are batches, and the last batch may be smaller. Its examples then weigh more, because the average over
-      ranks gives every batch the same weight.
+      twice in this epoch's gradients and metrics (as in PyTorch's `DistributedSampler`).
     - `"join"` takes every example exactly once. It returns batches of `batch_size` examples as `(x, y, weights)`. Ranks
       whose last batch is short fill it with examples of weight 0; larger weights of the other examples in that batch
       compensate. With a loss that divides by the batch (Keras' default reduction, `"sum_over_batch_size"`), the
       gradient of each step, also of the smaller last one, is that of one process with batch `size * batch_size`.
       Limits: BatchNormalization and `metrics=` see the fill examples (at most `size - 1` per epoch). The loss and
-      `weighted_metrics=` do not, but they weigh the last step's examples by up to `size`. Losses with the reduction
-      `"sum"` or `"mean_with_sample_weight"` are not corrected.
+      `weighted_metrics=` do not, but they weigh the last step's examples by up to `size`. With the reduction `"sum"`,
+      and with masks or labels to ignore, the last step is not exact.
 
     Horovod's own `hvd.join()` does not keep replicas equal under `fit`: a rank that has joined contributes zeros, but
     no longer updates its weights.

@@ -9,6 +9,7 @@ works in the same way. Each `fit` then
 - runs the user's callbacks with metrics of all ranks, and writes each file once (`user_callbacks`);
 - hands no work to other threads if the rank has one core (`one_core`);
 - runs several steps of the graph at once, where nobody can see the difference (`executions`);
+- weighs the ranks' losses by what they count (`losses`), and knows when their batches may differ (`batch_sizes`);
 - ends with a callback that keeps the ranks together and checks that they allreduce gradients (`guard`).
 
 A model under a `tf.distribute` strategy is not changed: there TensorFlow reduces the gradients.
@@ -19,43 +20,59 @@ from collections.abc import Callable
 from typing import Any
 
 import keras
+import tensorflow as tf
 import wrapt
 
 from hvdkit import collectives, watchdog, world
 from hvdkit.collectives.agreement import check_equal_plans
 from hvdkit.compat import preprocessing
 from hvdkit.compat.keras3 import strategy_of
+from hvdkit.compat.losses import replace_reduction
 from hvdkit.model import same_layers
+from hvdkit.model.batch_sizes import CompareBatchSizes
 from hvdkit.model.build import BuildFirst
 from hvdkit.model.executions import Executions, may_join
 from hvdkit.model.guard import FitGuard
+from hvdkit.model.losses import weigh_in
 from hvdkit.model.marks import Marks
 from hvdkit.model.one_core import OneCore, inline_execution
 from hvdkit.model.user_callbacks import for_all_ranks
 from hvdkit.model.xla import make_train_function
-from hvdkit.optimizers import heartbeat
-from hvdkit.optimizers.distributed import all_ranks_train
+from hvdkit.optimizers import batch_sizes, heartbeat, weighing
+from hvdkit.optimizers.distributed import DistributedOptimizer, all_ranks_train
 from hvdkit.optimizers.exchanging import ExchangingOptimizer, exchanging_optimizers_of
 
-_originals: dict[str, tuple[type, Any]] = {}
+_undo: list[Callable[[], None]] = []  # restores Keras' own functions
 
 
 def install() -> None:
-    """Wraps `keras.Model.fit` and the creation of its training step; a second call does nothing."""
+    """Wraps `keras.Model.fit`, the creation of its training step, and losses; a second call does nothing."""
+    if _undo:
+        return
     preprocessing.watch()
-    for name, wrapper in (("fit", _GuardedFit()), ("make_train_function", make_train_function)):
-        if name not in _originals:
-            owner = next(c for c in keras.Model.__mro__ if name in vars(c))
-            _originals[name] = (owner, vars(owner)[name])
-            setattr(owner, name, wrapt.FunctionWrapper(vars(owner)[name], wrapper))
+    _undo.append(preprocessing.stop_watching)
+    _replace(keras.Model, "fit", lambda fit: wrapt.FunctionWrapper(fit, _GuardedFit()))
+    _replace(keras.Model, "make_train_function", lambda make: wrapt.FunctionWrapper(make, make_train_function))
+    # AutoGraph may convert a training step, but not functions of wrapt.
+    _replace(keras.Model, "compute_loss", lambda compute: tf.autograph.experimental.do_not_convert(weigh_in(compute)))
+    _replace(
+        keras.losses.Loss, "__call__", lambda call: tf.autograph.experimental.do_not_convert(weighing.watch_calls(call))
+    )
+    _undo.append(replace_reduction(weighing.reduce))
 
 
 def uninstall() -> None:
     """Restores Keras' own functions."""
-    preprocessing.stop_watching()
-    for name, (owner, original) in _originals.items():
-        setattr(owner, name, original)
-    _originals.clear()
+    while _undo:
+        _undo.pop()()
+
+
+def _replace(kind: type, name: str, make: Callable[[Callable], Callable]) -> None:
+    """Replaces a method of Keras by what `make` makes of it, until `uninstall`."""
+    owner = next(c for c in kind.__mro__ if name in vars(c))
+    original = vars(owner)[name]
+    setattr(owner, name, make(original))
+    _undo.append(lambda: setattr(owner, name, original))
 
 
 class _GuardedFit:
@@ -83,6 +100,8 @@ class _GuardedFit:
             return result
         finally:
             self._running -= 1
+            if not self._running:
+                batch_sizes.current().compare(True)
             watchdog.in_phase("training" if self._running else phase)
 
 
@@ -101,16 +120,23 @@ def _plan(arguments: dict[str, Any]) -> dict[str, Any]:
     return {**plan, "validation": validates, "validation_freq": arguments.get("validation_freq", 1)}
 
 
+def _compare_batch_sizes(optimizers: list[ExchangingOptimizer]) -> list[CompareBatchSizes]:
+    """Returns the callback that compares the sizes of batches, if this rank's gradients are reduced with others'."""
+    exchanges = [o._self_gradients for o in optimizers if isinstance(o, DistributedOptimizer)]
+    return [CompareBatchSizes(exchange) for exchange in exchanges[:1] if not exchange.is_alone()]
+
+
 def _guard(model: keras.Model, optimizers: list[ExchangingOptimizer], arguments: dict[str, Any]) -> None:
     """Replaces the callbacks among the arguments of `fit`."""
     given = arguments.get("callbacks")
     callbacks = keras.tree.flatten(given.callbacks if isinstance(given, keras.callbacks.CallbackList) else given or [])
-    callbacks = [c for c in callbacks if not isinstance(c, (Marks, BuildFirst, OneCore, FitGuard))]
+    callbacks = [c for c in callbacks if not isinstance(c, (Marks, BuildFirst, OneCore, CompareBatchSizes, FitGuard))]
     if all_ranks_train(optimizers):
         check_equal_plans(_plan(arguments))
         same_layers.check(model)
         callbacks = [BuildFirst(), *for_all_ranks(callbacks)]
-    callbacks = [Marks(), OneCore(), *callbacks, *_executions(model, callbacks, optimizers), FitGuard(optimizers)]
+    executions, sizes = _executions(model, callbacks, optimizers), _compare_batch_sizes(optimizers)
+    callbacks = [Marks(), OneCore(), *callbacks, *executions, *sizes, FitGuard(optimizers)]
     if isinstance(given, keras.callbacks.CallbackList):
         given.callbacks = callbacks
         given.set_model(model)

@@ -26,7 +26,7 @@ from hvdkit.compat.horovod_arguments import of_both_modules
 from hvdkit.compat.keras3 import trained_variables
 from hvdkit.compression import Compression, ErrorFeedback
 from hvdkit.errors import UsageError
-from hvdkit.optimizers import before_update, clipping, loss_scale
+from hvdkit.optimizers import before_update, clipping, loss_scale, weighing
 from hvdkit.optimizers.exchanging import ExchangingOptimizer
 from hvdkit.optimizers.gradients import Gradient, GradientExchange, weights_of
 from hvdkit.optimizers.parts import parts_of
@@ -39,7 +39,7 @@ class DistributedOptimizer(ExchangingOptimizer):
         optimizer: any `keras.optimizers.Optimizer`. Under the global policy `mixed_float16` it is wrapped in a
             `LossScaleOptimizer` first, instead of by `Model.compile` later. The ranks then check the *averaged*
             gradients for overflow and skip a step together. If a `LossScaleOptimizer` wraps this optimizer instead, the
-            ranks synchronize the overflow check with one more allreduce, of three numbers.
+            ranks synchronize the overflow check with one more allreduce, of a few numbers.
         name: prefix of the names of the collectives.
         device_dense: ignored, accepted for compatibility with Horovod: gradients are sent from the device they are on.
         device_sparse: likewise.
@@ -131,6 +131,7 @@ class DistributedOptimizer(ExchangingOptimizer):
             self.__wrapped__.apply(list(grads), trainable_variables)
             return
         call_stack.refuse_xla()
+        weighing.warn_of_unweighed()
         loss_scale.refuse_a_branch_of_this_rank(self.__wrapped__, exchange)
         if trainable_variables is None:
             trainable_variables = trained_variables(self.__wrapped__)

@@ -8,6 +8,7 @@ import wrapt
 
 from hvdkit.compat import call_stack
 from hvdkit.compression import Compression
+from hvdkit.optimizers import weighing
 from hvdkit.optimizers.gradients import Gradient, GradientExchange, weights_of
 
 
@@ -45,6 +46,7 @@ class ExchangingTape(wrapt.ObjectProxy):
         gradients = self.__wrapped__.gradient(target, sources, output_gradients, unconnected_gradients)
         if not self._self_exchange.is_alone():
             call_stack.refuse_xla()
+            weighing.warn_of_unweighed()
         flat = tf.nest.flatten(gradients)  # keeps IndexedSlices whole
         reduced = self._self_exchange(flat, tf.nest.flatten(sources))
         return tf.nest.pack_sequence_as(gradients, reduced)
@@ -78,8 +80,9 @@ def DistributedGradientTape(  # noqa: N802 - Horovod's name
 ) -> ExchangingTape:
     """Wraps a `tf.GradientTape`, before or after it has recorded, so that `gradient` averages over the ranks.
 
-    Use it with a plain optimizer: a `DistributedOptimizer` would reduce the gradients a second time. The arguments are
-    those of `hvdkit.DistributedOptimizer`; `op=hvdkit.Adasum` combines the gradients themselves here.
+    Use it with a plain optimizer: a `DistributedOptimizer` would reduce the gradients a second time. Where ranks count
+    different amounts (masks, weights, batches of different sizes), wrap the loss in `hvdkit.shard_loss`. The arguments
+    are those of `hvdkit.DistributedOptimizer`; `op=hvdkit.Adasum` combines the gradients themselves here.
 
     Raises:
         TypeError: `gradtape` is not a `tf.GradientTape`.

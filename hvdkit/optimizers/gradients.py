@@ -77,10 +77,15 @@ class GradientExchange:
         self._local: dict[int, Any] = {}
         self._has_shards = False
         self.used = False  # whether this object ever received gradients, even only while a step was traced
+        self.weighs = False  # whether losses were ever weighed for its gradients (see `hvdkit.optimizers.weighing`)
 
     def is_adasum(self) -> bool:
         """Returns whether updates are combined by Adasum."""
         return self.op == world.horovod().Adasum
+
+    def averages(self) -> bool:
+        """Returns whether gradients are averaged over the ranks."""
+        return self.op == world.horovod().Average
 
     def register_local(self, variable: Any) -> None:
         """Keeps the gradient of `variable` (a Keras or TensorFlow variable) on this rank."""

@@ -24,7 +24,7 @@ def with_loss_scale(optimizer: keras.optimizers.Optimizer) -> keras.optimizers.O
 def judge_overflow_together(outer: keras.optimizers.LossScaleOptimizer, exchange: GradientExchange) -> None:
     """Makes a `LossScaleOptimizer` around a gradient reduction skip a step if any rank's gradients overflow.
 
-    This costs one more allreduce per step, of three numbers. Without it, only some ranks would take the "gradients are
+    This costs one more allreduce per step, of a few numbers. Without it, only some ranks would take the "gradients are
     finite" branch, which contains the gradient reduction, and would hang.
     """
     if hasattr(outer, _MARK):

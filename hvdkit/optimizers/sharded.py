@@ -37,7 +37,7 @@ from hvdkit.compat.keras3 import (
     without_empty_gradients,
 )
 from hvdkit.errors import UsageError
-from hvdkit.optimizers import before_update, heartbeat, loss_scale
+from hvdkit.optimizers import before_update, heartbeat, loss_scale, weighing
 from hvdkit.optimizers.clipping import norm_dtype
 from hvdkit.optimizers.distributed import DistributedOptimizer
 from hvdkit.optimizers.flat import Flat
@@ -198,6 +198,7 @@ class ShardedOptimizer(DistributedOptimizer):
             self.__wrapped__.apply(list(grads), trainable_variables)
             return
         call_stack.refuse_xla()
+        weighing.warn_of_unweighed()
         exchange.used = True
         if not self._self_flats:
             self.build(list(trainable_variables or []))

@@ -29,6 +29,8 @@ from hvdkit.collectives import wire
 from hvdkit.collectives.mesh import Mesh, Shard, mark
 from hvdkit.compat.keras3 import clear_losses, consumers_of, loss_tracker
 from hvdkit.errors import UsageError
+from hvdkit.optimizers import weighing
+from hvdkit.optimizers.exchanging import exchanging_optimizers_of
 from hvdkit.parallel import graph, whole_model
 from hvdkit.parallel.transfer import Outbox, receive, send
 
@@ -195,6 +197,7 @@ class _Step:
         self.sending: list[tf.Tensor] = []
         self.penalty: tf.Tensor | None = None  # this stage's losses times examples, if compute_loss does not add them
         self.gradients: list[Any] = [None] * len(model.trainable_weights)
+        self._weighing = self._count() if model._is_last else weighing.Scope()
         # Post all receives now: a neighbour can then send as soon as it has a tensor.
         self._inputs = [self._receive_input(number) for number in range(len(batches))]
         self._returned = [self._receive_gradient(number) for number in range(len(batches))]
@@ -210,7 +213,8 @@ class _Step:
             output = model.stage(x, training=True)
             penalty = tf.add_n(model.stage.losses) if model.stage.losses else None
             if model._is_last:
-                loss = model.compute_loss(x, y, output, weights, training=True)  # includes the stage's own losses
+                with self._weighing:
+                    loss = model.compute_loss(x, y, output, weights, training=True)  # with the stage's own losses
                 loss_tracker(model).update_state(loss, sample_weight=tf.shape(output)[0])
                 target = model.optimizer.scale_loss(loss / len(self._batches))
             else:
@@ -244,6 +248,24 @@ class _Step:
             self.done = [t for g in gradients if g is not None for t in ([g.values] if hasattr(g, "values") else [g])]
             if not model._is_first:
                 self.sending.append(send(self._mesh, self._here - 1, gradients[-1], f"backwards.{number}"))
+
+    def _count(self) -> weighing.Scope:
+        """Counts what the loss will divide by in each micro-batch, so that all weigh as in one batch.
+
+        The first micro-batch goes backward before the last one has predictions, but what a loss counts is known from
+        labels and weights. So this computes losses of zeros, of which the graph keeps the counts only.
+        """
+        model, counting = self._model, weighing.Counting()
+        shape, dtype = model._borders[-1]
+        with counting:
+            for x, y, weights in self._batches:
+                output = tf.zeros(tf.concat([tf.shape(x)[:1], shape], axis=0), dtype)
+                model.compute_loss(x, y, tf.ensure_shape(output, [x.shape[0], *shape]), weights, training=True)
+        if len(counting.counts) != len(self._batches):  # a loss of the model's own, that is no Keras loss
+            return weighing.Scope()
+        for optimizer in exchanging_optimizers_of(model):
+            optimizer._self_gradients.weighs = True
+        return weighing.MicroBatchWeighing("hvdkit.pipeline", self._mesh.data_set, counting)
 
     def _receive_input(self, number: int) -> tf.Tensor:
         x = self._batches[number][0]

@@ -221,6 +221,59 @@ def test_divided_models_train_what_one_process_trains(ranks, number, model_ranks
             assert result["held"] < expected["held"], (case, rank)
 
 
+def losses_in_a_pipeline(model_ranks):
+    """How far weights and the shown loss are from one process, by losses that count or sum what a batch has."""
+    import keras
+    import tensorflow as tf
+
+    import hvdkit as hvd
+
+    mesh = hvd.Mesh(model=model_ranks)
+    hvd.init(mesh=mesh)
+    generator = np.random.default_rng(3)
+    x = generator.normal(size=[mesh.data * BATCH, 6, 3]).astype("float32")
+    y = generator.integers(3, size=[mesh.data * BATCH, 6])
+    weights = generator.uniform(0.1, 1, y.shape).astype("float32") * np.arange(1, len(y) + 1)[:, None]
+    ignored = np.where(np.arange(6) > np.arange(len(y))[:, None] % 7, 255, y)  # so that micro-batches differ
+    mine = slice(mesh.data_index * BATCH, (mesh.data_index + 1) * BATCH)
+
+    def trained(parts, divided, **options):
+        keras.utils.set_random_seed(1)
+        layers = [keras.layers.Dense(4, "tanh", name="first"), keras.layers.Dense(3, name="second")]
+        model = keras.Sequential([keras.Input([6, 3]), *layers], name="small")
+        optimizer = keras.optimizers.SGD(0.01 if options.get("reduction") == "sum" else 1.0)
+        if divided:
+            model, optimizer = hvd.parallel.pipeline(model, mesh, micro_batches=4), hvd.DistributedOptimizer(optimizer)
+        model.compile(optimizer, keras.losses.SparseCategoricalCrossentropy(from_logits=True, **options))
+        callbacks = hvd.callbacks.standard() if divided else []
+        history = model.fit(tf.data.Dataset.from_tensors(parts), verbose=0, callbacks=callbacks).history
+        whole = hvd.parallel.gather(model) if divided else model
+        return [] if whole is None else whole.get_weights(), history["loss"][0]
+
+    found = {}
+    for name, parts, options in (
+        ("mean", (x, y), {}),
+        ("weights", (x, y, weights), {}),
+        ("mean by weights", (x, y, weights), {"reduction": "mean_with_sample_weight"}),
+        ("labels to ignore", (x, ignored), {"ignore_class": 255}),
+        ("sum", (x, y), {"reduction": "sum"}),
+    ):
+        ours, shown = trained(tuple(part[mine] for part in parts), True, **options)
+        if ours:
+            expected, loss = trained(parts, False, **options)
+            far = max(float(np.max(np.abs(a - b))) for a, b in zip(ours, expected, strict=True))
+            found[name] = far, abs(shown - loss) / loss
+    hvd.barrier()
+    return found
+
+
+@pytest.mark.parametrize(("number", "model_ranks"), [(2, 2), pytest.param(4, 2, marks=pytest.mark.slow)])
+def test_losses_in_a_pipeline_are_those_of_one_process(ranks, number, model_ranks):
+    found = ranks(number, losses_in_a_pipeline, model_ranks=model_ranks)[0]
+    assert len(found) == 5
+    assert {name: far for name, far in found.items() if not max(far) < 1e-5} == {}
+
+
 def stages_that_differ():
     """A dropout, a loss, and then an overflow of float16, on one of two stages alone; and a step that is no graph."""
     import keras

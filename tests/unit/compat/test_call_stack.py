@@ -74,3 +74,17 @@ def test_local_variables_of_a_method():
 
     assert Owner().method(1) == ({"x": 1, "y": 2}, 2)
     assert call_stack.locals_of("method", Owner(), ()) is None
+
+
+def test_a_running_method_is_found_also_as_autograph_converts_it():
+    class Owner:
+        def method(self):
+            found.append((call_stack.is_running("method", self), call_stack.is_running("method", Owner())))
+            return tf.constant(0)
+
+    found, owner = [], Owner()
+    owner.method()
+    tf.function(owner.method)()
+    tf.function(lambda: owner.method())()
+    assert found == [(True, False)] * 3
+    assert not call_stack.is_running("method", owner)

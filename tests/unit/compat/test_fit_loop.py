@@ -162,3 +162,34 @@ def test_autotuning_stays_as_the_user_has_set_it(wish):
     options.autotune.enabled = wish
     data = tf.data.Dataset.from_tensor_slices((np.arange(4.0)[:, None], np.ones([4, 1]))).batch(1)
     assert tuned(data.with_options(options)) == (False, wish, 4)
+
+
+@pytest.mark.parametrize(
+    ("examples", "batch", "expected"),
+    [(8, 4, [[4, 1], [4, 1]]), (9, 4, [4, 1, 3, [None, 1], [None, 1]])],
+)
+def test_the_sizes_of_batches_of_arrays(examples, batch, expected):
+    assert sizes_of(np.ones([examples, 1]), np.ones([examples, 1]), batch_size=batch) == expected
+
+
+@pytest.mark.parametrize("drops", [True, False])
+def test_the_sizes_of_batches_of_a_data_set_are_known_if_it_drops_the_last_one(drops):
+    data = tf.data.Dataset.from_tensors((np.ones([1]), np.ones([1]))).repeat(9).batch(4, drop_remainder=drops)
+    assert sizes_of(data) == ([[4, 1], [4, 1]] if drops else None)
+
+
+def sizes_of(*data, **options):
+    found = []
+    model = keras.Sequential([keras.Input([1]), keras.layers.Dense(1)])
+    model.compile("sgd", loss="mse")
+
+    class EndedError(Exception):
+        pass
+
+    def look(iterator, callbacks):
+        found.append(fit_loop.sizes_of_batches(iterator))
+        raise EndedError
+
+    with pytest.raises(EndedError):
+        model.fit(*data, verbose=0, callbacks=[At(look)], **options)
+    return found[0]

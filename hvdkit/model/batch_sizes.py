@@ -1,0 +1,95 @@
+"""`CompareBatchSizes`: the callback that knows in which steps of a `fit` the ranks' batches may differ in size."""
+
+import logging
+from typing import Any
+
+import keras
+
+from hvdkit import collectives
+from hvdkit.compat import fit_loop
+from hvdkit.optimizers import batch_sizes, heartbeat, weighing
+from hvdkit.optimizers.gradients import GradientExchange
+
+_log = logging.getLogger(__name__)
+
+
+class CompareBatchSizes(keras.callbacks.Callback):
+    """Makes the ranks compare the sizes of their batches in steps in which they may differ, and in no others.
+
+    If the data say how many examples each step has, the ranks compare once, when training begins. Otherwise the first
+    execution of `fit` and the last of each epoch compare: batches are of one size, but for a short last one. If another
+    batch differs, the heartbeat tells, and from then on all steps compare.
+
+    Args:
+        exchange: the reduction of the model's gradients.
+    """
+
+    checkpointed = False
+    sees_executions = True
+
+    def __init__(self, exchange: GradientExchange) -> None:
+        super().__init__()
+        self._exchange = exchange
+
+    def on_train_begin(self, logs: dict | None = None) -> None:
+        """Compares what the ranks know of their data."""
+        sizes = batch_sizes.current()
+        self._before = sizes.compares
+        self._iterator, _ = fit_loop.of(self.model)
+        everyone = self._gather(fit_loop.sizes_of_batches(self._iterator))
+        self._known = None not in everyone
+        self._always = self._known and any(one != everyone[0] for one in everyone)
+        self._first = True
+        self._steps: int | None = None  # of an epoch, if all ranks know
+        sizes.compare(self._always)
+
+    def on_epoch_begin(self, epoch: int, logs: dict | None = None) -> None:
+        """Learns the length of an epoch, which Keras may know only after the first one."""
+        if not self._known and not self._always and self._steps is None:
+            everyone = set(self._gather(self._iterator.num_batches))
+            self._steps = everyone.pop() if len(everyone) == 1 else None
+
+    def on_train_batch_begin(self, batch: int, logs: dict | None = None) -> None:
+        """Sets whether the next execution compares."""
+        if self._known or self._always:
+            return
+        steps = getattr(self.model.train_function, "steps", 0) or self.model.steps_per_execution
+        is_last = self._steps is None or batch + steps >= self._steps
+        batch_sizes.current().compare(self._first or is_last)
+
+    def on_train_batch_end(self, batch: int, logs: dict | None = None) -> None:
+        """Makes all further steps compare, once batches have differed."""
+        if self._first and self._always and not (self._exchange.weighs or weighing.has_sharded_losses()):
+            _log.warning(
+                "The ranks' batches have different numbers of examples, but count alike: a train_step without "
+                "compute_loss, LocalSGD and Adasum do not weigh the loss of model %r. Give all ranks batches of one "
+                "size, or wrap the loss of a train_step in hvd.shard_loss.",
+                self.model.name,
+            )
+        if not self._known and not self._always:
+            self._look(batch)
+        self._first = False
+
+    def _look(self, batch: int) -> None:
+        """Makes all further steps compare, once batches have differed where they should not."""
+        sizes = batch_sizes.current()
+        if self._first:
+            found = set(self._gather(sizes.compared())) - {0.0}  # 0: a rank that computes no loss
+            self._always = len(found) > 1
+        elif heartbeat.current().had_unequal_batches():
+            self._always = True
+            _log.warning(
+                "The ranks' batches differ in size from step %d on, in the middle of an epoch. Up to this step the "
+                "ranks counted alike; from the next one on each counts by its examples, as in one process. Batches of "
+                "one size (drop_remainder=True, or hvd.data.shard before batch) need no such messages.",
+                batch + 1,
+            )
+        if self._always:
+            sizes.compare(True)
+
+    def on_train_end(self, logs: dict | None = None) -> None:
+        """Restores the flag, for a `fit` around this one."""
+        batch_sizes.current().compare(self._before)
+
+    def _gather(self, mine: Any) -> list[Any]:
+        return collectives.allgather_object(mine, name="batch_sizes", process_set=self._exchange.process_set)
