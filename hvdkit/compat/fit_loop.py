@@ -43,9 +43,9 @@ def sizes_of_batches(iterator: Any) -> list[Any] | None:
     Two iterators for which it is equal have batches of the same sizes in the same steps.
     """
     specs = [spec for spec in tf.nest.flatten(element_spec(iterator)) if hasattr(spec, "shape")]
-    shapes = [spec.shape.as_list() if spec.shape.rank else None for spec in specs]
-    if not shapes or None in shapes:
+    if not specs or not all(spec.shape.rank for spec in specs):
         return None
+    shapes = [spec.shape.as_list() for spec in specs]
     if all(shape[0] is not None for shape in shapes):
         return shapes
     adapter = private(iterator, "data_adapter")
@@ -54,7 +54,7 @@ def sizes_of_batches(iterator: Any) -> list[Any] | None:
     return None
 
 
-def _adapter_of_arrays() -> type:
+def _adapter_of_arrays() -> Any:
     try:
         from keras.src.trainers.data_adapters.array_data_adapter import ArrayDataAdapter
     except ImportError as error:
