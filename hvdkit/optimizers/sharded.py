@@ -147,8 +147,9 @@ class ShardedOptimizer(DistributedOptimizer):
         leaf = self._self_leaf
         for part in parts_of(self.__wrapped__)[:-1]:
             loss_scale.judge_overflow_together(part, self._self_gradients)
-        if leaf.clipnorm or leaf.global_clipnorm:
-            before_update.hook(leaf, clip=lambda grads, keras_clip: self._clip(grads))
+        clips = leaf.clipnorm or leaf.global_clipnorm
+        # Also without clipping: an earlier wrapper may have left its hooks.
+        before_update.hook(leaf, clip=(lambda grads, keras_clip: self._clip(grads)) if clips else None)
         if leaf is not self.__wrapped__:  # Keras also saves the inner optimizer separately
             leaf.save_own_variables = lambda store: self._save(store, inner=True)
 
