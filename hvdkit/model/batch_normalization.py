@@ -13,6 +13,7 @@ import tensorflow as tf
 
 from hvdkit import world
 from hvdkit.collectives import wire
+from hvdkit.collectives.mesh import mesh_of
 from hvdkit.compat import keras3
 
 _log = logging.getLogger(__name__)
@@ -77,7 +78,8 @@ def honour_flag() -> None:
 
 def _moments(self: Any, inputs: tf.Tensor, mask: tf.Tensor | None) -> tuple[tf.Tensor, tf.Tensor]:
     """Returns mean and variance of each channel; replaces Keras' method of this name."""
-    if not (self.synchronized and world.is_initialized() and world.size() > 1):
+    ranks = _ranks_of(self) if self.synchronized and world.is_initialized() and world.size() > 1 else None
+    if ranks is None or ranks.size() == 1:
         return _keras_moments(self, inputs, mask)
     axes, shape = keras3.reduction_axes(self), tf.shape(inputs)
     if mask is None:
@@ -90,21 +92,29 @@ def _moments(self: Any, inputs: tf.Tensor, mask: tf.Tensor | None) -> tuple[tf.T
     with tf.control_dependencies([tf.convert_to_tensor(self.moving_mean)]):
         counted = tf.identity(counted)
     channels = [inputs.shape[self.axis]]
-    mean, variance = _moments_of_all(tf.reshape(mean, channels), tf.reshape(variance, channels), counted)
+    mean, variance = _moments_of_all(tf.reshape(mean, channels), tf.reshape(variance, channels), counted, ranks)
     return tf.cast(mean, inputs.dtype), tf.cast(variance, inputs.dtype)
 
 
-def _moments_of_all(mean: tf.Tensor, variance: tf.Tensor, counted: tf.Tensor) -> tuple[tf.Tensor, tf.Tensor]:
+def _ranks_of(layer: keras.layers.BatchNormalization) -> Any:
+    """Returns the ranks that have the layer, as a process set: of a divided model, those that hold the same part."""
+    mesh = mesh_of([layer.moving_mean])
+    return world.horovod().global_process_set if mesh is None else mesh.data_set
+
+
+def _moments_of_all(
+    mean: tf.Tensor, variance: tf.Tensor, counted: tf.Tensor, ranks: Any
+) -> tuple[tf.Tensor, tf.Tensor]:
     """Combines the ranks' moments [channels], in float64, where `E[x²] - E[x]²` does not lose precision."""
     count, mean, variance = (tf.cast(t, tf.float64) for t in (counted, mean, variance))
     mean, variance = (tf.where(count > 0, t, tf.zeros_like(t)) for t in (mean, variance))
-    count, total, squares = tf.unstack(_sum_over_ranks(tf.stack([count, count * mean, count * (variance + mean**2)])))
+    sums = _sum_over_ranks(tf.stack([count, count * mean, count * (variance + mean**2)]), ranks)
+    count, total, squares = tf.unstack(sums)
     mean = tf.math.divide_no_nan(total, count)
     return mean, tf.maximum(tf.math.divide_no_nan(squares, count) - mean**2, 0.0)
 
 
-@tf.custom_gradient
-def _sum_over_ranks(values: tf.Tensor) -> tuple[tf.Tensor, Any]:
+def _sum_over_ranks(values: tf.Tensor, ranks: Any) -> tf.Tensor:
     """Sums over ranks; every rank's loss depends on the sum, so its gradient is the sum of all ranks' gradients.
 
     Horovod registers such a gradient, but lets TensorFlow name the operation. TensorFlow appends a number to such a
@@ -113,7 +123,11 @@ def _sum_over_ranks(values: tf.Tensor) -> tuple[tf.Tensor, Any]:
 
     def total(tensor: tf.Tensor) -> tf.Tensor:
         name = f"hvdkit.batch_normalization.{tensor.shape[-1]}"
-        (result,) = wire.run("allreduce", [tensor], name, op=world.horovod().Sum)
+        (result,) = wire.run("allreduce", [tensor], name, ranks, op=world.horovod().Sum)
         return tf.ensure_shape(result, tensor.shape)
 
-    return total(values), total
+    @tf.custom_gradient
+    def summed(tensor: tf.Tensor) -> tuple[tf.Tensor, Any]:
+        return total(tensor), total
+
+    return summed(values)

@@ -3,6 +3,7 @@
 import collections
 import copy
 import dataclasses
+import itertools
 from collections.abc import Iterator
 from typing import Any
 
@@ -22,7 +23,7 @@ class _Whole:
     kind: type[keras.Model]
     config: dict[str, Any]
     custom: dict[str, type]
-    paths: list[str]  # paths of its weights, in order
+    weights: list[tuple[str, tuple[int, ...]]]  # path, on this rank, and shape of each of its weights, in order
 
     def make(self) -> keras.Model:
         with keras.saving.custom_object_scope(self.custom):
@@ -31,14 +32,14 @@ class _Whole:
 
 def remember(divided: keras.Model, model: keras.Model) -> keras.Model:
     """Stores in a divided model how to rebuild the whole one, and makes `save` of the divided model raise an error."""
-    paths = [w.path for w in model.weights]
-    twice = next((path for path, number in collections.Counter(paths).items() if number > 1), None)
+    weights = [(w.path, tuple(w.shape)) for w in model.weights]
+    twice = next((path for path, number in collections.Counter(p for p, _ in weights).items() if number > 1), None)
     if twice:
         raise UsageError(
             f"Two weights of the model {model.name!r} have the path {twice!r}, so its parts could not be gathered. "
             f"Give all layers unique names, also those of inner models."
         )
-    divided._hvdkit_whole = _Whole(type(model), model.get_config(), custom_classes(model), paths)
+    divided._hvdkit_whole = _Whole(type(model), model.get_config(), custom_classes(model), weights)
 
     def save(*args: Any, **kwargs: Any) -> None:
         raise UsageError(
@@ -62,18 +63,15 @@ def gather(model: keras.Model, root_rank: int = 0) -> keras.Model | None:
         None on the others.
 
     Raises:
-        UsageError: the model is not divided.
+        UsageError: the model is not divided, or the ranks have divided different models; raised on all ranks.
     """
     if not hasattr(model, "_hvdkit_whole"):
         raise UsageError(f"The model {model.name!r} is not divided: every rank has all of it.")
-    whole = None
-    if world.rank() == root_rank:
-        whole = model._hvdkit_whole.make()
-        # By position: a copy may have different names for its weights.
-        weights = dict(zip(model._hvdkit_whole.paths, whole.weights, strict=True))
-    for path, value in _values(model):
+    _refuse_different_models(model)
+    whole = model._hvdkit_whole.make() if world.rank() == root_rank else None
+    for place, value in _values(model):
         if whole is not None:
-            weights.pop(path).assign(value)
+            whole.weights[place].assign(value)
     return whole
 
 
@@ -87,25 +85,45 @@ def custom_classes(layer: Any) -> dict[str, type]:
 
 
 def part_of(weight: Any, path: str) -> None:
-    """Stores the path of a weight in the whole model; for a part, the path of the weight that it is a part of."""
+    """Stores the path, on this rank, of a weight in the whole model; for a part, of the weight it is a part of."""
     weight._hvdkit_path = path
 
 
-def _values(model: keras.Model) -> Iterator[tuple[str, np.ndarray]]:
-    """Yields path and complete value of each weight, taken from the first copy of the model.
+def _refuse_different_models(model: keras.Model) -> None:
+    """Raises a `UsageError` unless the ranks' whole models have weights of the same shapes in the same order."""
+    everyone = collectives.allgather_object(model._hvdkit_whole.weights, name="whole.weights")
+    shapes = [[shape for _, shape in weights] for weights in everyone]
+    for rank, theirs in enumerate(shapes):
+        if theirs != shapes[0]:
+            place = next(n for n, (a, b) in enumerate(itertools.zip_longest(shapes[0], theirs)) if a != b)
+            one, other = (_described(weights[place : place + 1]) for weights in (everyone[0], everyone[rank]))
+            raise UsageError(
+                f"The ranks have divided different models, so their parts make no whole: weight {place} is {one} on "
+                f"rank 0 and {other} on rank {rank}. Build the same model on all ranks."
+            )
 
-    It gathers one weight at a time, because a rank may not have enough memory for the whole model.
+
+def _described(weights: list[tuple[str, tuple[int, ...]]]) -> str:
+    return "".join(f"{path} {list(shape)}" for path, shape in weights) or "missing"
+
+
+def _values(model: keras.Model) -> Iterator[tuple[int, np.ndarray]]:
+    """Yields the place of each weight in the whole model and its complete value, from the first copy of the model.
+
+    Ranks match weights by place, because Keras numbers names per process: a rank that made one more layer before has
+    other paths. It gathers one weight at a time, because a rank may not have enough memory for the whole model.
     """
     mesh = mesh_of(model.weights)  # None also on a rank whose part has no weights
-    mine = {getattr(weight, "_hvdkit_path", weight.path): weight for weight in model.weights}
-    axes = {path: shard.axis if (shard := shard_of(weight)) else None for path, weight in mine.items()}
+    place_of = {path: place for place, (path, _) in enumerate(model._hvdkit_whole.weights)}
+    mine = {place_of[getattr(weight, "_hvdkit_path", weight.path)]: weight for weight in model.weights}
+    axes = {place: shard.axis if (shard := shard_of(weight)) else None for place, weight in mine.items()}
     everyone = collectives.allgather_object((mesh.model if mesh else 1, axes), name="whole.axes")
     columns = max(columns for columns, _ in everyone)
-    row: list[dict[str, int | None]] = [axes for _, axes in everyone[:columns]]
-    for path in dict.fromkeys(path for rank in row for path in rank):
-        holders = [number for number, rank in enumerate(row) if path in rank]
-        axis = row[holders[0]][path]
+    row: list[dict[int, int | None]] = [axes for _, axes in everyone[:columns]]
+    for place in dict.fromkeys(place for rank in row for place in rank):
+        holders = [number for number, rank in enumerate(row) if place in rank]
+        axis = row[holders[0]][place]
         needed = holders if axis is not None else holders[:1]
-        part = keras.ops.convert_to_numpy(mine[path]) if world.rank() in needed else None
+        part = keras.ops.convert_to_numpy(mine[place]) if world.rank() in needed else None
         parts = [part for part in collectives.allgather_object(part, name="whole.part") if part is not None]
-        yield path, parts[0] if axis is None else np.concatenate(parts, axis)
+        yield place, parts[0] if axis is None else np.concatenate(parts, axis)

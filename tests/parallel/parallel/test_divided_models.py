@@ -324,6 +324,56 @@ def test_stages_of_a_pipeline_that_differ_train_together(ranks):
     assert "leave out run_eagerly" in refusal
 
 
+def matched_by_place():
+    """What is gathered where the layers have other names on rank 0; and a normalization in one stage."""
+    import keras
+    from keras import layers
+
+    import hvdkit as hvd
+
+    mesh = hvd.Mesh(model=2)
+    hvd.init(mesh=mesh)
+    if hvd.rank() == 0:
+        layers.Dense(1)  # from here on, Keras numbers the layers otherwise
+
+    def build(units=6):
+        keras.utils.set_random_seed(1)
+        return keras.Sequential([layers.Input([4]), layers.Dense(units, "relu"), layers.Dense(3)])
+
+    def normalized(synchronized):
+        keras.utils.set_random_seed(1)
+        normalization = layers.BatchNormalization(synchronized=synchronized)
+        body = [layers.Dense(4), normalization, layers.Dense(4), layers.Dense(1)]
+        whole = keras.Sequential([layers.Input([4]), *body])
+        model = hvd.parallel.pipeline(whole, mesh, cuts=[normalization.name], micro_batches=2)
+        model.compile(hvd.DistributedOptimizer(keras.optimizers.SGD(0.1)), loss="mse", jit_compile=False)
+        x = np.random.default_rng(0).normal(size=[8, 4]).astype("float32")
+        model.fit(x, x[:, :1], batch_size=8, verbose=0)
+        return _gathered(model)
+
+    gathered = []
+    for divide in (hvd.parallel.pipeline, hvd.parallel.split_tensors):
+        model = build()
+        gathered.append((model.get_weights(), _gathered(divide(model, mesh))))
+    try:
+        hvd.parallel.gather(hvd.parallel.pipeline(build(6 + 2 * hvd.rank()), mesh))
+    except hvd.UsageError as error:
+        refusal = str(error)
+    return gathered, refusal, [normalized(synchronized) for synchronized in (False, True)]
+
+
+def test_parts_are_matched_by_place_and_a_stage_normalizes_with_the_ranks_that_have_it(ranks):
+    (gathered, refusal, (alone, synchronized)), (_, same, _) = ranks(2, matched_by_place)
+    for expected, weights in gathered:
+        assert len(weights) == 4
+        assert all(np.array_equal(a, b) for a, b in zip(weights, expected, strict=True))
+    assert refusal == same
+    assert "make no whole: weight 0 is " in refusal
+    assert "[4, 6] on rank 0 and " in refusal
+    for one, other in zip(synchronized, alone, strict=True):
+        np.testing.assert_allclose(one, other, rtol=1e-4, atol=1e-6, err_msg="each stage has one rank")
+
+
 def _result(folder):
     return json.loads((folder / "result.json").read_text())
 
