@@ -171,17 +171,15 @@ def _place(optimizer: Any, variable: Any) -> int:
 
 
 def momentum_slots(optimizer: Any) -> list[Any]:
-    """Returns the slots in which SGD and RMSprop sum `learning_rate * gradient`; none without momentum.
+    """Returns the slots in which SGD or RMSprop sums `learning_rate * gradient`; none without momentum.
 
-    Raises:
-        MissingNameError: an optimizer with momentum has no such slots.
+    None of other optimizers either: those with a `momentum`, such as Muon, leave the rate out of the sum.
     """
-    if not optimizer.built or not getattr(optimizer, "momentum", 0):
+    names = {keras.optimizers.SGD: "momentums", keras.optimizers.RMSprop: "_momentums"}
+    name = next((name for kind, name in names.items() if isinstance(optimizer, kind)), None)
+    if name is None or not optimizer.built or not optimizer.momentum:
         return []
-    found = [v for v in optimizer.variables if v.path.endswith("momentum")]
-    if not found and isinstance(optimizer, (keras.optimizers.SGD, keras.optimizers.RMSprop)):
-        raise missing_in_keras(f"slot named momentum in {type(optimizer).__name__}")
-    return found
+    return [slot for slot in private(optimizer, name) if slot is not None]
 
 
 def role_of_slot(slot: Any, variable: Any) -> str | None:

@@ -18,12 +18,12 @@ from typing import Any
 import keras
 import tensorflow as tf
 
-from hvdkit import world
+from hvdkit import collectives, world
 from hvdkit.collectives.mesh import mesh_of, shard_of
 from hvdkit.collectives.traffic import elements, ring_bytes
 from hvdkit.compat import call_stack
 from hvdkit.compat.horovod_arguments import of_both_modules
-from hvdkit.compat.keras3 import trained_variables
+from hvdkit.compat.keras3 import moving_averages, trained_variables
 from hvdkit.compression import Compression, ErrorFeedback
 from hvdkit.errors import UsageError
 from hvdkit.optimizers import before_update, clipping, loss_scale, weighing
@@ -161,6 +161,16 @@ class DistributedOptimizer(ExchangingOptimizer):
                 if isinstance(part, keras.optimizers.LossScaleOptimizer):  # ranks see gradients of different weights
                     loss_scale.judge_overflow_together(part, self._self_gradients)
 
+    def finalize_variable_values(self, var_list: Sequence[Any]) -> None:
+        """Sets variables to their moving averages if the optimizer keeps these; a collective call where ranks differ.
+
+        Args:
+            var_list: the variables that the optimizer was built with.
+        """
+        if self._self_gradients.is_adasum():
+            self._average_moving_averages()
+        self.__wrapped__.finalize_variable_values(var_list)
+
     @property
     def variables(self) -> list[Any]:
         """The optimizer's variables, and the state of the compressor."""
@@ -241,6 +251,27 @@ class DistributedOptimizer(ExchangingOptimizer):
         steps = exchange([tf.identity(v.value) - start for v, start in zip(shared, starts, strict=True)])
         for variable, start, step in zip(shared, starts, steps, strict=True):
             variable.assign(start + step)
+            constrain(variable)  # the optimizer did so before the steps were combined
+
+    def _average_moving_averages(self) -> None:
+        """Sets the moving averages of weights (`use_ema`) to their mean over ranks, which each compute their own."""
+        exchange = self._self_gradients
+        if exchange.is_alone():
+            return
+        averages = []
+        for part in parts_of(self.__wrapped__):
+            if part.use_ema and part.built:
+                pairs = zip(trained_variables(part), moving_averages(part), strict=True)
+                averages += [average for v, average in pairs if average is not None and not exchange.is_local(v)]
+        if averages:
+            collectives.average_variables(averages, exchange.process_set)
+
+
+def constrain(variable: Any, like: Any = None) -> None:
+    """Applies the constraint of the variable `like`, by default the variable's own, if there is one."""
+    constraint = getattr(variable if like is None else like, "constraint", None)
+    if constraint is not None:
+        variable.assign(constraint(variable))
 
 
 def _refuse_what_looks_at_whole_variables(

@@ -34,7 +34,7 @@ from hvdkit import collectives, world
 from hvdkit.compat.keras3 import learning_rate_source
 from hvdkit.compression import Compression
 from hvdkit.errors import UsageError
-from hvdkit.optimizers.distributed import DistributedOptimizer
+from hvdkit.optimizers.distributed import DistributedOptimizer, constrain
 from hvdkit.optimizers.fragments import UnderWay, divide, timetable
 from hvdkit.optimizers.gradients import Gradient
 from hvdkit.optimizers.parts import optimizers_of, parts_of
@@ -45,7 +45,8 @@ class LocalSGD(DistributedOptimizer):
 
     In `fit`, the ranks synchronize before each evaluation, at the end of each epoch and at the end of training: all
     fragments at once. In a custom training loop, call `synchronise()` at these points, and `start()` before the first
-    step.
+    step. With `use_ema` each rank averages its own weights over time; then `synchronise()` also sets these averages to
+    their mean over the ranks. A weight's constraint holds after each synchronization, too.
 
     Args:
         optimizer: the optimizer of each rank between synchronizations; its slots differ between ranks.
@@ -108,6 +109,7 @@ class LocalSGD(DistributedOptimizer):
         self._self_outer: list[keras.Variable] = []  # steps since the last synchronization, anchors, momenta
         self._self_parts: list[list[int]] = []  # the places of the weights of each fragment
         self._self_under_way: UnderWay | None = None
+        self._self_graphs: dict[tuple[Any, ...], Callable[[], None]] = {}  # of `synchronise`
 
     def build(self, variables: Sequence[Any]) -> None:
         """Builds the optimizer, and keeps the weights as the first anchor."""
@@ -147,7 +149,8 @@ class LocalSGD(DistributedOptimizer):
         if self._streams:
             self._stream()
         else:
-            tf.cond(self._self_since.value >= self._self_steps, self._agree, lambda: None)
+            agree = functools.partial(self._agree, self._shared)
+            tf.cond(self._self_since.value >= self._self_steps, agree, lambda: None)
 
     @property
     def local_steps(self) -> int:
@@ -193,7 +196,8 @@ class LocalSGD(DistributedOptimizer):
         if self._self_under_way:
             self._self_under_way.resume()
         if self._self_outer and not int(self._self_since.numpy()):
-            collectives.broadcast_variables(self._self_weights, process_set=self._self_gradients.process_set)
+            shared = [self._self_weights[place] for place in self._shared]
+            collectives.broadcast_variables(shared, process_set=self._self_gradients.process_set)
             for anchor, weight in zip(self._self_anchors, self._self_weights, strict=True):
                 anchor.assign(weight)
 
@@ -202,22 +206,43 @@ class LocalSGD(DistributedOptimizer):
 
         The result of an allreduce that is under way is dropped: this synchronization includes its changes.
         """
-        if not self._self_outer or not (step := int(self._self_since.numpy())):
+        if not self._self_outer:
+            return
+        self._average_moving_averages()  # also those of steps before the last synchronization, which leaves them alone
+        if not (step := int(self._self_since.numpy())):
             return
         if self._self_under_way:
             self._self_under_way.drop()
         there = timetable(self._self_steps, self._self_fragments)[step % self._self_steps]
         fresh = there if self._streams and not self._self_overlap else None  # has all that it has to give
-        places = sorted(place for p, part in enumerate(self._self_parts) if p != fresh for place in part)
-        tf.function(lambda: self._agree(places if self._streams else None), autograph=False)()
+        streamed = sorted(place for p, part in enumerate(self._self_parts) if p != fresh for place in part)
+        places = tuple(streamed if self._streams else self._shared)
+        key = (places, world.rank(), world.size())  # an elastic job may go on with other ranks
+        if key not in self._self_graphs:
+            self._self_graphs[key] = tf.function(lambda: self._agree(places), autograph=False)
+        self._self_graphs[key]()
+
+    def finalize_variable_values(self, var_list: Sequence[Any]) -> None:
+        """Synchronizes, then sets variables to their moving averages if the optimizer keeps these; a collective call.
+
+        Args:
+            var_list: the variables that the optimizer was built with.
+        """
+        self.synchronise()
+        self.__wrapped__.finalize_variable_values(var_list)
 
     @property
     def _streams(self) -> bool:
         return self._self_fragments > 1 or self._self_overlap > 0
 
+    @property
+    def _shared(self) -> list[int]:
+        """The places of the weights that ranks synchronize: all but local ones (`register_local_var`)."""
+        return [i for i, v in enumerate(self._self_weights) if not self._self_gradients.is_local(v)]
+
     def _divide(self) -> None:
         """Divides the weights that ranks share into fragments."""
-        shared = [i for i, v in enumerate(self._self_weights) if not self._self_gradients.is_local(v)]
+        shared = self._shared
         if self._self_fragments > len(shared):
             raise UsageError(
                 f"{self._self_fragments} fragments are more than the {len(shared)} weights of the model, which are not "
@@ -255,10 +280,11 @@ class LocalSGD(DistributedOptimizer):
             anchor, weight = self._self_anchors[place], self._self_weights[place]
             mixed = self._self_mixing * tf.cast(weight.value, anchor.dtype) + (1 - self._self_mixing) * anchor.value
             weight.assign(tf.cast(mixed, weight.dtype))
+            constrain(weight)
 
-    def _agree(self, places: Sequence[int] | None = None) -> None:
-        """Synchronizes the weights at these places, by default all, and begins to count the steps again."""
-        self._agree_on(range(len(self._self_weights)) if places is None else places)
+    def _agree(self, places: Sequence[int]) -> None:
+        """Synchronizes the weights at these places, and begins to count the steps again."""
+        self._agree_on(places)
         self._self_since.assign(0)
 
     def _agree_on(self, places: Sequence[int]) -> None:
@@ -273,13 +299,14 @@ class LocalSGD(DistributedOptimizer):
         return [anchor.value - tf.cast(weight.value, anchor.dtype) for anchor, weight in pairs]
 
     def _move_anchor(self, place: int, change: tf.Tensor) -> None:
-        """Takes a step of the outer optimizer."""
+        """Takes a step of the outer optimizer; the anchor keeps the weight's constraint."""
         anchor = self._self_anchors[place]
         if self._self_momenta:
             momentum = self._self_momenta[place]
             momentum.assign(self._self_momentum * momentum + change)
             change = change + self._self_momentum * momentum
         anchor.assign(anchor - self._self_rate * change)
+        constrain(anchor, like=self._self_weights[place])
 
 
 def local_optimizers(model: keras.Model) -> list[LocalSGD]:

@@ -10,9 +10,10 @@ The weights are the model's own at every step: a rank reads its part of them aga
 change them in between (a broadcast, loaded weights, a constraint) without notifying the optimizer.
 """
 
+import functools
 import re
 import warnings
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import keras
@@ -32,6 +33,7 @@ from hvdkit.compat.keras3 import (
     moving_averages,
     native_variable,
     own_variables,
+    replace_update,
     role_of_slot,
     update_of,
     without_empty_gradients,
@@ -39,7 +41,7 @@ from hvdkit.compat.keras3 import (
 from hvdkit.errors import UsageError
 from hvdkit.optimizers import before_update, heartbeat, loss_scale, weighing
 from hvdkit.optimizers.clipping import norm_dtype
-from hvdkit.optimizers.distributed import DistributedOptimizer
+from hvdkit.optimizers.distributed import DistributedOptimizer, constrain
 from hvdkit.optimizers.flat import Flat
 from hvdkit.optimizers.fused_update import fuse_updates
 from hvdkit.optimizers.gradients import Gradient
@@ -96,6 +98,7 @@ class ShardedOptimizer(DistributedOptimizer):
         self._self_flats: list[Flat] = []
         self._self_parts: list[_Part] = []  # this rank's part of each flat's weights
         self._self_slots: dict[int, tuple[int, str]] = {}  # id of a slot: index of its flat, name of the slot
+        self._self_absent: set[int] = set()  # the variables without a gradient in the step that is being traced
         self._self_whole: tuple[int, list[np.ndarray]] | None = None
         if not self._self_gradients.is_alone():
             self._take_over()
@@ -150,6 +153,7 @@ class ShardedOptimizer(DistributedOptimizer):
         clips = leaf.clipnorm or leaf.global_clipnorm
         # Also without clipping: an earlier wrapper may have left its hooks.
         before_update.hook(leaf, clip=(lambda grads, keras_clip: self._clip(grads)) if clips else None)
+        replace_update(leaf, functools.partial(self._update, leaf.update_step))
         if leaf is not self.__wrapped__:  # Keras also saves the inner optimizer separately
             leaf.save_own_variables = lambda store: self._save(store, inner=True)
 
@@ -204,15 +208,18 @@ class ShardedOptimizer(DistributedOptimizer):
         if not self._self_flats:
             self.build(list(trainable_variables or []))
         dense = self._in_order(grads, trainable_variables)
+        self._self_absent = {place for place, grad in enumerate(dense) if grad is None}
         averages = self._reduce(dense)
         weights = [native_variable(v) for v in self._self_model]
         for flat, part in zip(self._self_flats, self._self_parts, strict=True):
             part.assign(tf.concat(flat.take(weights, flat.mine), axis=0))
         self.__wrapped__.apply(averages, self._self_parts)
-        moved = [place for place, grad in enumerate(dense) if grad is not None]
         leaf = self._self_leaf
+        overwrites = leaf.use_ema and leaf.ema_overwrite_frequency  # all weights, also those without a gradient
+        with_gradient = [place for place, grad in enumerate(dense) if grad is not None]
+        moved = range(len(dense)) if overwrites else with_gradient
         steps = leaf.gradient_accumulation_steps
-        if steps and not (leaf.use_ema and leaf.ema_overwrite_frequency):
+        if steps and not overwrites:
             calls = calls_of_apply(leaf).value
             due = calls % tf.cast(steps, calls.dtype) == 0
             tf.cond(due, lambda: self._update_weights(moved), lambda: None)
@@ -220,9 +227,8 @@ class ShardedOptimizer(DistributedOptimizer):
             self._update_weights(moved)
         for part in self._self_parts:
             part.release()
-        for variable in (self._self_model[place] for place in moved):
-            if getattr(variable, "constraint", None) is not None:
-                variable.assign(variable.constraint(variable))
+        for place in with_gradient:
+            constrain(self._self_model[place])
 
     def finalize_variable_values(self, var_list: Sequence[Any]) -> None:
         """Sets variables to their moving averages if the optimizer keeps these; a collective call."""
@@ -344,8 +350,32 @@ class ShardedOptimizer(DistributedOptimizer):
             for flat, vectors in zip(self._self_flats, pieces, strict=True)
         ]
 
+    def _update(self, update: Callable, gradient: Any, variable: Any, learning_rate: Any) -> None:
+        """Updates a part. Weights and slots of variables without a gradient stay as they are, as in one process.
+
+        Args:
+            update: the optimizer's own `update_step`, which takes the other arguments.
+            gradient: the average gradient of the part, with zeros for variables that have none.
+            variable: the part.
+            learning_rate: the rate of this step.
+        """
+        native = native_variable(variable)
+        number = next(n for n, part in enumerate(self._self_parts) if native_variable(part) is native)
+        flat = self._self_flats[number]
+        stays = np.repeat([s.place in self._self_absent for s in flat.mine], [s.size for s in flat.mine])
+        if not stays.any():
+            update(gradient, variable, learning_rate)
+            return
+        slots = [v for v in self._self_leaf.variables if self._self_slots.get(id(v), (None,))[0] == number]
+        changed = [native, *map(native_variable, slots)]
+        weights = flat.take([native_variable(v) for v in self._self_model], flat.mine)  # the part may have decayed
+        before = [tf.concat(weights, axis=0), *(tf.identity(slot) for slot in changed[1:])]
+        update(gradient, variable, learning_rate)
+        for one, old in zip(changed, before, strict=True):
+            one.assign(tf.where(stays, old, one))
+
     def _update_weights(self, moved: Sequence[int]) -> None:
-        """Allgathers the weights, and assigns those that had a gradient."""
+        """Allgathers the weights, and assigns those that may have changed."""
         weights = self._gather(self._self_parts, "weights")
         for place in moved:
             self._self_model[place].assign(weights[place])

@@ -293,6 +293,98 @@ def test_fit_ends_with_one_model(ranks, every, compression, streaming, transport
     assert one[2] > 0.9
 
 
+def around_synchronizations():
+    """For each optimizer, what constraints, moving averages, a schedule and a local weight are after 8 steps."""
+    import keras
+
+    import hvdkit as hvd
+
+    me = hvd.init()
+    makes = {
+        "LocalSGD": lambda o: hvd.LocalSGD(o, steps=3),
+        "fragments": lambda o: hvd.LocalSGD(o, steps=4, fragments=2, overlap=1),
+        "Adasum": lambda o: hvd.DistributedOptimizer(o, op=hvd.Adasum),
+    }
+    batches = np.random.default_rng(me.rank).normal(size=[8, 4, 3]).astype("float32")
+    found = {}
+    for name, make in makes.items():
+        keras.utils.set_random_seed(0)
+        unit, positive = keras.constraints.UnitNorm(axis=0), keras.constraints.NonNeg()
+        hidden = keras.layers.Dense(2, use_bias=False, kernel_constraint=unit)
+        head = keras.layers.Dense(1, kernel_constraint=positive)
+        model = keras.Sequential([keras.layers.Input([3]), hidden, head])
+        optimizer = make(keras.optimizers.SGD(0.3, momentum=0.5, use_ema=True, ema_momentum=0.5))
+        if name == "LocalSGD":
+            optimizer.register_local_var(head.bias)
+        model.compile(optimizer, loss="mse", jit_compile=False)
+        optimizer.build(model.trainable_variables)
+        norms, least = [], []
+        for batch in batches:
+            model.train_on_batch(batch, -batch[:, :1])
+            norms.append(np.linalg.norm(hidden.kernel.numpy(), axis=0))
+            least.append(head.kernel.numpy().min())
+        outer = [v for v in optimizer.variables if "outer_momentum" in v.path]
+        before = [v.numpy() for v in outer]
+        schedule = hvd.callbacks.LearningRateScheduleCallback(None, lambda epoch: 0.5)
+        schedule.set_model(model)
+        schedule.set_params({"steps": 8})
+        schedule.on_train_begin()
+        schedule.on_epoch_begin(0)
+        scaled = [not np.array_equal(v.numpy(), old) for v, old in zip(outer, before, strict=True)]
+        bias = head.bias.numpy()
+        if name != "Adasum":
+            optimizer.synchronise()
+        kept = np.array_equal(bias, head.bias.numpy())
+        optimizer.finalize_variable_values(model.trainable_variables)
+        found[name] = np.array(norms), min(least), scaled, kept, model.get_weights()
+    return found
+
+
+def test_what_is_around_a_synchronization_is_not_broken_by_it(ranks):
+    one, other = ranks(2, around_synchronizations)
+    for name, (norms, least, scaled, kept, weights) in one.items():
+        np.testing.assert_allclose(
+            norms, 1, rtol=1e-3, err_msg=f"{name}: the constraint of the weights that are agreed on"
+        )
+        assert least >= 0, name
+        assert not any(scaled), f"{name}: the outer momentum has no learning rate in it"
+        assert len(scaled) == (0 if name == "Adasum" else 3)
+        pairs = [np.array_equal(a, b) for a, b in zip(weights, other[name][4], strict=True)]
+        assert pairs == [True, True, name != "LocalSGD"], (
+            f"{name}: moving averages end as one model; a local bias does not"
+        )
+        assert kept == (name != "fragments"), "a local weight is not synchronized"
+
+
+def graphs_of_synchronise():
+    """How many graphs three calls of `synchronise` make."""
+    import keras
+    import tensorflow as tf
+
+    import hvdkit as hvd
+
+    hvd.init()
+    variable = keras.Variable(np.zeros(3), name="v")
+    optimizer = hvd.LocalSGD(keras.optimizers.SGD(0.1), steps=100)
+    optimizer.build([variable])
+    traced, agree = [], hvd.LocalSGD._agree
+    hvd.LocalSGD._agree = lambda self, *places: traced.append(places) or agree(self, *places)
+    try:
+        step = tf.function(lambda: optimizer.apply([tf.ones([3])], [variable]))
+        step()
+        before = len(traced)
+        for _ in range(3):
+            step()
+            optimizer.synchronise()
+    finally:
+        hvd.LocalSGD._agree = agree
+    return len(traced) - before
+
+
+def test_synchronise_makes_one_graph(ranks):
+    assert ranks(2, graphs_of_synchronise) == [1, 1]
+
+
 @pytest.mark.slow
 def test_the_main_job_trains_with_few_exchanges(train, tmp_path):
     ended = train(2, f"--workdir={tmp_path}/a", "--local_steps=11", "--outer_learning_rate=1", "--outer_momentum=0")

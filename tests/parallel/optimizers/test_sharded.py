@@ -160,6 +160,53 @@ def test_n_ranks_equal_one_process(ranks, number, shared, names):
             assert mine < whole * (1 / number + 0.3), f"{name}: a rank holds {mine} bytes of {whole}"
 
 
+WITHOUT_SOME = {
+    "Adam": ("Adam", {}),
+    "AdamW": ("AdamW", {"weight_decay": 0.5, "use_ema": True, "ema_momentum": 0.5}),
+    "overwritten": ("SGD", {"momentum": 0.9, "use_ema": True, "ema_momentum": 0.5, "ema_overwrite_frequency": 2}),
+    "accumulation": ("RMSprop", {"momentum": 0.9, "gradient_accumulation_steps": 2}),
+    "loss scale": ("Adam", {"loss_scale": True}),
+}
+
+
+def without_some_gradients():
+    """By how much the weights of one process differ, where some variables have no gradient in some steps."""
+    import warnings
+
+    import keras
+    import tensorflow as tf
+
+    import hvdkit as hvd
+
+    hvd.init()
+    warnings.simplefilter("ignore")  # Keras warns of each such step
+
+    def train(optimizer):
+        variables = [keras.Variable(np.full(size, 0.5, "float32"), name=f"v{size}") for size in (3, 40, 20)]
+        optimizer.build(variables)
+        path = []
+        for number, present in enumerate(("012", "02", "0", "12", "02", "1")):
+            grads = [tf.sin(tf.range(1.0, v.shape[0] + 1) + number) for v in variables]
+            optimizer.apply([g if str(n) in present else None for n, g in enumerate(grads)], variables)
+            path += [v.numpy() for v in variables]
+        optimizer.finalize_variable_values(variables)
+        return [*path, *(v.numpy() for v in variables)]
+
+    found = {}
+    for name, (kind, arguments) in WITHOUT_SOME.items():
+        expected, path = (
+            train(_optimizer(kind, **arguments)),
+            train(hvd.ShardedOptimizer(_optimizer(kind, **arguments))),
+        )
+        found[name] = max(float(np.abs(a - b).max()) for a, b in zip(path, expected, strict=True))
+    return found
+
+
+def test_a_variable_without_a_gradient_stays_as_it_is(ranks):
+    for found in ranks(2, without_some_gradients):
+        assert all(difference < 1e-6 for difference in found.values()), found
+
+
 def with_an_overflow(folder):
     """float16 on all ranks, and infinite inputs in step 2 on rank 1 alone; then a file that plain Keras reads."""
     import keras
