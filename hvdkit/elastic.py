@@ -38,12 +38,13 @@ import tensorflow as tf
 from hvdkit import collectives, runtime, world
 from hvdkit.callbacks.learning_rate_schedule import has_schedule, learning_rate_of, remember_origin, steps_taken
 from hvdkit.checkpoint.commits import Commits
-from hvdkit.checkpoint.preemption import Listener, Preempted
+from hvdkit.checkpoint.preemption import Listener
 from hvdkit.errors import UsageError
 from hvdkit.optimizers import heartbeat
 from hvdkit.optimizers.parts import optimizers_of
 from hvdkit.optimizers.sharded import ShardedOptimizer
 from hvdkit.optimizers.state import make_seeds_differ
+from hvdkit.signals import Preempted
 
 world.horovod()  # raises an error with instructions if Horovod is missing
 from horovod.common.elastic import ObjectState, run_fn  # noqa: E402
@@ -161,7 +162,7 @@ class TensorFlowState(ObjectState):
         finally:
             self._listener.stop()
             if self._commits:
-                self._commits.wait()
+                self._commits.close()
 
     def forget_commits(self) -> None:
         """Waits until all ranks are done, then deletes the commits on disk."""
@@ -350,7 +351,8 @@ class CommitStateCallback(keras.callbacks.Callback):
 
     Args:
         state: the `KerasState`.
-        batches_per_commit: batches from one commit to the next; at most so many are lost with a rank.
+        batches_per_commit: batches from one commit to the next; at most so many are lost with a rank, or those of one
+            execution (`steps_per_execution`) if it has more.
     """
 
     def __init__(self, state: Any, batches_per_commit: int = 1) -> None:
@@ -358,14 +360,20 @@ class CommitStateCallback(keras.callbacks.Callback):
         self.state = state
         self.batches_per_commit = batches_per_commit
         self._since = 0
+        self._done = 0  # batches of this epoch in this `fit`
 
     def on_train_begin(self, logs: dict | None = None) -> None:
         """Resets the count to 0, as on a rank that has just joined."""
         self._since = 0
 
+    def on_epoch_begin(self, epoch: int, logs: dict | None = None) -> None:
+        """Counts the batches of the epoch from 0."""
+        self._done = 0
+
     def on_train_batch_end(self, batch: int, logs: dict | None = None) -> None:
-        """Counts batches, and commits after `batches_per_commit`."""
-        self._since += 1
+        """Counts batches, of which an execution may have several, and commits after `batches_per_commit`."""
+        self._since += batch + 1 - self._done
+        self._done = batch + 1
         steps = self.params.get("steps")
         done = max(getattr(self.state, "batch", 0), batch + 1)  # of this epoch, before and after a reset
         if self._since >= self.batches_per_commit:

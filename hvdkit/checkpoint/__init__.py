@@ -4,6 +4,7 @@
 
 - `store`: one folder for each checkpoint, published atomically; which one is used, and which are removed;
 - `writer`: the thread that writes while training continues;
+- `lock`: one job at a time in a directory;
 - `plain`: values as JSON and arrays, without pickle;
 - `variables`: weights, optimizer slots, metrics and seeds; one value for each rank where ranks differ;
 - `callback_state`: the state of callbacks (Keras', hvdkit's and yours), and of attributes of your layers and metrics;

@@ -10,18 +10,19 @@ from typing import Any
 import keras
 
 from hvdkit import collectives, outcome, world
-from hvdkit.checkpoint import learnt, randomness, rates, resuming, store, variables
+from hvdkit.checkpoint import learnt, lock, randomness, rates, resuming, store, variables
 from hvdkit.checkpoint.background import Writer
 from hvdkit.checkpoint.best import Best
 from hvdkit.checkpoint.callback_state import CallbackStates, arrays_of, checksums, unlike
 from hvdkit.checkpoint.plain import pack, unpack
-from hvdkit.checkpoint.preemption import SIGNALS, Listener, Preempted
+from hvdkit.checkpoint.preemption import Listener
 from hvdkit.checkpoint.running_fit import RunningFit
 from hvdkit.checkpoint.store import Checkpoint
 from hvdkit.compat.keras3 import set_first_epoch
 from hvdkit.errors import UsageError
 from hvdkit.optimizers.parts import optimizers_of
 from hvdkit.optimizers.state import METRIC, UNTRACKED, Kept, kept_of
+from hvdkit.signals import SIGNALS, Preempted
 
 _log = logging.getLogger(__name__)
 
@@ -71,7 +72,8 @@ class CheckpointCallback(keras.callbacks.Callback):
         resumed: the checkpoint that training resumed from; None if it started from the beginning.
 
     Raises:
-        UsageError: an argument is wrong, or the checkpoint is of another model or another job.
+        UsageError: an argument is wrong, the checkpoint is of another model or another job, or another job that runs
+            now writes to `directory`.
 
     Example: `model.fit(dataset, epochs=9, callbacks=[*hvd.callbacks.standard(), CheckpointCallback("run", every=500)])`
     """
@@ -163,8 +165,7 @@ class _Keeper(keras.callbacks.Callback):
         settings = self._settings
         self._states = CallbackStates(self._fit.callbacks, self.model)
         self._rates = rates.rates_of(self.model)
-        if world.rank() == 0:
-            store.sweep(settings.directory)
+        resuming.occupy(settings.directory)
         there = store.metrics(settings.directory) if settings.keep_best and world.rank() == 0 else []
         self._best = Best(self.model, settings.keep_best, settings.monitor, settings.mode, settings.infers_mode, there)
         found = settings.resumed or resuming.open_checkpoint(settings.directory, settings.resume)
@@ -287,6 +288,7 @@ class _Keeper(keras.callbacks.Callback):
         """Waits until the last checkpoint is written."""
         self._listener.stop()
         self._writer.wait()
+        lock.free(self._settings.directory)
         set_first_epoch(self.model, None)
         self._stop_on_error()
         count = self._writer.count
@@ -402,6 +404,7 @@ class _Keeper(keras.callbacks.Callback):
         # All ranks wait here until it is written: a launcher ends the job when the first rank exits.
         message = collectives.broadcast_object(message, name="checkpoint.leave")
         self._listener.stop()
+        lock.free(self._settings.directory)
         set_first_epoch(self.model, None)
         raise Preempted(message)
 

@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 
-from hvdkit.checkpoint import store
+from hvdkit.checkpoint import lock, store
 from hvdkit.checkpoint.background import Writer
 from hvdkit.checkpoint.plain import NotPlain, pack, unpack
 from hvdkit.errors import UsageError
@@ -29,6 +29,7 @@ class Commits:
         self.folder = folder
         self._writer = Writer()
         self._number = 0
+        lock.take(folder)
         store.sweep(folder)
 
     def newest(self, values: Sequence[np.ndarray]) -> tuple[list[np.ndarray], dict[str, Any]] | None:
@@ -83,6 +84,11 @@ class Commits:
         """Waits until nothing is being written. Returns why the last commit failed, or an empty string."""
         self._writer.wait()
         return str(self._writer.error or "")
+
+    def close(self) -> None:
+        """Waits until nothing is being written, and lets other jobs use the folder."""
+        self._writer.wait()
+        lock.free(self.folder)
 
     def forget(self) -> None:
         """Removes all commits, after the job has succeeded: the next one starts from the beginning."""

@@ -8,59 +8,28 @@ forwards it.
 import contextlib
 import os
 import signal
+import socket
 import threading
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable
 from types import FrameType
 from typing import Any
 
 import numpy as np
 
-from hvdkit import collectives, world
+from hvdkit import collectives, watchdog, world
 from hvdkit.compat import call_stack
 from hvdkit.optimizers import heartbeat
-from hvdkit.outcome import PREEMPTED
+from hvdkit.signals import SIGNALS
 
-SIGNALS = (signal.SIGTERM, signal.SIGUSR1)
-_POLL_EVERY = 16  # executions between collective checks, if no heartbeat carries the stop request
-
-
-class Preempted(SystemExit):
-    """A signal preempted the job, and its state is saved: the process exits with code 85.
-
-    Attributes:
-        message: what happened.
-        agreed: whether all ranks exit at this step; otherwise the other ranks must be told.
-    """
-
-    def __init__(self, message: str, agreed: bool = True) -> None:
-        super().__init__(PREEMPTED)
-        self.message = message
-        self.agreed = agreed
-
-    def __str__(self) -> str:
-        return self.message
-
-
-@contextlib.contextmanager
-def leaving_at_once(signals: Iterable[int] = SIGNALS) -> Iterator[None]:
-    """Raises `Preempted` as soon as a signal arrives: for parts of a job in which there is nothing to save.
-
-    While a `Listener` is active, it handles the signals instead.
-    """
-
-    def leave(number: int, frame: FrameType | None) -> None:
-        raise Preempted(f"{signal.Signals(number).name} arrived while there was nothing to save", agreed=False)
-
-    before = {number: signal.signal(number, leave) for number in signals}
-    try:
-        yield
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, signal.SIG_DFL if handler is None else handler)
+_POLL_EVERY = 16  # executions between collective checks, if neither a heartbeat nor a watchdog carries the stop request
 
 
 class Listener:
     """Receives signals while a model's `fit` runs, and learns which other ranks have received one.
+
+    Python runs a signal's handler when the main thread returns from TensorFlow, which an execution of many steps
+    delays. So a thread learns of the signal meanwhile, and the heartbeat of the next step already carries the request:
+    all ranks stop after the execution in which it arrived.
 
     Args:
         model: the model that `fit` trains. A `fit` that ends with an exception calls no hook, so each signal checks
@@ -77,32 +46,52 @@ class Listener:
         self.heard: str | None = None
         self._signals = tuple(signals)
         self._before: dict[int, Any] = {}
-        self._executions = 0
+        self._early: _EarlyNotice | None = None
+        self._executions, self._has_told = 0, False
         self._proven = 0.0
 
     def start(self) -> None:
         """Installs the handlers, if this is the main thread: Python allows it in no other thread."""
-        self._executions, self._proven = 0, heartbeat.current().read()[0] if world.size() > 1 else 0.0
+        self._executions, self._has_told = 0, False
+        self._proven = heartbeat.current().read()[0] if world.size() > 1 else 0.0
         if threading.current_thread() is threading.main_thread() and not self._before:
             self._before = {number: signal.signal(number, self._note) for number in self._signals}
+            if world.size() > 1:
+                self._early = _EarlyNotice(self._signals, heartbeat.current().wish_to_leave)
 
     def stop(self) -> None:
         """Restores the previous signal handlers."""
+        if self._early:
+            self._early.close()
+            self._early = None
         for number, handler in self._before.items():
             signal.signal(number, signal.SIG_DFL if handler is None else handler)
         self._before = {}
+        watchdog.forget_leaving()
 
     def after_execution(self) -> bool:
-        """Whether some rank received a signal: the same answer on all ranks, after the same step."""
+        """Whether some rank received a signal: the same answer on all ranks, after the same step.
+
+        The request travels with the gradients; in an execution that exchanges none (local SGD between two
+        synchronizations, `tf.distribute`) by the watchdogs, and without these in a collective now and then.
+        """
         if world.size() == 1:
             return self.heard is not None
         beat = heartbeat.current()
         if self.heard:
             beat.wish_to_leave()
         self._executions += 1
-        if beat.read()[0] > self._proven:  # hvdkit's gradient allreduce carries a heartbeat; tf.distribute's does not
-            return beat.leaving() > 0
-        return self._executions % _POLL_EVERY == 0 and self.ask_all()
+        is_time = watchdog.is_time_to_leave(self._executions)
+        proven, before = beat.read()[0], self._proven
+        self._proven = proven
+        if is_time or proven != before:
+            return is_time or beat.leaving() > 0
+        if not watchdog.is_there():
+            return self._executions % _POLL_EVERY == 0 and self.ask_all()
+        if self.heard and not self._has_told:
+            self._has_told = True
+            watchdog.tell_to_leave()
+        return False
 
     def ask_all(self) -> bool:
         """Like `after_execution`, with an allreduce of its own. A collective call."""
@@ -116,3 +105,32 @@ class Listener:
             os.kill(os.getpid(), number)  # for the previous handler
             return
         self.heard = self.heard or signal.Signals(number).name
+
+
+class _EarlyNotice:
+    """Calls a function in a thread of its own as soon as a signal arrives, whatever the main thread does.
+
+    Args:
+        signals: numbers of signals that have a handler in Python.
+        call: what to call.
+    """
+
+    def __init__(self, signals: Iterable[int], call: Callable[[], None]) -> None:
+        self._signals, self._call = frozenset(signals), call
+        self._reader, self._writer = socket.socketpair()
+        self._writer.setblocking(False)
+        self._before = signal.set_wakeup_fd(self._writer.fileno(), warn_on_full_buffer=False)
+        threading.Thread(target=self._wait, name="hvdkit-signals", daemon=True).start()
+
+    def close(self) -> None:
+        """Ends the thread."""
+        current = signal.set_wakeup_fd(-1)
+        with contextlib.suppress(ValueError):  # its owner has closed it
+            signal.set_wakeup_fd(self._before if current == self._writer.fileno() else current)
+        self._writer.close()
+
+    def _wait(self) -> None:
+        with self._reader:
+            while arrived := self._reader.recv(64):  # the numbers of signals, one byte each
+                if self._signals.intersection(arrived):
+                    self._call()

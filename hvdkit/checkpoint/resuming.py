@@ -6,11 +6,28 @@ from pathlib import Path
 from typing import Any
 
 from hvdkit import collectives, world
-from hvdkit.checkpoint import store
+from hvdkit.checkpoint import lock, store
 from hvdkit.checkpoint.store import Checkpoint
 from hvdkit.errors import UsageError
 
 _log = logging.getLogger(__name__)
+
+
+def occupy(directory: Path) -> None:
+    """Locks the directory for this job, and removes what an earlier one left unfinished in it. A collective call.
+
+    Raises:
+        UsageError: another job uses the directory; raised on all ranks.
+    """
+    mistake = None
+    if world.rank() == 0:
+        try:
+            lock.take(directory)
+            store.sweep(directory)
+        except UsageError as error:
+            mistake = str(error)
+    if mistake := collectives.broadcast_object(mistake, name="checkpoint.directory"):
+        raise UsageError(mistake)
 
 
 def open_checkpoint(directory: Path, resume: str) -> Checkpoint | None:

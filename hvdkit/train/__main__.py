@@ -6,7 +6,7 @@ import sys
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
-from hvdkit import outcome, world
+from hvdkit import outcome, signals, world
 from hvdkit.errors import ReplicasDiverged, UnfitSizeError, UsageError
 from hvdkit.train import flags
 from hvdkit.train.flags import parser as parser  # for completion in shells
@@ -33,14 +33,15 @@ def main(argv: list[str], more_callbacks: Sequence["keras.callbacks.Callback"] =
 
 def _train(config: flags.Config, more_callbacks: Sequence["keras.callbacks.Callback"], tap: "Tap | None") -> int:
     # Imported here because they load TensorFlow, which takes seconds: --help and a wrong flag must not wait for it.
-    from hvdkit import runtime, watchdog
-    from hvdkit.checkpoint import preemption
-    from hvdkit.train.run import run
+    with signals.exiting_at_once():
+        from hvdkit import runtime, watchdog
+        from hvdkit.train.run import run
 
     try:
-        with preemption.leaving_at_once():
+        with signals.leaving_at_once():
             run(config, more_callbacks, tap)
-    except preemption.Preempted as left:
+    except signals.Preempted as left:
+        signals.ignore()  # a scheduler and a launcher may both send one
         if not left.agreed:
             watchdog.fail(left, outcome.PREEMPTED)
         return outcome.PREEMPTED

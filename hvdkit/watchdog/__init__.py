@@ -10,6 +10,8 @@ watchdog thread with its own TCP connection. Over it, the ranks (a) write one jo
     watchdog.traced("gradients", [((3, 4), "float32", "dense/kernel")])   what a collective in a graph sends
     watchdog.fail(error)                                    tells the other ranks why this rank exits
     watchdog.reason(5)                                      why another rank exited
+    watchdog.tell_to_leave()                                all ranks agree on when to leave the training
+    watchdog.when_the_job_fails(call)                       cleans up before this process is ended
     watchdog.stop()
 
 `HVDKIT_STALL_SECONDS` (600; 0 for no limit) is how long a rank may stay in one step or collective while no other rank
@@ -20,12 +22,13 @@ Ranks also exit with 75 when another rank dies. When a rank fails with an except
 """
 
 import atexit
+import contextlib
 import logging
 import os
 import secrets
 import socket
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from types import TracebackType
 from typing import Any
 
@@ -45,18 +48,24 @@ __all__ = [
     "count_anew",
     "explain",
     "fail",
+    "forget_leaving",
     "in_phase",
+    "is_there",
+    "is_time_to_leave",
     "reason",
     "start",
     "stop",
+    "tell_to_leave",
     "traced",
     "waiting",
     "was_thrown_out",
+    "when_the_job_fails",
 ]
 
 _log = logging.getLogger(__name__)
 _progress = Progress()
 _thread: WatchdogThread | None = None
+_last_calls: list[Callable[[], None]] = []
 _hook: Any = None  # what sys.excepthook was before `start`
 
 
@@ -91,7 +100,7 @@ def start(world: worlds.World) -> None:
         aborts=worlds.stall_aborts(),
         elastic=os.environ.get("HOROVOD_ELASTIC") == "1",
     )
-    _thread = WatchdogThread(world.rank, job, door, _progress)
+    _thread = WatchdogThread(world.rank, job, door, _progress, _end_process)
     _thread.start()
     _hook, sys.excepthook = sys.excepthook, _on_uncaught
 
@@ -110,9 +119,40 @@ def stop() -> None:
     if _thread:
         _thread.end(_pending())
         _thread = None
+    _last_calls.clear()
     if _hook and sys.excepthook is _on_uncaught:
         sys.excepthook = _hook
     _hook = None
+
+
+def is_there() -> bool:
+    """Returns whether this rank has a watchdog: all ranks of a job have one, or none."""
+    return _thread is not None
+
+
+def tell_to_leave() -> None:
+    """Tells all ranks that this one was told to leave the training. They agree on when: see `is_time_to_leave`."""
+    if _thread:
+        _thread.tell_to_leave()
+
+
+def is_time_to_leave(done: int) -> bool:
+    """Returns whether all ranks leave the training now, after the same execution. Call it after each.
+
+    Args:
+        done: number of executions of this `fit` that this rank has done.
+    """
+    return _progress.meeting.is_now(done)
+
+
+def forget_leaving() -> None:
+    """Forgets what was agreed about leaving, when a training has ended."""
+    _progress.meeting.clear()
+
+
+def when_the_job_fails(call: Callable[[], None]) -> None:
+    """Has a function called before this process ends because the job has failed; until `stop`."""
+    _last_calls.append(call)
 
 
 def waiting(name: str, detail: object = "", everyone: bool = False) -> Waiting:
@@ -292,8 +332,21 @@ def _place() -> str:
 @atexit.register
 def _at_exit() -> None:
     """Stops the watchdog, unless a rank has failed: then Horovod's shutdown may hang, and the watchdog ends it."""
-    if _thread and not _thread.failure:
+    if _thread and _thread.failure:
+        _call_last()
+    elif _thread:
         stop()
+
+
+def _end_process(code: int) -> None:
+    _call_last()
+    os._exit(code)
+
+
+def _call_last() -> None:
+    for call in _last_calls.copy():
+        with contextlib.suppress(Exception):  # the process must end
+            call()
 
 
 def _in_child() -> None:

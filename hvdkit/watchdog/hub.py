@@ -46,6 +46,7 @@ class Hub(Role):
         self.reported: dict[int, int] = {}
         self.compare_after = 0.0
         self._inquiry: _Inquiry | None = None
+        self._stands: dict[int, int] = {}  # executions that ranks have done, for the meeting
 
     def welcome(self, rank: int) -> None:
         """Sends a rank that has just joined what it has missed."""
@@ -70,6 +71,22 @@ class Hub(Role):
     def trace(self, fields: Message) -> None:
         """See `Role`."""
         self.on_traced(self.own.rank, fields)
+
+    def call_meeting(self) -> None:
+        """See `Role`. A second call, as when all ranks were told to leave, is the same meeting."""
+        meeting = self.own.progress.meeting
+        if not meeting.is_called:
+            self._stands = {}
+            self.links.send_to_callers({"type": "leave"})
+            self.on_stand(self.own.rank, {"done": meeting.call()})
+
+    def on_stand(self, rank: int, message: Message) -> None:
+        """See `Role`."""
+        self._stands[rank] = message["done"]
+        if self.peers.living() <= self._stands.keys():
+            after = 1 + max(self._stands.values())
+            self.links.send_to_callers({"type": "meet", "after": after})
+            self.own.progress.meeting.agree(after)
 
     def report_stall(self, now: float) -> None:
         """See `Role`."""

@@ -69,6 +69,10 @@ class Role(abc.ABC):
         """Requests a comparison of a new signature of this rank with those of the other ranks."""
 
     @abc.abstractmethod
+    def call_meeting(self) -> None:
+        """Has all ranks agree on the execution after which they leave the training (see `meeting`)."""
+
+    @abc.abstractmethod
     def report_stall(self, now: float) -> None:
         """Reports that this rank stalls; called at every heartbeat while it does."""
 
@@ -117,6 +121,10 @@ class Role(abc.ABC):
     def on_traced(self, rank: int, message: Message) -> None:
         """Handles the signature of a collective that a rank has traced."""
         self.peers.take_signature(rank, message)
+
+    @abc.abstractmethod
+    def on_stand(self, rank: int, message: Message) -> None:
+        """Handles the number of executions that a rank has done, for the meeting."""
 
     @abc.abstractmethod
     def inquire(self, limit: float | None = None, explains: bool = False) -> None:
@@ -173,6 +181,10 @@ class Member(Role):
         """See `Role`."""
         self.ask(fields)
 
+    def call_meeting(self) -> None:
+        """See `Role`: the hub calls it."""
+        self.ask({"type": "told"})
+
     def report_stall(self, now: float) -> None:
         """See `Role`. While another rank makes progress, the hub does not answer, but it sends heartbeats."""
         self.own.asked = self.own.asked or now
@@ -211,6 +223,9 @@ class Member(Role):
     def settle(self, failure: Failure, report: str = "") -> None:
         """See `Role`: recorded before the hub reports it."""
         self.ending.take(failure, at_once=False)
+
+    def on_stand(self, rank: int, message: Message) -> None:
+        """See `Role`: only the hub asks for it."""
 
     def inquire(self, limit: float | None = None, explains: bool = False) -> None:
         """See `Role`: only the hub does. A rank that asks this one still takes it for the hub."""

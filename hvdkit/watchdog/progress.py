@@ -10,6 +10,8 @@ from collections.abc import Sequence
 from types import TracebackType
 from typing import Any
 
+from hvdkit.watchdog.meeting import Meeting
+
 # Outside of these phases a rank has no time limit: it loads data, builds a model, or is done.
 BUSY = ("training", "evaluating")
 
@@ -30,6 +32,7 @@ class Progress:
         last: the last collective that it finished.
         calls: how often this rank has entered each collective that all ranks must enter, the most recent last.
         traced: the signatures of each collective in graphs, in the order in which they were first traced.
+        meeting: the execution after which all ranks leave the training.
     """
 
     def __init__(self) -> None:
@@ -41,6 +44,7 @@ class Progress:
         self.last: Waiting | None = None
         self.calls: collections.OrderedDict[str, int] = collections.OrderedDict()
         self.traced: dict[str, list[Signature]] = {}
+        self.meeting = Meeting()
 
     def begin(self) -> None:
         """Resets everything that belongs to an earlier world."""
@@ -49,6 +53,7 @@ class Progress:
         self.last = None
         self.calls.clear()
         self.traced.clear()
+        self.meeting.clear()
 
     def count(self, name: str) -> None:
         """Counts a call of a collective that all ranks must enter."""

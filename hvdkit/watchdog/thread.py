@@ -7,6 +7,7 @@ next living rank. Each knows all addresses, and all try them in the same order.
     thread.py     the thread: waits for messages, timeouts and posted work, and passes them to its current role
     hub.py        what the hub does; member.py, what the other ranks do
     peers.py      what a rank knows about all ranks, and about itself
+    meeting.py    how all ranks leave the training together
     links.py      its connections; channel.py, the messages on them
     ending.py     how its process ends when the job has failed
 
@@ -116,6 +117,10 @@ class WatchdogThread(threading.Thread):
         """Requests a comparison of a new signature with those of the other ranks."""
         signature = self._own.progress.traced[name][number]
         self.post(lambda: self._role.trace({"type": "traced", "name": name, "number": number, "signature": signature}))
+
+    def tell_to_leave(self) -> None:
+        """Has all ranks agree on the execution after which they leave the training."""
+        self.post(lambda: self._role.call_meeting())
 
     def end(self, why: str = "") -> None:
         """Says goodbye and ends the thread; `why` is the error that this rank exits with, if there is one."""
@@ -240,6 +245,10 @@ class WatchdogThread(threading.Thread):
             "explanation": lambda rank, message: self.ending.explain(message["text"]),
             "collect": lambda rank, message: self._answer(message["names"]),
             "traced": role.on_traced,
+            "told": lambda rank, message: role.call_meeting(),
+            "leave": lambda rank, message: role.ask({"type": "stand", "done": self._own.progress.meeting.call()}),
+            "stand": role.on_stand,
+            "meet": lambda rank, message: self._own.progress.meeting.agree(int(message["after"])),
             "thrown_out": lambda rank, message: self._on_thrown_out(),
             "failed": lambda rank, message: role.settle(Failure(**message["failure"])),
             "ended": lambda rank, message: self.ending.take(Failure(**message["failure"]), message["at_once"]),

@@ -166,6 +166,16 @@ def test_a_broken_exchange_costs_what_was_not_committed(model, monkeypatch, init
     assert (state.epoch, state.batch, int(model.optimizer.iterations)) == (3, 0, 18)
 
 
+def test_an_execution_of_several_batches_counts_as_many():
+    model = keras.Sequential([keras.layers.Input([2]), keras.layers.Dense(1)])
+    model.compile(hvd.DistributedOptimizer(keras.optimizers.SGD(0.1)), loss="mse", steps_per_execution=4)
+    state, committed = elastic.KerasState(model, epoch=0, batch=0), []
+    state.commit = lambda: committed.append(state.batch)
+    callbacks = [elastic.UpdateBatchStateCallback(state), elastic.CommitStateCallback(state, batches_per_commit=8)]
+    model.fit(*_data(48), batch_size=2, epochs=2, callbacks=callbacks, verbose=0)
+    assert committed == [8, 16, 0] * 2, "of 24 batches; the last ones with the end of the epoch"
+
+
 def test_other_errors_pass(model):
     state = elastic.KerasState(model)
 

@@ -20,7 +20,7 @@ from typing import Any
 
 import tensorflow as tf
 
-from hvdkit import native
+from hvdkit import native, watchdog
 from hvdkit.collectives.transports.base import Kind, Scale, Transport, Usage, in_any_order, may_block
 from hvdkit.errors import UsageError
 from hvdkit.world.devices import usable_cores
@@ -58,6 +58,7 @@ class SharedMemory(Transport):
         self.token = token
         self._rank, self._size, self._own_core = rank, size, own_core
         self._has_exchanged = False
+        watchdog.when_the_job_fails(self._remove_segments)
 
     @classmethod
     def start(cls, world: World, preferred: Sequence[Transport]) -> "SharedMemory | None":
@@ -134,6 +135,11 @@ class SharedMemory(Transport):
         waits = "spin on cores of their own" if self._own_core else "sleep"
         return f"shared memory ({_FOLDER}, {self._size} ranks, which {waits} while they wait)"
 
+    def _remove_segments(self) -> None:
+        """Removes the names of segments where not all ranks have met: the others will not come."""
+        for path in _FOLDER.glob(f"hvdkit-{self.token}-*"):
+            path.unlink(missing_ok=True)
+
     def _ranks(self, process_set: Any) -> list[int]:
         return list(range(self._size)) if process_set.process_set_id == 0 else list(process_set.ranks)
 
@@ -162,7 +168,7 @@ def _introduce(world: World, instead: str) -> tuple[list[dict[str, Any]], str]:
     mine = {
         "instead": instead,
         "lack": _lack(world),
-        "token": secrets.token_hex(8),
+        "token": f"{_process_ids()}.{os.getpid()}.{secrets.token_hex(8)}",
         "where": _where(),
         "host": world.cross_rank,
     }
@@ -181,8 +187,21 @@ def remove_stale() -> None:
     for path in _FOLDER.glob("hvdkit-*-*"):
         with contextlib.suppress(OSError):  # another job's rank may be faster
             found = path.stat()
-            if found.st_uid == os.getuid() and time.time() - found.st_mtime > _STALE:
+            is_old = time.time() - found.st_mtime > _STALE
+            if found.st_uid == os.getuid() and (is_old or _is_of_the_dead(path.name.split("-")[1])):
                 path.unlink()
+
+
+def _is_of_the_dead(token: str) -> bool:
+    """Returns whether the process that made a token, a rank of this host, has ended."""
+    ids, _, rest = token.partition(".")
+    pid = rest.partition(".")[0]
+    return ids == _process_ids() and pid.isdecimal() and not Path("/proc", pid).exists()
+
+
+def _process_ids() -> str:
+    """Returns which process ids these are: those of another container mean nothing here."""
+    return str(Path("/proc/self/ns/pid").stat().st_ino)
 
 
 def _what_is_used_instead(world: World) -> str:

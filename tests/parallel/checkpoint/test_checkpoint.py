@@ -214,6 +214,87 @@ def test_every_ranks_own_state_goes_on(ranks, tmp_path):
     assert everyone[0][0][0][1] != everyone[1][0][0][1], "with seeds of each rank's own"
 
 
+def told_in_a_long_execution(folder):
+    """Rank 1 is told to leave in the first of four steps of an execution: exit code, steps taken, message."""
+    import os
+    import signal
+    import time
+
+    import keras
+    import tensorflow as tf
+
+    import hvdkit as hvd
+
+    hvd.init()
+    told = []
+
+    class Slow(keras.layers.Layer):
+        def call(self, x):
+            y = tf.py_function(self.wait, [x], x.dtype)
+            y.set_shape(x.shape)
+            return x + 0 * tf.stop_gradient(y)
+
+        def wait(self, x):
+            if hvd.rank() == 1 and not told:
+                told.append(os.kill(os.getpid(), signal.SIGTERM))
+            time.sleep(0.3)
+            return x
+
+    model = keras.Sequential([keras.layers.Input([3]), Slow(), keras.layers.Dense(1)])
+    optimizer = hvd.DistributedOptimizer(keras.optimizers.SGD(0.1))
+    model.compile(optimizer, loss="mse", steps_per_execution=4, jit_compile=False)
+    try:
+        keeper = hvd.callbacks.CheckpointCallback(folder)
+        model.fit(np.zeros([64, 3]), np.zeros([64, 1]), batch_size=4, verbose=0, callbacks=[keeper])
+    except SystemExit as left:
+        return left.code, int(optimizer.iterations), str(left)
+
+
+def test_a_signal_during_an_execution_of_many_steps_ends_with_it(ranks, tmp_path):
+    for code, steps, said in ranks(2, told_in_a_long_execution, folder=str(tmp_path)):
+        assert (code, steps) == (85, 4), said
+        assert said.startswith("rank 1 (SIGTERM) was told to stop after step 4; it is saved")
+
+
+def told_between_synchronizations(folder):
+    """Rank 1 is told to leave in its sixth step, long before an exchange: exit code, steps taken, message."""
+    import os
+    import signal
+    import time
+
+    import keras
+
+    import hvdkit as hvd
+
+    hvd.init()
+
+    class Told(keras.callbacks.Callback):
+        checkpointed = False
+
+        def on_train_batch_begin(self, batch, logs=None):
+            time.sleep(0.02 * (1 + hvd.rank()))
+            if (batch, hvd.rank()) == (5, 1):
+                os.kill(os.getpid(), signal.SIGTERM)
+
+    model = keras.Sequential([keras.layers.Input([3]), keras.layers.Dense(1)])
+    optimizer = hvd.LocalSGD(keras.optimizers.SGD(0.1), steps=1000)
+    model.compile(optimizer, loss="mse", jit_compile=False)
+    try:
+        keeper = hvd.callbacks.CheckpointCallback(folder)
+        model.fit(np.zeros([256, 3]), np.zeros([256, 1]), batch_size=1, verbose=0, callbacks=[Told(), keeper])
+    except SystemExit as left:
+        return left.code, int(optimizer.iterations), str(left)
+
+
+def test_a_signal_between_two_synchronizations_is_heard_by_all_at_once(ranks, tmp_path):
+    one, other = ranks(2, told_between_synchronizations, folder=str(tmp_path))
+    assert one == other
+    code, steps, said = one
+    assert code == 85
+    assert 6 <= steps < 60, "not after an exchange, which comes at the end of the epoch"
+    assert said.startswith(f"rank 1 (SIGTERM) was told to stop after step {steps}; it is saved")
+
+
 def _with_states_of_their_own(rank):
     """A layer and a callback that keep states in many ways."""
     import time

@@ -18,10 +18,11 @@ import tensorflow as tf
 
 from hvdkit import collectives
 from hvdkit.callbacks import CheckpointCallback, LearningRateScheduleCallback, StepLossCallback
-from hvdkit.checkpoint import plain, rates, store, variables
-from hvdkit.checkpoint.preemption import Preempted, leaving_at_once
+from hvdkit.checkpoint import lock, plain, rates, store, variables
+from hvdkit.checkpoint.preemption import _EarlyNotice
 from hvdkit.errors import UsageError
 from hvdkit.optimizers.state import COMMON, Kept
+from hvdkit.signals import Preempted
 
 # ---- On disk ----------------------------------------------------------------------------------------------------
 
@@ -283,18 +284,58 @@ def test_a_signal_saves_and_leaves(tmp_path, number):
     assert store.newest(tmp_path / "checkpoints").state["step"] == 8
 
 
-@leaving_at_once()
-def told_to_leave():
-    signal.raise_signal(signal.SIGTERM)
-    time.sleep(60)
+def test_a_thread_learns_of_a_signal_whatever_the_main_thread_does():
+    """As while TensorFlow runs many steps: Python's own handlers wait for the main thread."""
+    heard, number = threading.Event(), signal.SIGUSR2
+    before = signal.signal(number, lambda *_: None), signal.set_wakeup_fd(-1)
+    notice = _EarlyNotice([number], heard.set)
+    try:
+        os.kill(os.getpid(), signal.SIGCHLD)  # another one
+        assert not heard.wait(0.1)
+        signal.pthread_kill(threading.get_ident(), number)
+        assert heard.wait(10)
+    finally:
+        notice.close()
+        signal.signal(number, before[0])
+    assert signal.set_wakeup_fd(before[1]) == -1, "it is taken back"
 
 
-def test_before_training_a_signal_leaves_at_once():
-    before = signal.getsignal(signal.SIGTERM)
-    with pytest.raises(Preempted, match="SIGTERM arrived while there was nothing to save") as left:
-        told_to_leave()
-    assert (left.value.code, left.value.agreed) == (85, False)
-    assert signal.getsignal(signal.SIGTERM) == before
+HOLD = """
+import sys, time
+from pathlib import Path
+from hvdkit.checkpoint import lock
+lock.take(Path(sys.argv[1]))
+print("held", flush=True)
+time.sleep(600)
+"""
+
+
+def test_a_directory_has_one_job_at_a_time(tmp_path, monkeypatch, caplog):
+    directory = tmp_path / "checkpoints"
+    other = subprocess.Popen([sys.executable, "-c", HOLD, directory], stdout=subprocess.PIPE)
+    try:
+        assert other.stdout.readline() == b"held\n"
+        (directory / ".partial-000001-step-4").mkdir()
+        with pytest.raises(
+            UsageError, match=rf"process {other.pid} on host \S+\) writes checkpoints in .*Give each job"
+        ):
+            train(tmp_path, "arrays")
+        assert (directory / ".partial-000001-step-4").is_dir(), "the other is writing it"
+        monkeypatch.setenv("HVDKIT_ELASTIC", str(tmp_path))
+        lock.take(directory)
+        assert "This job goes on, because the holder may be its own rank on a host that was lost." in caplog.text
+    finally:
+        other.kill()
+        other.wait()
+        other.stdout.close()
+    monkeypatch.delenv("HVDKIT_ELASTIC")
+    with pytest.raises(InterruptedError):
+        train(tmp_path, "arrays", Interrupt(3))
+    train(
+        tmp_path, "arrays", epochs=1
+    )  # the kernel has freed it, and a fit that ended with an exception is of this job
+    assert not (directory / ".partial-000001-step-4").exists()
+    assert directory.resolve() / ".lock" not in lock._held, "it is freed at the end"
 
 
 def test_after_fit_signals_go_where_they_went_before(tmp_path):

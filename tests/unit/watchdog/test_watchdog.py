@@ -291,6 +291,17 @@ def started():
         ranks.end()
 
 
+def test_ranks_agree_on_when_to_leave(started):
+    ranks = started(3)
+    meetings, done = [progress.meeting for progress in ranks.progress], (5, 7, 6)
+    assert not any(meeting.is_now(number) for meeting, number in zip(meetings, done, strict=True))
+    for rank in (2, 0):  # both were told: one meeting
+        ranks.men[rank].tell_to_leave()
+    ranks.until(lambda: all(meeting._is_agreed.is_set() for meeting in meetings))
+    assert [meeting.is_now(7) for meeting in meetings] == [False] * 3
+    assert [meeting.is_now(8) for meeting in meetings] == [True] * 3
+
+
 @pytest.mark.parametrize("rank", [0, 1])
 def test_all_ranks_know_the_first_failure(started, capfd, rank):
     ranks = started(3)
