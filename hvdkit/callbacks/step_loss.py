@@ -1,11 +1,14 @@
 """`StepLossCallback`: the loss per step, for loss curves within an epoch."""
 
 import csv
+import logging
 from pathlib import Path
 from typing import Any
 
 import keras
 import numpy as np
+
+_log = logging.getLogger(__name__)
 
 
 class StepLossCallback(keras.callbacks.Callback):
@@ -51,6 +54,9 @@ class StepLossCallback(keras.callbacks.Callback):
         self._epoch, self._sum, self._count = state["mean"]
 
     def on_epoch_end(self, epoch: int, logs: dict | None = None) -> None:
-        """Writes the file."""
-        with self._path.open("w", newline="", encoding="utf-8") as file:
-            csv.writer(file).writerows([("step", "loss"), *self.losses])
+        """Writes the file. A full disk costs the file, but does not end the training."""
+        try:
+            with self._path.open("w", newline="", encoding="utf-8") as file:
+                csv.writer(file).writerows([("step", "loss"), *self.losses])
+        except OSError as error:
+            _log.warning("%s cannot be written (%s). Training continues.", self._path, error.strerror)

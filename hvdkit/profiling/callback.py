@@ -92,7 +92,8 @@ class ProfileCallback(keras.callbacks.Callback):
     def _open(self) -> None:
         self._state = "open"
         if world.rank() == 0:
-            self._folder.mkdir(parents=True, exist_ok=True)
+            with contextlib.suppress(OSError):  # said when the profile is written
+                self._folder.mkdir(parents=True, exist_ok=True)
         collectives.barrier(name="profile")
         self._scratch = self._folder / f"rank-{world.rank():04d}"
         self._timeline = self._folder.resolve() / "horovod-timeline.json"
@@ -121,7 +122,10 @@ class ProfileCallback(keras.callbacks.Callback):
         told = (mine, operations, f"rank {world.rank()} on {socket.gethostname()}")
         everyone: list[Any] = collectives.allgather_object(told, name="profile")
         if world.rank() == 0:
-            self._write(everyone)
+            try:
+                self._write(everyone)
+            except OSError as error:  # such as a full disk
+                _log.warning("The profile cannot be written to %s (%s). Training continues.", self._folder, error)
 
     def _write(self, everyone: list[Any]) -> None:
         try:

@@ -188,7 +188,10 @@ def _write_artifacts(job: Job, model: keras.Model, trained: _Trained, result: di
     workdir = job.workdir
     artifacts.save_model(model, workdir / "model.keras")
     title = f"{result['model']} on {result['dataset']}, {result['strategy']}, {result['size']} replica(s)"
-    artifacts.plot_curves(workdir, trained.history, trained.steps_per_epoch, job.settings.eval_every, title)
+    try:
+        artifacts.plot_curves(workdir, trained.history, trained.steps_per_epoch, job.settings.eval_every, title)
+    except OSError as error:  # the results matter more
+        _log.warning("%s cannot be written (%s).", workdir / "curves.png", error)
     reporting.write_json(workdir / "result.json", result)
     accuracy = result["test_accuracy"]
     bits = f" ({result['test_bits_per_byte']:.3f} bits a byte)" if "test_bits_per_byte" in result else ""

@@ -1,3 +1,5 @@
+import pathlib
+
 import keras
 import numpy as np
 import pytest
@@ -190,6 +192,13 @@ def test_an_unknown_number_of_steps_is_refused():
     schedule.set_params({})
     with pytest.raises(ValueError, match="Pass steps_per_epoch"):
         schedule.on_train_begin()
+
+
+def test_a_full_disk_under_the_losses_does_not_end_training(caplog):
+    losses = callbacks.StepLossCallback(pathlib.Path("/dev/full"), STEPS)
+    rates, _, _ = fit(keras.optimizers.SGD(0.1), losses)
+    assert len(rates) == len(losses.losses) == 3 * STEPS
+    assert "/dev/full cannot be written (No space left on device). Training continues." in caplog.text
 
 
 def test_stop_at_step():
