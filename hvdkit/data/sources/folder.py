@@ -1,5 +1,6 @@
 """Images in class folders: `train/CLASS/*.png`, and `test/CLASS/*.png` if there is a test split."""
 
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -61,7 +62,7 @@ def _files(folder: Path, names: list[str]) -> tuple[np.ndarray, np.ndarray]:
     strange = sorted({d.name for d in folder.iterdir() if d.is_dir()} - set(names))
     if strange:
         raise UsageError(f"{folder} has classes that train lacks: {', '.join(strange)}.")
-    found = {n: sorted(p for p in folder.glob(f"{n}/*") if p.suffix.lower() in _SUFFIXES) for n in names}
+    found = {n: sorted(p for p in _content(folder / n) if p.suffix.lower() in _SUFFIXES) for n in names}
     empty = [n for n in names if not found[n]]
     if empty or not names:
         where = f"in {', '.join(empty)}" if empty else "in class folders"
@@ -72,6 +73,11 @@ def _files(folder: Path, names: list[str]) -> tuple[np.ndarray, np.ndarray]:
     labels = np.repeat(np.arange(len(names)), [len(found[n]) for n in names])
     order = np.random.default_rng(0).permutation(len(labels))
     return paths[order], labels[order]
+
+
+def _content(folder: Path) -> Iterator[Path]:
+    """Yields what is in a folder, none if it is missing. A glob would read a class named `[ab]` as a pattern."""
+    return folder.iterdir() if folder.is_dir() else iter(())
 
 
 def _common_shape(path: Path, splits: dict[str, tuple[np.ndarray, np.ndarray]]) -> tuple[int, int, int]:

@@ -145,7 +145,7 @@ def _find_prepared(root: Path, name: str) -> Path | None:
     from packaging.version import Version
 
     base, _, version = name.partition(":")
-    found = [p.parent for p in root.glob(f"{base}/**/dataset_info.json") if version in ("", p.parent.name)]
+    found = [p.parent for p in (root / base).glob("**/dataset_info.json") if version in ("", p.parent.name)]
     configs = sorted({str(p.parent.relative_to(root)) for p in found})
     if len(configs) > 1:
         raise UsageError(f"{root} has several configurations of {base}: choose one of {', '.join(configs)}.")

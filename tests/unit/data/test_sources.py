@@ -3,7 +3,7 @@ import pytest
 import tensorflow as tf
 
 from hvdkit.data import pipeline
-from hvdkit.data.sources import open_source
+from hvdkit.data.sources import folder, open_source
 from hvdkit.data.sources.folder import resize
 from hvdkit.data.vocabulary import Vocabulary, learn_tokens, standardize
 from hvdkit.errors import UsageError
@@ -54,6 +54,17 @@ def write_images(root, split, classes, size=(4, 4), count=2):
         for i in range(count):
             image = tf.io.encode_png(np.full([*size, 3], 10 * i, np.uint8))
             tf.io.write_file(str(root / split / name / f"{i}.png"), image)
+
+
+def test_class_folders_named_like_patterns_are_what_they_are(tmp_path):
+    for split in ("train", "test"):
+        write_images(tmp_path, split, ["[ab]", "a", "b", "c*", "cat"])
+    source = open_source(str(tmp_path))
+    assert source.label_names == ["[ab]", "a", "b", "c*", "cat"]
+    for split in ("train", "test"):
+        paths, labels = folder._files(tmp_path / split, source.label_names)
+        assert [path.split("/")[-2] for path in paths] == [source.label_names[label] for label in labels]
+        assert source.size(split) == len(paths) == 10
 
 
 def test_a_folder_of_images(tmp_path):
