@@ -3,10 +3,12 @@
 import contextlib
 import dataclasses
 import os
+import re
 import warnings
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
+from urllib.parse import unquote_plus
 
 import numpy as np
 import optuna
@@ -58,6 +60,7 @@ class Study:
     def __init__(self, options: Options) -> None:
         optuna.logging.set_verbosity(optuna.logging.WARNING)
         self._options = options
+        shown = without_password(options.storage, options.storage)
         self._trials: dict[int, optuna.Trial] = {}  # the trials that run here, by number
         self._epochs: dict[int, int] = {}  # the last reported epoch of each
         try:
@@ -69,14 +72,15 @@ class Study:
                 load_if_exists=True,
             )
         except Exception as error:  # database drivers raise their own exceptions
-            reason = (str(error).splitlines() or [type(error).__name__])[0][:300]
+            reason = (str(error).splitlines() or [type(error).__name__])[0]
+            reason = without_password(reason, options.storage)[:300]
             raise UsageError(
-                f"--storage={options.storage} cannot be opened ({reason}). Give an existing database whose driver is "
+                f"--storage={shown} cannot be opened ({reason}). Give an existing database whose driver is "
                 f"installed, as in postgresql://user@host/name, or leave the option out for SQLite in the workdir."
             ) from None
         if self._study.direction.name.lower() != options.direction:
             raise UsageError(
-                f"The study {options.study} in {options.storage} is to {self._study.direction.name.lower()}, but "
+                f"The study {options.study} in {shown} is to {self._study.direction.name.lower()}, but "
                 f"--goal={options.goal} is to {options.direction}. Name another study: --study=NAME."
             )
         self._fill()
@@ -184,6 +188,26 @@ def _known(trial: FrozenTrial) -> Trial:
     value = trial.value if trial.state in (TrialState.COMPLETE, TrialState.PRUNED) else None
     values = trial.params or trial.system_attrs.get("fixed_params", {})
     return Trial(trial.number, values, _STATES[trial.state], value, trial.user_attrs.get("notes", {}))
+
+
+def without_password(text: str, url: str) -> str:
+    """Replaces the password of a database URL in a text, which may be the URL itself or a driver's message.
+
+    Args:
+        text: the text.
+        url: `driver://user:password@host/name`, or with `?password=...`.
+
+    Returns:
+        The text with `***` in place of the password, as it is written in the URL or decoded.
+    """
+    found = re.match(r"[^:]+://[^:/@]*:(?P<password>[^@]*)@", url) or re.search(
+        r"[?&]password=(?P<password>[^&]*)", url
+    )
+    if not found or not found["password"]:
+        return text
+    for password in sorted({found["password"], unquote_plus(found["password"])}, key=len, reverse=True):
+        text = text.replace(password, "***")
+    return text
 
 
 def _storage(url: str) -> Any:

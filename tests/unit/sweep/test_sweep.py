@@ -9,7 +9,7 @@ from hvdkit.sweep import __main__ as job
 from hvdkit.sweep import options, space, tasks
 from hvdkit.sweep.hosts import divide
 from hvdkit.sweep.show import final_table
-from hvdkit.sweep.study import Study, Trial
+from hvdkit.sweep.study import Study, Trial, without_password
 from hvdkit.sweep.tasks import Task
 from hvdkit.train import flags
 
@@ -184,6 +184,15 @@ def test_two_sweeps_may_share_a_study(tmp_path):
 def test_a_storage_that_is_not_there_is_refused(tmp_path):
     with pytest.raises(UsageError, match="--storage=nosuch://db cannot be opened"):
         Study(parse(tmp_path, "-np", "1", "--grid", "epochs=1,2", "--storage=nosuch://db"))
+
+
+@pytest.mark.parametrize("url", ["nosuch://me:s%40cret+1@host/db", "nosuch://host/db?user=me&password=s%40cret+1&x=1"])
+def test_a_storages_password_is_not_shown(tmp_path, url):
+    with pytest.raises(UsageError, match=r"--storage=nosuch://.*\*\*\*.* cannot be opened") as refused:
+        Study(parse(tmp_path, "-np", "1", "--grid", "epochs=1,2", f"--storage={url}"))
+    assert "cret" not in str(refused.value)
+    assert without_password('invalid dsn: "host me:s@cret 1"', url) == 'invalid dsn: "host me:***"'
+    assert without_password("nosuch://host/db", "nosuch://host/db") == "nosuch://host/db"
 
 
 def test_asha_ends_what_is_worse_than_the_rest(tmp_path):
