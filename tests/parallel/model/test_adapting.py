@@ -162,7 +162,7 @@ def trained_after_adapting():
     def fit(*first, kept=()):
         keras.utils.set_random_seed(0)
         model = keras.Sequential([layers.Input([3]), *first, layers.Dense(1)])
-        model.compile(hvd.DistributedOptimizer(keras.optimizers.SGD(0.01)), loss="mse", jit_compile=False)
+        model.compile(hvd.DistributedOptimizer(keras.optimizers.SGD(0.01)), loss="mse", run_eagerly=True)
         with _warnings() as said:
             try:
                 model.fit(inputs, inputs[:, :1], batch_size=32, verbose=0)
