@@ -18,7 +18,7 @@ class CompareBatchSizes(keras.callbacks.Callback):
 
     If the data say how many examples each step has, the ranks compare once, when training begins. Otherwise the first
     execution of `fit` and the last of each epoch compare: batches are of one size, but for a short last one. If another
-    batch differs, the heartbeat tells, and from then on all steps compare.
+    batch differs, the heartbeat tells, and from then on all steps compare. All do, too, if no length is known.
 
     Args:
         exchange: the reduction of the model's gradients.
@@ -35,39 +35,28 @@ class CompareBatchSizes(keras.callbacks.Callback):
         """Compares what the ranks know of their data."""
         sizes = batch_sizes.current()
         self._before = sizes.compares
-        self._iterator, _ = fit_loop.of(self.model)
-        everyone = self._gather(fit_loop.sizes_of_batches(self._iterator))
+        iterator, _ = fit_loop.of(self.model)
+        everyone, lengths = zip(*self._gather((fit_loop.sizes_of_batches(iterator), iterator.num_batches)), strict=True)
         self._known = None not in everyone
-        self._always = self._known and any(one != everyone[0] for one in everyone)
+        differ = any(one != everyone[0] for one in everyone)
+        self._always = differ if self._known else None in lengths
+        self._steps = min(filter(None, lengths), default=0)  # of an epoch, the same on all ranks
         self._first = True
-        self._steps: int | None = None  # of an epoch, if all ranks know
         sizes.compare(self._always)
-
-    def on_epoch_begin(self, epoch: int, logs: dict | None = None) -> None:
-        """Learns the length of an epoch, which Keras may know only after the first one."""
-        if not self._known and not self._always and self._steps is None:
-            everyone = set(self._gather(self._iterator.num_batches))
-            self._steps = everyone.pop() if len(everyone) == 1 else None
 
     def on_train_batch_begin(self, batch: int, logs: dict | None = None) -> None:
         """Sets whether the next execution compares."""
         if self._known or self._always:
             return
         steps = getattr(self.model.train_function, "steps", 0) or self.model.steps_per_execution
-        is_last = self._steps is None or batch + steps >= self._steps
-        batch_sizes.current().compare(self._first or is_last)
+        batch_sizes.current().compare(self._first or batch + steps >= self._steps)
 
     def on_train_batch_end(self, batch: int, logs: dict | None = None) -> None:
         """Makes all further steps compare, once batches have differed."""
-        if self._first and self._always and not (self._exchange.weighs or weighing.has_sharded_losses()):
-            _log.warning(
-                "The ranks' batches have different numbers of examples, but count alike: a train_step without "
-                "compute_loss, LocalSGD and Adasum do not weigh the loss of model %r. Give all ranks batches of one "
-                "size, or wrap the loss of a train_step in hvd.shard_loss.",
-                self.model.name,
-            )
         if not self._known and not self._always:
             self._look(batch)
+        if self._known and self._always and self._first:
+            self._warn_if_nothing_weighs()
         self._first = False
 
     def _look(self, batch: int) -> None:
@@ -86,6 +75,16 @@ class CompareBatchSizes(keras.callbacks.Callback):
             )
         if self._always:
             sizes.compare(True)
+
+    def _warn_if_nothing_weighs(self) -> None:
+        """Warns if the ranks' batches differ, and nothing in the first step has weighed a loss."""
+        if not self._exchange.weighs and not weighing.has_sharded_losses():
+            _log.warning(
+                "The ranks' batches have different numbers of examples, but count alike: a train_step without "
+                "compute_loss, LocalSGD and Adasum do not weigh the loss of model %r. Give all ranks batches of one "
+                "size, or wrap the loss of a train_step in hvd.shard_loss.",
+                self.model.name,
+            )
 
     def on_train_end(self, logs: dict | None = None) -> None:
         """Restores the flag, for a `fit` around this one."""

@@ -91,6 +91,7 @@ class _GuardedFit:
         _guard(model, optimizers, call.arguments)
         if not self._running:
             heartbeat.current().begin()
+            weighing.forget_unweighed()
         self._running += 1
         phase = "interrupted"  # this phase may last, and keeps the step at which it happened
         try:

@@ -300,6 +300,11 @@ def has_sharded_losses() -> bool:
     return _state.has_sharded
 
 
+def forget_unweighed() -> None:
+    """Forgets which losses were called so far, so that nothing is said of them."""
+    _state.unweighed, _state.weighed = "", False
+
+
 def warn_of_unweighed() -> None:
     """Warns of a loss that was called since the last call of this function, if it needs weights and has none."""
     if _state.unweighed and not _state.weighed:
@@ -307,7 +312,7 @@ def warn_of_unweighed() -> None:
             f"{_state.unweighed} In this training loop hvdkit does not weigh the ranks by it, so they do not train as "
             f"one process does. If it is trained on, wrap it: loss = hvd.shard_loss(loss)."
         )
-    _state.unweighed, _state.weighed = "", False
+    forget_unweighed()
 
 
 def _examples() -> tf.Tensor:

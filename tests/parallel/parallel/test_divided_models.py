@@ -267,7 +267,8 @@ def losses_in_a_pipeline(model_ranks):
     return found
 
 
-@pytest.mark.parametrize(("number", "model_ranks"), [(2, 2), pytest.param(4, 2, marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize(("number", "model_ranks"), [(2, 2), (4, 2)])
 def test_losses_in_a_pipeline_are_those_of_one_process(ranks, number, model_ranks):
     found = ranks(number, losses_in_a_pipeline, model_ranks=model_ranks)[0]
     assert len(found) == 5
