@@ -36,13 +36,13 @@ def _small(normalization):
     return keras.Model(inputs, keras.layers.Dense(2)(hidden))
 
 
-def _trained(model, optimizer, x, y, weights, **options):
+def _trained(model, optimizer, x, y, **options):
     import keras
     import tensorflow as tf
 
     loss = keras.losses.SparseCategoricalCrossentropy(from_logits=True)
     model.compile(optimizer, loss=loss, jit_compile=False, **options)
-    model.fit(tf.data.Dataset.from_tensor_slices((x, y, weights)), epochs=1, verbose=0)
+    model.fit(tf.data.Dataset.from_tensor_slices((x, y)), epochs=1, verbose=0)
     return [np.asarray(w) for w in model.get_weights()]
 
 
@@ -54,20 +54,15 @@ def trained_with_normalization(path):
     world = hvd.init()
     x, y, bounds = _batches(world.size)
     mine = slice(bounds[world.rank], bounds[world.rank + 1])
-    local = bounds[world.rank + 1] - bounds[world.rank]
-    # The loss is a mean over the local batch, and the gradients are averaged over ranks: weights make it that over all.
-    weights = np.full((STEPS, local), world.size * local / bounds[-1], "float32")
 
     def everywhere(model, **options):
         optimizer = hvd.DistributedOptimizer(keras.optimizers.SGD(0.05))
-        return _trained(model, optimizer, x[:, mine], y[:, mine], weights, **options)
+        return _trained(model, optimizer, x[:, mine], y[:, mine], **options)
 
     if world.is_root:
         _small(hvd.SyncBatchNormalization)  # Keras numbers this rank's layers differently from now on
     results = {
-        "one process": _trained(
-            _small(keras.layers.BatchNormalization), keras.optimizers.SGD(0.05), x, y, np.ones_like(y)
-        ),
+        "one process": _trained(_small(keras.layers.BatchNormalization), keras.optimizers.SGD(0.05), x, y),
         "functional": everywhere(_small(hvd.SyncBatchNormalization)),
         "changed": everywhere(hvd.synchronize_batch_normalization(_small(keras.layers.BatchNormalization))),
         "cloned": everywhere(_copy(_small(hvd.SyncBatchNormalization))),

@@ -51,7 +51,8 @@ def test_training_ends_when_its_time_is_over():
     data = np.ones([8, 2]), np.ones([8, 1])
     trained.fit(*data, batch_size=2, epochs=1_000_000, verbose=0, callbacks=[clock])
     seconds = [end[0] - clock.ends[0][0] for end in clock.ends]
-    assert seconds[-2] <= 0.3 < seconds[-1]
+    assert seconds[-1] > 0.3
+    assert seconds[-2] <= 0.3 or len(clock._whole()) == 2, "not before there are two steps to measure"
     assert [end[1] for end in clock.ends] == list(range(1, len(clock.ends) + 1)), "steps count over all epochs"
     facts = clock.facts()
     assert facts["shapes"] == [[2, 3], [3], [3, 1], [1]]

@@ -331,9 +331,7 @@ def test_a_directory_has_one_job_at_a_time(tmp_path, monkeypatch, caplog):
     monkeypatch.delenv("HVDKIT_ELASTIC")
     with pytest.raises(InterruptedError):
         train(tmp_path, "arrays", Interrupt(3))
-    train(
-        tmp_path, "arrays", epochs=1
-    )  # the kernel has freed it, and a fit that ended with an exception is of this job
+    train(tmp_path, "arrays")  # the kernel has freed it, and a fit that ended with an exception is of this job
     assert not (directory / ".partial-000001-step-4").exists()
     assert directory.resolve() / ".lock" not in lock._held, "it is freed at the end"
 
