@@ -95,6 +95,7 @@ class Commits:
         self._writer.wait()
         for path in store.folders(self.folder):
             store.remove(path)
+        lock.remove(self.folder)
 
     def _write(self, number: int, state: dict[str, Any], arrays: dict[str, np.ndarray]) -> Path:
         path = store.write(self.folder, number, state, arrays, {})

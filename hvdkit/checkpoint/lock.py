@@ -57,6 +57,15 @@ def free(directory: Path) -> None:
         os.close(file)
 
 
+def remove(directory: Path) -> None:
+    """Frees the lock of a directory and removes its file, if this process has it and nobody else will look for it."""
+    path = directory.resolve() / _NAME
+    if path in _held:
+        with contextlib.suppress(OSError):
+            path.unlink()
+        free(directory)
+
+
 def _refuse(directory: Path, holder: str) -> None:
     text = f"Another job ({holder}) writes checkpoints in {directory}, and both would remove each other's."
     if os.environ.get("HVDKIT_ELASTIC"):

@@ -248,7 +248,7 @@ def test_a_job_that_is_told_to_leave_goes_on_at_its_next_start(monkeypatch, tmp_
     state = _train_until(resumed, step=0)
     assert state.seen == tuple(range(1, 13)), "no step is lost or done twice"
     assert (state.epoch, state.batch) == (2, 0)
-    assert [path.name for path in tmp_path.iterdir()] == [".lock"], "a job that is done leaves no commits behind"
+    assert not list(tmp_path.iterdir()), "a job that is done leaves no commits behind"
     monkeypatch.delenv("HVDKIT_ELASTIC")
     whole = _model()
     _train_until(whole, step=0)
