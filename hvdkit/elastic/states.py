@@ -1,75 +1,28 @@
-"""`hvdkit.elastic`: training that continues when ranks are lost or hosts are added.
-
-    state = hvd.elastic.KerasState(model, epoch=0, batch=0)
-
-    @hvd.elastic.run
-    def train(state):
-        state.model.fit(make_dataset(), epochs=10 - state.epoch, callbacks=[
-            hvd.elastic.UpdateEpochStateCallback(state),
-            hvd.elastic.UpdateBatchStateCallback(state),
-            hvd.elastic.CommitStateCallback(state, batches_per_commit=50),
-        ])
-
-    train(state)
-
-Start it with `python -m hvdkit.launch --elastic -H h1:2,h2:2 --workdir DIR -- python train.py`, or with Horovod's
-`horovodrun -np 2 --min-np 1 --host-discovery-script ./hosts.sh python train.py`. When a rank is lost, the others return
-to the last commit. When hosts are added, training continues from its current state. In both cases ranks and size may
-change, all ranks take rank 0's state, and `train` is called again. Create inside `train` everything that depends on the
-size, such as this rank's shard of the data.
-
-The two launchers work differently. Horovod's keeps the processes of the remaining ranks and restarts Horovod in them.
-hvdkit's restarts all processes: this discards any state of a failed collective. There, rank 0 keeps its commits in the
-launcher's `--workdir`.
-"""
+"""The state of a training: in memory, the same on all ranks, and on disk where a launcher restarts the ranks."""
 
 import contextlib
 import functools
 import os
-import re
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 import keras
 import numpy as np
-import tensorflow as tf
+from horovod.common.elastic import ObjectState
 
-from hvdkit import collectives, runtime, world
+from hvdkit import collectives, world
 from hvdkit.callbacks.learning_rate_schedule import has_schedule, learning_rate_of, remember_origin, steps_taken
 from hvdkit.checkpoint.commits import Commits
 from hvdkit.checkpoint.preemption import Listener
+from hvdkit.elastic.errors import horovod_errors
 from hvdkit.errors import UsageError
-from hvdkit.optimizers import heartbeat
 from hvdkit.optimizers.parts import optimizers_of
 from hvdkit.optimizers.sharded import ShardedOptimizer
 from hvdkit.optimizers.state import make_seeds_differ
 from hvdkit.signals import Preempted
 
-world.horovod()  # raises an error with instructions if Horovod is missing
-from horovod.common.elastic import ObjectState, run_fn  # noqa: E402
-from horovod.common.exceptions import HorovodInternalError  # noqa: E402
-
-__all__ = [
-    "CommitStateCallback",
-    "KerasState",
-    "TensorFlowKerasState",
-    "TensorFlowState",
-    "UpdateBatchStateCallback",
-    "UpdateEpochStateCallback",
-    "run",
-]
-
-# The errors that TensorFlow raises if an operation of Horovod fails, and a pattern for their text.
-_BROKEN = (
-    tf.errors.AbortedError,
-    tf.errors.FailedPreconditionError,
-    tf.errors.InternalError,
-    tf.errors.UnavailableError,
-    tf.errors.UnknownError,
-)
-_FOLDER = "HVDKIT_ELASTIC"  # variable for rank 0's commit folder; set by a launcher that restarts the ranks
-_OF_HOROVOD = re.compile(r"horovod|gloo|nccl|hvdkit\.", re.IGNORECASE)
+COMMIT_FOLDER = "HVDKIT_ELASTIC"  # variable for rank 0's commit folder; set by a launcher that restarts the ranks
 
 
 class TensorFlowState(ObjectState):
@@ -135,7 +88,7 @@ class TensorFlowState(ObjectState):
             Preempted: a rank received a stop request (SIGTERM, SIGUSR1). All ranks stop, and the next start resumes
                 from this commit.
         """
-        if not os.environ.get(_FOLDER):
+        if not os.environ.get(COMMIT_FOLDER):
             super().commit()
             return
         self.save()
@@ -274,179 +227,3 @@ class TensorFlowKerasState(KerasState):
 
     def __init__(self, model: keras.Model, optimizer: Any = None, backend: Any = None, **kwargs: Any) -> None:
         super().__init__(model, optimizer, **kwargs)
-
-
-def run(func: Callable[..., Any]) -> Callable[..., Any]:
-    """Makes a function `func(state, ...)` elastic: it is called again whenever ranks are lost or added.
-
-    Args:
-        func: trains from `state`; its first statement must not be a collective.
-
-    Returns:
-        A function with the same arguments. It returns what the last call of `func` returns.
-    """
-
-    @functools.wraps(func)
-    def training(state: Any, *args: Any, **kwargs: Any) -> Any:
-        with horovod_errors():
-            return func(state, *args, **kwargs)
-
-    under_horovod = run_fn(training, _reset)
-
-    @functools.wraps(func)
-    def elastic(state: Any, *args: Any, **kwargs: Any) -> Any:
-        folder = os.environ.get(_FOLDER)
-        if not folder:
-            return under_horovod(state, *args, **kwargs)
-        if not isinstance(state, TensorFlowState):
-            raise UsageError(
-                f"hvdkit's launcher needs a hvd.elastic.KerasState or TensorFlowState, but was given "
-                f"{type(state).__name__}, which it cannot keep for the next start. Use one of them, or Horovod's own "
-                f"launcher, horovodrun."
-            )
-        with state.kept_in(Path(folder)):
-            state.sync()
-            result = func(state, *args, **kwargs)
-            state.forget_commits()
-            return result
-
-    return elastic
-
-
-@contextlib.contextmanager
-def horovod_errors() -> Iterator[None]:
-    """Turns TensorFlow's error from a failed collective into a `HorovodInternalError`, from which a rank can recover.
-
-    Horovod's own `run` recognizes such an error only by the name of the failed node, and ignores all others.
-    """
-    try:
-        yield
-    except _BROKEN as error:
-        if _OF_HOROVOD.search(str(error)):
-            raise HorovodInternalError(str(error)) from error
-        raise
-
-
-def _reset() -> None:
-    """Restarts Horovod, and retries if another rank is lost meanwhile."""
-    while True:
-        runtime.shutdown()
-        try:
-            with horovod_errors():
-                runtime.init()
-        except HorovodInternalError:
-            continue
-        return
-
-
-class CommitStateCallback(keras.callbacks.Callback):
-    """Commits the state every `batches_per_commit` batches and at the end of each epoch.
-
-    After the last batch of an epoch, only the end of the epoch commits. A commit in between would hold an epoch that is
-    trained but not counted, and Keras cannot resume there: an epoch has at least one batch. Validation runs before the
-    end of the epoch, so a rank that is lost during validation costs the batches since the last commit.
-
-    A commit copies the state, and checks whether hosts were added or will be removed. Put this callback after the
-    callbacks that update the state.
-
-    Args:
-        state: the `KerasState`.
-        batches_per_commit: batches from one commit to the next; at most so many are lost with a rank, or those of one
-            execution (`steps_per_execution`) if it has more.
-    """
-
-    def __init__(self, state: Any, batches_per_commit: int = 1) -> None:
-        super().__init__()
-        self.state = state
-        self.batches_per_commit = batches_per_commit
-        self._since = 0
-        self._done = 0  # batches of this epoch in this `fit`
-
-    def on_train_begin(self, logs: dict | None = None) -> None:
-        """Resets the count to 0, as on a rank that has just joined."""
-        self._since = 0
-
-    def on_epoch_begin(self, epoch: int, logs: dict | None = None) -> None:
-        """Counts the batches of the epoch from 0."""
-        self._done = 0
-
-    def on_train_batch_end(self, batch: int, logs: dict | None = None) -> None:
-        """Counts batches, of which an execution may have several, and commits after `batches_per_commit`."""
-        self._since += batch + 1 - self._done
-        self._done = batch + 1
-        steps = self.params.get("steps")
-        done = max(getattr(self.state, "batch", 0), batch + 1)  # of this epoch, before and after a reset
-        if self._since >= self.batches_per_commit:
-            self._since = 0
-            if not steps or done < steps:
-                self.state.commit()
-
-    def on_epoch_end(self, epoch: int, logs: dict | None = None) -> None:
-        """Commits."""
-        self.state.commit()
-
-
-class UpdateBatchStateCallback(keras.callbacks.Callback):
-    """Updates `state.batch`, the number of batches done in this epoch; after a reset, shortens the epoch by it.
-
-    Horovod's callback of this name stores the index of the last batch, which is one less. At a second reset it also
-    loses the batches before the first reset. Put this callback before callbacks that stop the training, such as
-    `EarlyStopping`.
-
-    Args:
-        state: the `KerasState`, created with `batch=0`.
-    """
-
-    def __init__(self, state: Any) -> None:
-        super().__init__()
-        self.state = state
-        self._before = 0
-        self._cut = False
-
-    def on_epoch_begin(self, epoch: int, logs: dict | None = None) -> None:
-        """Reads the number of batches done before a reset; 0 in all other epochs."""
-        self._before = self.state.batch
-        self._cut = False
-
-    def on_train_batch_end(self, batch: int, logs: dict | None = None) -> None:
-        """Counts batches; ends the first epoch after a reset where the interrupted epoch would have ended."""
-        self.state.batch = self._before + batch + 1
-        steps = self.params.get("steps")
-        if self._before and steps and self.state.batch >= steps:
-            self._cut = True
-            self.model.stop_training = True  # Keras has no other way to end an epoch early
-            heartbeat.current().all_stop = True
-
-    def on_epoch_end(self, epoch: int, logs: dict | None = None) -> None:
-        """Resets the count for the next epoch."""
-        self.state.batch = 0
-        if self._cut:
-            self.model.stop_training = False
-
-
-class UpdateEpochStateCallback(keras.callbacks.Callback):
-    """Updates `state.epoch`, the number of epochs done, counted over all resets.
-
-    Call `fit` with `epochs=N - state.epoch`, or with `epochs=N, initial_epoch=state.epoch`.
-
-    Args:
-        state: the `KerasState`, created with `epoch=0`.
-    """
-
-    def __init__(self, state: Any) -> None:
-        super().__init__()
-        self.state = state
-        self._offset: int | None = None
-
-    def on_train_begin(self, logs: dict | None = None) -> None:
-        """Discards the offset of the last `fit`."""
-        self._offset = None
-
-    def on_epoch_begin(self, epoch: int, logs: dict | None = None) -> None:
-        """Computes at the first epoch the offset between Keras' epoch number and `state.epoch`."""
-        if self._offset is None:
-            self._offset = self.state.epoch - epoch
-
-    def on_epoch_end(self, epoch: int, logs: dict | None = None) -> None:
-        """Counts epochs."""
-        self.state.epoch = (self._offset or 0) + epoch + 1
