@@ -52,6 +52,8 @@ def train(
     environment: dict[str, str] | None = None,
     cores: Sequence[int] | None = None,
     prefix: Sequence[str] = (),
+    *,
+    counts_zeros: bool = False,
 ) -> dict[str, Any]:
     """Measure one training job.
 
@@ -62,8 +64,9 @@ def train(
         environment: additional environment variables.
         cores: cores of this host that the job may use; None for all.
         prefix: command that starts each rank's program, if not the launcher itself.
+        counts_zeros: whether to count the zeros of gradients, too, which takes time in each step.
     """
-    return train_each(launcher, [flags], seconds, environment, cores, prefix)[0]
+    return train_each(launcher, [flags], seconds, environment, cores, prefix, counts_zeros=counts_zeros)[0]
 
 
 def train_each(
@@ -73,6 +76,8 @@ def train_each(
     environment: dict[str, str] | None = None,
     cores: Sequence[int] | None = None,
     prefix: Sequence[str] = (),
+    *,
+    counts_zeros: bool = False,
 ) -> list[dict[str, Any]]:
     """Measure several trainings in one job, one after the other: processes start only once.
 
@@ -83,10 +88,12 @@ def train_each(
         environment: see `train`.
         cores: see `train`.
         prefix: see `train`.
+        counts_zeros: see `train`.
     """
     with tempfile.TemporaryDirectory() as folder:
         result = Path(folder, "result.json")
         program = [*prefix, sys.executable, "-m", "hvdkit.bench.rank", str(seconds), str(result)]
+        program += ["--count-zeros"] if counts_zeros else []
         program += [flag for flags in several for flag in ("---", *flags)]
         start = [sys.executable, "-m", "hvdkit.launch", *launcher, "--"] if launcher else []
         run([*bound_to(cores), *start, *program], environment, limit=_LIMIT * len(several))

@@ -1,9 +1,10 @@
 """The rank program of a benchmark: run `hvdkit.train` for some seconds and time its steps.
 
-    python -m hvdkit.launch -np 2 -- python -m hvdkit.bench.rank SECONDS RESULT.json --- [flags of hvdkit.train]
+    python -m hvdkit.launch -np 2 -- python -m hvdkit.bench.rank SECONDS RESULT.json [--count-zeros] --- [FLAGS]
 
-It times the real training job, with its input pipeline, metrics and guards. The job writes no checkpoints. The flags of
-another training may follow after another `---`; the same processes run it next.
+It times the real training job, with its input pipeline, metrics and guards. The job writes no checkpoints. FLAGS are
+those of hvdkit.train. The flags of another training may follow after another `---`; the same processes run it next.
+`--count-zeros` counts the zeros of the gradients, too, which takes time in each step.
 """
 
 import itertools
@@ -27,6 +28,7 @@ import tensorflow as tf  # noqa: E402
 
 from hvdkit import collectives, parallel, runtime, world  # noqa: E402
 from hvdkit.bench.peers.programs import timing  # noqa: E402
+from hvdkit.bench.zeros import ZeroShare  # noqa: E402
 from hvdkit.collectives import transports  # noqa: E402
 from hvdkit.optimizers import local_sgd  # noqa: E402
 from hvdkit.train import flags as train_flags  # noqa: E402
@@ -143,12 +145,16 @@ def exchanges_every(optimizer: Any) -> int:
     return int(max(local, getattr(optimizer, "gradient_accumulation_steps", None) or 1))
 
 
-def measure(seconds: float, flags: list[str]) -> dict[str, Any]:
-    """Train, and return the measurements on rank 0: throughput, start-up time and memory; empty on other ranks."""
-    clock = Clock(seconds)
+def measure(seconds: float, flags: list[str], counts_zeros: bool = False) -> dict[str, Any]:
+    """Train, and return the measurements on rank 0: throughput, start-up time and memory; empty on other ranks.
+
+    The share of zeros is 0 if they are not counted.
+    """
+    clock, zeros = Clock(seconds), ZeroShare()
+    callbacks = [clock, zeros] if counts_zeros else [clock]
     with tempfile.TemporaryDirectory() as folder:
         fixed = ["--checkpoint_every=never", "--notensorboard", f"--workdir={folder}/run", "--steps=1000000000"]
-        result = run(train_flags.parse(["hvdkit.bench", *fixed, *flags]), [clock])
+        result = run(train_flags.parse(["hvdkit.bench", *fixed, *flags]), callbacks)
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
     peaks = collectives.allgather_object((max(peak, clock.peak), clock.peak), name="peaks")
     if world.rank() != 0:
@@ -170,7 +176,7 @@ def measure(seconds: float, flags: list[str]) -> dict[str, Any]:
         "startup_seconds": {name: round(value, 2) for name, value in phases.items()},
         "peak_bytes": [whole for whole, _ in peaks],
         "training_peak_bytes": [training for _, training in peaks],
-        "facts": clock.facts(),
+        "facts": {**clock.facts(), "zero_share": zeros.share()},
         **_exchange(),
     }
 
@@ -193,9 +199,10 @@ def _exchange() -> dict[str, Any]:
 def main(argv: list[str]) -> None:
     """Measure each training; rank 0 writes the results to a file."""
     found: list[dict[str, Any]] = []
-    for is_separator, flags in itertools.groupby(argv[3:], "---".__eq__):
+    first = argv.index("---")
+    for is_separator, flags in itertools.groupby(argv[first:], "---".__eq__):
         if not is_separator:
-            found.append(measure(float(argv[1]), list(flags)))
+            found.append(measure(float(argv[1]), list(flags), "--count-zeros" in argv[3:first]))
             keras.backend.clear_session()
     if world.rank() == 0:
         Path(argv[2]).write_text(json.dumps(found))

@@ -36,6 +36,12 @@ A data-parallel step computes on the local batch, then allreduces the gradients:
   `burst` bytes, which then pass at once (A. Tanenbaum, "Computer Networks", section 5.4). The link is idle while ranks
   compute. So of n β seconds, burst · β are saved, or the idle time if it is shorter. If the bucket is large enough, the
   step takes the larger of computation and n β, not their sum.
+- **Zeros.** Sockets send gradients without their zeros where that takes less time (`hvdkit/native/pack.h`): of n bytes,
+  the share that is not zero, and a mask of 1/32. A word of two halves is zero if both are.
+- **Buckets.** Between CPU ranks of several hosts, gradients are sent in buckets of at least 2 MiB, those of the last
+  layers first, while the backward pass computes the others (S. Li et al., "PyTorch distributed", 2020, section 3.2.3).
+  The backward pass is two thirds of the computation. The model divides it among layers by their weights, which is right
+  for dense layers, and hides the buckets before the last one behind what is left of it then.
 - **Model parallelism** has no gradient allreduce, and one batch for all ranks of the model. With tensor parallelism,
   the divided share of the weights computes N times as fast. Each pair of layers needs two allreduces of activations (M.
   Shoeybi et al., 2019, section 3). A pipeline of N stages and M micro-batches takes M + N - 1 turns. Each turn is the
@@ -52,6 +58,10 @@ import math
 from typing import NamedTuple
 
 UNDIVIDED_BYTES = 32 << 10  # up to this size, sockets send all elements to all ranks (kUndividedBytes in sockets.cc)
+BUCKET_BYTES = 2 << 20  # gradients over sockets are sent in buckets of at least this size (Sockets.bucket_bytes)
+PACKING_BYTE_SECONDS = 0.5e-9  # seconds to leave the zeros out of a byte (kPackSecondsPerByte in pack.h)
+MASK_SHARE = 1 / 32  # bytes that say which words are zero (kMask, kBlockWords and kWord in pack.h)
+BACKWARD_SHARE = 2 / 3  # of the computation: a product of matrices forward, and two backward
 UNDIVIDED_RANKS = 4  # up to this number, each rank of a host sums all elements (kDivideAbove in shared_memory.cc)
 
 
@@ -91,6 +101,7 @@ class Compute:
         state_bytes: bytes of the weights and optimizer slots.
         activation_bytes: bytes of the activations of one sample.
         base_bytes: bytes of a process that has loaded TensorFlow.
+        zero_share: fraction of the gradients' elements that is zero.
     """
 
     fixed: float
@@ -102,6 +113,7 @@ class Compute:
     state_bytes: float = 0.0
     activation_bytes: float = 0.0
     base_bytes: float = 0.0
+    zero_share: float = 0.0
 
     def seconds(self, local_batch: float) -> float:
         """Return the seconds of a step on one rank."""
@@ -172,6 +184,8 @@ class Mode:
         hidden: compute steps that each of these collectives may overlap (between CPU ranks of several hosts).
         one_host: whether it works on one host only.
         division: how the model is divided; None if each rank holds the whole model.
+        early: fraction of the gradients that is sent during the backward pass, where ranks send in buckets.
+        word_elements: elements in a word of four bytes that may be left out if it is zero; 0 if nothing is left out.
     """
 
     name: str
@@ -186,6 +200,8 @@ class Mode:
     hidden: int = 0
     one_host: bool = False
     division: Division | None = None
+    early: float = 0.0
+    word_elements: int = 0
 
 
 @dataclasses.dataclass(frozen=True)
@@ -366,16 +382,18 @@ def predict(
         compute: compute time and memory of one rank.
         mode: the training mode.
         cluster: the hosts and links.
-        overlap: fraction of communication that overlaps the backward pass. It is 0 for hvdkit's default, which
-            allreduces all gradients as one group.
+        overlap: fraction of communication that overlaps the backward pass, besides that of buckets between CPU ranks of
+            several hosts.
     """
     if mode.division and ranks > 1:
         return _predict_divided(ranks, local_batch, compute, mode, mode.division, cluster)
-    size = compute.gradient_bytes
+    link = _link(ranks, cluster)
+    size = compute.gradient_bytes * _share_without_zeros(compute, mode, link)
     seconds = computation(ranks, local_batch, compute, mode, cluster)
-    sends_meanwhile = cluster.cores and ranks > cluster.ranks_per_host
-    hidden = mode.exchanges * mode.hidden * seconds / mode.every if sends_meanwhile else 0.0
-    seconds += max(0.0, (1 - overlap) * exchange(ranks, size, mode, cluster, idle=seconds) - hidden)
+    communication = (1 - overlap) * exchange(ranks, size, mode, cluster, idle=seconds)
+    if cluster.cores and ranks > cluster.ranks_per_host:
+        communication = max(0.0, communication - _hidden(communication, seconds, mode, link))
+    seconds += communication
     samples = ranks * local_batch / seconds
     alone = local_batch / computation(1, local_batch, compute, mode, cluster)
     return Prediction(
@@ -383,8 +401,23 @@ def predict(
         samples_per_second=samples,
         efficiency=samples / (ranks * alone),
         memory_bytes=compute.memory(local_batch, exchanges=ranks > 1 and mode.share > 0),
-        wire_bytes=wire_bytes(ranks, size, mode, _link(ranks, cluster).transport),
+        wire_bytes=wire_bytes(ranks, size, mode, link.transport),
     )
+
+
+def _share_without_zeros(compute: Compute, mode: Mode, link: Link) -> float:
+    """Return the fraction of the gradients' bytes that is sent."""
+    saved = compute.zero_share**mode.word_elements - MASK_SHARE if mode.word_elements else 0.0
+    is_packed = link.transport == "sockets" and saved * link.byte_seconds > PACKING_BYTE_SECONDS
+    return 1 - saved if is_packed else 1.0
+
+
+def _hidden(communication: float, seconds: float, mode: Mode, link: Link) -> float:
+    """Return the seconds of a step's communication that pass while ranks compute, between CPU ranks of hosts."""
+    if mode.hidden:
+        return mode.exchanges * mode.hidden * seconds / mode.every
+    early = mode.early if link.transport == "sockets" else 0.0
+    return min(early * communication, (1 - early) * BACKWARD_SHARE * seconds)
 
 
 def _predict_divided(

@@ -1,6 +1,7 @@
 """Measure the user's model: step time by batch size, memory, and the compute time of compression."""
 
 import contextlib
+import dataclasses
 import json
 import statistics
 import sys
@@ -24,8 +25,8 @@ def measure(
     """Train the model for some seconds at 1 and 2 times its batch size, in processes that do not communicate.
 
     If its steps are short, several run per execution, as in training (see `hvdkit.model.executions`). A short first run
-    with half the batch size tells. As many processes train in parallel as one machine has ranks, because ranks share
-    memory bandwidth and caches.
+    tells, and counts the zeros of the gradients. As many processes train in parallel as one machine has ranks, because
+    ranks share memory bandwidth and caches.
 
     Args:
         flags: flags of hvdkit.train, without a batch size.
@@ -41,14 +42,18 @@ def measure(
         of all ranks of this machine. It is None if one rank runs alone or ranks are not bound to their own cores.
     """
 
-    def train(batch: int, many: int, seconds: float) -> dict[str, Any]:
+    def train(batch: int, many: int, seconds: float, counts_zeros: bool = False) -> dict[str, Any]:
         own = [*flags, f"--global_batch={batch}", "--strategy=single", f"--threads={threads}"]
         own.append(f"--steps_per_execution={many}")
-        found = _side_by_side(lambda cores: jobs.train(["-np", "1"], own, seconds, cores=cores), threads, beside, bound)
+
+        def alone(cores: list[int] | None) -> dict[str, Any]:
+            return jobs.train(["-np", "1"], own, seconds, cores=cores, counts_zeros=counts_zeros)
+
+        found = _side_by_side(alone, threads, beside, bound)
         return {**found[0], "samples_per_second": [rate for run in found for rate in run["samples_per_second"]]}
 
-    half = max(1, local_batch // 2)
-    many = together(half / statistics.median(train(half, 1, seconds / 4)["samples_per_second"]))
+    first = train(local_batch, 1, seconds / 4, counts_zeros=True)
+    many = together(local_batch / statistics.median(first["samples_per_second"]))
 
     def train_as_ranks_do(batch: int) -> dict[str, Any]:
         try:
@@ -65,7 +70,8 @@ def measure(
         own = [*flags, f"--global_batch={local_batch * beside}", "--strategy=single"]
         with contextlib.suppress(UsageError):  # the batch may exceed the data set
             known["one_process"] = statistics.median(jobs.train(["-np", "1"], own, seconds)["samples_per_second"])
-    return from_runs(runs, threads, beside), known
+    zeros = first["facts"]["zero_share"]
+    return dataclasses.replace(from_runs(runs, threads, beside), zero_share=zeros), known
 
 
 def together(step_seconds: float) -> int:

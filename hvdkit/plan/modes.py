@@ -1,9 +1,10 @@
 """The training modes that the planner compares, with the bytes that each sends."""
 
+import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from hvdkit.plan.cost import Division, Mode
+from hvdkit.plan.cost import BUCKET_BYTES, Division, Mode
 
 LOCAL_STEPS, DILOCO_STEPS, ACCUMULATED = 20, 100, 5  # DiLoCo and local SGD rounds are whole executions of 10 steps
 FRAGMENTS = 4  # of streaming DiLoCo
@@ -28,9 +29,10 @@ def all_modes(
     colon = "," if ":" in optimizer else ":"
     accumulate = f"--optimizer={optimizer}{colon}gradient_accumulation_steps={ACCUMULATED}"
     mean = "--outer-learning-rate=1 --outer-momentum=0"
+    early = _early_share(shapes)
     modes = [
-        Mode("data parallel"),
-        Mode("fp16", "--compression=fp16", share=0.5, exact=False),
+        Mode("data parallel", early=early, word_elements=1),
+        Mode("fp16", "--compression=fp16", share=0.5, exact=False, early=early, word_elements=2),
         *(_with_feedback(name, shapes, compression_seconds[name]) for name in FEEDBACK if name in compression_seconds),
         Mode("accumulation", accumulate, every=ACCUMULATED, exact=False),
         Mode("local SGD", f"--local-steps={LOCAL_STEPS} {mean}", every=LOCAL_STEPS, exact=False),
@@ -44,6 +46,18 @@ def all_modes(
         Mode("independent", "--strategy=single", share=0.0, every=10**9),
     ]
     return {mode.name: mode for mode in modes}
+
+
+def _early_share(shapes: Sequence[Sequence[int]]) -> float:
+    """Return the fraction of the gradients in all buckets but the last; see `hvdkit.optimizers.groups.buckets`."""
+    buckets = [0]
+    for shape in reversed(shapes):
+        if buckets[-1] >= BUCKET_BYTES:
+            buckets.append(0)
+        buckets[-1] += 4 * math.prod(shape)
+    if buckets[-1] < BUCKET_BYTES and len(buckets) > 1:
+        buckets[-2:] = [sum(buckets[-2:])]
+    return sum(buckets[:-1]) / sum(buckets)
 
 
 def _streaming(fragments: int) -> Mode:

@@ -61,6 +61,7 @@ def test_collectives_lie_below_what_the_machine_can_do(bench, tmp_path):
     assert ended.code == 0, ended.output
     content = json.loads((tmp_path / "plan.json").read_text())
     assert content["compute"]["gradient_bytes"] == 4 * 109386
+    assert 0 <= content["compute"]["zero_share"] < 1
     assert {row["ranks"] for row in content["rows"]} == {1, 2, 512}
     modes = {row["mode"] for row in content["rows"]}
     assert modes >= {

@@ -1,6 +1,7 @@
 """The planner's model on paper: closed forms, fits, and what it advises."""
 
 import dataclasses
+import itertools
 import json
 import re
 from pathlib import Path
@@ -11,8 +12,10 @@ import pytest
 import tensorflow as tf
 
 from hvdkit import native
+from hvdkit.collectives.transports.sockets import Sockets
 from hvdkit.compression import by_name
 from hvdkit.errors import UsageError
+from hvdkit.optimizers import groups
 from hvdkit.plan import advice, cost, facts, links, modes, published, report, score
 from hvdkit.plan.cost import (
     Cluster,
@@ -103,6 +106,48 @@ def test_the_model_s_borders_are_those_of_the_compiled_transports():
     (sockets,) = re.findall(r"kUndividedBytes = (\d+) << 10;", (NATIVE / "sockets.cc").read_text())
     (memory,) = re.findall(r"kDivideAbove = (\d+);", (NATIVE / "shared_memory.cc").read_text())
     assert (int(sockets) << 10, int(memory)) == (cost.UNDIVIDED_BYTES, cost.UNDIVIDED_RANKS)
+    pack = (NATIVE / "pack.h").read_text()
+    (packing,) = re.findall(r"kPackSecondsPerByte = ([\d.e-]+);", pack)
+    assert float(packing) == cost.PACKING_BYTE_SECONDS
+    assert "kWord = sizeof(uint32_t), kMask = sizeof(uint64_t), kBlockWords = 64;" in pack
+    assert cost.MASK_SHARE == 8 / (64 * 4)
+    assert Sockets.bucket_bytes == cost.BUCKET_BYTES
+
+
+def test_zeros_are_not_sent_where_that_takes_less_time():
+    compute = dataclasses.replace(COMPUTE, zero_share=0.5)
+    dense, halves = Mode("dense", word_elements=1), Mode("fp16", share=0.5, word_elements=2)
+    slow, fast = on_hosts(), on_hosts(byte_seconds=1e-9)
+
+    def sends(mode, cluster):
+        found = predict(2, 64, compute, mode, cluster)
+        assert found.step_seconds == pytest.approx(
+            compute.seconds(64) + 1e-4 + found.wire_bytes * cluster.between.byte_seconds
+        )
+        return found.wire_bytes
+
+    assert sends(dense, slow) == pytest.approx((0.5 + 1 / 32) * 4e6)
+    assert sends(halves, slow) == pytest.approx((0.75 + 1 / 32) * 2e6), "both halves of a word must be zero"
+    assert sends(dense, fast) == sends(Mode("no zeros"), slow) == pytest.approx(4e6), "packing would take longer"
+
+
+def test_buckets_are_hidden_behind_the_rest_of_the_backward_pass():
+    shapes = [(1 << 17,), (1 << 20,), (3 << 18,), (1,), (1 << 18,), (5,)]
+    gradients = [tf.zeros(shape) for shape in shapes]
+    *early, last = groups.buckets(list(range(len(shapes))), gradients, Sockets.bucket_bytes)
+    sizes = [sum(4 * gradients[place].shape[0] for place in places) for places in (itertools.chain(*early), last)]
+    mode = modes.all_modes(shapes, "sgd", {})["data parallel"]
+    assert mode.early == pytest.approx(sizes[0] / sum(sizes))
+    assert modes.all_modes(shapes[3:], "sgd", {})["data parallel"].early == 0, "one bucket"
+    cluster = dataclasses.replace(on_hosts(), cores=2)
+
+    def visible(sample):
+        compute = dataclasses.replace(COMPUTE, sample=sample)
+        return predict(2, 64, compute, mode, cluster).step_seconds - compute.seconds(64)
+
+    whole = 1e-4 + 4e6 * 1e-8
+    assert visible(1.0) == pytest.approx((1 - mode.early) * whole), "all but the last bucket"
+    assert visible(1e-4) == pytest.approx(whole - 2 / 3 * (1 - mode.early) * 7.4e-3), "the rest is too short"
 
 
 def test_sparse_and_few_bit_gradients_over_sockets():
