@@ -347,27 +347,33 @@ class _Keeper(keras.callbacks.Callback):
         for rank, (_, others) in zip(ranks, everyone, strict=True):
             arrays |= {**rank["random_arrays"], **others}
         state = {
-            "step": now,
-            "epoch": epoch,
-            "step_in_epoch": step,
-            "steps_per_epoch": self._fit.steps,
-            "stopped": self._stopped,
+            **self._position(epoch, step),
             "logs": pack(self._logs, arrays, "logs"),
-            "job": self._settings.job,
-            "extra": self._settings.extra(epoch, step) if self._settings.extra else None,
             "variables": snapshot.signatures,
-            "learnt": self._learnt,
-            "rates": self._rates,
             "ranks": [
                 {name: rank[name] for name in ("callbacks", "random", "variables") if name in rank} for rank in ranks
             ],
-            "versions": {"keras": keras.__version__},
-            "written": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
         }
         self._waited += time.perf_counter() - began
         own = [values for values, _ in everyone]
         self._writer.start(now, lambda: self._write(now, state, {**arrays, **snapshot.arrays(own)}, metrics or {}))
         return heard
+
+    def _position(self, epoch: int, step: int) -> dict[str, Any]:
+        """Returns what a checkpoint says of the job, besides the values of variables and callbacks."""
+        return {
+            "step": self._before + self._step,
+            "epoch": epoch,
+            "step_in_epoch": step,
+            "steps_per_epoch": self._fit.steps,
+            "stopped": self._stopped,
+            "job": self._settings.job,
+            "extra": self._settings.extra(epoch, step) if self._settings.extra else None,
+            "learnt": self._learnt,
+            "rates": self._rates,
+            "versions": {"keras": keras.__version__},
+            "written": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
+        }
 
     def _tell_what_is_not_saved(self) -> None:
         unsaved = self._states.unsaved()
