@@ -1,4 +1,8 @@
-"""The ranks' output: what the launcher shows, what it writes to each rank's log, and what it keeps for the end."""
+"""The ranks' output: what the launcher shows, what it writes to each rank's log, and what it keeps for the end.
+
+Output passes through byte by byte, in lines of any length: it need not be UTF-8, and the terminal's encoding does not
+matter. Text that is decoded on the way has a surrogate for each byte that is not UTF-8 (PEP 383).
+"""
 
 import collections
 import contextlib
@@ -23,7 +27,8 @@ _NOTICES = re.compile(
 _TRACEBACK = re.compile(r"Traceback \(most recent call last\)|Fatal Python error|\*\*\* Process received signal \*\*\*")
 _KEPT_LINES = 300  # lines kept of each rank, to show at the end
 _LAST_LINES, _MOST_LINES = 10, 80  # lines shown at the end: the last ones, or from the start of a traceback
-_LONGEST = 1 << 16  # bytes after which a line without an end is split
+_LONGEST = 64 << 20  # bytes after which the begin of a line is shown before its end has arrived: memory is finite
+_ANY_BYTES = {"encoding": "utf-8", "errors": "surrogateescape"}
 _ERASE = "\r\x1b[2K"  # erases the terminal's line
 _CONTROLS = re.compile(r"\x1b\[[0-9;?]*[A-Za-z]")  # colors and cursor moves, which are removed from logs
 
@@ -84,14 +89,15 @@ class Console:
         """Reads a rank's last, incomplete lines, after its output has ended."""
         for is_error in (False, True):
             if stream := self._streams.pop((rank, is_error), None):
-                self._take(rank, is_error, stream, stream.rest())
+                self._take(rank, is_error, stream, stream.rest(ends_line=rank > 0 or is_error))
         if file := self._files.pop(rank, None):
             with contextlib.suppress(OSError):  # said before
                 file.close()
 
     def last_lines(self, rank: int) -> list[str]:
         """A rank's last lines; if it ended with a traceback, from the start of the traceback."""
-        lines = [line for line in self._last.get(rank, ()) if line.strip() and not _NOTICES.match(line)]
+        kept = (line.encode(**_ANY_BYTES).decode(errors="replace") for line in self._last.get(rank, ()))
+        lines = [line for line in kept if line.strip() and not _NOTICES.match(line)]
         begins = [number for number, line in enumerate(lines) if _TRACEBACK.match(line)]
         first = min([*begins[-1:], len(lines) - _LAST_LINES])
         return lines[max(first, len(lines) - _MOST_LINES, 0) :]
@@ -102,7 +108,7 @@ class Console:
                 self._hear(stream, piece)
                 continue
             if not self._is_hidden(rank, piece, is_error, stream.announced(piece)):
-                self._show(rank, piece, is_error)
+                self._show(rank if stream.begins_line(piece) else 0, piece, is_error)
             if line := stream.line(piece):
                 self._keep(rank, line)
 
@@ -120,14 +126,13 @@ class Console:
         others = rank != 0 and (self._mode == "rank0" or (self._mode == "errors" and not is_error))
         return others or bool(_NOTICES.match(piece))
 
-    def _show(self, rank: int, piece: str, is_error: bool) -> None:
+    def _show(self, prefix: int, piece: str, is_error: bool) -> None:
+        """Shows a piece of output, and before it a rank's number, if that is not 0."""
         target = sys.stderr if is_error else sys.stdout
+        erase = _ERASE if self._is_on_progress and piece != "\n" and target.isatty() else ""
+        self._is_on_progress = piece.endswith("\r")
         with contextlib.suppress(OSError):  # a full disk, or a pipe whose reader has closed it; the job continues
-            if self._is_on_progress and target.isatty():
-                target.write(_ERASE)
-            self._is_on_progress = piece.endswith("\r")
-            target.write(piece if rank == 0 else f"[{rank}] {piece}")
-            target.flush()
+            _write(target, f"{erase}[{prefix}] {piece}" if prefix else erase + piece)
 
     def _keep(self, rank: int, line: str) -> None:
         line = _CONTROLS.sub("", line)
@@ -142,7 +147,7 @@ class Console:
     def _log_of(self, rank: int, folder: Path) -> IO[str]:
         if rank not in self._files:
             # Appended: a restarted run must keep the log of the run before.
-            self._files[rank] = (folder / f"rank-{rank:04d}.log").open("a", encoding="utf-8", buffering=1)
+            self._files[rank] = (folder / f"rank-{rank:04d}.log").open("a", buffering=1, **_ANY_BYTES)
             self._files[rank].write(f"---- started {time.strftime('%Y-%m-%d %H:%M:%S')}\n")
         return self._files[rank]
 
@@ -160,24 +165,38 @@ class _Stream:
     """One of a rank's two streams, cut into outcomes and pieces that end in a line feed or a carriage return."""
 
     def __init__(self) -> None:
-        self._begun = b""
+        self._begun: list[bytes] = []  # of a line whose end has not arrived
+        self._is_in_line = False  # whether the end of a shown line has not arrived
         self._overwritable = ""
         self._announced: Failed | None = None
         self._lines = 0  # remaining lines of the announced failure
 
     def pieces(self, data: bytes) -> list[str | Outcome]:
-        *whole, self._begun = re.split(rb"(?<=[\n\r])", self._begun + data)
-        if len(self._begun) > _LONGEST:
-            whole.append(self._begun + b"\n")
-            self._begun = b""
+        *whole, begun = re.split(rb"(?<=[\n\r])", data)
+        if whole:
+            whole[0] = self._join(whole[0])
+        self._begun.append(begun)
+        if sum(map(len, self._begun)) > _LONGEST:
+            whole.append(self._join(b""))
         found: list[str | Outcome] = []
         before = ""  # text before an outcome, in a line that another thread has not ended
         for piece in whole:
-            text, told = outcome.split(before + piece.decode(errors="replace"))
+            text, told = outcome.split(before + piece.decode(**_ANY_BYTES))
             before = text if told else ""
             found.append(told or text)
-        self._begun = before.encode() + self._begun
+        self._begun.insert(0, before.encode(**_ANY_BYTES))
         return found
+
+    def _join(self, end: bytes) -> bytes:
+        """Returns what has begun, with its end."""
+        begun, self._begun = self._begun, []
+        return b"".join([*begun, end])
+
+    def begins_line(self, piece: str) -> bool:
+        """Whether a piece begins a line on the screen. Call it once for each piece that is shown."""
+        begins = not self._is_in_line and not (piece == "\n" and self._overwritable)
+        self._is_in_line = not piece.endswith(("\n", "\r"))
+        return begins
 
     def announce(self, told: Failed) -> None:
         """Marks the next lines as the text of a failure."""
@@ -190,9 +209,12 @@ class _Stream:
         self._lines -= piece.endswith("\n")
         return self._announced
 
-    def rest(self) -> list[str | Outcome]:
-        begun, self._begun = self._begun, b""
-        return [begun.decode(errors="replace") + "\n"] if begun else ["\n"] if self._overwritable.strip() else []
+    def rest(self, *, ends_line: bool) -> list[str | Outcome]:
+        """The line that has begun when the output has ended, with a line feed if `ends_line`."""
+        begun = self._join(b"").decode(**_ANY_BYTES)
+        if begun:
+            return [begun + "\n" * ends_line]
+        return ["\n"] if ends_line and self._overwritable.strip() else []
 
     def line(self, piece: str) -> str | None:
         """The line that a piece completes, without text that a progress bar has overwritten."""
@@ -202,3 +224,14 @@ class _Stream:
         line = piece if piece.strip("\n") else self._overwritable + piece
         self._overwritable = ""
         return line
+
+
+def _write(target: IO[str], text: str) -> None:
+    """Writes the bytes of a text, whatever encoding the target has."""
+    binary = getattr(target, "buffer", None)
+    if binary is None:  # not a file: a program's own stream in memory
+        target.write(text)
+    else:
+        target.flush()
+        binary.write(text.encode(**_ANY_BYTES))
+    target.flush()

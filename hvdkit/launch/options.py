@@ -2,6 +2,7 @@
 
 import argparse
 import os
+import re
 import shlex
 import shutil
 import sys
@@ -37,6 +38,11 @@ def parse(argv: list[str]) -> argparse.Namespace:
     if not arguments.command:
         made.error("no command was given; write it after --, as in: -np 2 -- python train.py")
     _check(made, arguments)
+    if _runs_its_input(arguments.command):
+        made.error(
+            f"{shlex.join(arguments.command)} reads its program from standard input, which ranks do not have. Write "
+            f"the program to a file, and give the file's name."
+        )
     return arguments
 
 
@@ -189,6 +195,15 @@ def _check(parser: Parser, arguments: argparse.Namespace) -> None:
         if (getattr(arguments, name) or 0) < 0:
             parser.error(f"--{name.replace('_', '-')} {getattr(arguments, name)}: seconds cannot be negative")
     _check_elastic(parser, arguments)
+
+
+def _runs_its_input(command: list[str]) -> bool:
+    """Returns whether a command is an interpreter that reads its program from standard input."""
+    name = re.sub(r"[\d.]*$", "", Path(command[0]).name)
+    if name in ("sh", "bash", "dash", "zsh", "ksh"):
+        return "-s" in command[1:2] or not set(command[1:]) - {"-", "-e", "-i", "-l", "-u", "-x"}
+    without_program = {"-", "-B", "-E", "-I", "-O", "-OO", "-P", "-i", "-q", "-s", "-u"}
+    return name in ("python", "pypy") and not set(command[1:]) - without_program
 
 
 def _check_elastic(parser: Parser, arguments: argparse.Namespace) -> None:

@@ -2,6 +2,7 @@
 
 import contextlib
 import http.client
+import io
 import pickle
 import sys
 from pathlib import Path
@@ -182,6 +183,73 @@ def test_lines_are_whole_and_notices_left_out(screen):
     console.feed(1, b"lo\nI0000 00:00:1.2 12 port.cc:153] oneDNN custom operations are on.\nend", is_error=False)
     console.finish(1)
     assert screen() == ("[1] hello\n[1] end\n", "bar 1\rbar 2\n")
+
+
+class _Bytes(io.TextIOWrapper):
+    """A terminal with an encoding, and what it has received."""
+
+    def __init__(self, encoding):
+        super().__init__(io.BytesIO(), encoding=encoding)
+
+    def received(self):
+        return self.buffer.getvalue()
+
+
+@pytest.mark.parametrize("encoding", ["utf-8", "latin-1", "ascii"])
+def test_any_bytes_in_lines_of_any_length_arrive_unchanged(monkeypatch, tmp_path, encoding):
+    words = "caf\u00e9 \u2501".encode()
+    output = words + b"\n" + b"caf\xe9\x00\xff\n" + b'{"long": "' + b"x" * 400_000 + b'"}\r\n' + words
+    prefixed = b"".join(b"[1] " + line + b"\n" for line in output.split(b"\n"))
+    for rank, expected in ((0, output), (1, prefixed)):
+        terminal = _Bytes(encoding)
+        monkeypatch.setattr(sys, "stdout", terminal)
+        console = Console("all", tmp_path)
+        for begin in range(0, len(output), 65_535):  # also in the middle of a line
+            console.feed(rank, output[begin : begin + 65_535], is_error=False)
+        console.finish(rank)
+        assert terminal.received() == expected
+        assert "caf\ufffd\x00\ufffd" in console.last_lines(rank), "what the launcher says itself is text"
+    log = (tmp_path / "rank-0001.log").read_bytes().split(b"\n", 1)[1]
+    assert log.replace(b"\r", b"") == output.replace(b"\r", b"") + b"\n"
+
+
+def test_a_line_that_never_ends_is_shown_in_parts(monkeypatch, screen):
+    monkeypatch.setattr("hvdkit.launch.console._LONGEST", 10)
+    console = Console()
+    for part in (b"0123456", b"789abcd", b"ef\nnext\n"):
+        console.feed(1, part, is_error=False)
+    assert screen() == ("[1] 0123456789abcdef\n[1] next\n", "")
+
+
+def test_a_carriage_return_before_a_line_feed_begins_no_line(screen):
+    console = Console()
+    console.feed(1, b"done\r", is_error=False)
+    console.feed(1, b"\nnext\r\n", is_error=False)
+    assert screen() == ("[1] done\r\n[1] next\r\n", "")
+
+
+@pytest.mark.parametrize(
+    ("command", "is_refused"),
+    [
+        ("python -", True),
+        ("/usr/bin/python3.11 -u", True),
+        ("bash", True),
+        ("sh -s one", True),
+        ("python -c print(1)", False),
+        ("python -m json.tool", False),
+        ("sh -c ls", False),
+        ("cat -", False),
+    ],
+)
+def test_a_program_from_standard_input_is_refused(capsys, command, is_refused):
+    words = ["hvdkit.launch", "-np", "2", "--", *command.split()]
+    if not is_refused:
+        assert options.parse(words).command == command.split()
+        return
+    with pytest.raises(SystemExit) as ended:
+        options.parse(words)
+    assert ended.value.code == 2
+    assert "reads its program from standard input, which ranks do not have" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(
