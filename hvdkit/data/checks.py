@@ -38,8 +38,8 @@ def check_share(share: Share, split: str, num_classes: int) -> np.ndarray:
         head = share.stream.take(_LOOKED_AT).map(lambda x, y: share.prepare(x))
         try:
             inputs = np.stack(list(head.as_numpy_iterator()))
-        except tf.errors.InvalidArgumentError as error:
-            raise pipeline.unreadable(split, share.start, share.start + _LOOKED_AT, error) from error
+        except tf.errors.OpError as error:
+            raise pipeline.unreadable(share, error, min(_LOOKED_AT, share.size)) from error
     _check_labels(labels, split, share.start, num_classes)
     _check_inputs(inputs, split, share.start)
     return np.bincount(labels, minlength=num_classes)

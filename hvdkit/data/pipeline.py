@@ -22,7 +22,7 @@ import tensorflow as tf
 from hvdkit.data import balance
 from hvdkit.data.epoch_order import Stretch, generator, shuffled, stream_seed, untouched
 from hvdkit.data.shard import even_share
-from hvdkit.data.sources import Source
+from hvdkit.data.sources import Source, images
 from hvdkit.errors import UsageError
 
 _log = logging.getLogger(__name__)
@@ -30,6 +30,7 @@ _log = logging.getLogger(__name__)
 Encode = Callable[[Any], tf.Tensor]
 
 _READ_AT_ONCE = 1024  # examples
+_MOST_NAMED = 20  # examples that cannot be read
 _SHUFFLE_BYTES = 256 << 20  # size of a streamed shard's shuffle buffer, in bytes of encoded examples
 
 
@@ -38,24 +39,28 @@ class Share:
     """A shard: one of `shares` even parts of a split.
 
     Attributes:
+        source: where the examples come from.
+        split: `train` or `test`.
         share: its index.
         shares: number of shards.
         start: index of its first example in the split.
         size: number of its examples.
-        inputs: all decoded inputs, [size, ...]; None for a streamed shard.
-        labels: all labels, int64 [size], or int32 [size, sequence_length] for token windows; None for a streamed shard.
         stream: the examples as (encoded input, label), in a fixed order.
         prepare: graph function from an encoded input to the model's input.
+        inputs: all decoded inputs, [size, ...]; None for a streamed shard.
+        labels: all labels, int64 [size], or int32 [size, sequence_length] for token windows; None for a streamed shard.
     """
 
+    source: Source
+    split: str
     share: int
     shares: int
     start: int
     size: int
-    inputs: np.ndarray | None
-    labels: np.ndarray | None
     stream: tf.data.Dataset
     prepare: Encode
+    inputs: np.ndarray | None = None
+    labels: np.ndarray | None = None
 
     def buffer(self) -> int | None:
         """Returns the size of a streamed shard's shuffle buffer in examples; None for a shard in memory."""
@@ -86,16 +91,17 @@ def read_share(
     start, stop = even_share(source.size(split), share, shares)
     stream = source.read(split, start, stop)
     prepare = _prepare(source, encode)
+    found = Share(source, split, share, shares, start, stop - start, stream, prepare)
     largest = -(-source.size(split) // shares)
     specs = stream.map(lambda x, y: (prepare(x), y)).element_spec
-    inputs = labels = None
     where = "read again each epoch"
     if largest * specs[0].shape.num_elements() * specs[0].dtype.size <= cache_bytes:
         began = time.monotonic()
-        inputs, labels = _read_all(stream, prepare, specs, split, start, stop - start)
+        inputs, labels = _read_all(found, specs)
+        found = dataclasses.replace(found, inputs=inputs, labels=labels)
         where = f"{inputs.nbytes / 1e6:.0f} MB in memory, read in {time.monotonic() - began:.1f} s"
-    _log.info("%s: share %d of %d, %d examples, %s", split, share, shares, stop - start, where)
-    return Share(share, shares, start, stop - start, inputs, labels, stream, prepare)
+    _log.info("%s: share %d of %d, %d examples, %s", split, share, shares, found.size, where)
+    return found
 
 
 def read_rest(
@@ -116,9 +122,8 @@ def read_rest(
     wanted = np.zeros(stop - start, bool)
     wanted[mine - start] = True
     stream = source.read(split, start, stop).enumerate().filter(lambda place, _: tf.gather(wanted, place))
-    return Share(
-        share, shares, start, len(mine), None, None, stream.map(lambda _, example: example), _prepare(source, encode)
-    )
+    examples = stream.map(lambda _, example: example)
+    return Share(source, split, share, shares, start, len(mine), examples, _prepare(source, encode))
 
 
 def _prepare(source: Source, encode: Encode | None) -> Encode:
@@ -129,28 +134,54 @@ def _prepare(source: Source, encode: Encode | None) -> Encode:
     return prepare
 
 
-def _read_all(
-    stream: tf.data.Dataset, prepare: Encode, specs: tuple[tf.TensorSpec, ...], split: str, start: int, size: int
-) -> tuple[np.ndarray, np.ndarray]:
-    inputs, labels = (np.empty([size, *spec.shape], spec.dtype.as_numpy_dtype) for spec in specs)
+def _read_all(share: Share, specs: tuple[tf.TensorSpec, ...]) -> tuple[np.ndarray, np.ndarray]:
+    inputs, labels = (np.empty([share.size, *spec.shape], spec.dtype.as_numpy_dtype) for spec in specs)
     done = 0
-    prepared = stream.map(lambda x, y: (prepare(x), y), num_parallel_calls=tf.data.AUTOTUNE, deterministic=True)
+    prepared = share.stream.map(
+        lambda x, y: (share.prepare(x), y), num_parallel_calls=tf.data.AUTOTUNE, deterministic=True
+    )
     try:
         for x, y in prepared.batch(_READ_AT_ONCE).as_numpy_iterator():
             inputs[done : done + len(y)], labels[done : done + len(y)] = x, y
             done += len(y)
-    except tf.errors.InvalidArgumentError as error:
-        raise unreadable(split, start + done, start + min(done + _READ_AT_ONCE, size), error) from error
+    except tf.errors.OpError as error:
+        raise unreadable(share, error, share.size) from error
     return inputs, labels
 
 
-def unreadable(split: str, start: int, stop: int, error: Exception) -> UsageError:
-    """Returns the error for examples that TensorFlow cannot decode, or whose shape differs from the others."""
-    reason = next((line for line in str(error).splitlines() if line.strip()), type(error).__name__).split("[Op:")[0]
+def unreadable(share: Share, error: tf.errors.OpError, examples: int) -> UsageError:
+    """Returns the error for examples that cannot be read, or whose shape differs from the others.
+
+    Args:
+        share: the shard.
+        error: what was raised when they were read together.
+        examples: number of examples, from the first one of the shard, to read one by one, to name each that is wrong.
+    """
+    wrong = []
+    index = share.start
+    try:
+        for encoded, _ in share.stream.take(examples):
+            if reason := _reason_of(share, encoded):
+                wrong.append(f"{share.source.locate(share.split, index)} ({reason})")
+            index += 1
+    except tf.errors.OpError as reason:  # the next one cannot be read at all, and none after it
+        wrong.append(f"{share.source.locate(share.split, index)} ({images.first_line(reason)})")
+    if not wrong:  # as when it is another one each time
+        wrong = [f"one of the examples {share.start} to {share.start + examples - 1} ({images.first_line(error)})"]
+    more = f"; and {len(wrong) - _MOST_NAMED} more" if len(wrong) > _MOST_NAMED else ""
     return UsageError(
-        f"An example of split {split!r}, between number {start} and {stop}, cannot be read ({reason.strip()[:200]}). "
-        f"Repair or remove it; images of differing size need --image-size."
+        f"{share.source.name}: {len(wrong)} example(s) of split {share.split!r} cannot be read: "
+        f"{'; '.join(wrong[:_MOST_NAMED])}{more}. Repair or remove them; images of differing size need --image-size."
     )
+
+
+def _reason_of(share: Share, encoded: tf.Tensor) -> str:
+    """Returns why an example cannot be prepared; empty if it can."""
+    try:
+        share.prepare(encoded)
+    except (tf.errors.OpError, ValueError) as reason:
+        return images.first_line(reason)
+    return ""
 
 
 @dataclasses.dataclass(frozen=True)

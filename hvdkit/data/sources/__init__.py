@@ -5,7 +5,7 @@ from pathlib import Path
 from hvdkit.data.sources.arrays import ArraySource, load_digits, synthetic
 from hvdkit.data.sources.base import Source
 from hvdkit.data.sources.fold import FoldSource
-from hvdkit.data.sources.folder import FolderSource
+from hvdkit.data.sources.folder import FolderSource, has_class_folders
 from hvdkit.data.sources.table import load_table
 from hvdkit.data.sources.tfds import TfdsSource, open_named, open_prepared, open_texts
 from hvdkit.data.sources.tokens import TokenSource, load_pydoc, load_text
@@ -28,7 +28,7 @@ def open_source(
             - `text:PATH`: a file, or a folder of files, as bytes to predict;
             - `text:NAME`: the texts of a TFDS data set (its name, or its prepared directory), as bytes to predict;
             - a path to a prepared TFDS directory (with `dataset_info.json`);
-            - a path to a folder of images, `train/CLASS/*.png` and `test/CLASS/*.png`;
+            - a path to a folder of images, `train/CLASS/*.png` and `test/CLASS/*.png`, or `CLASS/*.png` alone;
             - a path to a `.csv` or `.tsv` file with a text and a label column;
             - the name of a TFDS data set, prepared under `data_dir` or, with `download`, downloaded.
         data_dir: folder of the TFDS data sets; by default TFDS' own `~/tensorflow_datasets`.
@@ -51,7 +51,7 @@ def open_source(
         return load_table(path)
     if (path / "dataset_info.json").is_file():
         return open_prepared(path, image_size)
-    if (path / "train").is_dir():
+    if has_class_folders(path):
         return FolderSource(path, image_size)
     if dataset.startswith(("/", "./", "../", "~")) or (
         "/" in dataset and path.is_dir()
@@ -59,7 +59,7 @@ def open_source(
         what = "is neither a prepared TFDS directory nor a folder of images" if path.is_dir() else "does not exist"
         raise UsageError(
             f"The data set {dataset} {what}. Give the path of a directory with dataset_info.json, of one with "
-            f"train/CLASS/*.png, or of a .csv or .tsv file."
+            f"train/CLASS/*.png or CLASS/*.png, or of a .csv or .tsv file."
         )
     return open_named(dataset, data_dir, download=download, image_size=image_size)
 

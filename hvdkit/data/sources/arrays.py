@@ -40,6 +40,10 @@ class ArraySource:
         inputs, labels = self._splits[split]
         return tf.data.Dataset.from_tensor_slices((inputs[start:stop], labels[start:stop].astype(np.int64)))
 
+    def locate(self, split: str, index: int) -> str:
+        """The index of an example."""
+        return f"example {index}"
+
     def decode(self, encoded: Any) -> tf.Tensor:
         """Returns its input: nothing is encoded."""
         return encoded

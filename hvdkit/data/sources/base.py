@@ -37,5 +37,8 @@ class Source(Protocol):
         A label is an int64 scalar; the label of a token window is int32 [sequence_length].
         """
 
+    def locate(self, split: str, index: int) -> str:
+        """What a message calls an example: the file that it is read from, or its index."""
+
     def decode(self, encoded: Any) -> tf.Tensor:
         """Graph function from an encoded input to a uint8 image of `shape`, the text (a string), or int32 tokens."""

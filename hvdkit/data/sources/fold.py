@@ -54,6 +54,10 @@ class FoldSource:
         stream = self._source.read("train", first, last).enumerate()
         return stream.filter(lambda place, _: tf.gather(wanted, place)).map(lambda _, example: example)
 
+    def locate(self, split: str, index: int) -> str:
+        """What the source calls an example."""
+        return self._source.locate("train", int(self._places[split][index]))
+
     def decode(self, encoded: Any) -> tf.Tensor:
         """Decodes an input as the source does."""
         return self._source.decode(encoded)

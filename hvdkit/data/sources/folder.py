@@ -1,5 +1,9 @@
-"""Images in class folders: `train/CLASS/*.png`, and `test/CLASS/*.png` if there is a test split."""
+"""Images in class folders: `train/CLASS/*.png`, and `test/CLASS/*.png` if there is a test split; or `CLASS/*.png`."""
 
+import collections
+import logging
+import os
+import re
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -7,37 +11,52 @@ from typing import Any
 import numpy as np
 import tensorflow as tf
 
+from hvdkit.data.sources import images
 from hvdkit.data.sources.arrays import ArraySource, hold_out
 from hvdkit.errors import UsageError
 
-_SUFFIXES = {".jpg", ".jpeg", ".png", ".bmp", ".gif"}
+_log = logging.getLogger(__name__)
+_TEST_NAMES = ("test", "validation", "val", "valid")  # folders that can be the test split; the first that is there is
 _LOOKED_AT = 100  # number of images per split whose sizes are compared when the folder is opened
 
 
 class FolderSource(ArraySource):
-    """Image files in the layout of TFDS' `ImageFolder`; see `Source` for the attributes.
+    """Image files in the layout of TFDS' `ImageFolder`, or class folders alone; see `Source` for the attributes.
+
+    The images of a class may lie in folders inside of its folder. Hidden files and folders are passed over, as macOS
+    leaves them; other files that are no images are named in a warning.
 
     A rank reads a file when it needs it. The files are shuffled once with a fixed seed: in the order of the folders,
     each rank's shard would hold only one class or a few.
 
     Args:
-        path: the folder that contains `train`.
+        path: the folder that contains `train`, or the folders of the classes.
         image_size: height and width to resize to; required if the images differ in size.
 
     Raises:
-        UsageError: it has no images, an empty class, a test class that `train` lacks, or images that differ in size.
+        UsageError: it has no images, an image that belongs to no class, an empty class, a test class that `train`
+            lacks, a file that cannot be read, or images that differ in size.
     """
 
     def __init__(self, path: Path, image_size: int | None) -> None:
-        names = sorted(d.name for d in (path / "train").iterdir() if d.is_dir())
-        train = _files(path / "train", names)
-        splits = (
-            {"train": train, "test": _files(path / "test", names)} if (path / "test").is_dir() else hold_out(*train)
-        )
+        train = path / "train" if (path / "train").is_dir() else _without_splits(path)
+        names = [folder.name for folder in _folders(train)]
+        splits = {"train": _files(train, names)}
+        if test := _test_folder(path) if train != path else None:
+            splits["test"] = _files(test, names)
+        else:
+            splits = hold_out(*splits["train"])
         super().__init__(path.name, "file", names, splits)
         self.kind = "image"
         self._resize = image_size
-        self.shape = (image_size, image_size, 3) if image_size else _common_shape(path, splits)
+        sizes, self._white = _look_at_first(path, splits)
+        if len(sizes) > 1 and not image_size:
+            raise UsageError(
+                f"The images of {path} differ in size, but a batch needs one size: set it, for example "
+                f"--image-size=224."
+            )
+        width, height = (image_size, image_size) if image_size else sizes.pop()
+        self.shape = (height, width, 3)
 
     def read(self, split: str, start: int, stop: int) -> tf.data.Dataset:
         """Examples `start` to `stop` of a split, images as the bytes of their files."""
@@ -46,28 +65,66 @@ class FolderSource(ArraySource):
 
     def decode(self, encoded: Any) -> tf.Tensor:
         """Decodes an image into uint8, with three channels."""
-        image = tf.io.decode_image(encoded, channels=3, expand_animations=False)
+        image = images.decode(encoded, self._white)
         if self._resize:
-            image = resize(image, self._resize)
+            image = images.resize(image, self._resize)
         return tf.ensure_shape(image, self.shape)
 
+    def locate(self, split: str, index: int) -> str:
+        """The path of an example's file."""
+        return str(self._splits[split][0][index])
 
-def resize(image: tf.Tensor, size: int) -> tf.Tensor:
-    """Resizes a uint8 image to `size` by `size` pixels, bilinearly and with antialiasing."""
-    resized = tf.image.resize(image, [size, size], antialias=True)
-    return tf.cast(tf.round(tf.clip_by_value(resized, 0, 255)), tf.uint8)
+
+def has_class_folders(path: Path) -> bool:
+    """Returns whether a folder has a folder `train`, or folders with images."""
+    if (path / "train").is_dir():
+        return True
+    return any(_is_image(file) for folder in _folders(path) for file in _walk(folder))
+
+
+def _without_splits(path: Path) -> Path:
+    """Returns the path, if its folders are those of classes.
+
+    Raises:
+        UsageError: they are named like splits.
+    """
+    names = [folder.name for folder in _folders(path)]
+    if names and all(re.match("train|test|val", name, re.IGNORECASE) for name in names):
+        raise UsageError(
+            f"{path} has the folders {', '.join(names)}, which look like splits and not like classes. Name the one to "
+            f"train on train, and the other one test."
+        )
+    return path
+
+
+def _test_folder(path: Path) -> Path | None:
+    there = [path / name for name in _TEST_NAMES if (path / name).is_dir()]
+    if len(there) > 1:
+        _log.warning("%s: %s is the test split, and %s is not used", path, there[0].name, there[1].name)
+    elif there and there[0].name != _TEST_NAMES[0]:
+        _log.info("%s: %s is the test split", path, there[0].name)
+    return there[0] if there else None
 
 
 def _files(folder: Path, names: list[str]) -> tuple[np.ndarray, np.ndarray]:
-    strange = sorted({d.name for d in folder.iterdir() if d.is_dir()} - set(names))
+    """Returns the paths and labels of a split, shuffled."""
+    strange = sorted({d.name for d in _folders(folder)} - set(names))
     if strange:
         raise UsageError(f"{folder} has classes that train lacks: {', '.join(strange)}.")
-    found = {n: sorted(p for p in _content(folder / n) if p.suffix.lower() in _SUFFIXES) for n in names}
+    alone = sorted(file for file in folder.iterdir() if _is_image(file) and not _is_hidden(file) and file.is_file())
+    if alone:
+        raise UsageError(
+            f"{folder} has {len(alone)} image(s) in no class's folder, such as {alone[0].name}. Move them into the "
+            f"folders of their classes, or out of {folder}."
+        )
+    content = {name: sorted(_walk(folder / name)) for name in names}
+    found = {name: [file for file in files if _is_image(file)] for name, files in content.items()}
+    _name_others(folder, [file for files in content.values() for file in files if not _is_image(file)])
     empty = [n for n in names if not found[n]]
     if empty or not names:
         where = f"in {', '.join(empty)}" if empty else "in class folders"
         raise UsageError(
-            f"{folder}: no images {where} ({', '.join(sorted(_SUFFIXES))}). Fill the folder, or remove an empty class."
+            f"{folder}: no images {where} ({', '.join(images.SUFFIXES)}). Fill the folder, or remove an empty class."
         )
     paths = np.asarray([str(p) for n in names for p in found[n]], object)
     labels = np.repeat(np.arange(len(names)), [len(found[n]) for n in names])
@@ -75,19 +132,53 @@ def _files(folder: Path, names: list[str]) -> tuple[np.ndarray, np.ndarray]:
     return paths[order], labels[order]
 
 
-def _content(folder: Path) -> Iterator[Path]:
-    """Yields what is in a folder, none if it is missing. A glob would read a class named `[ab]` as a pattern."""
-    return folder.iterdir() if folder.is_dir() else iter(())
-
-
-def _common_shape(path: Path, splits: dict[str, tuple[np.ndarray, np.ndarray]]) -> tuple[int, int, int]:
-    from PIL import Image  # reads only a file's header
-
-    files = [file for paths, _ in splits.values() for file in paths[:_LOOKED_AT]]
-    sizes = {Image.open(file).size for file in files}
-    if len(sizes) > 1:
-        raise UsageError(
-            f"The images of {path} differ in size, but a batch needs one size: set it, for example --image-size=224."
+def _name_others(folder: Path, others: list[Path]) -> None:
+    """Names the files that are left out, one of each kind."""
+    kinds = collections.Counter(file.suffix.lower() for file in others)
+    examples = {file.suffix.lower(): str(file.relative_to(folder)) for file in reversed(others)}
+    if others:
+        listed = "; ".join(
+            f"{number} {kind or 'without a suffix'}, such as {examples[kind]}" for kind, number in kinds.items()
         )
-    width, height = sizes.pop()
-    return height, width, 3
+        _log.warning("%s: %d file(s) are no images and left out: %s", folder, len(others), listed)
+
+
+def _folders(path: Path) -> list[Path]:
+    """Returns the folders in a folder that are not hidden, sorted; none if it is missing."""
+    return sorted(d for d in path.iterdir() if d.is_dir() and not _is_hidden(d)) if path.is_dir() else []
+
+
+def _walk(folder: Path) -> Iterator[Path]:
+    """Yields the files in a folder and its folders, links followed once, without what is hidden."""
+    seen = set()
+    for root, folders, files in os.walk(folder, followlinks=True):
+        inode = Path(root).stat()
+        folders[:] = [] if (inode.st_dev, inode.st_ino) in seen else [d for d in folders if not _is_hidden(Path(d))]
+        if (inode.st_dev, inode.st_ino) not in seen:
+            yield from (Path(root, file) for file in files if not _is_hidden(Path(file)))
+        seen.add((inode.st_dev, inode.st_ino))
+
+
+def _is_hidden(path: Path) -> bool:
+    return path.name.startswith(".") or path.name == "__MACOSX"
+
+
+def _is_image(path: Path) -> bool:
+    return path.suffix.lower() in images.SUFFIXES
+
+
+def _look_at_first(path: Path, splits: dict[str, tuple[np.ndarray, np.ndarray]]) -> tuple[set[tuple[int, int]], int]:
+    """Returns the sizes, (width, height), of the first images of each split, and their value of white."""
+    sizes, deep, broken = set(), [], {}
+    for file in (file for paths, _ in splits.values() for file in paths[:_LOOKED_AT]):
+        try:
+            size, pixels = images.look_at(file)
+        except ValueError as error:
+            broken[file] = error
+            continue
+        sizes.add(size)
+        deep += [pixels] if pixels is not None else []
+    if broken:
+        listed = "; ".join(f"{file} ({reason})" for file, reason in broken.items())
+        raise UsageError(f"{len(broken)} image(s) of {path} cannot be read: {listed}. Repair or remove them.")
+    return sizes, images.white_of(deep)

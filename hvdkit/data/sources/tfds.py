@@ -1,14 +1,17 @@
 """Sources that TensorFlow Datasets reads: catalogue names and prepared directories."""
 
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import tensorflow as tf
 
-from hvdkit.data.sources.folder import resize
+from hvdkit.data.sources.images import resize, to_8_bits, white_of
 from hvdkit.data.sources.tokens import TokenSource, join
 from hvdkit.errors import UsageError
 
+_LOOKED_AT = 100  # number of images of 16 bits that tell their value of white
 _HELD_OUT = 0.2  # fraction of `train` to use as the test split if a data set has none
 
 
@@ -37,6 +40,8 @@ class TfdsSource:
         self._resize = image_size
         self._feature = feature
         self.shape = self._image_shape(feature) if self.kind == "image" else None
+        is_deep = self.kind == "image" and tf.as_dtype(feature.np_dtype) == tf.uint16
+        self._white = white_of(self._first_images()) if is_deep else None
 
     def size(self, split: str) -> int:
         """Number of examples in split `train` or `test`."""
@@ -56,14 +61,24 @@ class TfdsSource:
         )
         return dataset.map(lambda example: (example[self._input], example[self._label]))
 
+    def locate(self, split: str, index: int) -> str:
+        """The index of an example."""
+        return f"example {index}"
+
     def decode(self, encoded: Any) -> tf.Tensor:
         """Decodes an image into uint8; text is not encoded."""
         if self.kind == "text":
             return encoded
         image = self._feature.decode_example(encoded)
+        if self._white:
+            image = to_8_bits(image, self._white)
         if self._resize:
             image = resize(image, self._resize)
         return tf.ensure_shape(image, self.shape)
+
+    def _first_images(self) -> Iterator[np.ndarray]:
+        first = self.read("train", 0, min(_LOOKED_AT, self.size("train")))
+        return first.map(lambda encoded, _: self._feature.decode_example(encoded)).as_numpy_iterator()
 
     def _image_shape(self, feature: Any) -> tuple[int, int, int]:
         height, width, channels = feature.shape

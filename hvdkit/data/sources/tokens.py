@@ -68,6 +68,10 @@ class TokenSource:
         windows = tf.data.Dataset.from_tensor_slices((inputs, labels))
         return windows.map(lambda x, y: (x, tf.cast(y, tf.int32)), num_parallel_calls=tf.data.AUTOTUNE)
 
+    def locate(self, split: str, index: int) -> str:
+        """The index of an example."""
+        return f"example {index}"
+
     def decode(self, encoded: Any) -> tf.Tensor:
         """Bytes as token numbers, int32."""
         return tf.cast(encoded, tf.int32)

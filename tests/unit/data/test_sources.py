@@ -1,10 +1,13 @@
+from pathlib import Path
+
 import numpy as np
 import pytest
 import tensorflow as tf
+from PIL import Image
 
-from hvdkit.data import pipeline
+from hvdkit.data import checks, pipeline
 from hvdkit.data.sources import folder, open_source
-from hvdkit.data.sources.folder import resize
+from hvdkit.data.sources.images import resize
 from hvdkit.data.vocabulary import Vocabulary, learn_tokens, standardize
 from hvdkit.errors import UsageError
 
@@ -52,7 +55,7 @@ def write_images(root, split, classes, size=(4, 4), count=2):
     for name in classes:
         (root / split / name).mkdir(parents=True)
         for i in range(count):
-            image = tf.io.encode_png(np.full([*size, 3], 10 * i, np.uint8))
+            image = tf.io.encode_png(np.full([*size, 3], 10 * i % 256, np.uint8))
             tf.io.write_file(str(root / split / name / f"{i}.png"), image)
 
 
@@ -89,14 +92,109 @@ def test_a_resized_image_has_the_mean_of_its_pixels():
     assert (resize(white, 4).numpy() == 255).all()
 
 
-def test_an_image_that_cannot_be_read_is_located(tmp_path):
-    write_images(tmp_path, "train", ["cat", "dog"], count=8)
+def save_image(path, pixels, **options):
+    path.parent.mkdir(parents=True, exist_ok=True)
+    Image.fromarray(pixels).save(path, **options)
+
+
+def test_an_image_that_cannot_be_read_is_named(tmp_path):
+    write_images(tmp_path, "train", ["cat", "dog"], count=120)
     write_images(tmp_path, "test", ["cat", "dog"], count=1)
-    broken = tmp_path / "train" / "dog" / "7.png"
-    broken.write_bytes(broken.read_bytes()[:60])
-    source = open_source(str(tmp_path), image_size=4)
-    with pytest.raises(UsageError, match=r"An example of split 'train', between number 0 and 16, cannot be read"):
+    source = open_source(str(tmp_path))
+    for file in source._splits["train"][0][-2:]:  # not among those whose sizes are compared
+        Path(file).write_bytes(Path(file).read_bytes()[:60])
+    named = [Path(file).name for file in source._splits["train"][0][-2:]]
+    with pytest.raises(
+        UsageError, match=r"2 example\(s\) of split 'train' cannot be read: .*; .*Repair or remove"
+    ) as said:
         pipeline.read_share(source, "train", 0, 1, cache_bytes=1e9)
+    assert all(f"{name} (" in str(said.value) for name in named), said.value
+    streamed = pipeline.read_share(source, "train", 1, 2, cache_bytes=0)
+    with pytest.raises(UsageError, match="2 example.s. of split 'train' cannot be read"):
+        checks.check_share(streamed, "train", 2)
+    Path(source._splits["train"][0][0]).write_bytes(b"no image")
+    with pytest.raises(UsageError, match=r"1 image.s. of .* cannot be read: .* \(it is no image that Pillow knows\)"):
+        open_source(str(tmp_path))
+
+
+def test_image_folders_as_people_have_them(tmp_path, caplog):
+    grey = np.full([6, 6, 3], 120, np.uint8)
+    for name in ("cat", "dog"):
+        save_image(tmp_path / name / "a.webp", grey, lossless=True)
+        save_image(tmp_path / name / "more" / "b.tiff", grey)
+        save_image(tmp_path / name / "more" / "deep" / "c.PNG", grey)
+        (tmp_path / name / "._a.webp").write_bytes(b"\x00\x05\x16\x07" + bytes(40))
+        (tmp_path / name / "Thumbs.db").write_bytes(b"x")
+        save_image(tmp_path / name / ".ipynb_checkpoints" / "d.png", grey)
+    (tmp_path / "__MACOSX" / "cat").mkdir(parents=True)
+    source = open_source(str(tmp_path))
+    assert (source.label_names, source.size("train") + source.size("test")) == (["cat", "dog"], 6)
+    assert "2 file(s) are no images and left out: 2 .db, such as cat/Thumbs.db" in caplog.text
+    for split in ("train", "test"):
+        for encoded, _ in source.read(split, 0, source.size(split)):
+            assert (source.decode(encoded).numpy() == 120).all()
+    save_image(tmp_path / "e.png", grey)
+    with pytest.raises(UsageError, match=r"1 image\(s\) in no class's folder, such as e.png"):
+        open_source(str(tmp_path))
+
+
+def test_a_validation_folder_is_the_test_split_if_there_is_no_other(tmp_path, caplog):
+    write_images(tmp_path, "train", ["cat", "dog"])
+    write_images(tmp_path, "validation", ["cat", "dog"], count=5)
+    assert open_source(str(tmp_path)).size("test") == 10
+    write_images(tmp_path, "test", ["cat", "dog"], count=1)
+    assert open_source(str(tmp_path)).size("test") == 2
+    assert "test is the test split, and validation is not used" in caplog.text
+
+
+def test_folders_named_like_splits_are_no_classes(tmp_path):
+    write_images(tmp_path, "Train", ["cat", "dog"])
+    write_images(tmp_path, "Test", ["cat", "dog"])
+    with pytest.raises(UsageError, match="has the folders Test, Train, which look like splits and not like classes"):
+        open_source(str(tmp_path))
+
+
+@pytest.mark.parametrize("suffix", ["png", "tiff"])
+@pytest.mark.parametrize(("largest", "white"), [(4095, 4095), (700, 1023), (65_535, 65_535)])
+def test_images_of_16_bits_are_scaled_by_what_they_hold(tmp_path, suffix, largest, white):
+    pixels = np.full([4, 4], largest // 2, np.uint16)
+    pixels[0, 0] = largest
+    for name in ("cat", "dog"):
+        for number in range(2):
+            save_image(tmp_path / name / f"{number}.{suffix}", pixels)
+    image, _ = first(open_source(str(tmp_path)))
+    assert image.shape == (4, 4, 3)
+    assert image[0, 0].tolist() == [round(largest * 255 / white)] * 3
+    assert image[1, 1].tolist() == [round(largest // 2 * 255 / white)] * 3
+
+
+def test_16_bits_a_channel_in_color_and_values_that_do_not_fit(tmp_path):
+    colors = np.array([[[4000, 2000, 1000]]], np.uint16)
+    for name in ("cat", "dog"):
+        for number in range(2):
+            file = tmp_path / name / f"{number}.png"
+            tf.io.write_file(str(file), tf.io.encode_png(colors))
+    source = open_source(str(tmp_path))
+    assert first(source)[0].ravel().tolist() == [249, 125, 62]
+    brighter = tf.io.encode_png(colors * 4)
+    with pytest.raises(tf.errors.InvalidArgumentError, match="values above 4095, the largest that the first images"):
+        source.decode(brighter)
+
+
+def test_all_modes_of_images_become_three_channels(tmp_path):
+    for mode in ("1", "L", "LA", "P", "RGBA", "CMYK"):
+        suffixes = (
+            ("tiff", "jpg") if mode == "CMYK" else ("png", "tiff") if mode in ("1", "LA") else ("png", "webp", "gif")
+        )
+        for suffix in suffixes:
+            image = Image.new("RGB", (5, 4), (255, 255, 255)).convert(mode)
+            (tmp_path / mode).mkdir(exist_ok=True)
+            image.save(tmp_path / mode / f"x.{suffix}")
+    source = open_source(str(tmp_path))
+    for split in ("train", "test"):
+        for index, (encoded, _) in enumerate(source.read(split, 0, source.size(split))):
+            pixels = source.decode(encoded).numpy()
+            assert (pixels.shape, pixels.min()) == ((4, 5, 3), 255), source.locate(split, index)
 
 
 def test_few_examples_of_many_classes_are_split_all_the_same(tmp_path):
@@ -145,6 +243,13 @@ def test_a_table_with_a_test_file_beside_it(tmp_path):
     [
         ("a,b\n1,2\n", r"needs a header line with a text column .* but its first line is: a,b"),
         ("text,label\nfine,\n", r"line 2: the text or the label is empty"),
+        ("text,label\nfine, really,pos\ngood,pos\nbad\n", r"2 row\(s\) .* header's 2: line 2 has 3, line 4 has 1\."),
+        ('text,label\n"two\nlines",pos\n\na,b,c\n', r"line 5 has 3"),
+        (
+            "text,label\n" + "".join(f"a,{i / 7:.3f}\n" for i in range(9)),
+            r"are measured values, such as 0.000",
+        ),
+        ("text,label\n" + "".join(f"pos,text {i}\n" for i in range(30)), r"30 different labels in 30 rows, such as "),
         ("text,label\n", "has a header line but no rows"),
         ("text,label\nfine,pos\n", r"one class only \('pos'\)"),
     ],
@@ -154,11 +259,23 @@ def test_tables_that_are_not_what_they_should_be(tmp_path, content, message):
         open_source(write(tmp_path / "x.csv", content))
 
 
-def test_a_spreadsheets_byte_order_mark_and_another_encoding(tmp_path):
+def test_a_spreadsheets_byte_order_mark_and_other_encodings(tmp_path):
     rows = "text,label\ncaf\u00e9,a\nbar,b\nclub,a\npub,b\n"
     assert open_source(write(tmp_path / "bom.csv", rows, "utf-8-sig")).label_names == ["a", "b"]
-    with pytest.raises(UsageError, match=r"is not UTF-8 text \(at byte 14\)"):
+    assert open_source(write(tmp_path / "wide.csv", rows, "utf-16")).label_names == ["a", "b"]
+    with pytest.raises(UsageError, match=r"is not UTF-8 text \(at byte 14\)\. Save it as UTF-8, for example"):
         open_source(write(tmp_path / "latin.csv", rows, "latin-1"))
+
+
+@pytest.mark.parametrize("delimiter", [";", "\t", "|"])
+def test_other_delimiters_and_fields_as_long_as_books(tmp_path, delimiter):
+    book = "a long good film " * 20_000
+    rows = "".join(f'"good, number {i}"{delimiter}pos\nbad{delimiter}neg\n' for i in range(5))
+    source = open_source(write(tmp_path / "x.csv", f"text{delimiter}label\n{rows}{book}{delimiter}pos\n"))
+    splits = [source.read(split, 0, source.size(split)).as_numpy_iterator() for split in ("train", "test")]
+    texts = [text.decode() for split in splits for text, _ in split]
+    assert len(texts) == 11
+    assert {"good, number 3", "bad", book} < set(texts)
 
 
 def test_names_choose_versions_and_configurations(shared_data, tmp_path):
