@@ -9,6 +9,7 @@ those of hvdkit.train. The flags of another training may follow after another `-
 
 import itertools
 import json
+import os
 import resource
 import sys
 import tempfile
@@ -21,6 +22,7 @@ import psutil
 
 _STARTED = psutil.Process().create_time()
 _LOADING = time.time()  # taken before the imports, which take seconds
+os.environ.setdefault("TF_ENABLE_ONEDNN_OPTS", "1")  # as in launched ranks, for one process without a launcher
 
 import keras  # noqa: E402
 import numpy as np  # noqa: E402

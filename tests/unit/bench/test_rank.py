@@ -1,5 +1,9 @@
 """The clock of a benchmark: what it computes from the ends of steps, and when it ends training."""
 
+import os
+import subprocess
+import sys
+
 import keras
 import numpy as np
 import pytest
@@ -58,3 +62,11 @@ def test_training_ends_when_its_time_is_over():
     assert facts["shapes"] == [[2, 3], [3], [3, 1], [1]]
     assert facts["gradient_bytes"] == 4 * 13
     assert facts["state_bytes"] == 4 * 13 + facts["optimizer_bytes"] > 2 * 4 * 13
+
+
+@pytest.mark.parametrize("program", ["hvdkit.bench.rank", "hvdkit.plan.compressing"])
+def test_programs_without_a_launcher_use_the_kernels_that_launched_ranks_use(program):
+    ask = f"import os, sys; import {program}; print(os.environ['TF_ENABLE_ONEDNN_OPTS'])"
+    environment = {name: value for name, value in os.environ.items() if name != "TF_ENABLE_ONEDNN_OPTS"}
+    ended = subprocess.run([sys.executable, "-c", ask], capture_output=True, text=True, env=environment, check=True)
+    assert ended.stdout.strip() == "1"
