@@ -167,14 +167,14 @@ def write_json(path: Path, content: Mapping[str, Any]) -> None:
         aside.unlink(missing_ok=True)
 
 
-def write_measurement(path: str | None, content: Mapping[str, Any]) -> None:
+def write_measurement(path: Path | None, content: Mapping[str, Any]) -> None:
     """Writes a result with a description of this machine, if `path` is given."""
     if path:
-        write_json(Path(path), {**content, "machine": machine()})
+        write_json(path, {**content, "machine": machine()})
 
 
 def plot(
-    path: str | None, title: str, x: str, y: str, lines: Mapping[str, Sequence[tuple[float, float]]], **scales: str
+    path: Path | None, title: str, x: str, y: str, lines: Mapping[str, Sequence[tuple[float, float]]], **scales: str
 ) -> None:
     """Draws lines of (x, y) into a PNG, if `path` is given; `xscale` and `yscale` are as in matplotlib."""
     if not path:

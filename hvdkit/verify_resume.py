@@ -23,7 +23,8 @@ from pathlib import Path
 from typing import Any
 
 from hvdkit import outcome, reporting
-from hvdkit.command.arguments import Parser
+from hvdkit.command.arguments import Parser, new_file
+from hvdkit.errors import UsageError
 from hvdkit.train import flags as train_flags
 
 _CHILD = "--kill-in-this-process"
@@ -74,14 +75,17 @@ def parser() -> Parser:
     made.add_argument("--kills", type=int, default=3, help="how often the job is killed [3]")
     made.add_argument("--kill-seed", type=int, default=None, help="seed of the random kills [the clock]")
     made.add_argument("--workdir", help="where to write and keep the two runs [a temporary folder]")
-    made.add_argument("--json", type=Path, help="write the result to this file, too")
+    made.add_argument("--json", type=new_file, help="write the result to this file, too")
     return made
 
 
 def _parse(argv: list[str]) -> tuple[argparse.Namespace, list[str]]:
     made = parser()
     arguments, flags = made.parse_known_args(argv[1:])
-    flags = train_flags.spelled(flags)
+    try:
+        flags = train_flags.check(flags)
+    except UsageError as error:
+        made.error(str(error))
     if arguments.np < 1 or arguments.kills < 1:
         made.error(f"-np and --kills must be 1 or more, but are {arguments.np} and {arguments.kills}")
     given = " ".join(flags)

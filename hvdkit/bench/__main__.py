@@ -14,7 +14,7 @@ import sys
 
 from hvdkit import outcome, reporting
 from hvdkit.bench import accuracy, collectives, peers, scaling, throughput
-from hvdkit.command.arguments import Parser
+from hvdkit.command.arguments import Parser, new_file
 from hvdkit.errors import UsageError
 
 _COMMANDS = {
@@ -35,8 +35,8 @@ def parser() -> Parser:
         one = commands.add_parser(name, prog=f"{made.prog} {name}", help=summary)
         one.add_argument("--seconds", type=float, default=4.0, help="seconds of each measurement [4]")
         one.add_argument("--rounds", type=int, default=3, help="number of measurements of each case [3]")
-        one.add_argument("--json", metavar="FILE", help="write the results to this file, too")
-        one.add_argument("--plot", metavar="FILE.png", help="plot the results to this file")
+        one.add_argument("--json", type=new_file, metavar="FILE", help="write the results to this file, too")
+        one.add_argument("--plot", type=new_file, metavar="FILE.png", help="plot the results to this file")
         module.add_arguments(one)
     return made
 

@@ -1,8 +1,13 @@
-"""The spelling of options in all jobs: shown as --start-timeout, and also accepted as --start_timeout."""
+"""What the options of all jobs have in common.
+
+They are shown as --start-timeout, and also accepted as --start_timeout; files to write are checked before any work.
+"""
 
 import argparse
 import itertools
+import os
 from collections.abc import Callable, Iterable
+from pathlib import Path
 from typing import Any
 
 
@@ -28,6 +33,23 @@ class Parser(argparse.ArgumentParser):
             if name.startswith("--"):
                 options.setdefault(f"--{underscored(name[2:])}", action)
         return super().parse_known_args(args, namespace)
+
+
+def new_file(text: str) -> Path:
+    """Convert the value of an option, for argparse: a file that the job writes when its work is done.
+
+    Raises:
+        argparse.ArgumentTypeError: it could not be written.
+    """
+    path = Path(text).expanduser()
+    folder = path.absolute().parent
+    if path.is_dir():
+        raise argparse.ArgumentTypeError(f"{text} is a folder; give the name of a file")
+    if not folder.is_dir():
+        raise argparse.ArgumentTypeError(f"there is no folder {folder} for {path.name}; create it first")
+    if not os.access(path if path.exists() else folder, os.W_OK):
+        raise argparse.ArgumentTypeError(f"{text} cannot be written; choose another file, or change its permissions")
+    return path
 
 
 def dashed(name: str) -> str:

@@ -17,7 +17,7 @@ from typing import Any
 
 from hvdkit import outcome, reporting
 from hvdkit.bench import jobs
-from hvdkit.command.arguments import Parser
+from hvdkit.command.arguments import Parser, new_file
 from hvdkit.errors import UsageError
 from hvdkit.train import flags as train_flags
 
@@ -29,8 +29,10 @@ _LIMIT = 3600.0  # seconds for one training
 def main(argv: list[str]) -> int:
     """Run the comparison, print its table and return the exit code: 2 for a usage error."""
     arguments = parser().parse_args(argv[1:])
-    arguments.flags = train_flags.spelled(arguments.flags)
     try:
+        if arguments.number < 1:
+            raise UsageError(f"-np {arguments.number}: at least one rank is needed.")
+        arguments.flags = train_flags.check(arguments.flags)
         found = compare(arguments.ways.split(","), arguments.number, arguments.flags)
     except UsageError as error:
         print(f"hvdkit.compare: {error}", file=sys.stderr)
@@ -53,8 +55,8 @@ def parser() -> Parser:
         "--ways", default=",".join(WAYS), help=f"strategies: {', '.join(WAYS)}, or NAME:RANKS, such as tensor:2 [all]"
     )
     made.add_argument("--no-plan", action="store_true", help="skip the planner")
-    made.add_argument("--json", metavar="FILE", help="write the results to this file, too")
-    made.add_argument("--plot", metavar="FILE.png", help="plot the results to this file")
+    made.add_argument("--json", type=new_file, metavar="FILE", help="write the results to this file, too")
+    made.add_argument("--plot", type=new_file, metavar="FILE.png", help="plot the results to this file")
     made.add_argument("flags", nargs="*", help="after --: flags of hvdkit train")
     return made
 
@@ -162,7 +164,7 @@ def table(found: dict[str, Any]) -> str:
     return reporting.table(heads, rows)
 
 
-def draw(path: str | None, found: dict[str, Any]) -> None:
+def draw(path: Path | None, found: dict[str, Any]) -> None:
     """Draw bar charts of speed, memory and sent bytes, if `path` is given."""
     if not path:
         return

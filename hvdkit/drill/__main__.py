@@ -25,8 +25,10 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from hvdkit import outcome
-from hvdkit.command.arguments import Parser
+from hvdkit.command.arguments import Parser, new_file
 from hvdkit.drill import report
+from hvdkit.errors import UsageError
+from hvdkit.launch import hosts
 from hvdkit.train import flags as train_flags
 
 FAULTS = ("kill", "freeze", "slow", "partition", "disk-full", "term")
@@ -74,16 +76,23 @@ def parser() -> Parser:
     made.add_argument("--cut", metavar="COMMAND", help="disconnects the host {host} [launch/testhosts.sh cut {host}]")
     made.add_argument("--mend", metavar="COMMAND", help="reconnects it at the end [launch/testhosts.sh mend {host}]")
     made.add_argument("--workdir", metavar="DIR", help="where the job writes; shared by all hosts [temporary]")
-    made.add_argument("--json", type=Path, metavar="FILE", help="write the report to this file, too")
+    made.add_argument("--json", type=new_file, metavar="FILE", help="write the report to this file, too")
     return made
 
 
 def _parse(argv: list[str]) -> tuple[argparse.Namespace, list[str]]:
     made = parser()
     arguments, flags = made.parse_known_args(argv[1:])
-    flags = train_flags.spelled(flags)
-    if arguments.rank < 0 or arguments.step < 1:
-        made.error(f"--rank {arguments.rank} --step {arguments.step}: expected are 0 or more, and 1 or more")
+    try:
+        flags = train_flags.check(flags)
+        ranks = arguments.np or (sum(host.slots for host in hosts.from_list(arguments.hosts)) if arguments.hosts else 2)
+    except UsageError as error:
+        made.error(str(error))
+    if not 0 <= arguments.rank < ranks or arguments.step < 1 or ranks < 1:
+        made.error(
+            f"--rank {arguments.rank} --step {arguments.step} of {ranks} rank(s): expected are a rank from 0 to "
+            f"{max(ranks, 1) - 1}, and a step from 1"
+        )
     if arguments.fault == "disk-full" and os.geteuid() != 0:
         made.error("disk-full mounts a small disk for the checkpoints, and needs root for that; run it with sudo")
     if arguments.fault == "partition" and not arguments.hosts:

@@ -21,11 +21,12 @@ from pathlib import Path
 from typing import Any
 
 from hvdkit import outcome, reporting
-from hvdkit.command.arguments import Parser
+from hvdkit.command.arguments import Parser, new_file
 from hvdkit.errors import UsageError
 from hvdkit.plan import advice, facts, links, measure, modes, published, report
 from hvdkit.plan import score as scoring
 from hvdkit.plan.cost import Cluster, Compute, Link, Mode
+from hvdkit.train import flags as train_flags
 from hvdkit.world.devices import usable_cores
 
 _MEMORY = Link(2e-4, 1 / 4e9, 1e-3, transport="shared")  # default between ranks of one host
@@ -78,14 +79,15 @@ def parser() -> Parser:
     made.add_argument("-H", dest="hosts", default="", help="hosts for the recommended command")
     made.add_argument("--price", type=float, help="price of one rank per hour")
     made.add_argument("--seconds", type=float, default=4.0, help="seconds of each measurement [4]")
-    made.add_argument("--json", metavar="FILE", help="write the results to this file, too")
-    made.add_argument("--plot", metavar="FILE.png", help="plot the results to this file")
+    made.add_argument("--json", type=new_file, metavar="FILE", help="write the results to this file, too")
+    made.add_argument("--plot", type=new_file, metavar="FILE.png", help="plot the results to this file")
     made.add_argument("flags", nargs="*", help="after --: flags of hvdkit train, without a batch size")
     return made
 
 
 def _plan(arguments: argparse.Namespace) -> int:
     numbers = _numbers(arguments.ranks)
+    _check(arguments)
     threads = arguments.threads or max(1, usable_cores() // max(1, arguments.ranks_per_host))
     found, ways, measured = _predict(arguments, numbers, threads, *_cluster(arguments))
     sentence = advice.advise(found, ways, " ".join(arguments.flags), arguments.hosts)
@@ -101,9 +103,22 @@ def _plan(arguments: argparse.Namespace) -> int:
     return 0
 
 
+def _check(arguments: argparse.Namespace) -> None:
+    """Raise a `UsageError` if an argument is wrong, before anything is measured."""
+    if arguments.batch < 1 or arguments.ranks_per_host < 1:
+        raise UsageError("--batch and --ranks-per-host must be 1 or more.")
+    if arguments.seconds <= 0:
+        raise UsageError(f"--seconds={arguments.seconds:g} must be above 0.")
+    for name in filter(None, arguments.modes.split(",")):
+        if name not in modes.NAMES:
+            raise UsageError(f"There is no mode {name!r}. Choose from {', '.join(modes.NAMES)}.")
+    arguments.flags = train_flags.check(arguments.flags)
+
+
 def _measure(arguments: argparse.Namespace) -> int:
     if not arguments.hosts:
         raise UsageError("measure needs hosts to try the modes on, as in -H h1:1,h2:1.")
+    _check(arguments)
     slots = [int(host.rpartition(":")[2]) if ":" in host else 1 for host in arguments.hosts.split(",")]
     number, arguments.ranks_per_host = sum(slots), max(slots)
     beside = number if arguments.shared_machine else arguments.ranks_per_host
@@ -128,8 +143,6 @@ def _predict(
     deviations: dict[str, float],
 ) -> tuple[list[dict[str, Any]], dict[str, Mode], dict[str, Any]]:
     """Return the prediction rows, the modes by name, and the model's measurements for the JSON file."""
-    if arguments.batch < 1 or arguments.ranks_per_host < 1:
-        raise UsageError("--batch and --ranks-per-host must be 1 or more.")
     # The launcher binds the ranks of one host to separate cores. Hosts that share one machine do not coordinate, so
     # their ranks are not bound.
     beside = max(numbers) if arguments.shared_machine else arguments.ranks_per_host
@@ -216,9 +229,9 @@ def _optimizer(flags: list[str]) -> str:
 
 
 def _chosen(ways: dict[str, Any], names: str) -> dict[str, Any]:
-    for name in filter(None, names.split(",")):
-        if name not in ways:
-            raise UsageError(f"There is no mode {name!r}. Choose from {', '.join(ways)}.")
+    missing = [name for name in filter(None, names.split(",")) if name not in ways]
+    if missing:
+        raise UsageError(f"This model cannot be trained in the mode {missing[0]!r}. Choose from {', '.join(ways)}.")
     return {name: ways[name] for name in names.split(",")} if names else ways
 
 
@@ -239,7 +252,7 @@ def _published(argv: list[str]) -> int:
     for one in published.ALL:
         lines[f"{one.precision}, published"] = [(gpus, one.efficiency(gpus)) for gpus in one.images]
         lines[f"{one.precision}, predicted"] = [(n, published.predicted(one, n).efficiency) for n in published.RANKS]
-    reporting.plot(argv[0], "EfficientNet-B4 on A100, weak scaling", "GPUs", "efficiency", lines, xscale="log")
+    reporting.plot(Path(argv[0]), "EfficientNet-B4 on A100, weak scaling", "GPUs", "efficiency", lines, xscale="log")
     print(report.published_table(published.ALL))
     errors = [abs(published.error(one, gpus)) for one in published.ALL for gpus in one.images if gpus > 1]
     print(f"\nmedian error {statistics.median(errors):.0%} of {len(errors)}, without the GPU that calibrates")

@@ -10,6 +10,10 @@ LOCAL_STEPS, DILOCO_STEPS, ACCUMULATED = 20, 100, 5  # DiLoCo and local SGD roun
 FRAGMENTS = 4  # of streaming DiLoCo
 _SCATTERING = ("int8", "onebit")
 FEEDBACK = ("int8", "onebit", "topk", "powersgd")
+NAMES = (
+    *("data parallel", "fp16", *FEEDBACK, "accumulation", "local SGD", "DiLoCo", "streaming DiLoCo", "mirrored"),
+    *("tensor parallel", "pipeline parallel", "independent"),
+)
 
 
 def all_modes(

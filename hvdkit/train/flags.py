@@ -302,6 +302,22 @@ def parse(argv: list[str]) -> Config:
     return config
 
 
+def check(given: Sequence[str]) -> list[str]:
+    """Checks flags of the training that another job passes on, before that job starts anything.
+
+    Args:
+        given: the flags, spelled in any way.
+
+    Returns:
+        The flags as absl has them.
+
+    Raises:
+        UsageError: see `parse`.
+    """
+    parse(["hvdkit.train", *given])
+    return spelled(list(given))
+
+
 def _check(config: Config) -> None:
     """Raises a `UsageError` if flags exclude each other, or if a value is wrong in a way that absl does not check."""
     for one, other in (("epochs", "steps"), ("global_batch", "local_batch")):

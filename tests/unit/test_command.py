@@ -349,3 +349,32 @@ def test_the_launch_script_starts_no_rank_for(line, code, said):
     ended = subprocess.run(command, capture_output=True, text=True, timeout=60, env={**os.environ, "COLUMNS": "200"})
     assert ended.returncode == code
     assert said in ended.stdout + ended.stderr
+
+
+# ------------------------------------------------------------------------- Mistakes are found before any work is done
+
+
+@pytest.mark.parametrize(
+    ("command", "message"),
+    [
+        ("drill kill --foo=3", "Unknown command line flag 'foo'"),
+        ("drill kill --rank 7 -np 2", "--rank 7 --step 60 of 2 rank(s): expected are a rank from 0 to 1"),
+        ("drill kill -H h1:2,h2:x", "h2:x"),
+        ("verify-resume --model-args=1", "--model-args=1 cannot be read"),
+        ("plan --modes foo", "There is no mode 'foo'. Choose from data parallel, fp16, "),
+        ("plan -- --foo=3", "Unknown command line flag 'foo'"),
+        ("plan --seconds 0", "--seconds=0 must be above 0"),
+        ("plan --json /no/such/folder/x.json", "there is no folder /no/such/folder for x.json; create it first"),
+        ("compare -np 0", "-np 0: at least one rank is needed"),
+        ("compare -- --epochs=1 --steps=1", "--epochs and --steps exclude each other"),
+        ("compare --ways foo", "--ways: 'foo' is not one of"),
+        ("bench throughput --json .", ". is a folder; give the name of a file"),
+        ("sweep --workdir=x -- --foo=3", "Unknown command line flag 'foo'"),
+    ],
+)
+def test_a_mistake_is_a_sentence_before_anything_starts(tmp_path, command, message):
+    ended = hvdkit(*command.split(), cwd=tmp_path)
+    assert ended.returncode == 2, ended.stderr
+    assert message in ended.stderr
+    assert "Traceback" not in ended.stderr
+    assert not list(tmp_path.iterdir())

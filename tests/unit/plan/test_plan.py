@@ -239,6 +239,12 @@ def test_flags_of_modes_that_accumulate_or_divide(optimizer, colon):
     assert found["tensor parallel"].division == Division(False, 0.8, 100, exchanges=4)
 
 
+def test_modes_are_known_by_name_before_a_model_is():
+    divided = {name: {"stages": name == "pipeline", "share": 0.5, "bytes": 1} for name in ("tensor", "pipeline")}
+    found = modes.all_modes([(2, 2), (2,)], "adam", dict.fromkeys(modes.FEEDBACK, 0.0), divided)
+    assert tuple(found) == modes.NAMES
+
+
 def measured(batch, fixed, sample):
     """A run whose step takes `fixed` seconds and `sample` more for each example."""
     return {
