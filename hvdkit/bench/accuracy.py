@@ -39,7 +39,13 @@ def measure(arguments: argparse.Namespace) -> dict[str, Any]:
 def _train(case: str, arguments: argparse.Namespace) -> dict[str, Any]:
     with tempfile.TemporaryDirectory() as folder:
         workdir = Path(folder, "run")
-        flags = ["--eval_every=1", "--checkpoint_every=never", "--notensorboard", f"--workdir={workdir}"]
+        flags = [
+            "--eval_every=1",
+            "--validation=no",
+            "--checkpoint_every=never",
+            "--notensorboard",
+            f"--workdir={workdir}",
+        ]
         program = [sys.executable, "-m", "hvdkit.train", *flags, *arguments.flags]
         began = time.perf_counter()
         jobs.run([sys.executable, "-m", "hvdkit.launch", *case.split(), "--", *program])

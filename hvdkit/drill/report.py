@@ -125,7 +125,7 @@ def _audit(runs: list[_Start], result: dict[str, Any], flags: list[str]) -> dict
 def _hashes_of_the_split(flags: list[str]) -> "collections.Counter[int]":
     os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
     from hvdkit.data import pipeline
-    from hvdkit.data.sources import TokenSource, open_source
+    from hvdkit.data.sources import TokenSource, open_source, with_validation
     from hvdkit.train import flags as train_flags
     from hvdkit.train.build import find_model
 
@@ -133,6 +133,8 @@ def _hashes_of_the_split(flags: list[str]) -> "collections.Counter[int]":
     model = find_model(config.model)
     dataset = config.dataset or model.recipes[0].dataset
     source = open_source(dataset, config.data_dir, image_size=config.image_size)
+    if config.validates:
+        source = with_validation(source, config.validation_share)
     if isinstance(source, TokenSource):
         source = source.cut(config.sequence_length or model.recipe_for(source.name).sequence_length)
     share = pipeline.read_share(source, "train", 0, 1, cache_bytes=config.cache_gb * 1e9)

@@ -430,6 +430,8 @@ def _defaults(options: Options) -> list[str]:
     wanted = {"tensorboard": "false"}
     if options.ranks_per_task == 1:
         wanted["strategy"] = "single"
+    if not options.folds:
+        wanted["validation"] = "yes"
     if options.asha:
         wanted["eval_every"] = "1"
     given = {flag.lstrip("-").partition("=")[0].removeprefix("no") for flag in options.flags}

@@ -45,7 +45,7 @@ class Options:
         seed: seed of the search.
         asha: reduction factor and first rung in epochs; None to train every trial to its end.
         folds: tasks per trial, each with a different test fold; 0 for no cross-validation.
-        goal: metric to optimize, `accuracy` or `loss`, on the test split or on the folds.
+        goal: metric to optimize, `accuracy` or `loss`, on the validation split or on the folds.
         flags: flags of hvdkit.train, as given.
         folder: folder that the sweep writes to.
         storage: URL of Optuna's storage.
@@ -193,7 +193,7 @@ def _add_search(parser: Parser) -> None:
         "--goal",
         choices=tuple(_GOALS),
         default="accuracy",
-        help="metric to optimize, on the test split or as the mean over folds [%(default)s]",
+        help="metric to optimize, on the validation split or as the mean over folds [%(default)s]",
     )
     group.add_argument(
         "--asha",

@@ -138,8 +138,11 @@ def history(folder: Path, column: str) -> list[float]:
 
 
 def value(result: dict[str, Any], goal: str) -> float:
-    """The value of the goal that a training has reached; NaN if there is none."""
-    found = result.get(f"test_{goal}")
+    """The value of the goal that a training has reached: on the validation split or, if it has none, on its fold.
+
+    NaN if there is none.
+    """
+    found = result.get(f"validation_{goal}", result.get(f"test_{goal}"))
     return math.nan if found is None else float(found)
 
 

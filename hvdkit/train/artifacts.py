@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from hvdkit.errors import UsageError
+from hvdkit.train.flags import Settings
 from hvdkit.world.ranks import World
 
 
@@ -112,15 +113,15 @@ def save_model(model: Any, path: Path) -> None:
 
 
 def plot_curves(
-    workdir: Path, history: Mapping[str, Sequence[float]], steps_per_epoch: int, eval_every: int, title: str
+    workdir: Path, history: Mapping[str, Sequence[float]], steps_per_epoch: int, settings: Settings, title: str
 ) -> None:
-    """Draws `curves.png`: one panel for each metric, training and test by epoch; for the loss also each step.
+    """Draws `curves.png`: one panel for each metric, training and validation by epoch; for the loss also each step.
 
     Args:
         workdir: the run's folder; its `loss.csv` is used if it exists.
         history: values by metric, as `fit` returns them.
         steps_per_epoch: converts steps to epochs for the x axis.
-        eval_every: epochs between two evaluations on the test split.
+        settings: they say after how many epochs the model was evaluated, and on which split.
         title: the figure's title.
     """
     import matplotlib.figure  # not pyplot, which needs a window system and has global state
@@ -134,7 +135,8 @@ def plot_curves(
     for axes, name in zip(figure.subplots(1, len(names), squeeze=False)[0], names, strict=True):
         if name == "loss" and by_step:
             axes.plot(*zip(*by_step, strict=True), linewidth=0.6, alpha=0.5, color="gray", label="by step, rank 0")
-        for key, label, every in ((name, "training", 1), (f"val_{name}", "test", eval_every)):
+        judged = "validation" if settings.validates else "test"
+        for key, label, every in ((name, "training", 1), (f"val_{name}", judged, settings.eval_every)):
             if key in history:
                 epochs = [every * (place + 1) for place in range(len(history[key]))]
                 axes.plot(epochs, history[key], marker="o", markersize=3, label=label)

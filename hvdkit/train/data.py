@@ -18,7 +18,7 @@ from hvdkit.checkpoint.store import Checkpoint
 from hvdkit.collectives.agreement import together
 from hvdkit.data import balance, checks, pipeline
 from hvdkit.data.epoch_order import Stretch
-from hvdkit.data.sources import FoldSource, Source, TokenSource
+from hvdkit.data.sources import FoldSource, Source, TokenSource, with_validation
 from hvdkit.data.vocabulary import Vocabulary, learn_tokens
 from hvdkit.errors import UsageError
 from hvdkit.strategies import Strategy
@@ -28,9 +28,11 @@ _log = logging.getLogger("hvdkit.train")  # the job's logger
 
 
 def prepared(source: Source, settings: Settings) -> Source:
-    """Returns the source with its folds, or cut into windows, as the settings require."""
+    """Returns the source with its folds or its validation split, and cut into windows, as the settings require."""
     if settings.folding:
         source = FoldSource(source, *settings.folding)
+    elif settings.validates:
+        source = with_validation(source, settings.validation_share)
     return _windows(source, settings) if isinstance(source, TokenSource) else source
 
 
@@ -212,19 +214,19 @@ def _describe_classes(settings: Settings, source: Source, counts: np.ndarray) ->
         _log.info("class weights: %s%s", weights, ", ..." if len(counts) > 12 else "")
 
 
-def read_test_data(
-    settings: Settings, strategy: Strategy, source: Source, vocabulary: Vocabulary | None
+def read_evaluation_data(
+    settings: Settings, strategy: Strategy, source: Source, vocabulary: Vocabulary | None, split: str
 ) -> tf.data.Dataset:
-    """This process's shard of the test split; all shards together have every example once."""
+    """This process's shard of the validation or test split; all shards together have every example once."""
     index, shares = strategy.evaluation_share()
     with together():
-        if source.size("test") < shares:
+        if source.size(split) < shares:
             raise UsageError(
-                f"{source.name} has {source.size('test')} test examples, fewer than {shares} ranks. Start fewer."
+                f"{source.name} has {source.size(split)} {split} examples, fewer than {shares} ranks. Start fewer."
             )
         encode = vocabulary.encode if vocabulary else None
         cache = settings.cache_gb * 1e9
-        share = pipeline.read_share(source, "test", index, shares, encode=encode, cache_bytes=cache)
-        checks.check_share(share, "test", len(source.label_names))
+        share = pipeline.read_share(source, split, index, shares, encode=encode, cache_bytes=cache)
+        checks.check_share(share, split, len(source.label_names))
         batch = strategy.evaluation_batch(share.size, settings.global_batch)
     return pipeline.evaluation_batches(share, batch)

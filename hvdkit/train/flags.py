@@ -20,6 +20,7 @@ COMPRESSIONS = ("none", "fp16", "bf16", "int8", "onebit", "topk", "powersgd")
 _WHAT, _HOW, _MACHINE, _OUTPUT = "What to train", "How to train it", "On which machine", "What to write"
 _RESUME = "Checkpoints"
 _GROUPS = (_WHAT, _HOW, _MACHINE, _OUTPUT, _RESUME)
+_LARGEST_VALIDATION = 0.5  # share of the training examples
 _HELP = {  # brackets: what applies without the flag, if its default is not a fixed value
     "model": "a model of the folder models/, or your own, path/to/file.py:function; images are float32 from 0 to 255",
     "model_args": "arguments of the model's function, such as width=256,depth=6 [its defaults]",
@@ -91,7 +92,11 @@ _HELP = {  # brackets: what applies without the flag, if its default is not a fi
     ),
     "workdir": "where this run writes [runs/MODEL-DATASET-TIME]",
     "overwrite": "write into a workdir that has a finished run",
-    "eval_every": "evaluate on the test split every N epochs too, not only at the end",
+    "eval_every": "evaluate on the validation split every N epochs",
+    "validation": (
+        "what models are compared on: yes, the data set's own validation split, or else a tenth of the training "
+        "examples; a share of these, such as 0.2; no, the test split; auto, yes with --eval-every or --keep-best"
+    ),
     "tensorboard": "write TensorBoard logs",
     "profile": "START:STOP, the steps to profile on all ranks into workdir/profile; auto is 32:96",
     "resume": (
@@ -101,7 +106,7 @@ _HELP = {  # brackets: what applies without the flag, if its default is not a fi
     "checkpoint_every": "a number of steps, epoch, or never",
     "keep": "how many of the newest checkpoints to keep",
     "keep_best": (
-        "how many of the best to keep in addition, by the test loss (--eval-every) or else the training loss"
+        "how many of the best to keep in addition, by the validation loss (--eval-every) or else the training loss"
     ),
     "checkpoint_error": "when a checkpoint cannot be written: warn and continue training, or stop",
 }
@@ -119,6 +124,7 @@ class Config:
     image_size: int | None
     sequence_length: int | None
     fold: str | None
+    validation: str
     strategy: str
     replicas: int | None
     model_ranks: int | None
@@ -175,6 +181,17 @@ class Config:
         fold, folds = (int(match[1]), int(match[2])) if match else (0, 0)
         return (fold, folds) if folds >= 2 and fold < folds else None
 
+    @property
+    def validates(self) -> bool:
+        """Whether models are compared on a validation split. With --fold, the fold serves as one."""
+        is_chosen = bool(self.eval_every or self.keep_best) if self.validation == "auto" else self.validation != "no"
+        return is_chosen and not self.fold
+
+    @property
+    def validation_share(self) -> float | None:
+        """The share of the training examples to validate on; None if it was not given."""
+        return None if self.validation in ("auto", "yes", "no") else float(self.validation)
+
 
 def define() -> None:
     """Defines the flags, in groups."""
@@ -192,6 +209,7 @@ def define() -> None:
     add(integer, _WHAT, "image_size", None, lower_bound=1)
     add(integer, _WHAT, "sequence_length", None, lower_bound=2)
     add(string, _WHAT, "fold", None)
+    add(string, _WHAT, "validation", "auto")
 
     add(enum, _HOW, "strategy", "horovod", STRATEGIES)
     add(integer, _HOW, "replicas", None, lower_bound=1)
@@ -341,6 +359,7 @@ def _check(config: Config) -> None:
             f"--fold={config.fold} is not FOLD/FOLDS with two folds or more, numbered from 0: the first of five is "
             f"0/5, and the last 4/5."
         )
+    _check_validation(config.validation, config.fold)
     if config.profile not in (None, "auto") and not re.fullmatch(r"\d+:\d+", config.profile or ""):
         raise UsageError(
             f"--profile={config.profile} is not a range of steps. The form is START:STOP, as in 32:96, or auto."
@@ -355,6 +374,20 @@ def _check(config: Config) -> None:
     ):
         raise UsageError(
             f"--checkpoint-every={config.checkpoint_every} is neither a number of steps, 1 or more, nor epoch or never."
+        )
+
+
+def _check_validation(validation: str, fold: str | None) -> None:
+    """Raises a `UsageError` if models cannot be compared on such a validation split."""
+    is_share = re.fullmatch(r"0?\.\d+", validation) and 0 < float(validation) <= _LARGEST_VALIDATION
+    if validation not in ("auto", "yes", "no") and not is_share:
+        raise UsageError(
+            f"--validation={validation} is none of auto, yes and no, and no share of the training examples from 0 to "
+            f"{_LARGEST_VALIDATION:g}, such as 0.1."
+        )
+    if fold and validation not in ("auto", "no"):
+        raise UsageError(
+            f"--fold={fold} and --validation={validation} exclude each other: the fold is what models are compared on."
         )
 
 

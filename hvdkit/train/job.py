@@ -125,8 +125,17 @@ def _go_on(config: Config, settings: Settings, recipe: Recipe, found: Checkpoint
 def _identity(settings: Settings) -> dict[str, Any]:
     """The settings that must not change when a run resumes, besides model and data."""
     # Whether and in how many fragments weights are under way between ranks is part of a checkpoint.
-    data = ("image_size", "fold", "seed", "global_batch", "sampling", "class_weights", "sequence_length")
-    training = ("optimizer", "learning_rate", "lr_schedule", "precision", "model_args", "fragments")
+    data = ("image_size", "fold", "validates", "validation_share", "sequence_length", "sampling", "class_weights")
+    training = (
+        "seed",
+        "global_batch",
+        "optimizer",
+        "learning_rate",
+        "lr_schedule",
+        "precision",
+        "model_args",
+        "fragments",
+    )
     return {name: getattr(settings, name) for name in (*data, *training)}
 
 

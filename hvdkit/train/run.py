@@ -60,7 +60,10 @@ def run(
     if source.kind == "text":
         vocabulary = job_data.make_vocabulary(source, settings, job.recipe, job.workdir)
     data = job_data.read_training_data(settings, strategy, source, vocabulary, job.found)
-    test_batches = job_data.read_test_data(settings, strategy, source, vocabulary)
+    evaluated = {
+        split: job_data.read_evaluation_data(settings, strategy, source, vocabulary, split)
+        for split in (("validation", "test") if settings.validates else ("test",))
+    }
     steps = settings.steps or settings.epochs * data.steps_per_epoch
 
     # ---- Model ----------------------------------------------------------------------------------------------------
@@ -82,7 +85,7 @@ def run(
         tap(data.batches, first_step) if tap else data.batches,
         epochs=math.ceil(steps / data.steps_per_epoch),
         steps_per_epoch=min(steps, data.steps_per_epoch),
-        validation_data=test_batches if settings.eval_every else None,
+        validation_data=evaluated.get("validation", evaluated["test"]) if settings.eval_every else None,
         validation_freq=settings.eval_every or 1,
         callbacks=[*strategy.callbacks(), *_callbacks(job, data, steps, progress, more_callbacks)],
         shuffle=False,  # the batches are shuffled already
@@ -90,8 +93,8 @@ def run(
     )
 
     # ---- Results --------------------------------------------------------------------------------------------------
-    test = strategy.evaluate(model, test_batches)
-    return _finish(job, model, _Trained(history.history, test, progress, steps, data.steps_per_epoch))
+    found = {split: strategy.evaluate(model, batches) for split, batches in evaluated.items()}
+    return _finish(job, model, _Trained(history.history, found, progress, steps, data.steps_per_epoch))
 
 
 def _callbacks(
@@ -116,14 +119,14 @@ class _Trained:
 
     Attributes:
         history: values of each metric by epoch.
-        test: metrics on the test split.
+        evaluated: metrics on the test split, and on the validation split if there is one.
         progress: the callback that measured the speed.
         steps: total steps, including those before the run was resumed.
         steps_per_epoch: steps per epoch.
     """
 
     history: dict[str, Any]
-    test: dict[str, float]
+    evaluated: dict[str, dict[str, float]]
     progress: callbacks.ProgressCallback
     steps: int
     steps_per_epoch: int
@@ -145,10 +148,10 @@ def _finish(job: Job, model: keras.Model, trained: _Trained) -> dict[str, Any]:
         "steps": steps,
         **_speed(trained.progress, steps * settings.global_batch),
         **_wire_bytes(model),
-        **_measured(whole, trained.history, trained.test),
+        **_measured(whole, trained.history, trained.evaluated),
     }
     if isinstance(job.source, TokenSource) and isinstance(model.loss, keras.losses.SparseCategoricalCrossentropy):
-        result["test_bits_per_byte"] = trained.test["loss"] / math.log(2)
+        result["test_bits_per_byte"] = trained.evaluated["test"]["loss"] / math.log(2)
     if isinstance(model.optimizer, ShardedOptimizer):
         model.optimizer.gather()
     if whole is not None and strategy.world.is_root:
@@ -173,11 +176,13 @@ def _wire_bytes(model: keras.Model) -> dict[str, Any]:
     return {"wire_bytes_per_step": round(sent), "dense_wire_bytes_per_step": round(whole)}
 
 
-def _measured(whole: keras.Model | None, history: dict[str, Any], test: dict[str, float]) -> dict[str, Any]:
+def _measured(
+    whole: keras.Model | None, history: dict[str, Any], evaluated: dict[str, dict[str, float]]
+) -> dict[str, Any]:
     digest = collectives.broadcast_object(whole and collectives.digest(whole.weights), name="digest")
     return {
-        "test_accuracy": test.get("accuracy"),
-        "test_loss": test["loss"],
+        **{f"{split}_accuracy": metrics.get("accuracy") for split, metrics in evaluated.items()},
+        **{f"{split}_loss": metrics["loss"] for split, metrics in evaluated.items()},
         "train_loss": [float(v) for v in history["loss"]],
         "weights_sha256": digest,
         "versions": versions.installed(),
@@ -189,7 +194,7 @@ def _write_artifacts(job: Job, model: keras.Model, trained: _Trained, result: di
     artifacts.save_model(model, workdir / "model.keras")
     title = f"{result['model']} on {result['dataset']}, {result['strategy']}, {result['size']} replica(s)"
     try:
-        artifacts.plot_curves(workdir, trained.history, trained.steps_per_epoch, job.settings.eval_every, title)
+        artifacts.plot_curves(workdir, trained.history, trained.steps_per_epoch, job.settings, title)
     except OSError as error:  # the results matter more
         _log.warning("%s cannot be written (%s).", workdir / "curves.png", error)
     reporting.write_json(workdir / "result.json", result)

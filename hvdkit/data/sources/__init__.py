@@ -4,14 +4,23 @@ from pathlib import Path
 
 from hvdkit.data.sources.arrays import ArraySource, load_digits, synthetic
 from hvdkit.data.sources.base import Source
-from hvdkit.data.sources.fold import FoldSource
 from hvdkit.data.sources.folder import FolderSource, has_class_folders
+from hvdkit.data.sources.selection import FoldSource, with_validation
 from hvdkit.data.sources.table import load_table
 from hvdkit.data.sources.tfds import TfdsSource, open_named, open_prepared, open_texts
 from hvdkit.data.sources.tokens import TokenSource, load_pydoc, load_text
 from hvdkit.errors import UsageError
 
-__all__ = ["ArraySource", "FoldSource", "FolderSource", "Source", "TfdsSource", "TokenSource", "open_source"]
+__all__ = [
+    "ArraySource",
+    "FoldSource",
+    "FolderSource",
+    "Source",
+    "TfdsSource",
+    "TokenSource",
+    "open_source",
+    "with_validation",
+]
 
 
 def open_source(

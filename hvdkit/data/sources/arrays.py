@@ -19,7 +19,7 @@ class ArraySource:
         name: the name that the user gave.
         kind: `image` or `text`.
         label_names: a name for each class.
-        splits: inputs (uint8 images, or strings) and labels of `train` and of `test`.
+        splits: inputs (uint8 images, or strings) and labels of each split.
     """
 
     def __init__(
@@ -28,11 +28,12 @@ class ArraySource:
         self.name = name
         self.kind = kind
         self.label_names = label_names
+        self.splits = tuple(splits)
         self.shape = splits["train"][0].shape[1:] if kind == "image" else None
         self._splits = splits
 
     def size(self, split: str) -> int:
-        """Number of examples in split `train` or `test`."""
+        """Number of examples in a split."""
         return len(self._splits[split][1])
 
     def read(self, split: str, start: int, stop: int) -> tf.data.Dataset:

@@ -14,22 +14,24 @@ import tensorflow as tf
 
 
 class Source(Protocol):
-    """Encoded examples with labels, in a train and a test split.
+    """Encoded examples with labels, in a train and a test split, and perhaps a validation split.
 
     Attributes:
         name: the name that the user gave.
         kind: `image`, `text`, or `tokens`: windows of text in which each token's label is the next token.
         label_names: a name for each class, in the order of the integer labels. Empty for `tokens`.
+        splits: `train`, `test`, and `validation` if there is one.
         shape: shape of a decoded image, (height, width, channels); None for text and tokens.
     """
 
     name: str
     kind: str
     label_names: list[str]
+    splits: tuple[str, ...]
     shape: tuple[int, int, int] | None
 
     def size(self, split: str) -> int:
-        """Number of examples in split `train` or `test`."""
+        """Number of examples in a split."""
 
     def read(self, split: str, start: int, stop: int) -> tf.data.Dataset:
         """Examples `start` to `stop` of a split, in a fixed order, as (encoded input, label).

@@ -16,7 +16,7 @@ from hvdkit.data.sources.arrays import ArraySource, hold_out
 from hvdkit.errors import UsageError
 
 _log = logging.getLogger(__name__)
-_TEST_NAMES = ("test", "validation", "val", "valid")  # folders that can be the test split; the first that is there is
+_VALIDATION_NAMES = ("validation", "val", "valid")
 _LOOKED_AT = 100  # number of images per split whose sizes are compared when the folder is opened
 
 
@@ -42,9 +42,9 @@ class FolderSource(ArraySource):
         train = path / "train" if (path / "train").is_dir() else _without_splits(path)
         names = [folder.name for folder in _folders(train)]
         splits = {"train": _files(train, names)}
-        if test := _test_folder(path) if train != path else None:
-            splits["test"] = _files(test, names)
-        else:
+        others = _other_folders(path) if train != path else {}
+        splits |= {split: _files(folder, names) for split, folder in others.items()}
+        if not others:
             splits = hold_out(*splits["train"])
         super().__init__(path.name, "file", names, splits)
         self.kind = "image"
@@ -97,13 +97,14 @@ def _without_splits(path: Path) -> Path:
     return path
 
 
-def _test_folder(path: Path) -> Path | None:
-    there = [path / name for name in _TEST_NAMES if (path / name).is_dir()]
-    if len(there) > 1:
-        _log.warning("%s: %s is the test split, and %s is not used", path, there[0].name, there[1].name)
-    elif there and there[0].name != _TEST_NAMES[0]:
+def _other_folders(path: Path) -> dict[str, Path]:
+    """Returns the folders of the test and the validation split; if there is only one, it is the test split."""
+    there = [path / name for name in ("test", *_VALIDATION_NAMES) if (path / name).is_dir()]
+    if there and there[0].name != "test":
         _log.info("%s: %s is the test split", path, there[0].name)
-    return there[0] if there else None
+    for folder in there[2:]:
+        _log.warning("%s: %s is the validation split, and %s is left out", path, there[1].name, folder.name)
+    return dict(zip(("test", "validation"), there, strict=False))
 
 
 def _files(folder: Path, names: list[str]) -> tuple[np.ndarray, np.ndarray]:

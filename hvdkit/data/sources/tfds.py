@@ -12,6 +12,7 @@ from hvdkit.data.sources.tokens import TokenSource, join
 from hvdkit.errors import UsageError
 
 _LOOKED_AT = 100  # number of images of 16 bits that tell their value of white
+_NAMES = ("train", "test", "validation")
 _HELD_OUT = 0.2  # fraction of `train` to use as the test split if a data set has none
 
 
@@ -33,6 +34,7 @@ class TfdsSource:
         self.name = name
         self._builder = builder
         self._ranges = _ranges(name, builder)
+        self.splits = tuple(self._ranges)
         self._input, self._label = _keys(name, builder)
         feature = builder.info.features[self._input]
         self.kind = "image" if "Image" in type(feature).__name__ else "text"
@@ -44,7 +46,7 @@ class TfdsSource:
         self._white = white_of(self._first_images()) if is_deep else None
 
     def size(self, split: str) -> int:
-        """Number of examples in split `train` or `test`."""
+        """Number of examples in a split."""
         _, start, stop = self._ranges[split]
         return stop - start
 
@@ -185,13 +187,13 @@ def _download(name: str, root: Path) -> Any:
 
 
 def _ranges(name: str, builder: Any) -> dict[str, tuple[str, int, int]]:
-    """Returns for `train` and `test` the TFDS split and the range in it."""
+    """Returns for `train`, `test`, and `validation` if there is one, the TFDS split and the range in it."""
     sizes = {split: info.num_examples for split, info in builder.info.splits.items()}
     if "train" not in sizes:
         raise UsageError(f"The data set {name!r} has no split named train, only: {', '.join(sizes) or 'none'}.")
-    for test in ("test", "validation"):
-        if sizes.get(test):
-            return {"train": ("train", 0, sizes["train"]), "test": (test, 0, sizes[test])}
+    others = [split for split in ("test", "validation") if sizes.get(split)]
+    if others:  # the first is the test split, whatever its name
+        return {name: (split, 0, sizes[split]) for name, split in zip(_NAMES, ("train", *others), strict=False)}
     cut = round(sizes["train"] * (1 - _HELD_OUT))
     return {"train": ("train", 0, cut), "test": ("train", cut, sizes["train"])}
 

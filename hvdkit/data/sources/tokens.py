@@ -25,7 +25,7 @@ class TokenSource:
 
     Args:
         name: the name that the user gave.
-        texts: the text of `train` and of `test`.
+        texts: the text of each split.
         sequence_length: L, tokens per window; by default 64, or less if a split is shorter.
 
     Raises:
@@ -39,6 +39,7 @@ class TokenSource:
         sequence_length = sequence_length or min(64, *(max(1, len(text) - 1) for text in texts.values()))
         self.name = name
         self.label_names: list[str] = []
+        self.splits = tuple(texts)
         self.shape: tuple[int, int, int] | None = None
         self.sequence_length = sequence_length
         self._texts = texts
@@ -53,12 +54,18 @@ class TokenSource:
         """Returns the same text in windows of a different length."""
         return TokenSource(self.name, self._texts, sequence_length)
 
+    def hold_out(self, share: float) -> "TokenSource":
+        """Returns the same text with a validation split: the last `share` of the train split's bytes."""
+        text = self._texts["train"]
+        cut = len(text) - round(len(text) * share)
+        return TokenSource(self.name, {**self._texts, "train": text[:cut], "validation": text[cut:]})
+
     def length(self, split: str) -> int:
         """Number of bytes in a split."""
         return len(self._texts[split])
 
     def size(self, split: str) -> int:
-        """Number of windows in split `train` or `test`."""
+        """Number of windows in a split."""
         return (len(self._texts[split]) - 1) // self.sequence_length
 
     def read(self, split: str, start: int, stop: int) -> tf.data.Dataset:

@@ -42,11 +42,14 @@ def test_all_strategies_train_the_same_model(train, tmp_path):
         results[name] = result_of(workdir)
         weights[name] = keras.models.load_model(workdir / "model.keras").get_weights()
         history = list(csv.DictReader((workdir / "history.csv").open()))
-        assert float(history[-1]["val_loss"]) == pytest.approx(results[name]["test_loss"], rel=1e-5)
+        assert float(history[-1]["val_loss"]) == pytest.approx(results[name]["validation_loss"], rel=1e-5)
+        assert results[name]["validation_loss"] != results[name]["test_loss"]
     for name in ("multiworker", "mirrored", "single"):
         for ours, theirs in zip(weights["horovod"], weights[name], strict=True):
             assert np.linalg.norm(ours - theirs) <= 1e-4 * np.linalg.norm(theirs), name
-        assert results[name]["test_loss"] == pytest.approx(results["horovod"]["test_loss"], rel=1e-5)
+        for split in ("validation", "test"):
+            loss = f"{split}_loss"
+            assert results[name][loss] == pytest.approx(results["horovod"][loss], rel=1e-5)
         assert results[name]["test_accuracy"] == results["horovod"]["test_accuracy"] > 0.9
 
 

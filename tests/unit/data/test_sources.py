@@ -138,13 +138,14 @@ def test_image_folders_as_people_have_them(tmp_path, caplog):
         open_source(str(tmp_path))
 
 
-def test_a_validation_folder_is_the_test_split_if_there_is_no_other(tmp_path, caplog):
+def test_a_validation_folder_is_the_test_split_if_there_is_no_other(tmp_path):
     write_images(tmp_path, "train", ["cat", "dog"])
-    write_images(tmp_path, "validation", ["cat", "dog"], count=5)
-    assert open_source(str(tmp_path)).size("test") == 10
+    write_images(tmp_path, "val", ["cat", "dog"], count=5)
+    source = open_source(str(tmp_path))
+    assert (source.splits, source.size("test")) == (("train", "test"), 10)
     write_images(tmp_path, "test", ["cat", "dog"], count=1)
-    assert open_source(str(tmp_path)).size("test") == 2
-    assert "test is the test split, and validation is not used" in caplog.text
+    source = open_source(str(tmp_path))
+    assert (source.splits, source.size("test"), source.size("validation")) == (("train", "test", "validation"), 2, 10)
 
 
 def test_folders_named_like_splits_are_no_classes(tmp_path):

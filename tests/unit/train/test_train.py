@@ -360,3 +360,28 @@ def test_curves_of_a_run_that_took_no_step(tmp_path):
     """It went on from where another one had ended, so that there is a history, and no loss by step."""
     artifacts.plot_curves(tmp_path, {"loss": [1.0], "accuracy": [0.5]}, 44, 0, "title")
     assert (tmp_path / "curves.png").read_bytes()[1:4] == b"PNG"
+
+
+@pytest.mark.parametrize(
+    ("given", "validates", "share"),
+    [
+        ([], False, None),
+        (["--eval-every=2"], True, None),
+        (["--keep-best=1"], True, None),
+        (["--validation=yes"], True, None),
+        (["--validation=0.25"], True, 0.25),
+        (["--validation=no", "--eval-every=1"], False, None),
+        (["--fold=0/5", "--eval-every=1"], False, None),
+    ],
+)
+def test_what_is_chosen_is_chosen_on_a_validation_split(given, validates, share):
+    config = train_flags.parse(["hvdkit.train", *given])
+    assert (config.validates, config.validation_share) == (validates, share)
+
+
+@pytest.mark.parametrize("given", ["0", "0.7", "1", "-0.1", "maybe"])
+def test_a_wrong_share_to_validate_on_is_refused(given):
+    with pytest.raises(UsageError, match=f"--validation={given} is none of auto, yes and no, and no share"):
+        train_flags.parse(["hvdkit.train", f"--validation={given}"])
+    with pytest.raises(UsageError, match="--fold=0/5 and --validation=0.1 exclude each other"):
+        train_flags.parse(["hvdkit.train", "--fold=0/5", "--validation=0.1"])

@@ -1,9 +1,10 @@
 import numpy as np
 import pytest
 
-from hvdkit.data.sources import FoldSource, open_source
+from hvdkit.data.sources import FoldSource, open_source, with_validation
 from hvdkit.data.sources.arrays import ArraySource
-from hvdkit.data.sources.fold import assign
+from hvdkit.data.sources.selection import assign
+from hvdkit.data.sources.tokens import TokenSource
 from hvdkit.errors import UsageError
 
 
@@ -61,3 +62,37 @@ def test_a_fold_keeps_what_the_source_says_of_itself():
 def test_more_folds_than_examples_are_refused():
     with pytest.raises(UsageError, match="3 training examples, fewer than 5 folds"):
         FoldSource(numbered(3), 0, 5)
+
+
+@pytest.mark.parametrize(("size", "share", "number"), [(100, None, 10), (101, 0.2, 20), (7, 0.3, 2), (1000, 0.015, 15)])
+def test_a_validation_split_is_held_out_of_the_training_examples(size, share, number):
+    source = with_validation(numbered(size), share)
+    assert source.splits == ("train", "validation", "test")
+    held_out = places(source, "validation")
+    assert (len(held_out), source.size("validation")) == (number, number)
+    assert sorted(places(source, "train") + held_out) == list(range(size))
+    assert places(with_validation(numbered(size), share), "validation") == held_out, "the same in every run"
+    assert all(size * i // number <= place < size * (i + 1) // number for i, place in enumerate(held_out)), "spread"
+    assert places(source, "validation", 1, 2) == held_out[1:2]
+    assert (source.locate("validation", 0), source.locate("test", 0)) == (f"example {held_out[0]}", "example 0")
+    assert places(source, "test") == [0], "is not touched"
+
+
+def test_the_source_s_own_validation_split_is_used_unless_a_share_is_given(caplog):
+    one = (np.zeros([4, 1, 1, 1], int), np.zeros(4, int))
+    source = ArraySource("own", "image", ["a"], {"train": one, "test": one, "validation": one})
+    assert with_validation(source, None) is source
+    assert with_validation(source, 0.25).size("train") == 3
+
+
+def test_a_text_is_validated_on_its_end():
+    source = TokenSource("text", {"train": b"0123456789" * 10, "test": b"abcdef"}, 4)
+    held = with_validation(source, 0.2).cut(3)
+    assert {split: held.length(split) for split in held.splits} == {"train": 80, "test": 6, "validation": 20}
+    with pytest.raises(UsageError, match="The validation part of text has 5 bytes, and a window of 6 needs 7"):
+        with_validation(TokenSource("text", {"train": b"0123456789" * 10, "test": b"abcdefgh"}, 6), 0.05)
+
+
+def test_too_few_examples_to_validate_on_are_refused():
+    with pytest.raises(UsageError, match="has 3 training examples, too few to hold out a share of 0.1"):
+        with_validation(numbered(3), None)
