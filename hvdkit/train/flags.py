@@ -25,9 +25,10 @@ _HELP = {  # brackets: what applies without the flag, if its default is not a fi
     "model": "a model of the folder models/, or your own, path/to/file.py:function; images are float32 from 0 to 255",
     "model_args": "arguments of the model's function, such as width=256,depth=6 [its defaults]",
     "dataset": (
-        "digits (embedded), a TFDS name, or a path: a prepared TFDS directory, a folder train/CLASS/*.png, or a "
-        ".csv/.tsv with columns text and label. Made-up data: synthetic:HxWxC:CLASSES:EXAMPLES. To predict the next "
-        "byte: pydoc (embedded), or text:PATH of a file or folder [the recipe's]"
+        "digits (embedded), a TFDS name, or a path: a prepared TFDS directory, a folder train/CLASS/*.png or "
+        "CLASS/*.png, or a table (.csv, .jsonl, .parquet, .arrow) with columns text and label. Made-up data: "
+        "synthetic:HxWxC:CLASSES:EXAMPLES. To predict the next byte: pydoc (embedded), or text:PATH of a file or folder "
+        "[the recipe's]"
     ),
     "data_dir": "where TFDS data sets are stored [~/tensorflow_datasets]",
     "download": "let TFDS download a missing data set",

@@ -2,6 +2,7 @@
 
 from pathlib import Path
 
+from hvdkit.data.sources import table_files
 from hvdkit.data.sources.arrays import ArraySource, load_digits, synthetic
 from hvdkit.data.sources.base import Source
 from hvdkit.data.sources.folder import FolderSource, has_class_folders
@@ -38,7 +39,8 @@ def open_source(
             - `text:NAME`: the texts of a TFDS data set (its name, or its prepared directory), as bytes to predict;
             - a path to a prepared TFDS directory (with `dataset_info.json`);
             - a path to a folder of images, `train/CLASS/*.png` and `test/CLASS/*.png`, or `CLASS/*.png` alone;
-            - a path to a `.csv` or `.tsv` file with a text and a label column;
+            - a path to a `.csv`, `.tsv`, `.jsonl`, `.parquet` or `.arrow` file with a text and a label column, or to a
+              folder that Hugging Face's `datasets` saved;
             - the name of a TFDS data set, prepared under `data_dir` or, with `download`, downloaded.
         data_dir: folder of the TFDS data sets; by default TFDS' own `~/tensorflow_datasets`.
         download: whether to download and prepare a data set that is not in `data_dir`.
@@ -56,8 +58,10 @@ def open_source(
     if dataset.startswith("text:"):
         return _open_text(dataset.removeprefix("text:"), data_dir, download=download)
     path = Path(dataset).expanduser()
-    if path.suffix in (".csv", ".tsv"):
+    if path.suffix.lower() in table_files.READERS or table_files.is_saved_dataset(path):
         return load_table(path)
+    if (path / "dataset_dict.json").is_file():
+        return load_table(path / "train")
     if (path / "dataset_info.json").is_file():
         return open_prepared(path, image_size)
     if has_class_folders(path):
@@ -68,7 +72,7 @@ def open_source(
         what = "is neither a prepared TFDS directory nor a folder of images" if path.is_dir() else "does not exist"
         raise UsageError(
             f"The data set {dataset} {what}. Give the path of a directory with dataset_info.json, of one with "
-            f"train/CLASS/*.png or CLASS/*.png, or of a .csv or .tsv file."
+            f"train/CLASS/*.png or CLASS/*.png, or of a table ({', '.join(table_files.READERS)})."
         )
     return open_named(dataset, data_dir, download=download, image_size=image_size)
 

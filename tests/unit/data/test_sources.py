@@ -1,6 +1,10 @@
+import json
 from pathlib import Path
 
 import numpy as np
+import pyarrow
+import pyarrow.feather
+import pyarrow.parquet
 import pytest
 import tensorflow as tf
 from PIL import Image
@@ -232,6 +236,74 @@ def test_a_table_of_texts(tmp_path):
     assert (b"Good" in text) == (label == 1)
 
 
+ROWS = {"text": [f"good, number {i}" if i % 2 else f"bad {i}" for i in range(10)], "label": ["neg", "pos"] * 5}
+
+
+def write_json_lines(path):
+    rows = [{"id": i, "text": text, "label": label} for i, (text, label) in enumerate(zip(*ROWS.values(), strict=True))]
+    write(path, "\n".join(map(json.dumps, rows)) + "\n\n")
+
+
+def write_stream(path):
+    table = pyarrow.table(ROWS)
+    with pyarrow.OSFile(str(path), "wb") as sink, pyarrow.ipc.new_stream(sink, table.schema) as writer:
+        writer.write_table(table)
+
+
+@pytest.mark.parametrize(
+    ("name", "write_table"),
+    [
+        ("x.jsonl", write_json_lines),
+        ("x.parquet", lambda path: pyarrow.parquet.write_table(pyarrow.table(ROWS), path, row_group_size=3)),
+        ("x.feather", lambda path: pyarrow.feather.write_feather(pyarrow.table(ROWS), path)),
+        ("x.arrow", write_stream),
+    ],
+)
+def test_tables_in_other_formats(tmp_path, name, write_table):
+    write_table(tmp_path / name)
+    source = open_source(str(tmp_path / name))
+    assert (source.kind, source.label_names, source.size("train"), source.size("test")) == (
+        "text",
+        ["neg", "pos"],
+        8,
+        2,
+    )
+    examples = [source.read(split, 0, source.size(split)).as_numpy_iterator() for split in ("train", "test")]
+    found = {text.decode(): source.label_names[label] for split in examples for text, label in split}
+    assert found == dict(zip(ROWS["text"], ROWS["label"], strict=True))
+    if name != "x.jsonl":
+        (tmp_path / name).write_bytes((tmp_path / name).read_bytes()[:90])
+        with pytest.raises(UsageError, match=r"cannot be read as (Parquet|Arrow) \(.*Is it complete"):
+            open_source(str(tmp_path / name))
+
+
+def test_a_folder_that_hugging_face_s_datasets_saved(tmp_path):
+    datasets = pytest.importorskip("datasets", reason="Hugging Face's datasets is not installed")
+    features = datasets.Features({"text": datasets.Value("string"), "label": datasets.ClassLabel(names=["neg", "pos"])})
+    rows = {"text": ROWS["text"], "label": [0, 1] * 5}
+    whole = datasets.Dataset.from_dict(rows, features=features)
+    whole.save_to_disk(tmp_path / "one")
+    datasets.DatasetDict({"train": whole, "test": whole.select([1])}).save_to_disk(tmp_path / "two")
+    assert open_source(str(tmp_path / "one")).label_names == ["neg", "pos"]
+    both = open_source(str(tmp_path / "two"))
+    assert (both.size("train"), both.size("test"), first(both, "test")) == (10, 1, (b"good, number 1", 1))
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        ('{"text": "a", "label": 1}\n{"text": ', "line 2 is not JSON"),
+        ('["a", 1]', 'line 1 is a list, but must be an object: {"text": ...}'),
+        ('{"text": ["a"], "label": 1}', "line 1: text is a list, but must be a text or a number"),
+        ('{"text": "a"}', "needs a text column .* but it begins with: {.text.: .a.}"),
+        ('{"text": "a", "label": 1}\n{"text": null, "label": 2}', "line 2: the text or the label is empty"),
+    ],
+)
+def test_json_lines_that_are_not_what_they_should_be(tmp_path, content, message):
+    with pytest.raises(UsageError, match=message):
+        open_source(write(tmp_path / "x.jsonl", content))
+
+
 def test_a_table_with_a_test_file_beside_it(tmp_path):
     write(tmp_path / "test.tsv", "label\treview\n10\tfine\n")
     source = open_source(write(tmp_path / "train.tsv", "label\treview\n2\tone\n10\ttwo\n"))
@@ -242,7 +314,7 @@ def test_a_table_with_a_test_file_beside_it(tmp_path):
 @pytest.mark.parametrize(
     ("content", "message"),
     [
-        ("a,b\n1,2\n", r"needs a header line with a text column .* but its first line is: a,b"),
+        ("a,b\n1,2\n", r"needs a text column .* but it begins with: a,b"),
         ("text,label\nfine,\n", r"line 2: the text or the label is empty"),
         ("text,label\nfine, really,pos\ngood,pos\nbad\n", r"2 row\(s\) .* header's 2: line 2 has 3, line 4 has 1\."),
         ('text,label\n"two\nlines",pos\n\na,b,c\n', r"line 5 has 3"),
@@ -251,7 +323,7 @@ def test_a_table_with_a_test_file_beside_it(tmp_path):
             r"are measured values, such as 0.000",
         ),
         ("text,label\n" + "".join(f"pos,text {i}\n" for i in range(30)), r"30 different labels in 30 rows, such as "),
-        ("text,label\n", "has a header line but no rows"),
+        ("text,label\n", "has names of columns but no rows"),
         ("text,label\nfine,pos\n", r"one class only \('pos'\)"),
     ],
 )

@@ -1,0 +1,220 @@
+"""Read columns of a table from a file: CSV and TSV, JSON lines, Parquet, Arrow; or a folder that `datasets` saved."""
+
+import contextlib
+import csv
+import dataclasses
+import io
+import json
+import sys
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+from hvdkit.errors import UsageError
+
+_DELIMITERS = ",\t;|"
+_MOST_NAMED = 10  # rows that are wrong
+_SAVED = "state.json"  # in a folder of datasets.Dataset.save_to_disk
+
+Pick = Callable[[Sequence[str], str], list[str]]
+
+
+@dataclasses.dataclass(frozen=True)
+class Table:
+    """Columns of a table.
+
+    Attributes:
+        places: what a message calls each row, such as "line 3".
+        columns: the values of each picked column, as text; empty where there is none.
+    """
+
+    places: list[str]
+    columns: list[list[str]]
+
+
+def read(path: Path, pick: Pick) -> Table:
+    """Reads columns of a table.
+
+    Args:
+        path: a `.csv`, `.tsv`, `.jsonl`, `.ndjson`, `.parquet`, `.arrow` or `.feather` file, or a folder of
+            `datasets.Dataset.save_to_disk`.
+        pick: function from the names of all columns, and the first line or the like for a message, to the names of
+            those to read.
+
+    Raises:
+        UsageError: the file does not exist or cannot be read, or rows have another number of fields than the header.
+    """
+    if is_saved_dataset(path):
+        return _read_saved_dataset(path, pick)
+    if not path.is_file():
+        raise UsageError(f"The data set {path} does not exist. Give the path of a file: {', '.join(READERS)}.")
+    return READERS[path.suffix.lower()](path, pick)
+
+
+def is_saved_dataset(path: Path) -> bool:
+    """Returns whether a folder was written by `datasets.Dataset.save_to_disk`."""
+    return (path / _SAVED).is_file()
+
+
+def listed(items: Sequence[str]) -> str:
+    """Returns the first items, and how many more there are."""
+    more = f" and {len(items) - _MOST_NAMED} more" if len(items) > _MOST_NAMED else ""
+    return ", ".join(items[:_MOST_NAMED]) + more
+
+
+# -------------------------------------------------------------------------------------------------------- CSV and TSV
+
+
+def _read_csv(path: Path, pick: Pick) -> Table:
+    content = _decode(path)
+    first = content.split("\n", 1)[0]
+    delimiter = max(_DELIMITERS, key=first.count) if path.suffix.lower() != ".tsv" else "\t"
+    header, *rows = [*_csv_rows(path, content, delimiter)] or [(1, [])]
+    names = pick(header[1], first.strip())
+    wrong = [f"line {line} has {len(row)}" for line, row in rows if len(row) != len(header[1])]
+    if wrong:
+        raise UsageError(
+            f"{path}: {len(wrong)} row(s) have another number of fields than the header's {len(header[1])}: "
+            f'{listed(wrong)}. Put texts that contain a delimiter into quotes ("...").'
+        )
+    places = [header[1].index(name) for name in names]
+    return Table([f"line {line}" for line, _ in rows], [[row[place] for _, row in rows] for place in places])
+
+
+def _csv_rows(path: Path, content: str, delimiter: str) -> Iterator[tuple[int, list[str]]]:
+    """Yields the rows that are not empty, each with the number of its first line."""
+    limit = csv.field_size_limit(sys.maxsize)  # csv's own is 128 KiB, and a text may be a book
+    try:
+        reader = csv.reader(io.StringIO(content, newline=""), delimiter=delimiter)
+        line = 1
+        for row in reader:
+            if row:
+                yield line, row
+            line = reader.line_num + 1
+    except csv.Error as error:
+        raise UsageError(f"{path}, line {reader.line_num}: {error}. Repair the line, or remove it.") from None
+    finally:
+        csv.field_size_limit(limit)
+
+
+def _decode(path: Path) -> str:
+    """Returns the text of a file, without a byte order mark."""
+    content = path.read_bytes()
+    encoding = "utf-16" if content[:2] in (b"\xff\xfe", b"\xfe\xff") else "utf-8-sig"
+    try:
+        return content.decode(encoding)
+    except UnicodeDecodeError as error:
+        raise UsageError(
+            f"{path} is not {encoding.removesuffix('-sig').upper()} text (at byte {error.start}). Save it as UTF-8, "
+            f"for example with: iconv -f WINDOWS-1252 -t UTF-8 {path} > NEW.csv, if it is from Windows in Europe."
+        ) from None
+
+
+# --------------------------------------------------------------------------------------------------------- JSON lines
+
+
+def _read_json_lines(path: Path, pick: Pick) -> Table:
+    numbered = [(number, line) for number, line in enumerate(_decode(path).split("\n"), 1) if line.strip()]
+    rows = [(number, _json_object(path, number, line)) for number, line in numbered]
+    keys = list(dict.fromkeys(key for _, row in rows for key in row))
+    names = pick(keys, numbered[0][1][:200] if numbered else "")
+    columns = [[_as_text(path, f"line {n}", name, row.get(name)) for n, row in rows] for name in names]
+    return Table([f"line {number}" for number, _ in rows], columns)
+
+
+def _json_object(path: Path, number: int, line: str) -> dict[str, Any]:
+    try:
+        row = json.loads(line)
+    except ValueError as error:
+        raise UsageError(f"{path}, line {number} is not JSON ({error}). Repair the line, or remove it.") from None
+    if not isinstance(row, dict):
+        raise UsageError(f'{path}, line {number} is a {type(row).__name__}, but must be an object: {{"text": ...}}.')
+    return row
+
+
+# -------------------------------------------------------------------------------------------------- Parquet and Arrow
+
+
+def _read_parquet(path: Path, pick: Pick) -> Table:
+    import pyarrow.parquet  # tensorflow-datasets depends on it
+
+    with _readable(path, "Parquet"):
+        file = pyarrow.parquet.ParquetFile(path)
+    names = pick(file.schema_arrow.names, ", ".join(file.schema_arrow.names))
+    with _readable(path, "Parquet"):
+        return _from_arrow(path, file.read(columns=names), names)
+
+
+def _read_arrow(path: Path, pick: Pick) -> Table:
+    table = _arrow_table(path)
+    names = pick(table.column_names, ", ".join(table.column_names))
+    return _from_arrow(path, table.select(names), names)
+
+
+def _arrow_table(path: Path) -> Any:
+    """Returns the content of a file in one of Arrow's two formats, which have the same suffix."""
+    import pyarrow
+
+    with _readable(path, "Arrow"), pyarrow.memory_map(str(path)) as source:
+        try:
+            return pyarrow.ipc.open_file(source).read_all()
+        except pyarrow.ArrowInvalid:
+            source.seek(0)
+            return pyarrow.ipc.open_stream(source).read_all()
+
+
+def _read_saved_dataset(path: Path, pick: Pick) -> Table:
+    """Reads a folder of Hugging Face's `datasets`: labels become the names that its description gives them."""
+    import pyarrow
+
+    files = [path / file["filename"] for file in json.loads((path / _SAVED).read_text())["_data_files"]]
+    table = pyarrow.concat_tables([_arrow_table(file) for file in files])
+    names = pick(table.column_names, ", ".join(table.column_names))
+    found = _from_arrow(path, table.select(names), names)
+    features = json.loads((path / "dataset_info.json").read_text()).get("features") or {}
+    for column, name in zip(found.columns, names, strict=True):
+        if classes := features.get(name, {}).get("names"):
+            column[:] = [classes[int(value)] if value not in ("", "-1") else "" for value in column]
+    return found
+
+
+def _from_arrow(path: Path, table: Any, names: Sequence[str]) -> Table:
+    places = [f"row {number}" for number in range(1, table.num_rows + 1)]
+    columns = [
+        [_as_text(path, place, name, value) for place, value in zip(places, table[name].to_pylist(), strict=True)]
+        for name in names
+    ]
+    return Table(places, columns)
+
+
+@contextlib.contextmanager
+def _readable(path: Path, form: str) -> Iterator[None]:
+    """Turns Arrow's errors into one that names the file."""
+    import pyarrow
+
+    try:
+        yield
+    except (pyarrow.ArrowException, OSError) as error:
+        reason = str(error).splitlines()[0][:200]
+        raise UsageError(f"{path} cannot be read as {form} ({reason}). Is it complete? Write it again.") from None
+
+
+def _as_text(path: Path, place: str, name: str, value: Any) -> str:
+    if value is None:
+        return ""
+    if isinstance(value, (dict, list)):
+        raise UsageError(
+            f"{path}, {place}: {name} is a {type(value).__name__}, but must be a text, a name or a number."
+        )
+    return str(value)
+
+
+READERS: dict[str, Callable[[Path, Pick], Table]] = {
+    ".csv": _read_csv,
+    ".tsv": _read_csv,
+    ".jsonl": _read_json_lines,
+    ".ndjson": _read_json_lines,
+    ".parquet": _read_parquet,
+    ".arrow": _read_arrow,
+    ".feather": _read_arrow,
+}
