@@ -27,8 +27,8 @@ _HELP = {  # brackets: what applies without the flag, if its default is not a fi
     "dataset": (
         "digits (embedded), a TFDS name, or a path: a prepared TFDS directory, a folder train/CLASS/*.png or "
         "CLASS/*.png, or a table (.csv, .jsonl, .parquet, .arrow) with columns text and label. Made-up data: "
-        "synthetic:HxWxC:CLASSES:EXAMPLES. To predict the next byte: pydoc (embedded), or text:PATH of a file or folder "
-        "[the recipe's]"
+        "synthetic:HxWxC:CLASSES:EXAMPLES. To predict the next byte: pydoc (embedded), or text:PATH of a file or a "
+        "folder [the recipe's]"
     ),
     "data_dir": "where TFDS data sets are stored [~/tensorflow_datasets]",
     "download": "let TFDS download a missing data set",
