@@ -167,6 +167,14 @@ def write_json(path: Path, content: Mapping[str, Any]) -> None:
         aside.unlink(missing_ok=True)
 
 
+def read_json(path: Path) -> Any:
+    """Returns the content of a JSON file; None if it is missing or incomplete."""
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return None
+
+
 def write_measurement(path: Path | None, content: Mapping[str, Any]) -> None:
     """Writes a result with a description of this machine, if `path` is given."""
     if path:

@@ -29,8 +29,8 @@ def make(kind: str, workdir: Path, code: int, told: list[Outcome], flags: list[s
     """
     notes = workdir / "drill"
     runs = _read_runs(notes)
-    fault = read_json(notes / "fault.json")
-    result = read_json(workdir / "result.json") or {}
+    fault = reporting.read_json(notes / "fault.json")
+    result = reporting.read_json(workdir / "result.json") or {}
     report: dict[str, Any] = {
         "fault": kind,
         "rank": fault["rank"] if fault else None,
@@ -163,14 +163,6 @@ def show(report: dict[str, Any]) -> None:
         rows.insert(2, ("warnings", f"{report['warnings']} checkpoint(s) could not be written"))
     print(reporting.fields(rows))
     print(json.dumps(report), flush=True)
-
-
-def read_json(path: Path) -> Any:
-    """The content of a file; None if it is missing or incomplete."""
-    try:
-        return json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        return None
 
 
 def hashes(inputs: Any) -> list[int]:

@@ -57,7 +57,8 @@ def make_workdir(path: Path, *, overwrite: bool, begin_anew: bool) -> None:
         ) from None
     if (path / "result.json").exists() and not overwrite:
         raise UsageError(
-            f"The workdir {path} has a finished run. Choose another with --workdir=DIR, or replace it with --overwrite."
+            f"The workdir {path} has a finished run. Choose another with --workdir=DIR, replace it with --overwrite, "
+            f"or continue it with more --epochs."
         )
     if begin_anew and not overwrite and (path / "checkpoints").exists():
         raise UsageError(

@@ -2,8 +2,11 @@
 
 import ast
 import dataclasses
+import importlib
 import importlib.util
 import inspect
+import itertools
+import json
 import sys
 import traceback
 from collections.abc import Callable, Mapping
@@ -39,28 +42,31 @@ class ModelSource:
 
 
 def find_model(model: str) -> ModelSource:
-    """Finds a model by name, or a user's function by `path/to/file.py:function`.
+    """Finds a model by name, or a user's function by `path/to/file.py:function` or `package.module:function`.
 
     Raises:
-        UsageError: there is no such model, file or function, or the file cannot be imported.
+        UsageError: there is no such model, file, module or function, or it cannot be imported.
     """
-    if ".py" not in model:
+    place, _, function = model.partition(":")
+    if ".py" not in model and not function:
         if model not in hvdkit_models.names():
             raise UsageError(
                 f"There is no model {model!r}. Choose one of {', '.join(hvdkit_models.names())}, or give your own as "
-                f"path/to/file.py:function."
+                f"path/to/file.py:function or package.module:function."
             )
         module = hvdkit_models.load(model)
         return ModelSource(model, module.build, module.RECIPES)
-    file, _, function = model.partition(":")
-    path = Path(file).expanduser()
-    if not path.is_file() or not function:
-        missing = "names no function" if path.is_file() else f"names the file {path}, which is not there"
-        raise UsageError(f"--model={model} {missing}. The form is path/to/file.py:function.")
-    build = getattr(_import_file(path), function, None)
+    path = Path(place).expanduser()
+    if path.suffix == ".py":
+        if not path.is_file() or not function:
+            missing = "names no function" if path.is_file() else f"names the file {path}, which is not there"
+            raise UsageError(f"--model={model} {missing}. The form is path/to/file.py:function.")
+        build, name = getattr(_import_file(path), function, None), path.stem
+    else:
+        build, name = getattr(_import_module(place, "."), function, None), place.rpartition(".")[2]
     if not callable(build):
-        raise UsageError(f"{path} has no function {function!r} that --model={model} could call.")
-    return ModelSource(path.stem, build, (Recipe(),))
+        raise UsageError(f"{place} has no function {function!r} that --model={model} could call.")
+    return ModelSource(name, build, (Recipe(),))
 
 
 def build_model(source: ModelSource, given: dict[str, Any], chosen: Mapping[str, Any] | None = None) -> keras.Model:
@@ -165,9 +171,14 @@ def check_output(
             f"({str(error).strip().splitlines()[0]}). Choose another data set, resize images with --image-size, or "
             f"build the model with the argument input_shape."
         ) from error
-    shape = getattr(output, "shape", None)
-    if model.compiled or shape is None:
+    if model.compiled:
         return
+    shape = getattr(output, "shape", None)
+    if shape is None:
+        raise UsageError(
+            f"The model {name} has several outputs, and each example one label. Return a model with one output, or "
+            f"compile it with losses that take this label."
+        )
     needed = (*(spec.shape if each_token else ()), num_classes)
     if tuple(shape[1:]) != needed:
         kinds, argument = ("tokens", "vocabulary_size") if each_token else ("classes", "num_classes")
@@ -177,13 +188,65 @@ def check_output(
         )
 
 
+def check_loss(model: keras.Model, spec: tf.TensorSpec, name: str, *, each_token: bool = False) -> None:
+    """Computes the loss and the metrics of a compiled model for two examples, before anything is trained.
+
+    Args:
+        model: the model, compiled by the user's function.
+        spec: shape and dtype of one example.
+        name: the model's name.
+        each_token: whether each token of an example has a label, instead of one label per example.
+
+    Raises:
+        UsageError: they cannot be computed from labels that are numbers of classes.
+    """
+    inputs = tf.zeros([2, *spec.shape], tf.float32 if spec.dtype == tf.uint8 else spec.dtype)
+    labels = tf.zeros([2, *spec.shape], tf.int32) if each_token else tf.zeros([2], tf.int64)
+    if tf.distribute.has_strategy():
+        return  # metrics are updated in replicas only
+    try:
+        outputs = model(inputs, training=False)
+        model.compute_loss(inputs, labels, outputs)
+        model.compute_metrics(inputs, labels, outputs)
+    except Exception as error:  # a user's loss may raise anything
+        raise UsageError(
+            f"The loss or a metric of the model {name} does not take labels of shape {tuple(labels.shape)}, which are "
+            f"numbers of classes ({_first_line(error)}). Compile it with a loss for them, such as "
+            f"'sparse_categorical_crossentropy' instead of 'categorical_crossentropy'."
+        ) from error
+    finally:
+        model.reset_metrics()
+
+
+def check_savable(model: keras.Model, name: str) -> None:
+    """Describes the model as its file will, so that no training is lost at its end.
+
+    Raises:
+        UsageError: the model, a layer of it or its loss has no description.
+    """
+    try:
+        json.dumps(keras.saving.serialize_keras_object(model))
+    except Exception as error:  # a user's get_config may raise anything
+        raise UsageError(
+            f"The model {name} cannot be saved ({_first_line(error)}). Give each class of your own a method get_config "
+            f"that returns the arguments of its constructor: "
+            f"https://keras.io/guides/serialization_and_saving/#custom-objects."
+        ) from error
+
+
 def _import_file(path: Path) -> Any:
+    """Imports a file: as part of its package if it is in one, so that relative imports work."""
+    path = path.resolve()
+    packages = list(itertools.takewhile(lambda folder: (folder / "__init__.py").is_file(), path.parents))
+    if packages:
+        names = [folder.name for folder in reversed(packages)]
+        return _import_module(".".join([*names, path.stem]), str(packages[-1].parent))
     spec = importlib.util.spec_from_file_location(f"user_model_{path.stem}", path)
     if spec is None or spec.loader is None:
         raise UsageError(f"{path} cannot be imported as Python.")
     module = importlib.util.module_from_spec(spec)
     sys.modules[spec.name] = module  # for dataclasses, pickle and autograph
-    sys.path.insert(0, str(path.resolve().parent))  # like `python file.py`, for modules in the same folder
+    sys.path.insert(0, str(path.parent))  # like `python file.py`, for modules in the same folder
     try:
         spec.loader.exec_module(module)
     except Exception as error:
@@ -191,8 +254,24 @@ def _import_file(path: Path) -> Any:
     return module
 
 
+def _import_module(name: str, folder: str) -> Any:
+    """Imports a module by its name, also from a folder."""
+    sys.path.insert(0, folder)
+    try:
+        return importlib.import_module(name)
+    except Exception as error:
+        raise UsageError(f"The module {name} cannot be imported: {_describe(error)}.") from error
+
+
 def _describe(error: Exception) -> str:
     """An error as one sentence, with the line that raised it."""
-    last = traceback.extract_tb(error.__traceback__)[-1]
-    message = (str(error).strip().splitlines() or ["no message"])[0].rstrip(".")
-    return f"{type(error).__name__}: {message} (line {last.lineno} of {last.filename})"
+    if isinstance(error, SyntaxError):
+        line, file, message = error.lineno, error.filename, error.msg
+    else:
+        last = traceback.extract_tb(error.__traceback__)[-1]
+        line, file, message = last.lineno, last.filename, _first_line(error)
+    return f"{type(error).__name__}: {message} (line {line} of {file})"
+
+
+def _first_line(error: Exception) -> str:
+    return (str(error).strip().splitlines() or [type(error).__name__])[0].rstrip(".")

@@ -12,7 +12,14 @@ from hvdkit.data.sources import Source, TokenSource
 from hvdkit.data.vocabulary import Vocabulary
 from hvdkit.optimizers.local_sgd import LocalSGD
 from hvdkit.train import flags
-from hvdkit.train.build import build_model, check_output, ends_in_probabilities, make_optimizer
+from hvdkit.train.build import (
+    build_model,
+    check_loss,
+    check_output,
+    check_savable,
+    ends_in_probabilities,
+    make_optimizer,
+)
 from hvdkit.train.flags import Settings
 from hvdkit.train.job import Job
 
@@ -27,6 +34,9 @@ def compile_model(job: Job, vocabulary: Vocabulary | None, spec: tf.TensorSpec) 
     each_token = isinstance(job.source, TokenSource)
     labels = given["vocabulary_size" if each_token else "num_classes"]
     check_output(model, spec, labels, model_source.name, each_token=each_token)
+    if model.compiled:
+        check_loss(model, spec, model_source.name, each_token=each_token)
+    check_savable(model, model_source.name)
     options: dict[str, Any] = {} if settings.compression == "none" else {"compression": by_name(settings.compression)}
     if settings.shard_optimizer:
         options["shard"] = True

@@ -10,7 +10,7 @@ from typing import Any
 import keras
 from hvdkit_models.recipe import Recipe
 
-from hvdkit import collectives, strategies, world
+from hvdkit import collectives, reporting, strategies, world
 from hvdkit.checkpoint import resuming
 from hvdkit.checkpoint.store import Checkpoint
 from hvdkit.collectives.agreement import together
@@ -91,15 +91,29 @@ def _make_workdir(settings: Settings, model: ModelSource, source: Source) -> tup
     """Creates the run's folder, and opens the checkpoint to resume from, if there is one."""
     name = f"{model.name}-{source.name.split(':')[0]}-{time.strftime('%Y%m%d-%H%M%S')}"
     workdir = Path(collectives.broadcast_object(settings.workdir or f"runs/{name}", name="workdir")).expanduser()
+    before = collectives.broadcast_object(reporting.read_json(workdir / "result.json"), name="finished")
+    extends = bool(before) and not settings.overwrite and settings.resume == "auto" and _is_longer(settings, before)
     with together():
-        artifacts.make_workdir(workdir, overwrite=settings.overwrite, begin_anew=settings.resume == "never")
-    finished = collectives.broadcast_object((workdir / "result.json").exists(), name="finished")
-    resume = "never" if finished and settings.resume == "auto" else settings.resume  # --overwrite was given
+        artifacts.make_workdir(workdir, overwrite=settings.overwrite or extends, begin_anew=settings.resume == "never")
+    resume = "never" if before and settings.resume == "auto" and not extends else settings.resume
     found = resuming.open_checkpoint(workdir / "checkpoints", resume)
+    with together():
+        if extends and not found:
+            raise UsageError(
+                f"The finished run in {workdir} left no checkpoint to go on from. Choose another --workdir=DIR, or "
+                f"replace the run with --overwrite."
+            )
     if world.rank() == 0:
         keep = ["tensorboard", "checkpoints"] if found else ["checkpoints"] if resume == "auto" else []
         artifacts.clear(workdir, keep=keep)
     return workdir, found
+
+
+def _is_longer(settings: Settings, before: dict[str, Any]) -> bool:
+    """Returns whether the run trains longer than the finished run of the same folder."""
+    if settings.steps:
+        return settings.steps > before["steps"]
+    return settings.epochs > before["epochs"]
 
 
 def _go_on(config: Config, settings: Settings, recipe: Recipe, found: Checkpoint, identity: dict[str, Any]) -> Settings:

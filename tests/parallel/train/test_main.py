@@ -101,6 +101,19 @@ def test_a_users_own_models(train, tmp_path):
 
 
 @pytest.mark.slow
+def test_a_finished_run_is_extended(train, tmp_path):
+    whole, extended = tmp_path / "whole", tmp_path / "extended"
+    for workdir, epochs in ((extended, 1), (extended, 2), (whole, 2)):
+        ended = train(2, f"--workdir={workdir}", f"--epochs={epochs}", "--notensorboard")
+        assert ended.code == 0, ended.output
+    assert result_of(extended)["weights_sha256"] == result_of(whole)["weights_sha256"], "bit for bit"
+    assert len((extended / "history.csv").read_text().splitlines()) == 1 + 2
+    ended = train(2, f"--workdir={extended}", "--epochs=2", "--notensorboard")
+    assert ended.code == 2
+    assert "has a finished run" in ended.output
+
+
+@pytest.mark.slow
 def test_texts_with_imbalanced_classes(train, tmp_path):
     rows = [("a dull and tedious film", "neg")] * 60 + [("a moving, brilliant film", "pos")] * 20
     with (tmp_path / "reviews.csv").open("w", newline="") as file:

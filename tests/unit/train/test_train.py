@@ -18,7 +18,9 @@ from hvdkit.train import flags as train_flags
 from hvdkit.train.build import (
     ModelSource,
     build_model,
+    check_loss,
     check_output,
+    check_savable,
     ends_in_probabilities,
     find_model,
     make_optimizer,
@@ -385,3 +387,70 @@ def test_a_wrong_share_to_validate_on_is_refused(given):
         train_flags.parse(["hvdkit.train", f"--validation={given}"])
     with pytest.raises(UsageError, match="--fold=0/5 and --validation=0.1 exclude each other"):
         train_flags.parse(["hvdkit.train", "--fold=0/5", "--validation=0.1"])
+
+
+# ------------------------------------------------------------------------- Models of the user's, before they are trained
+
+
+def test_models_in_packages_may_import_relatively(tmp_path, monkeypatch):
+    package = tmp_path / "my_package" / "inner"
+    package.mkdir(parents=True)
+    for folder in (package, package.parent):
+        (folder / "__init__.py").touch()
+    (package.parent / "sizes.py").write_text("WIDTH = 3\n")
+    (package / "of_mine.py").write_text("from ..sizes import WIDTH\ndef build(): return WIDTH\n")
+    assert find_model(f"{package / 'of_mine.py'}:build").build() == 3
+    monkeypatch.chdir(tmp_path)
+    by_name = find_model("my_package.inner.of_mine:build")
+    assert (by_name.name, by_name.build()) == ("of_mine", 3)
+    with pytest.raises(UsageError, match="The module no_such cannot be imported: ModuleNotFoundError"):
+        find_model("no_such:build")
+
+
+def test_a_syntax_error_is_shown_with_its_place(tmp_path):
+    file = tmp_path / "wrong.py"
+    file.write_text("import keras\ndef build(:\n")
+    with pytest.raises(UsageError, match=rf"SyntaxError: .* \(line 2 of {file}\)"):
+        find_model(f"{file}:build")
+
+
+def small(loss, metrics=()):
+    model = keras.Sequential([keras.layers.Input([4]), keras.layers.Dense(3, activation="softmax")])
+    model.compile("sgd", loss=loss, metrics=list(metrics), jit_compile=False)
+    return model
+
+
+def test_losses_and_metrics_that_do_not_take_the_labels_are_found_before_training():
+    spec = tf.TensorSpec([4], tf.float32)
+    model = small("sparse_categorical_crossentropy", ["accuracy"])
+    before = [v.numpy() for v in model.variables]
+    check_loss(model, spec, "mine")
+    assert all((a == b.numpy()).all() for a, b in zip(before, model.variables, strict=True)), "nothing is left of it"
+    for wrong in (small("categorical_crossentropy"), small("sparse_categorical_crossentropy", ["precision"])):
+        with pytest.raises(UsageError, match=r"The loss or a metric of the model mine does not take labels of shape"):
+            check_loss(wrong, spec, "mine")
+
+
+def test_a_model_with_several_outputs_must_be_compiled_by_its_function():
+    inputs = keras.Input([4])
+    model = keras.Model(inputs, {"a": keras.layers.Dense(3)(inputs), "b": keras.layers.Dense(1)(inputs)})
+    with pytest.raises(UsageError, match="The model mine has several outputs, and each example one label"):
+        check_output(model, tf.TensorSpec([4], tf.float32), 3, "mine")
+
+
+class _Undescribed(keras.layers.Layer):
+    def __init__(self, width):
+        super().__init__()
+        self.width = width
+
+    def call(self, inputs):
+        return inputs * self.width
+
+
+def test_a_model_that_cannot_be_saved_is_found_before_training():
+    check_savable(small("mse"), "mine")
+    model = keras.Sequential([keras.layers.Input([4]), _Undescribed(2)])
+    with pytest.raises(
+        UsageError, match=r"The model mine cannot be saved \(.*Give each class of your own a method get"
+    ):
+        check_savable(model, "mine")
