@@ -8,6 +8,7 @@ import hvdkit_models
 import keras
 import numpy as np
 import pytest
+import tensorflow as tf
 from hvdkit_models.recipe import Recipe
 
 from hvdkit import reporting
@@ -389,7 +390,7 @@ def test_a_wrong_share_to_validate_on_is_refused(given):
         train_flags.parse(["hvdkit.train", "--fold=0/5", "--validation=0.1"])
 
 
-# ------------------------------------------------------------------------- Models of the user's, before they are trained
+# ----------------------------------------------------------------------- Models of the user's, before they are trained
 
 
 def test_models_in_packages_may_import_relatively(tmp_path, monkeypatch):
