@@ -388,7 +388,7 @@ def predict(
     if mode.division and ranks > 1:
         return _predict_divided(ranks, local_batch, compute, mode, mode.division, cluster)
     link = _link(ranks, cluster)
-    size = compute.gradient_bytes * _share_without_zeros(compute, mode, link)
+    size = compute.gradient_bytes * _share_without_zeros(ranks, compute, mode, link)
     seconds = computation(ranks, local_batch, compute, mode, cluster)
     communication = (1 - overlap) * exchange(ranks, size, mode, cluster, idle=seconds)
     if cluster.cores and ranks > cluster.ranks_per_host:
@@ -405,10 +405,12 @@ def predict(
     )
 
 
-def _share_without_zeros(compute: Compute, mode: Mode, link: Link) -> float:
+def _share_without_zeros(ranks: int, compute: Compute, mode: Mode, link: Link) -> float:
     """Return the fraction of the gradients' bytes that is sent."""
     saved = compute.zero_share**mode.word_elements - MASK_SHARE if mode.word_elements else 0.0
     is_packed = link.transport == "sockets" and saved * link.byte_seconds > PACKING_BYTE_SECONDS
+    if is_packed and is_divided(ranks, mode.share * compute.gradient_bytes):
+        saved /= 2  # half of what is sent are sums over the ranks, few of which are zero
     return 1 - saved if is_packed else 1.0
 
 

@@ -119,14 +119,15 @@ def test_zeros_are_not_sent_where_that_takes_less_time():
     dense, halves = Mode("dense", word_elements=1), Mode("fp16", share=0.5, word_elements=2)
     slow, fast = on_hosts(), on_hosts(byte_seconds=1e-9)
 
-    def sends(mode, cluster):
-        found = predict(2, 64, compute, mode, cluster)
+    def sends(mode, cluster, ranks=2):
+        found = predict(ranks, 64, compute, mode, cluster)
         assert found.step_seconds == pytest.approx(
-            compute.seconds(64) + 1e-4 + found.wire_bytes * cluster.between.byte_seconds
+            compute.seconds(64) + (ranks - 1) * 1e-4 + found.wire_bytes * cluster.between.byte_seconds
         )
         return found.wire_bytes
 
     assert sends(dense, slow) == pytest.approx((0.5 + 1 / 32) * 4e6)
+    assert sends(dense, slow, 3) == pytest.approx((1 - (0.5 - 1 / 32) / 2) * 4 / 3 * 4e6), "the sums have few"
     assert sends(halves, slow) == pytest.approx((0.75 + 1 / 32) * 2e6), "both halves of a word must be zero"
     assert sends(dense, fast) == sends(Mode("no zeros"), slow) == pytest.approx(4e6), "packing would take longer"
 
