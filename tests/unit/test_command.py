@@ -369,7 +369,7 @@ def test_the_launch_script_starts_no_rank_for(line, code, said):
         ("compare -- --epochs=1 --steps=1", "--epochs and --steps exclude each other"),
         ("compare --ways foo", "--ways: 'foo' is not one of"),
         ("bench throughput --json .", ". is a folder; give the name of a file"),
-        ("sweep --workdir=x -- --foo=3", "Unknown command line flag 'foo'"),
+        ("sweep --workdir=x --folds=3 -- --foo=3", "Unknown command line flag 'foo'"),
     ],
 )
 def test_a_mistake_is_a_sentence_before_anything_starts(tmp_path, command, message):

@@ -203,9 +203,7 @@ def _as_text(path: Path, place: str, name: str, value: Any) -> str:
     if value is None:
         return ""
     if isinstance(value, (dict, list)):
-        raise UsageError(
-            f"{path}, {place}: {name} is a {type(value).__name__}, but must be a text, a name or a number."
-        )
+        raise UsageError(f"{path}, {place}: {name} is a {type(value).__name__}, but must be a text or a number.")
     return str(value)
 
 

@@ -90,7 +90,7 @@ def test_a_text_is_validated_on_its_end():
     held = with_validation(source, 0.2).cut(3)
     assert {split: held.length(split) for split in held.splits} == {"train": 80, "test": 6, "validation": 20}
     with pytest.raises(UsageError, match="The validation part of text has 5 bytes, and a window of 6 needs 7"):
-        with_validation(TokenSource("text", {"train": b"0123456789" * 10, "test": b"abcdefgh"}, 6), 0.05)
+        with_validation(TokenSource("text", {"train": b"0123456789" * 10, "test": b"abcdefgh"}, 6), 0.05).cut(6)
 
 
 def test_too_few_examples_to_validate_on_are_refused():

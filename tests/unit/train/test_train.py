@@ -1,6 +1,7 @@
 """The main job's parts: flags, models, artefacts."""
 
 import dataclasses
+import fractions
 import json
 import types
 
@@ -361,7 +362,7 @@ def test_the_step_at_which_a_run_goes_on_is_reached():
 
 def test_curves_of_a_run_that_took_no_step(tmp_path):
     """It went on from where another one had ended, so that there is a history, and no loss by step."""
-    artifacts.plot_curves(tmp_path, {"loss": [1.0], "accuracy": [0.5]}, 44, 0, "title")
+    artifacts.plot_curves(tmp_path, {"loss": [1.0], "accuracy": [0.5]}, 44, parse(), "title")
     assert (tmp_path / "curves.png").read_bytes()[1:4] == b"PNG"
 
 
@@ -445,12 +446,15 @@ class _Undescribed(keras.layers.Layer):
         self.width = width
 
     def call(self, inputs):
-        return inputs * self.width
+        return inputs * float(self.width)
 
 
 def test_a_model_that_cannot_be_saved_is_found_before_training():
     check_savable(small("mse"), "mine")
-    model = keras.Sequential([keras.layers.Input([4]), _Undescribed(2)])
+    check_savable(
+        keras.Sequential([keras.layers.Input([4]), _Undescribed(2)]), "mine"
+    )  # Keras describes numbers itself
+    model = keras.Sequential([keras.layers.Input([4]), _Undescribed(fractions.Fraction(2))])
     with pytest.raises(
         UsageError, match=r"The model mine cannot be saved \(.*Give each class of your own a method get"
     ):
