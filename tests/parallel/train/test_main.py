@@ -104,7 +104,7 @@ def test_a_users_own_models(train, tmp_path):
 def test_a_finished_run_is_extended(train, tmp_path):
     whole, extended = tmp_path / "whole", tmp_path / "extended"
     for workdir, epochs in ((extended, 1), (extended, 2), (whole, 2)):
-        ended = train(2, f"--workdir={workdir}", f"--epochs={epochs}", "--notensorboard")
+        ended = train(2, f"--workdir={workdir}", f"--epochs={epochs}", "--lr-schedule=constant", "--notensorboard")
         assert ended.code == 0, ended.output
     assert result_of(extended)["weights_sha256"] == result_of(whole)["weights_sha256"], "bit for bit"
     assert len((extended / "history.csv").read_text().splitlines()) == 1 + 2

@@ -93,7 +93,7 @@ def test_a_hash_is_of_the_content():
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["kill", "--step", "0"], "--rank 1 --step 0: expected are 0 or more, and 1 or more"),
+        (["kill", "--step", "0"], "--rank 1 --step 0 of 2 rank(s): expected are a rank from 0 to 1, and a step from 1"),
         (["partition"], "partition cuts one of several hosts off; name them: -H h1:1,h2:1"),
         (["explode"], "invalid choice: 'explode'"),
     ],
