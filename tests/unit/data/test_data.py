@@ -210,7 +210,7 @@ def test_padding_keeps_a_shuffled_data_set_in_the_same_order_on_all_ranks():
 
 
 @pytest.mark.parametrize(("examples", "size", "batch"), [(11, 3, 2), (12, 3, 2), (2, 3, 2), (7, 2, 16), (25, 2, 4)])
-def test_join_takes_every_example_once_in_equally_many_steps(examples, size, batch):
+def test_join_takes_every_example_once_in_equally_many_steps(caplog, examples, size, batch):
     data = (np.arange(examples), np.arange(examples))
     shares = shares_of(data, size, uneven="join", batch_size=batch)
     assert len({len(share) for share in shares}) == 1
@@ -220,6 +220,7 @@ def test_join_takes_every_example_once_in_equally_many_steps(examples, size, bat
         assert sorted(numbers[weights > 0]) == list(expected), "as one process with the global batch"
         assert weights[weights > 0] == pytest.approx(len(numbers) / len(expected))
     assert len(hvd.data.shard(data, 0, size, uneven="join", batch_size=batch)) == len(shares[0])
+    assert f"every epoch takes the {examples} examples in the order of the arrays" in caplog.text
 
 
 def test_join_multiplies_weights_that_are_there():
