@@ -42,6 +42,7 @@ def _numbered(**options):
 
 def trained_on_loaders():
     import keras
+    import tensorflow as tf
 
     import hvdkit as hvd
 
@@ -49,7 +50,6 @@ def trained_on_loaders():
     model = keras.Sequential([keras.layers.Input([6]), keras.layers.Dense(8, "tanh"), keras.layers.Dense(3)])
     loss = keras.losses.SparseCategoricalCrossentropy(from_logits=True)
     start = [np.random.default_rng(1).normal(size=w.shape).astype("float32") for w in model.get_weights()]
-
     model.compile(hvd.DistributedOptimizer(keras.optimizers.SGD(0.1)), loss=loss, jit_compile=False)
 
     def fit(data, *labels, shuffle=False, **options):
@@ -69,7 +69,7 @@ def trained_on_loaders():
     mine = hvd.data.shard((x, y))
     options = {"validation_split": 0.27, "batch_size": 4, "initial_epoch": 1, "epochs": 3}
     splits = fit(*mine, **options, **exact)[1]
-    validation = hvd.data.shard((x[:6], y[:6]))
+    validation = hvd.data.shard(tf.data.Dataset.from_tensor_slices((x[:6], y[:6]))).batch(3).repeat()
     sets = fit(*mine, **{**options, "validation_split": 0}, validation_data=validation, validation_steps=1, **exact)[1]
     lengths = fit(*mine, batch_size=4, validation_data=(x[: 4 + 7 * hvd.rank()], y[: 4 + 7 * hvd.rank()]), **exact)[1]
     model.compile(keras.optimizers.SGD(0.1), loss=loss, jit_compile=False)  # each rank alone
