@@ -37,6 +37,16 @@ def element_spec(iterator: Any) -> Any:
     return private(iterator, "_distributed_dataset").element_spec
 
 
+def dataset_of(iterator: Any) -> Any:
+    """Returns what Keras iterates over: a `tf.data.Dataset`, unless a strategy distributes it."""
+    return private(iterator, "_distributed_dataset")
+
+
+def adapter_of(iterator: Any) -> Any:
+    """Returns Keras' adapter of the training data, which knows what `fit` was given."""
+    return private(iterator, "data_adapter")
+
+
 def sizes_of_batches(iterator: Any) -> list[Any] | None:
     """Returns what the data tell of their batches; None if they do not tell the number of examples in each step.
 

@@ -28,6 +28,21 @@ def private(owner: Any, name: str) -> Any:
         raise missing_in_keras(f"{kind.__name__}.{name}") from error
 
 
+def private_of(owner: Any, name: str, library: str) -> Any:
+    """Returns the attribute `name` of an object of another library.
+
+    Raises:
+        MissingNameError: the installed version has no such name.
+    """
+    try:
+        return getattr(owner, name)
+    except AttributeError as error:
+        raise MissingNameError(
+            f"The installed {library} has no {type(owner).__name__}.{name}, which hvdkit uses to divide its data. "
+            f"Divide the data yourself, by hvd.rank() and hvd.size(), and give fit the result."
+        ) from error
+
+
 def missing_in_keras(what: str) -> MissingNameError:
     """Returns the error for a private name that this Keras does not have."""
     major, minor = NEWEST_KERAS

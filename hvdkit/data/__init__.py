@@ -1,6 +1,6 @@
 """Data: read examples (`sources`), turn them into batches (`pipeline`), and validate them (`checks`).
 
-For a `tf.data.Dataset` of your own, `shard` is all you need.
+For data of your own, of any kind that `fit` takes, `shard` is all you need.
 """
 
 from hvdkit.data.shard import even_share, shard

@@ -1,4 +1,4 @@
-"""Shards examples over ranks: every rank gets an even shard and takes the same number of steps.
+"""Shards data over ranks: every rank gets an even shard and takes the same number of steps.
 
 Elements that do not divide evenly are dropped, repeated, or joined with examples of weight 0; the caller chooses.
 """
@@ -12,11 +12,17 @@ import numpy as np
 import tensorflow as tf
 
 from hvdkit import world
+from hvdkit.data.loaders import divider_of
+from hvdkit.data.rounds import steps_of
 from hvdkit.errors import UsageError
 
 _log = logging.getLogger(__name__)
 
 _POLICIES = ("drop", "pad", "join")
+_UNSHUFFLED = (
+    "With uneven='join', every epoch takes the %d examples in the order of the arrays, as fit does with shuffle=False. "
+    "To shuffle, give tf.data.Dataset.from_tensor_slices(...).shuffle(examples, seed=0)."
+)
 
 
 def shard(
@@ -28,7 +34,8 @@ def shard(
 ) -> Any:
     """Returns this rank's shard of the data: every `size`-th element. All ranks get the same number of elements.
 
-    A batched data set is sharded by batches, so its batch size is the local batch. Its last batch may be smaller: `fit`
+    The shard is of the kind of the data, so `fit` shuffles arrays, and the batches of a `PyDataset`, as it did. A
+    batched data set is sharded by batches, so its batch size is the local batch. Its last batch may be smaller: `fit`
     then weighs the ranks by their examples, and so does `hvdkit.shard_loss`. A rank with one batch more than the others
     would wait for them forever. `uneven` says what to do with elements that do not divide evenly:
 
@@ -46,33 +53,52 @@ def shard(
     Horovod's own `hvd.join()` does not keep replicas equal under `fit`: a rank that has joined contributes zeros, but
     no longer updates its weights.
 
-    Shuffle with a fixed seed before you shard, or without a seed afterwards.
+    Shuffle with a fixed seed before you shard, or without a seed afterwards: the data must have the same order on all
+    ranks. That includes a `PyDataset` that shuffles in `on_epoch_end`.
 
     Args:
         dataset: a finite or infinite `tf.data.Dataset`. If TensorFlow does not know its length, it is read once. Or
             arrays or tensors [examples, ...] in tuples, lists or dicts, as `Model.fit` takes them; for `"join"` a pair
-            `(x, y)`, or a triple with sample weights [examples, ...].
+            `(x, y)`, or a triple with sample weights [examples, ...]. Or one of these, without `"join"`:
+
+            - a `keras.utils.PyDataset`, whose shard keeps its workers and is told of epochs;
+            - a generator or another iterator of batches, finite or not, which all ranks read as a whole. No length is
+              needed: a rank yields its batch when it has read one for each rank;
+            - a `torch.utils.data.DataLoader`, which loads only this rank's batches, unless it is of an
+              `IterableDataset`. A sampler that has no generator draws with seed 0 on all ranks;
+            - a `grain.MapDataset`; without `"pad"`, a `grain.IterDataset`, which each rank reads as a whole, or a
+              `grain.DataLoader`, whose records are divided, so that its batch size is the local batch;
+            - a Hugging Face `datasets.Dataset`, whose examples are divided.
         rank: index of the shard; by default this rank.
         size: number of shards; by default the number of ranks.
         uneven: `"drop"`, `"pad"` or `"join"`.
         batch_size: the local batch, for `"join"` only.
 
     Returns:
-        A `tf.data.Dataset`; for arrays, with `"drop"` and `"pad"`, arrays in the same structure.
+        Data of the kind that was given: for arrays, arrays in the same structure. With `"join"`, a `tf.data.Dataset`,
+        which `fit` does not shuffle.
 
     Raises:
         ValueError: there are fewer elements than ranks (`"drop"`), or none.
-        UsageError: an argument is wrong, or the arrays differ in length.
-        TypeError: the data cannot be sharded, such as a `keras.utils.PyDataset`.
+        UsageError: an argument is wrong, the arrays differ in length, or this kind of data cannot be divided so.
+        TypeError: the data are of no kind that can be sharded.
     """
     size = world.size() if size is None else size
     rank = world.rank() if rank is None else rank
     _check_policy(uneven, batch_size)
+    if divide := divider_of(dataset):
+        if uneven == "join":
+            raise UsageError(
+                f"uneven='join' puts examples into batches itself, but a {type(dataset).__name__} yields what it has "
+                f"put together: use 'drop' or 'pad'. fit weighs the ranks by the sizes of their batches."
+            )
+        return dataset if size == 1 else divide(dataset, rank, size, uneven)
     if not isinstance(dataset, tf.data.Dataset):
         examples = array_length(dataset)
         if uneven != "join":
-            length = _round(examples, size, uneven)
+            length = steps_of(examples, size, uneven)
             return take_rows(dataset, (rank + size * np.arange(length)) % examples)
+        _log.warning(_UNSHUFFLED, examples)
         dataset = tf.data.Dataset.from_tensor_slices(tuple(dataset))
     if uneven == "join":
         return _join(dataset, rank, size, int(batch_size or 1))
@@ -103,10 +129,10 @@ def array_length(arrays: Any) -> int:
     for leaf in leaves:
         if not isinstance(leaf, (np.ndarray, tf.Tensor)) or not leaf.ndim:
             raise TypeError(
-                f"Only a tf.data.Dataset, or NumPy arrays and tensors of examples (in tuples, lists or dicts), can be "
-                f"divided over ranks, but {type(leaf).__module__}.{type(leaf).__name__} was given. Convert it with "
-                f"numpy.asarray(...). A keras.utils.PyDataset or a generator must pick its own shard: examples "
-                f"hvd.rank(), hvd.rank() + hvd.size(), ..., the same number on all ranks."
+                f"Only NumPy arrays and tensors of examples (in tuples, lists or dicts), a tf.data.Dataset, PyDataset, "
+                f"generator, DataLoader of PyTorch or Grain, or datasets.Dataset can be divided over ranks, but "
+                f"{type(leaf).__module__}.{type(leaf).__name__} was given. Convert it with numpy.asarray(...), or make "
+                f"an iterator of its batches: hvd.data.shard(iter(batches))."
             )
     lengths = sorted({len(leaf) for leaf in leaves})
     if len(lengths) != 1:
@@ -147,7 +173,7 @@ def _divide(dataset: tf.data.Dataset, rank: int, size: int, uneven: str) -> tf.d
     length = length_of(dataset)
     if length is None:
         return dataset.shard(size, rank)
-    steps = _round(length, size, uneven)
+    steps = steps_of(length, size, uneven)
     if uneven == "pad":
         return _padded(dataset, length, rank, size)
     return dataset.shard(size, rank).take(steps)
@@ -166,23 +192,6 @@ def _padded(dataset: tf.data.Dataset, length: int, rank: int, size: int) -> tf.d
     if place < 0:
         return mine
     return mine.concatenate(tf.data.Dataset.from_tensors(head[place % length]))
-
-
-def _round(length: int, size: int, uneven: str) -> int:
-    """Returns how many elements each rank gets, and logs how many are dropped or repeated."""
-    if length < (1 if uneven == "pad" else size):
-        raise ValueError(
-            f"A data set of {length} element(s) cannot be divided over {size} ranks: each needs one. A batched "
-            f"data set is divided by batches: use a smaller batch, or fewer ranks."
-        )
-    steps = -(-length // size) if uneven == "pad" else length // size
-    if steps * size < length:
-        message = "%d of %d elements are left out, so that all %d ranks take %d steps."
-        _log.warning(message, length - steps * size, length, size, steps)
-    elif steps * size > length:
-        message = "%d of %d elements are taken twice, and count twice, so that all %d ranks take %d steps."
-        _log.warning(message, steps * size - length, length, size, steps)
-    return steps
 
 
 def _join(dataset: tf.data.Dataset, rank: int, size: int, batch: int) -> tf.data.Dataset:

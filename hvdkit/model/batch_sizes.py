@@ -7,6 +7,7 @@ import keras
 
 from hvdkit import collectives
 from hvdkit.compat import fit_loop
+from hvdkit.model import same_data
 from hvdkit.optimizers import batch_sizes, heartbeat, weighing
 from hvdkit.optimizers.gradients import GradientExchange
 
@@ -19,6 +20,8 @@ class CompareBatchSizes(keras.callbacks.Callback):
     If the data say how many examples each step has, the ranks compare once, when training begins. Otherwise the first
     execution of `fit` and the last of each epoch compare: batches are of one size, but for a short last one. If another
     batch differs, the heartbeat tells, and from then on all steps compare. All do, too, if no length is known.
+
+    What the ranks know of the data's contents travels in the same message as the sizes (see `same_data`).
 
     Args:
         exchange: the reduction of the model's gradients.
@@ -36,7 +39,10 @@ class CompareBatchSizes(keras.callbacks.Callback):
         sizes = batch_sizes.current()
         self._before = sizes.compares
         iterator, _ = fit_loop.of(self.model)
-        everyone, lengths = zip(*self._gather((fit_loop.sizes_of_batches(iterator), iterator.num_batches)), strict=True)
+        mine = same_data.contents_of(self.model)
+        known = fit_loop.sizes_of_batches(iterator), iterator.num_batches, mine
+        everyone, lengths, contents = zip(*self._gather(known), strict=True)
+        same_data.warn_if_undivided(mine, contents)
         self._known = None not in everyone
         differ = any(one != everyone[0] for one in everyone)
         self._always = differ if self._known else None in lengths

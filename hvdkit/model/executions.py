@@ -11,6 +11,7 @@ be a multiple of it. In a job of several ranks, hvdkit does this by itself
 The results have the same bits as without it. `HVDKIT_STEPS_PER_EXECUTION=1` turns it off; another number sets it.
 """
 
+import itertools
 import os
 import statistics
 import time
@@ -98,15 +99,15 @@ class Executions(keras.callbacks.Callback):
             self.model.train_function = self.model.train_function.original
 
     def _join(self, start: Callable[[], Iterator[Any]]) -> Iterator[Any]:
-        """Yields Keras' items, each of as many steps as an execution has."""
+        """Yields Keras' items, each of as many steps as an execution has.
+
+        It asks for no item after an epoch's last one before that has run: Keras then tells the data of the epoch's end.
+        """
+        iterator, _ = fit_loop.of(self.model)
         items = start()
-        held = next(items, None)
-        while held is not None:
-            together, length = [held], self._length()
-            held = next(items, None)
-            while held is not None and len(together) < length:
-                together.append(held)
-                held = next(items, None)
+        for first in items:
+            left = iterator.num_batches - fit_loop.step_of(first)
+            together = [first, *itertools.islice(items, min(self._length(), left) - 1)]
             self.model.train_function.steps = len(together)
             self._began = time.perf_counter()
             yield fit_loop.joined(together[0], together[-1])

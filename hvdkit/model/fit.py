@@ -10,6 +10,7 @@ works in the same way. Each `fit` then
 - hands no work to other threads if the rank has one core (`one_core`);
 - runs several steps of the graph at once, where nobody can see the difference (`executions`);
 - weighs the ranks' losses by what they count (`losses`), and knows when their batches may differ (`batch_sizes`);
+- warns of data that no rank has divided (`same_data`);
 - ends with a callback that keeps the ranks together and checks that they allreduce gradients (`guard`).
 
 A model under a `tf.distribute` strategy is not changed: there TensorFlow reduces the gradients.
@@ -28,7 +29,7 @@ from hvdkit.collectives.agreement import check_equal_plans
 from hvdkit.compat import preprocessing
 from hvdkit.compat.keras3 import strategy_of
 from hvdkit.compat.losses import replace_reduction
-from hvdkit.model import same_layers
+from hvdkit.model import same_data, same_layers
 from hvdkit.model.batch_sizes import CompareBatchSizes
 from hvdkit.model.build import BuildFirst
 from hvdkit.model.executions import Executions, may_join
@@ -95,7 +96,7 @@ class _GuardedFit:
         self._running += 1
         phase = "interrupted"  # this phase may last, and keeps the step at which it happened
         try:
-            with inline_execution():
+            with inline_execution(), same_data.watched():
                 result = fit(*call.args, **call.kwargs)
             phase = "between"
             return result

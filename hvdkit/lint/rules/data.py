@@ -48,9 +48,9 @@ def not_sharded(script: Script) -> Iterator[Problem]:
 
         model.fit(hvd.data.shard(dataset).batch(32), epochs=5)
 
-    Not reported if the data depend on the rank in any way (`dataset.shard`, `files[hvd.rank()::hvd.size()]`,
-    tfds.even_splits), if a function of another file is involved, or if each rank draws at random and hvd.size() divides
-    the steps or epochs.
+    The same call shards arrays, a `PyDataset`, a generator and the loaders of PyTorch and Grain. Not reported if the
+    data depend on the rank in any way (`dataset.shard`, `files[hvd.rank()::hvd.size()]`, tfds.even_splits), if a
+    function of another file is involved, or if each rank draws at random and hvd.size() divides the steps or epochs.
     """
     if "hvd" not in script.libraries:
         return
@@ -67,9 +67,17 @@ def not_sharded(script: Script) -> Iterator[Problem]:
         labels = script.argument(fit, "y", 1)
         fix = f"hvd.data.shard({what if what != 'the data' else '...'}), before any batch()."
         if labels:
-            arrays = ast.unparse(ast.Tuple([data, labels]))
-            fix = f"hvd.data.shard(tf.data.Dataset.from_tensor_slices({arrays})).batch(...), without y."
+            fix = _of_arrays([data, labels, script.argument(fit, "sample_weight")])
         yield Problem(data, f"fit() reads all of {what} on every rank, not a shard of it.", fix)
+
+
+def _of_arrays(given: list[ast.expr | None]) -> str:
+    """How to shard x, y and sample weights. They stay arrays, so `fit` shuffles them and splits them for validation."""
+    arrays = [array for array in given if array is not None]
+    shown = [ast.unparse(array) for array in arrays]
+    if all(isinstance(array, ast.Name) for array in arrays):
+        return f"{', '.join(shown)} = hvd.data.shard(({', '.join(shown)})), before fit()."
+    return f"fit({', '.join(f'hvd.data.shard({array})' for array in shown)}, ...)."
 
 
 def shuffled_differently(script: Script) -> Iterator[Problem]:

@@ -91,9 +91,11 @@ def _rate(script: Script, optimizer: ast.Call) -> ast.expr | None:
 
 def _is_scaled(script: Script, optimizer: ast.Call) -> bool:
     """Whether the rate depends on the number of ranks, or this file does not show it."""
+    if script.called(optimizer) == "keras.optimizers.get":
+        return True
     rate = _rate(script, optimizer)
     if rate is None:
-        return hides_arguments(optimizer) or script.called(optimizer) == "keras.optimizers.get"
+        return hides_arguments(optimizer)
     if is_constant(rate, 0) or depends_on_size(script, rate):
         return True
     made_from = script.derivation(rate)

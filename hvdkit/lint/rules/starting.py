@@ -76,16 +76,25 @@ def uses_no_hvdkit(script: Script) -> Iterator[Problem]:
     others = {"hvd", "horovod"} & script.libraries or any(
         script.called(call).startswith("tf.distribute.") for call in script.calls
     )
-    if others or not fits(script) or not _is_program(script) or _may_start(script):
+    trains = [*fits(script), *_steps(script)]
+    if others or not trains or not _is_program(script) or _may_start(script):
         return
     imports = [node for node in script.nodes if isinstance(node, ast.Import | ast.ImportFrom)]
     yield Problem(
-        min([*imports, *fits(script)], key=start),
+        min([*imports, *trains], key=start),
         "The script trains a Keras model, but uses no hvdkit: started on N ranks, it trains N models, each on all the "
         "data.",
         "import hvdkit as hvd, call hvd.init() right after the imports, wrap the optimizer in "
         "hvd.DistributedOptimizer(...), and check the script again.",
     )
+
+
+def _steps(script: Script) -> list[ast.Call]:
+    """The calls that train a step in a loop of the script's own."""
+    if not {"keras", "tf"} & script.libraries:
+        return []
+    methods = (call for call in script.calls if isinstance(call.func, ast.Attribute))
+    return [call for call in methods if call.func.attr in ("train_on_batch", "apply_gradients")]  # type: ignore[attr-defined]
 
 
 def initialised_late(script: Script) -> Iterator[Problem]:

@@ -210,7 +210,7 @@ def test_padding_keeps_a_shuffled_data_set_in_the_same_order_on_all_ranks():
 
 
 @pytest.mark.parametrize(("examples", "size", "batch"), [(11, 3, 2), (12, 3, 2), (2, 3, 2), (7, 2, 16), (25, 2, 4)])
-def test_join_takes_every_example_once_in_equally_many_steps(examples, size, batch):
+def test_join_takes_every_example_once_in_equally_many_steps(caplog, examples, size, batch):
     data = (np.arange(examples), np.arange(examples))
     shares = shares_of(data, size, uneven="join", batch_size=batch)
     assert len({len(share) for share in shares}) == 1
@@ -220,6 +220,7 @@ def test_join_takes_every_example_once_in_equally_many_steps(examples, size, bat
         assert sorted(numbers[weights > 0]) == list(expected), "as one process with the global batch"
         assert weights[weights > 0] == pytest.approx(len(numbers) / len(expected))
     assert len(hvd.data.shard(data, 0, size, uneven="join", batch_size=batch)) == len(shares[0])
+    assert f"every epoch takes the {examples} examples in the order of the arrays" in caplog.text
 
 
 def test_join_multiplies_weights_that_are_there():
@@ -250,6 +251,7 @@ def test_arrays_are_divided_in_their_structure():
     [
         ([[1, 2], [3]], {}, "but builtins.int was given"),
         (np.array(3), {}, "but numpy.ndarray was given"),
+        (object(), {}, r"but builtins.object was given.*hvd.data.shard\(iter\(batches\)\)"),
         ((np.zeros(3), np.zeros(4)), {}, "3 and 4 examples"),
         (np.zeros(3), {"uneven": "none"}, "must be one of drop, pad, join, but is 'none'"),
         (np.zeros(3), {"uneven": "join"}, "batch_size is None. Give the local batch"),
@@ -263,13 +265,3 @@ def test_arrays_are_divided_in_their_structure():
 def test_what_cannot_be_divided_is_refused(data, policy, message):
     with pytest.raises((TypeError, ValueError), match=message):
         hvd.data.shard(data, 0, 3, **policy)
-
-
-def test_a_pydataset_is_told_to_divide_itself():
-    import keras
-
-    class Squares(keras.utils.PyDataset):
-        pass
-
-    with pytest.raises(TypeError, match=r"Squares was given.*pick its own shard: examples hvd.rank\(\)"):
-        hvd.data.shard(Squares(), 0, 2)

@@ -405,6 +405,9 @@ def test_a_plain_keras_script_is_told_that_it_uses_no_hvdkit_and_nothing_about_m
     assert found("import tensorflow as tf\ns = tf.distribute.MirroredStrategy()\n" + plain.format("")) == []
     assert found("import horovod.torch\n" + plain.format(""), "HVD103") == []
     assert found("import keras\nprint(keras.__version__)") == []
+    loop = "import tensorflow as tf\nopt = tf.optimizers.SGD()\nopt.apply_gradients(zip(g, v))\n"
+    assert found(loop) == [("HVD103", 1)]
+    assert found("import torch\nopt.apply_gradients(g)") == []
 
 
 def test_the_tests_of_the_rank_are_told_from_others():

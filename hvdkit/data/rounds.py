@@ -1,0 +1,57 @@
+"""Rounds: in a round each rank takes one element, so all ranks take as many. The last round may lack some."""
+
+import logging
+from collections.abc import Iterable, Iterator
+from typing import Any
+
+_log = logging.getLogger(__name__)
+
+
+def steps_of(length: int, size: int, uneven: str) -> int:
+    """Returns how many of `length` elements each of `size` ranks gets, and logs how many are dropped or repeated.
+
+    Raises:
+        ValueError: there are fewer elements than ranks (`"drop"`), or none.
+    """
+    if length < (1 if uneven == "pad" else size):
+        raise ValueError(
+            f"A data set of {length} element(s) cannot be divided over {size} ranks: each needs one. A batched "
+            f"data set is divided by batches: use a smaller batch, or fewer ranks."
+        )
+    steps = rounds_in(length, size, uneven)
+    if steps * size < length:
+        message = "%d of %d elements are left out, so that all %d ranks take %d steps."
+        _log.warning(message, length - steps * size, length, size, steps)
+    elif steps * size > length:
+        message = "%d of %d elements are taken twice, and count twice, so that all %d ranks take %d steps."
+        _log.warning(message, steps * size - length, length, size, steps)
+    return steps
+
+
+def rounds_in(length: int, size: int, uneven: str) -> int:
+    """Returns the number of rounds that `length` elements make: one more with `"pad"` if the last one lacks some."""
+    return -(-length // size) if uneven == "pad" else length // size
+
+
+def whole_rounds(elements: Iterable[Any], rank: int, size: int, uneven: str) -> Iterator[Any]:
+    """Yields this rank's element of each round of a stream, whose length need not be known.
+
+    A rank reads a round to its end before it yields its own element, so ranks that read equal streams yield equally
+    many. With `"drop"`, an incomplete last round is left out; with `"pad"`, elements from the beginning fill it.
+    """
+    count, mine, head = 0, None, []
+    for count, element in enumerate(elements, 1):
+        if uneven == "pad" and count < size:
+            head.append(element)
+        if (count - 1) % size == rank:
+            mine = element
+        if count % size == 0:
+            yield mine
+    rest = count % size
+    if not rest:
+        return
+    if uneven == "pad":
+        yield mine if rank < rest else head[(rank - rest) % len(head)]
+    else:
+        message = "%d of %d elements of a stream were left out, so that all %d ranks take %d steps."
+        _log.warning(message, rest, count, size, count // size)
