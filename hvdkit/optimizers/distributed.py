@@ -136,13 +136,17 @@ class DistributedOptimizer(ExchangingOptimizer):
         if trainable_variables is None:
             trainable_variables = trained_variables(self.__wrapped__)
         variables = list(trainable_variables)
+        if not exchange.is_adasum():
+            grads = exchange.complete(grads, variables)
         self._self_variables = [v for g, v in zip(grads, variables, strict=True) if g is not None]
         if exchange.is_adasum():
             self._apply_by_adasum(list(grads), variables)
         elif self._self_exchanges_inside:
+            shared = [i for i, v in enumerate(variables) if not exchange.is_local(v)]
+            exchange.announce(grads, variables, f"{exchange.name}.accumulated", shared)
             self.__wrapped__.apply(list(grads), variables)
         else:
-            self.__wrapped__.apply(exchange(list(grads), variables), variables)
+            self.__wrapped__.apply(exchange(grads, variables), variables)
 
     def build(self, variables: Sequence[Any]) -> None:
         """Builds the optimizer, and makes a `LossScaleOptimizer` around it check for overflow on all ranks.
