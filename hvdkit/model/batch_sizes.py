@@ -18,7 +18,9 @@ class CompareBatchSizes(keras.callbacks.Callback):
 
     If the data say how many examples each step has, the ranks compare once, when training begins. Otherwise the first
     execution of `fit` and the last of each epoch compare: batches are of one size, but for a short last one. If another
-    batch differs, the heartbeat tells, and from then on all steps compare. All do, too, if no length is known.
+    batch differs, the heartbeat tells, and from then on all steps compare. All do, too, if batches may have any size:
+    where Python makes them (a `PyDataset`, a generator), which takes far longer than to compare, and where a data set
+    does not know its length (a filter, buckets by length).
 
     Args:
         exchange: the reduction of the model's gradients.
@@ -36,7 +38,8 @@ class CompareBatchSizes(keras.callbacks.Callback):
         sizes = batch_sizes.current()
         self._before = sizes.compares
         iterator, _ = fit_loop.of(self.model)
-        everyone, lengths = zip(*self._gather((fit_loop.sizes_of_batches(iterator), iterator.num_batches)), strict=True)
+        length = None if fit_loop.may_vary(iterator) else iterator.num_batches
+        everyone, lengths = zip(*self._gather((fit_loop.sizes_of_batches(iterator), length)), strict=True)
         self._known = None not in everyone
         differ = any(one != everyone[0] for one in everyone)
         self._always = differ if self._known else None in lengths

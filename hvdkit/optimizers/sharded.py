@@ -69,7 +69,7 @@ class ShardedOptimizer(DistributedOptimizer):
     sharded, too; weights are allgathered once per step.
 
     Gradients of embeddings become dense. Keras' optimizers then update all rows, not only those in the batch. With
-    momentum or a moving average of squares, the results differ from `DistributedOptimizer`.
+    momentum, a moving average of squares or clipping, the results differ from `DistributedOptimizer`.
 
     `CheckpointCallback` stores the whole state and resumes on any number of ranks, sharded or not. `model.save` on one
     rank cannot read the other ranks' parts: call `gather` on all ranks before it, or the file has no optimizer state.

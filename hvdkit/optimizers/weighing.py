@@ -83,7 +83,7 @@ class Weighing(Scope):
         if _is_sum(elements):
             factor = float(self.parts) if self._averages else 1.0
             is_shown_as_mean = value.shape.rank != 0  # Keras trains with the sum of what is not reduced
-            return _multiplied(value, 1.0 if is_shown_as_mean else factor, factor)
+            return _multiplied(value, 1.0 if is_shown_as_mean else self.shown_of_sum(), factor)
         if elements.is_reduced and (elements.mask is not None or elements.weights is not None):
             _warn(
                 f"The loss {_name()} returns one number, so hvdkit cannot see what it counts: it is taken for the mean "
@@ -102,6 +102,12 @@ class Weighing(Scope):
     def after(self, value: tf.Tensor) -> contextlib.AbstractContextManager[Any]:
         """Returns a context in which operations wait for the loss and the last step: collectives keep an order."""
         return tf.control_dependencies([value, heartbeat.current().received()])
+
+    def shown_of_sum(self) -> Any:
+        """Returns the factor with which a sum is shown: its mean over ranks, by examples, is then the whole sum."""
+        return (
+            float(self.parts) if self._shows_share else tf.math.divide_no_nan(1.0 * self.parts, self.factor_by_size())
+        )
 
     def factor_by_size(self) -> Any:
         """Returns the factor of a loss that counts all elements, so that the sizes of the batches decide."""

@@ -22,6 +22,10 @@ class ReplicaWeighing(Weighing):
         """Returns a null context: `tf.distribute` keeps the order of its collectives."""
         return contextlib.nullcontext()
 
+    def shown_of_sum(self) -> Any:
+        """Returns the factor with which a sum is shown, beside the number of replicas, by which Keras multiplies."""
+        return tf.math.divide_no_nan(1.0, self.factor_by_size())
+
     def factor_by_size(self) -> Any:
         """Returns the size of this replica's batch over the mean size.
 
