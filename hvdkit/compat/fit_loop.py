@@ -64,12 +64,35 @@ def sizes_of_batches(iterator: Any) -> list[Any] | None:
     return None
 
 
+def may_vary(iterator: Any) -> bool:
+    """Returns whether batches may have any size in any step, as those of a generator and of a data set in buckets do.
+
+    Those made by Python may, and those of a data set that does not know its length, also if `steps_per_epoch` is given.
+    """
+    adapter = private(iterator, "data_adapter")
+    if isinstance(adapter, _adapters_of_python()):
+        return True
+    if isinstance(adapter, _adapter_of_arrays()):  # Keras' data set of arrays does not know its length
+        return False
+    dataset = private(iterator, "_distributed_dataset")
+    return isinstance(dataset, tf.data.Dataset) and int(dataset.cardinality()) == tf.data.UNKNOWN_CARDINALITY
+
+
 def _adapter_of_arrays() -> Any:
     try:
         from keras.src.trainers.data_adapters.array_data_adapter import ArrayDataAdapter
     except ImportError as error:
         raise missing_in_keras("ArrayDataAdapter") from error
     return ArrayDataAdapter
+
+
+def _adapters_of_python() -> tuple[Any, ...]:
+    try:
+        from keras.src.trainers.data_adapters.generator_data_adapter import GeneratorDataAdapter
+        from keras.src.trainers.data_adapters.py_dataset_adapter import PyDatasetAdapter
+    except ImportError as error:
+        raise missing_in_keras("GeneratorDataAdapter and PyDatasetAdapter") from error
+    return GeneratorDataAdapter, PyDatasetAdapter
 
 
 def stop_autotuning(iterator: Any) -> bool:

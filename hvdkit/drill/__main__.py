@@ -24,7 +24,7 @@ import threading
 from collections.abc import Iterator
 from pathlib import Path
 
-from hvdkit import outcome
+from hvdkit import outcome, reporting
 from hvdkit.command.arguments import Parser, new_file
 from hvdkit.drill import report
 from hvdkit.errors import UsageError
@@ -161,7 +161,7 @@ def _network(arguments: argparse.Namespace, notes: Path) -> Iterator[None]:
 
     def wait_and_cut() -> None:
         while not over.wait(0.02):
-            if fault := report.read_json(notes / "fault.json"):
+            if fault := reporting.read_json(notes / "fault.json"):
                 cut.append(fault["host"])
                 _shell(commands["cut"], fault["host"])
                 if arguments.mpi and not over.wait(_CUT_SECONDS):

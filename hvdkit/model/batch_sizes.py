@@ -19,7 +19,9 @@ class CompareBatchSizes(keras.callbacks.Callback):
 
     If the data say how many examples each step has, the ranks compare once, when training begins. Otherwise the first
     execution of `fit` and the last of each epoch compare: batches are of one size, but for a short last one. If another
-    batch differs, the heartbeat tells, and from then on all steps compare. All do, too, if no length is known.
+    batch differs, the heartbeat tells, and from then on all steps compare. All do, too, if batches may have any size:
+    where Python makes them (a `PyDataset`, a generator), which takes far longer than to compare, and where a data set
+    does not know its length (a filter, buckets by length).
 
     What the ranks know of the data's contents travels in the same message as the sizes (see `same_data`).
 
@@ -40,7 +42,8 @@ class CompareBatchSizes(keras.callbacks.Callback):
         self._before = sizes.compares
         iterator, _ = fit_loop.of(self.model)
         mine = same_data.contents_of(self.model)
-        known = fit_loop.sizes_of_batches(iterator), iterator.num_batches, mine
+        length = None if fit_loop.may_vary(iterator) else iterator.num_batches
+        known = fit_loop.sizes_of_batches(iterator), length, mine
         everyone, lengths, contents = zip(*self._gather(known), strict=True)
         same_data.warn_if_undivided(mine, contents)
         self._known = None not in everyone

@@ -48,8 +48,14 @@ def _scope_of(model: keras.Model, training: bool) -> contextlib.AbstractContextM
         return contextlib.nullcontext()
     if not training:
         return weighing.Scope()
-    optimizers = [o for o in exchanging_optimizers_of(model) if isinstance(o, DistributedOptimizer)]
-    if not optimizers or strategy_of(model) is not None or not call_stack.is_running("train_step", model):
+    exchanging = exchanging_optimizers_of(model)
+    if not exchanging or not call_stack.is_running("train_step", model):
+        return contextlib.nullcontext()
+    optimizers = [o for o in exchanging if isinstance(o, DistributedOptimizer)]
+    if not optimizers:  # of tf.distribute
+        make = exchanging[0]._self_weighing
+        return make() if make else contextlib.nullcontext()
+    if strategy_of(model) is not None:
         return contextlib.nullcontext()
     exchange = optimizers[0]._self_gradients
     if exchange.is_alone():

@@ -11,6 +11,7 @@ from collections.abc import Callable
 import tensorflow as tf
 
 from hvdkit.optimizers import heartbeat
+from hvdkit.optimizers.singletons import OncePerGraph
 
 
 class BatchSizes:
@@ -62,12 +63,4 @@ class BatchSizes:
         return tf.cond(self._compares.read_value(), compared, alike)
 
 
-_sizes: BatchSizes | None = None
-
-
-def current() -> BatchSizes:
-    """This process's batch sizes."""
-    global _sizes
-    if _sizes is None:
-        _sizes = BatchSizes()
-    return _sizes
+current = OncePerGraph(BatchSizes)  # returns this process's batch sizes

@@ -23,7 +23,7 @@ from hvdkit.collectives.mesh import mesh_of, shard_of
 from hvdkit.collectives.traffic import elements, ring_bytes
 from hvdkit.compat import call_stack
 from hvdkit.compat.horovod_arguments import of_both_modules
-from hvdkit.compat.keras3 import moving_averages, trained_variables
+from hvdkit.compat.keras3 import gradient_accumulators, moving_averages, trained_variables
 from hvdkit.compression import Compression, ErrorFeedback
 from hvdkit.errors import UsageError
 from hvdkit.optimizers import before_update, clipping, loss_scale, weighing
@@ -136,13 +136,18 @@ class DistributedOptimizer(ExchangingOptimizer):
         if trainable_variables is None:
             trainable_variables = trained_variables(self.__wrapped__)
         variables = list(trainable_variables)
+        if not exchange.is_adasum():
+            grads = exchange.complete(grads, variables)
         self._self_variables = [v for g, v in zip(grads, variables, strict=True) if g is not None]
         if exchange.is_adasum():
             self._apply_by_adasum(list(grads), variables)
         elif self._self_exchanges_inside:
+            exchange.used = True  # in eager training nothing else shows it before the first update
+            shared = [i for i, v in enumerate(variables) if not exchange.is_local(v)]
+            exchange.announce(grads, variables, f"{exchange.name}.accumulated", shared)
             self.__wrapped__.apply(list(grads), variables)
         else:
-            self.__wrapped__.apply(exchange(list(grads), variables), variables)
+            self.__wrapped__.apply(exchange(grads, variables), variables)
 
     def build(self, variables: Sequence[Any]) -> None:
         """Builds the optimizer, and makes a `LossScaleOptimizer` around it check for overflow on all ranks.
@@ -204,9 +209,14 @@ class DistributedOptimizer(ExchangingOptimizer):
         """Returns whether a weight, or a slot of this optimizer, differs between ranks.
 
         Slots differ under Adasum, and so do slots of local variables. Keras' slots do not name their variable, so all
-        slots count as local once one variable does.
+        slots count as local once one variable does. Gradients that a rank accumulates are its own until the update,
+        which may be in a later `fit`.
         """
         exchange = self._self_gradients
+        if self._self_exchanges_inside and not exchange.is_alone():
+            parts = parts_of(self.__wrapped__)
+            if any(variable is v for part in parts for v in gradient_accumulators(part)):
+                return True
         if exchange.feedback and any(variable is v for v in exchange.feedback.own):
             return True
         own_slots = exchange.is_adasum() or exchange.has_local()

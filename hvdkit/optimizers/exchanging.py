@@ -10,6 +10,7 @@ from hvdkit.compat.keras2 import REMOVED_FROM_OPTIMIZERS
 from hvdkit.optimizers.fused_update import fuse_updates
 from hvdkit.optimizers.gradients import Gradient
 from hvdkit.optimizers.parts import optimizers_of
+from hvdkit.optimizers.weighing import Scope
 
 
 class ExchangingOptimizer(wrapt.ObjectProxy):
@@ -18,13 +19,19 @@ class ExchangingOptimizer(wrapt.ObjectProxy):
     Args:
         optimizer: the wrapped optimizer, which does everything else.
         exchange: maps this replica's gradients (`tf.Tensor`, `tf.IndexedSlices` or None) to the ones to apply.
+        weighing: makes the scope that weighs the replicas' losses in `fit` (see `hvdkit.optimizers.weighing`); None if
+            nothing weighs them.
     """
 
     def __init__(
-        self, optimizer: keras.optimizers.Optimizer, exchange: Callable[[list[Gradient]], list[Gradient]]
+        self,
+        optimizer: keras.optimizers.Optimizer,
+        exchange: Callable[[list[Gradient]], list[Gradient]],
+        weighing: Callable[[], Scope] | None = None,
     ) -> None:
         super().__init__(optimizer)
         self._self_exchange = exchange
+        self._self_weighing = weighing
         fuse_updates(optimizer)
 
     def apply(self, grads: Sequence[Gradient], trainable_variables: Sequence[Any] | None = None) -> None:

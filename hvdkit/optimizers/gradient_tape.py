@@ -47,8 +47,9 @@ class ExchangingTape(wrapt.ObjectProxy):
         if not self._self_exchange.is_alone():
             call_stack.refuse_xla()
             weighing.warn_of_unweighed()
-        flat = tf.nest.flatten(gradients)  # keeps IndexedSlices whole
-        reduced = self._self_exchange(flat, tf.nest.flatten(sources))
+        flat_sources = tf.nest.flatten(sources)
+        flat = self._self_exchange.complete(tf.nest.flatten(gradients), flat_sources)  # keeps IndexedSlices whole
+        reduced = self._self_exchange(flat, flat_sources)
         return tf.nest.pack_sequence_as(gradients, reduced)
 
     def register_local_source(self, source: Any) -> None:

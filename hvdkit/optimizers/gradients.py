@@ -16,7 +16,7 @@ from hvdkit.compat.keras3 import native_variable
 from hvdkit.compression import Compression, ErrorFeedback
 from hvdkit.errors import UsageError
 from hvdkit.optimizers import groups as grouping
-from hvdkit.optimizers import heartbeat
+from hvdkit.optimizers import heartbeat, missing
 from hvdkit.profiling import marks
 
 Gradient = Any  # tf.Tensor, tf.IndexedSlices or None
@@ -150,7 +150,8 @@ class GradientExchange:
         """Returns the gradients reduced over the ranks, in the order given.
 
         Args:
-            grads: this rank's gradients, the same kinds on all ranks: `tf.Tensor`, `tf.IndexedSlices` or None.
+            grads: this rank's gradients, the same kinds on all ranks (see `complete`): `tf.Tensor`,
+                `tf.IndexedSlices` or None.
             variables: their variables; needed if some are local, or if groups are given by variable.
         """
         result = list(grads)
@@ -165,11 +166,11 @@ class GradientExchange:
         shared = [i for i, g in enumerate(result) if g is not None and i not in local and i not in shards]
         sparse = [i for i in shared if isinstance(result[i], tf.IndexedSlices)]
         dense = [i for i in shared if i not in sparse]
-        if self.process_set.process_set_id == 0:
-            watchdog.traced(name, [_signature(result[i], variables[i] if variables else i) for i in shared])
+        mesh = mesh_of(variables or [])
+        # Each rank has other shards; those that it has are no part of this reduction.
+        self.announce(result, variables, name, shared if mesh else [i for i in range(len(result)) if i not in local])
         self._note("ready", result)
         self._reduce_dense(result, self._group(dense, result, variables), name)
-        mesh = mesh_of(variables or [])
         for place in sparse:
             # Ranks that hold one model together have the same rows: they count once.
             readers = mesh.data_set if mesh else self.process_set
@@ -182,6 +183,27 @@ class GradientExchange:
                 result[place] = _divided(result[place], self.process_set.size())
         return result
 
+    def complete(self, grads: Sequence[Gradient], variables: Sequence[Any]) -> list[Gradient]:
+        """Returns the gradients with zeros for those that only other ranks have (see `hvdkit.optimizers.missing`)."""
+        if self.is_alone():
+            return list(grads)
+        return missing.complete(grads, variables, self.name, self.process_set, self.is_local)
+
+    def announce(
+        self, grads: Sequence[Gradient], variables: Sequence[Any] | None, name: str, places: Sequence[int]
+    ) -> None:
+        """Tells the watchdog which gradients this rank reduces: it ends the job if ranks differ.
+
+        Args:
+            grads: this rank's gradients, after `complete`.
+            variables: their variables, for messages.
+            name: distinguishes reductions, the same on all ranks.
+            places: the indices of the gradients that the ranks must have alike.
+        """
+        if self.process_set.process_set_id != 0:
+            name = f"{name} of ranks {', '.join(map(str, heartbeat.members(self.process_set)))}"
+        watchdog.traced(name, [_signature(grads[i], variables[i] if variables else i) for i in places])
+
     def start(self, tensors: Sequence[tf.Tensor], variables: Sequence[Any], name: str, slot: str) -> None:
         """Starts a reduction that continues while this rank computes, and that `done` ends.
 
@@ -191,8 +213,7 @@ class GradientExchange:
             name: distinguishes what is reduced, the same on all ranks.
             slot: where this process finds it again (see `collectives.reduce_dense_start`).
         """
-        if self.process_set.process_set_id == 0:
-            watchdog.traced(f"{self.name}.{name}", [_signature(t, v) for t, v in zip(tensors, variables, strict=True)])
+        self.announce(tensors, variables, f"{self.name}.{name}", range(len(tensors)))
         wires = [*(self._compression.compress(t)[0] for t in tensors), heartbeat.current().payload()]
         options = {"op": self.op, "process_set": self.process_set, "slot": slot}
         collectives.reduce_dense_start(wires, f"{self.name}.{name}.start", **options)
@@ -366,14 +387,16 @@ def _check(op: Any, predivide: float, groups: grouping.Groups, process_set: Any)
     grouping.check(groups)
 
 
-def _signature(grad: Gradient, variable: Any) -> tuple[Any, str, str]:
+def _signature(grad: Gradient, variable: Any) -> tuple[Any, str | None, str]:
     """Returns shape, dtype and path of a gradient: Horovod adds up tensors of different shapes without an error."""
+    path = getattr(variable, "path", None) or getattr(variable, "name", None) or f"gradient {variable}"
+    if grad is None:
+        return None, None, path
     sparse = isinstance(grad, tf.IndexedSlices)
     shape = grad.values.shape if sparse else grad.shape
     if shape.rank is not None:
         shape = (None, *shape[1:]) if sparse else tuple(shape)
-    path = getattr(variable, "path", None) or getattr(variable, "name", None)
-    return shape, grad.dtype.name, path or f"gradient {variable}"
+    return shape, f"slices of {grad.dtype.name}" if sparse else grad.dtype.name, path
 
 
 def _divided(grad: Gradient, divisor: int) -> Gradient:

@@ -19,6 +19,7 @@ import numpy as np
 import tensorflow as tf
 
 from hvdkit import world
+from hvdkit.optimizers.singletons import OncePerGraph
 
 LENGTH = 5
 _GOLDEN = 0.618034  # its multiples are spread evenly between whole numbers
@@ -100,15 +101,7 @@ def _factor(rank: int) -> float:
     return (-1) ** rank * (1 + rank * _GOLDEN % 1)
 
 
-_heartbeat: Heartbeat | None = None
-
-
-def current() -> Heartbeat:
-    """This process's heartbeat."""
-    global _heartbeat
-    if _heartbeat is None:
-        _heartbeat = Heartbeat()
-    return _heartbeat
+current = OncePerGraph(Heartbeat)  # returns this process's heartbeat
 
 
 def members(process_set: Any) -> list[int]:

@@ -20,7 +20,7 @@ import keras
 import numpy as np
 import tensorflow as tf
 
-from hvdkit import collectives, watchdog, world
+from hvdkit import collectives, world
 from hvdkit.collectives import transports, wire
 from hvdkit.collectives.mesh import mesh_of
 from hvdkit.collectives.traffic import elements, ring_bytes
@@ -69,7 +69,7 @@ class ShardedOptimizer(DistributedOptimizer):
     sharded, too; weights are allgathered once per step.
 
     Gradients of embeddings become dense. Keras' optimizers then update all rows, not only those in the batch. With
-    momentum or a moving average of squares, the results differ from `DistributedOptimizer`.
+    momentum, a moving average of squares or clipping, the results differ from `DistributedOptimizer`.
 
     `CheckpointCallback` stores the whole state and resumes on any number of ranks, sharded or not. `model.save` on one
     rank cannot read the other ranks' parts: call `gather` on all ranks before it, or the file has no optimizer state.
@@ -207,7 +207,8 @@ class ShardedOptimizer(DistributedOptimizer):
         exchange.used = True
         if not self._self_flats:
             self.build(list(trainable_variables or []))
-        dense = self._in_order(grads, trainable_variables)
+        given = list(self._self_model if trainable_variables is None else trainable_variables)
+        dense = self._in_order(exchange.complete(grads, given), given)
         self._self_absent = {place for place, grad in enumerate(dense) if grad is None}
         averages = self._reduce(dense)
         weights = [native_variable(v) for v in self._self_model]
@@ -240,10 +241,9 @@ class ShardedOptimizer(DistributedOptimizer):
             for variable, average in zip(self._self_model, averages, strict=True):
                 variable.assign(average)
 
-    def _in_order(self, grads: Sequence[Gradient], variables: Sequence[Any] | None) -> list[Any]:
+    def _in_order(self, grads: list[Gradient], given: list[Any]) -> list[Any]:
         """Returns the gradients as dense tensors, one per variable of the optimizer, None where there is none."""
-        given = list(self._self_model if variables is None else variables)
-        grads, given = without_empty_gradients(self._self_leaf, list(grads), given)
+        grads, given = without_empty_gradients(self._self_leaf, grads, given)
         place_of = {id(native_variable(v)): place for place, v in enumerate(self._self_model)}
         dense: list[Any] = [None] * len(self._self_model)
         for grad, variable in zip(grads, given, strict=True):
@@ -259,9 +259,7 @@ class ShardedOptimizer(DistributedOptimizer):
         """Returns the average over ranks of this rank's part of each flat. Also sends the heartbeat."""
         exchange = self._self_gradients
         present = [place for place, grad in enumerate(dense) if grad is not None]
-        if exchange.process_set.process_set_id == 0:
-            paths = [(place, getattr(self._self_model[place], "path", str(place))) for place in present]
-            watchdog.traced(exchange.name, [(tuple(dense[p].shape), dense[p].dtype.name, path) for p, path in paths])
+        exchange.announce(dense, self._self_model, exchange.name, range(len(dense)))
         for place, grad in zip(present, marks.note("ready", [dense[place] for place in present]), strict=True):
             dense[place] = grad
         beat = heartbeat.current()

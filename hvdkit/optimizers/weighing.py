@@ -13,6 +13,7 @@ have to; if not, w_r is exactly 1. What comes after the loss (loss scale, accumu
 as it is, and so do losses that layers add.
 """
 
+import contextlib
 import functools
 import logging
 import threading
@@ -82,7 +83,7 @@ class Weighing(Scope):
         if _is_sum(elements):
             factor = float(self.parts) if self._averages else 1.0
             is_shown_as_mean = value.shape.rank != 0  # Keras trains with the sum of what is not reduced
-            return _multiplied(value, 1.0 if is_shown_as_mean else factor, factor)
+            return _multiplied(value, 1.0 if is_shown_as_mean else self.shown_of_sum(), factor)
         if elements.is_reduced and (elements.mask is not None or elements.weights is not None):
             _warn(
                 f"The loss {_name()} returns one number, so hvdkit cannot see what it counts: it is taken for the mean "
@@ -91,16 +92,26 @@ class Weighing(Scope):
         if not _depends_on_data(elements):
             factor = self.factor_by_size()
             return _multiplied(value, factor if self._shows_share else 1.0, factor)
-        with tf.control_dependencies([value, heartbeat.current().received()]):  # collectives keep the steps' order
+        with self.after(value):
             mine = tf.identity(_counts(elements))
         total = self.total_count(mine, elements)
         factor = tf.math.divide_no_nan(self.parts * mine[0], total[0])
         shown = factor if self._shows_share else factor * tf.math.divide_no_nan(total[1], self.parts * mine[1])
         return _multiplied(value, shown, factor)
 
+    def after(self, value: tf.Tensor) -> contextlib.AbstractContextManager[Any]:
+        """Returns a context in which operations wait for the loss and the last step: collectives keep an order."""
+        return tf.control_dependencies([value, heartbeat.current().received()])
+
+    def shown_of_sum(self) -> Any:
+        """Returns the factor with which a sum is shown: its mean over ranks, by examples, is then the whole sum."""
+        return (
+            float(self.parts) if self._shows_share else tf.math.divide_no_nan(1.0 * self.parts, self.factor_by_size())
+        )
+
     def factor_by_size(self) -> Any:
         """Returns the factor of a loss that counts all elements, so that the sizes of the batches decide."""
-        return batch_sizes.current().factor(_examples(), self.process_set.size(), self.sum)
+        return batch_sizes.current().factor(examples_of_call(), self.process_set.size(), self.sum)
 
     def total_count(self, mine: tf.Tensor, elements: Elements) -> tf.Tensor:
         """Returns the sum over ranks of what they count: denominator and examples, [2]."""
@@ -134,7 +145,7 @@ class Counting(Scope):
             )
         self.found.append(elements)
         self.counts.append(_counts(elements))
-        self.examples.append(_examples())
+        self.examples.append(examples_of_call())
         return value
 
 
@@ -315,8 +326,8 @@ def warn_of_unweighed() -> None:
     forget_unweighed()
 
 
-def _examples() -> tf.Tensor:
-    """Returns the number of examples of this rank's batch, float32."""
+def examples_of_call() -> tf.Tensor:
+    """Returns the number of examples of the batch whose loss is being called, float32."""
     _, predictions = _state.calls[0]
     shape = tf.shape(keras.tree.flatten(predictions)[0])
     return tf.cast(shape[0], tf.float32) if shape.shape[0] != 0 else tf.ones([])  # a single number is one example
@@ -326,7 +337,7 @@ def _counts(elements: Elements) -> tf.Tensor:
     """Returns what this rank counts: the denominator, and the examples of its batch, [2]."""
     count = tf.cast(tf.size(elements.values), tf.float32) if elements.is_reduced else elements.denominator()
     count = count if count.dtype == tf.float64 else tf.cast(count, tf.float32)
-    return tf.stack([count, tf.cast(_examples(), count.dtype)])
+    return tf.stack([count, tf.cast(examples_of_call(), count.dtype)])
 
 
 def _is_sum(elements: Elements) -> bool:

@@ -10,11 +10,12 @@ import tensorflow as tf
 from hvdkit import world
 from hvdkit.compat.keras3 import leave_out_reduction
 from hvdkit.errors import UsageError
+from hvdkit.model import fit
 from hvdkit.optimizers.exchanging import ExchangingOptimizer
 from hvdkit.optimizers.loss_scale import with_loss_scale
 from hvdkit.optimizers.parts import parts_of
 from hvdkit.strategies.base import Strategy, refuse_many_processes, refuse_options
-from hvdkit.strategies.replicas import sum_over_replicas
+from hvdkit.strategies.replicas import ReplicaWeighing, sum_over_replicas
 
 _LOGICAL_CPUS = 2  # number of replicas if there is no GPU and the user gave no number
 
@@ -31,6 +32,7 @@ class MirroredStrategy(Strategy):
     def __init__(self, replicas: int | None = None) -> None:
         refuse_many_processes(self.name)
         self.world = world.enter(world.World.single())
+        fit.install()  # which weighs the replicas' losses
         devices = _devices(replicas)
         self.size = len(devices)
         self.shares: Sequence[int] = range(self.size)
@@ -64,7 +66,7 @@ class MirroredStrategy(Strategy):
         for part in parts_of(optimizer):
             leave_out_reduction(part)  # the sum is done before Keras calls this
         # Keras has already divided the loss by the number of replicas, so the sum of the gradients is their average.
-        return ExchangingOptimizer(optimizer, sum_over_replicas)
+        return ExchangingOptimizer(optimizer, sum_over_replicas, ReplicaWeighing)
 
     def callbacks(self) -> list[keras.callbacks.Callback]:
         """Returns no callbacks: `tf.distribute` mirrors variables and sums metrics."""

@@ -22,6 +22,7 @@ import tensorflow as tf
 from hvdkit import world
 from hvdkit.compat.tensorflow import number_collectives_when_traced
 from hvdkit.errors import UsageError
+from hvdkit.optimizers import weighing
 from hvdkit.optimizers.exchanging import ExchangingOptimizer
 from hvdkit.optimizers.gradients import Gradient
 from hvdkit.optimizers.loss_scale import with_loss_scale
@@ -69,7 +70,8 @@ class MultiWorkerStrategy(HorovodStrategy):
                 f"--strategy=multiworker has no {', '.join(options)}: tf.distribute sends gradients unchanged. "
                 f"Remove it, or use --strategy=horovod."
             )
-        return ExchangingOptimizer(with_loss_scale(optimizer), _WorkerAverage(self._strategy))
+        scope = _weighing if self.size > 1 else None
+        return ExchangingOptimizer(with_loss_scale(optimizer), _WorkerAverage(self._strategy), scope)
 
 
 class _WorkerAverage:
@@ -114,6 +116,11 @@ class _WorkerAverage:
             ),
             sum_over_replicas(here),
         )
+
+
+def _weighing() -> weighing.Scope:
+    """Returns what weighs the workers' losses by what they count. The counts do not go through `tf.distribute`."""
+    return weighing.Weighing("multiworker", world.horovod().global_process_set)
 
 
 def _take_cpu() -> None:

@@ -212,7 +212,7 @@ def traced(name: str, signature: Sequence[tuple[Any, Any, str]]) -> None:
     Args:
         name: the collective's name, the same on all ranks.
         signature: (shape, dtype, variable path) of each tensor, in order. A dimension that may differ between ranks is
-            None; so is a shape of unknown rank.
+            None; so is a shape of unknown rank, and the dtype of a variable for which this rank sends nothing.
     """
     number = _progress.sign(name, signature)
     if number is not None and _thread:

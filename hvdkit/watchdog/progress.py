@@ -17,7 +17,8 @@ BUSY = ("training", "evaluating")
 
 MOST_NAMES = 10_000  # limit of collectives whose calls are counted
 
-Signature = list[list[Any]]  # [shape, dtype name, variable path] for each tensor; a dimension that may differ is None
+# [shape, dtype name, variable path] for each tensor. A dimension that may differ is None, as is the dtype of no tensor.
+Signature = list[list[Any]]
 
 
 class Progress:
@@ -74,7 +75,7 @@ class Progress:
 
     def sign(self, name: str, signature: Sequence[tuple[Any, Any, str]]) -> int | None:
         """Records a collective's signature and returns its number; None if it is already known."""
-        plain = [[_dimensions(shape), getattr(dtype, "name", str(dtype)), path] for shape, dtype, path in signature]
+        plain = [[_dimensions(shape), _name(dtype), path] for shape, dtype, path in signature]
         known = self.traced.setdefault(name, [])
         if plain in known:
             return None
@@ -112,6 +113,10 @@ class Waiting:
             self.progress.waits.remove(self)
         self.progress.last = self
         self.progress.marks += 1
+
+
+def _name(dtype: Any) -> str | None:
+    return None if dtype is None else getattr(dtype, "name", str(dtype))
 
 
 def _dimensions(shape: Any) -> list[int | None] | None:

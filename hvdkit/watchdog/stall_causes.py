@@ -137,6 +137,14 @@ def _mismatch_of_details(states: States) -> str | None:
 def _difference(first: RankState, other: RankState, name: str, number: int) -> str | None:
     one, two = first.traced[name][number], other.traced[name][number]
     for (shape, dtype, path), (other_shape, other_dtype, other_path) in zip(one, two, strict=False):
+        if dtype != other_dtype and None in (dtype, other_dtype):
+            has, lacks = (other, first) if dtype is None else (first, other)
+            return (
+                f"the ranks' gradients differ: in the collective {name!r} {path if lacks is other else other_path} has "
+                f"a gradient on {ranks_of([has])} and none on {ranks_of([lacks])}, where the loss does not depend on "
+                f"it. In a graph all ranks need the same gradients: add 0 * keras.ops.sum(variable) to the loss there, "
+                f"or use run_eagerly=True, where a missing gradient counts as zero."
+            )
         if dtype != other_dtype or not _fits(shape, other_shape):
             also = "" if path == other_path else f" ({other_path} there)"
             return (

@@ -178,7 +178,30 @@ def test_the_sizes_of_batches_of_a_data_set_are_known_if_it_drops_the_last_one(d
     assert sizes_of(data) == ([[4, 1], [4, 1]] if drops else None)
 
 
+class OneBatch(keras.utils.PyDataset):
+    def __len__(self):
+        return 1
+
+    def __getitem__(self, index):
+        return np.ones([4, 1]), np.ones([4, 1])
+
+
+def test_batches_that_python_makes_may_vary_and_those_of_a_filter():
+    one = OneBatch()[0]
+    data = tf.data.Dataset.from_tensors(one)
+    assert seen(fit_loop.may_vary, OneBatch())
+    assert seen(fit_loop.may_vary, (batch for batch in [one]))
+    assert seen(fit_loop.may_vary, data.filter(lambda x, y: True), steps_per_epoch=1)
+    assert not seen(fit_loop.may_vary, data)
+    assert not seen(fit_loop.may_vary, data.repeat(), steps_per_epoch=1)
+    assert not seen(fit_loop.may_vary, *one)
+
+
 def sizes_of(*data, **options):
+    return seen(fit_loop.sizes_of_batches, *data, **options)
+
+
+def seen(of_iterator, *data, **options):
     found = []
     model = keras.Sequential([keras.Input([1]), keras.layers.Dense(1)])
     model.compile("sgd", loss="mse")
@@ -187,7 +210,7 @@ def sizes_of(*data, **options):
         pass
 
     def look(iterator, callbacks):
-        found.append(fit_loop.sizes_of_batches(iterator))
+        found.append(of_iterator(iterator))
         raise EndedError
 
     with pytest.raises(EndedError):

@@ -33,7 +33,7 @@ def test_the_flag_chooses_whether_sizes_are_exchanged(monkeypatch):
     from hvdkit.optimizers import batch_sizes, heartbeat
 
     beat, sizes = heartbeat.Heartbeat(), batch_sizes.BatchSizes()
-    monkeypatch.setattr(heartbeat, "_heartbeat", beat)
+    monkeypatch.setattr(heartbeat, "current", lambda: beat)
     asked = []
 
     def factor(examples):

@@ -33,6 +33,7 @@ def training(rank, step, **fields):
 
 
 GRADIENT = [[[4, 3], "float32", "head/kernel"], [[3], "float32", "head/bias"]]
+NO_KERNEL = [[None, None, "head/kernel"], GRADIENT[1]]
 WIDER = [[[4, 5], "float32", "head/kernel"], [[5], "float32", "head/bias"]]
 
 
@@ -60,6 +61,10 @@ WIDER = [[[4, 5], "float32", "head/kernel"], [[5], "float32", "head/bias"]]
         (
             [training(0, 3, traced={"g": [GRADIENT]}), training(1, 3, traced={"g": [GRADIENT[:1]]})],
             "the collective 'g' has 2 tensors on rank 0 and 1 on rank 1; head/bias is on rank 0 only",
+        ),
+        (
+            [training(0, 3, traced={"g": [NO_KERNEL]}), training(1, 3, traced={"g": [GRADIENT]})],
+            "in the collective 'g' head/kernel has a gradient on rank 1 and none on rank 0",
         ),
         (
             [training(0, 9), state(1, epoch=0, step=4), training(2, 9)],
