@@ -68,7 +68,8 @@ def of_dataset(dataset: Any) -> str | None:
     """Returns the fingerprint of what determines a data set's elements, but not of their order when it is shuffled.
 
     None if that cannot be seen, as with elements from Python; if the data set draws its elements at random, or is
-    shuffled without a seed and repeated for ever, so that ranks draw different ones; or if it is constant.
+    shuffled without a seed and repeated for ever, so that ranks draw different ones; or if it is constant. A seed is
+    that of the shuffle or of TensorFlow (`keras.utils.set_random_seed`).
     """
     if not isinstance(dataset, tf.data.Dataset):
         return None
@@ -77,7 +78,8 @@ def of_dataset(dataset: Any) -> str | None:
     if any(type(part).__name__ not in _SOURCES for part in leaves):
         return None
     is_endless = int(dataset.cardinality()) == tf.data.INFINITE_CARDINALITY
-    if is_endless and any(_shuffles_at_random(part) for part in parts):
+    shuffles = [(int(part._seed), int(part._seed2)) for part in parts if type(part).__name__ == "_ShuffleDataset"]
+    if is_endless and (0, 0) in shuffles:
         return None
     functions = [function for part in parts for function in _functions(part)]
     operations = {node.op for function in functions for node in _nodes(function)}
@@ -85,6 +87,8 @@ def of_dataset(dataset: Any) -> str | None:
     if operations & _PYTHON or (draws and all(type(part).__name__ == "_RangeDataset" for part in leaves)):
         return None
     found = Fingerprint()
+    if is_endless:  # ranks with other seeds see other elements
+        found.add(shuffles)
     for part in parts:
         _add_part(found, part)
     found.varies |= any(type(part).__name__ == "_RangeDataset" and int(part.cardinality()) > 1 for part in leaves)
@@ -141,10 +145,6 @@ def _parts(dataset: Any) -> Iterator[Any]:
     yield dataset
     for part in _inputs(dataset):
         yield from _parts(part)
-
-
-def _shuffles_at_random(part: Any) -> bool:
-    return type(part).__name__ == "_ShuffleDataset" and not int(part._seed) and not int(part._seed2)
 
 
 def _functions(part: Any) -> Iterator[Any]:

@@ -16,7 +16,7 @@ import sys
 from pathlib import Path
 
 from hvdkit import outcome, reporting
-from hvdkit.command.arguments import Parser, new_file
+from hvdkit.command.arguments import Parser
 from hvdkit.doctor import report
 from hvdkit.doctor.checks import CHECKS, judge
 from hvdkit.doctor.checks.registry import FAILED
@@ -107,7 +107,7 @@ def parser() -> Parser:
         help="leave these out, as in: ssh,bandwidth; without "
         "build, TensorFlow is not loaded, and no data set is read and no rank started",
     )
-    made.add_argument("--json", type=new_file, metavar="FILE", help="write results and findings there, too")
+    made.add_argument("--json", metavar="FILE", help="write results and findings there, too")
     return made
 
 

@@ -135,7 +135,7 @@ def test_no_table_without_rows_fails():
 
 def test_a_measurement_names_the_machine(tmp_path):
     reporting.write_measurement(None, {"rows": []})
-    reporting.write_measurement(str(tmp_path / "found.json"), {"rows": [1]})
+    reporting.write_measurement(tmp_path / "found.json", {"rows": [1]})
     found = json.loads((tmp_path / "found.json").read_text())
     assert found["rows"] == [1]
     assert found["machine"]["cores"] == len(os.sched_getaffinity(0))

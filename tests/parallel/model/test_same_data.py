@@ -44,7 +44,7 @@ def warned():
         "PyDataset": (hvd.data.shard(Shuffled(0)),),
         "generator": (hvd.data.shard(batches()),),
         "constant": ones,
-        "drawn": (slices.shuffle(32).repeat().batch(8),),
+        "drawn": (slices.shuffle(32, seed=1 + rank).repeat().batch(8),),
         "of several orders": (hvd.data.shard(Shuffled(rank)),),
     }
     model = keras.Sequential([keras.layers.Input([3]), keras.layers.Dense(1)])

@@ -11,6 +11,12 @@ X = np.random.default_rng(0).normal(size=(200, 3)).astype("float32")
 Data = tf.data.Dataset
 
 
+@pytest.fixture(autouse=True)
+def no_seed():
+    """An earlier test may have set a seed, which then is that of all shuffles."""
+    tf.random.set_seed(None)
+
+
 def _read(rank):
     """Elements that depend on the rank in their function only."""
     return Data.range(9).map(lambda i: tf.gather(X, 2 * i + rank))
@@ -49,6 +55,7 @@ def test_data_that_no_rank_has_divided_are_alike(make):
         lambda rank: Data.from_tensor_slices([f"part-{rank}", "x"]).interleave(tf.data.TFRecordDataset),
         lambda _: Data.range(9).map(lambda i: tf.random.normal([3])),
         lambda _: Data.from_tensor_slices(X).shuffle(200).repeat(),
+        lambda rank: Data.from_tensor_slices(X).shuffle(200, seed=1 + rank).repeat(),
         lambda _: Data.from_tensor_slices(np.ones([200, 3])).batch(8),
         lambda _: Data.from_generator(lambda: iter(X), output_signature=tf.TensorSpec([3])),
         lambda _: Data.range(9).map(lambda i: tf.numpy_function(lambda i: X[i], [i], tf.float32)),
