@@ -100,7 +100,7 @@ def test_a_grid_is_finished_and_the_best_model_is_kept(tmp_path):
     assert "A local batch of 100000 is larger than a share of 1293 training examples" in error, "a tenth is validated on"
     best = max(t["value"] for t in result["trials"] if t["state"] == "done")
     kept = json.loads((workdir / "best" / "result.json").read_text())
-    assert result["best"]["value"] == best == kept["test_accuracy"] >= 0.9
+    assert result["best"]["value"] == best == kept["validation_accuracy"] >= 0.9
     assert keras.saving.load_model(workdir / "best" / "model.keras").count_params() > 0
     assert len(list(workdir.glob("trials/*/try-*/model.keras"))) == 1, "those of the others take room"
     for plot in ("history", "parallel_coordinate", "importance"):
