@@ -97,7 +97,7 @@ def test_a_grid_is_finished_and_the_best_model_is_kept(tmp_path):
     states = [(t["values"]["global_batch"], t["state"], t["notes"]["tries"]) for t in result["trials"]]
     assert sorted(states) == sorted([(32, "done", 1), (64, "done", 1), (100000, "failed", 1)] * 2)
     error = next(t["notes"]["error"] for t in result["trials"] if t["state"] == "failed")
-    assert "A local batch of 100000 is larger than a share of 1293 training examples" in error, "a tenth is validated on"
+    assert "A local batch of 100000 is larger than a share of 1293 training examples" in error  # a tenth validates
     best = max(t["value"] for t in result["trials"] if t["state"] == "done")
     kept = json.loads((workdir / "best" / "result.json").read_text())
     assert result["best"]["value"] == best == kept["validation_accuracy"] >= 0.9
