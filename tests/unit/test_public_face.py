@@ -138,3 +138,10 @@ def test_the_types_are_installed_with_the_package():
     project = (ROOT / "pyproject.toml").read_text()
     assert 'hvdkit = ["py.typed", "__init__.pyi"]' in project
     assert (ROOT / "hvdkit" / "py.typed").exists()
+
+
+def test_every_package_is_installed():
+    """An installation that is not editable has what pyproject.toml lists, and nothing else."""
+    listed = set(re.findall(r'^    "(hvdkit[.\w]*)",$', (ROOT / "pyproject.toml").read_text(), re.MULTILINE))
+    folders = (path.parent.relative_to(ROOT) for path in (ROOT / "hvdkit").rglob("__init__.py"))
+    assert listed == {".".join(folder.parts) for folder in folders}
