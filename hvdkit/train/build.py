@@ -200,10 +200,10 @@ def check_loss(model: keras.Model, spec: tf.TensorSpec, name: str, *, each_token
     Raises:
         UsageError: they cannot be computed from labels that are numbers of classes.
     """
-    inputs = tf.zeros([2, *spec.shape], tf.float32 if spec.dtype == tf.uint8 else spec.dtype)
-    labels = tf.zeros([2, *spec.shape], tf.int32) if each_token else tf.zeros([2], tf.int64)
     if tf.distribute.has_strategy():
         return  # metrics are updated in replicas only
+    inputs = tf.zeros([2, *spec.shape], tf.float32 if spec.dtype == tf.uint8 else spec.dtype)
+    labels = tf.zeros([2, *spec.shape], tf.int32) if each_token else tf.zeros([2], tf.int64)
     try:
         outputs = model(inputs, training=False)
         model.compute_loss(inputs, labels, outputs)
@@ -237,6 +237,7 @@ def check_savable(model: keras.Model, name: str) -> None:
 def _import_file(path: Path) -> Any:
     """Imports a file: as part of its package if it is in one, so that relative imports work."""
     path = path.resolve()
+    sys.path.insert(0, str(path.parent))  # like `python file.py`, for modules in the same folder
     packages = list(itertools.takewhile(lambda folder: (folder / "__init__.py").is_file(), path.parents))
     if packages:
         names = [folder.name for folder in reversed(packages)]
@@ -246,7 +247,6 @@ def _import_file(path: Path) -> Any:
         raise UsageError(f"{path} cannot be imported as Python.")
     module = importlib.util.module_from_spec(spec)
     sys.modules[spec.name] = module  # for dataclasses, pickle and autograph
-    sys.path.insert(0, str(path.parent))  # like `python file.py`, for modules in the same folder
     try:
         spec.loader.exec_module(module)
     except Exception as error:

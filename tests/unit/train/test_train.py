@@ -400,7 +400,9 @@ def test_models_in_packages_may_import_relatively(tmp_path, monkeypatch):
     for folder in (package, package.parent):
         (folder / "__init__.py").touch()
     (package.parent / "sizes.py").write_text("WIDTH = 3\n")
-    (package / "of_mine.py").write_text("from ..sizes import WIDTH\ndef build(): return WIDTH\n")
+    (package / "beside_it.py").write_text("MORE = 0\n")
+    program = "from ..sizes import WIDTH\nfrom beside_it import MORE\ndef build(): return WIDTH + MORE\n"
+    (package / "of_mine.py").write_text(program)
     assert find_model(f"{package / 'of_mine.py'}:build").build() == 3
     monkeypatch.chdir(tmp_path)
     by_name = find_model("my_package.inner.of_mine:build")
