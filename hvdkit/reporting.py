@@ -33,6 +33,7 @@ COLOURS = {
 _NUMBER = r"[-+×]?\d[\d,]*(?:\.\d+)?(?:e[-+]?\d+)?%?"
 _NUMBERS = re.compile(rf"{_NUMBER}(?:(?: to | ){_NUMBER})*(?: \([a-z ]+\))?")
 _ENDLESS = 1 << 20  # width of a pipe or file: nothing is wrapped or cut
+_PLAIN_NUMBERS = 10_000  # on logarithmic axes; larger ones are shown as powers of ten
 _GAP = 2  # spaces between columns
 _RULE = "    \n    \n {0}{0} \n    \n    \n    \n    \n    \n"  # rich's description of a box: a line below the headings
 
@@ -184,16 +185,29 @@ def write_measurement(path: Path | None, content: Mapping[str, Any]) -> None:
 def plot(
     path: Path | None, title: str, x: str, y: str, lines: Mapping[str, Sequence[tuple[float, float]]], **scales: str
 ) -> None:
-    """Draws lines of (x, y) into a PNG, if `path` is given; `xscale` and `yscale` are as in matplotlib."""
+    """Draws lines of (x, y) into a PNG, if `path` is given; `xscale` and `yscale` are as in matplotlib.
+
+    The line named `ideal` is dashed. Logarithmic axes of numbers up to 10,000 show them in plain digits, the horizontal
+    one at the points.
+    """
     if not path:
         return
     from matplotlib.figure import Figure  # takes a second to load
+    from matplotlib.ticker import FixedLocator, LogLocator, NullLocator, ScalarFormatter
 
     figure = Figure(figsize=(7, 4.5), layout="constrained")
     axes = figure.subplots()
     for name, points in lines.items():
-        axes.plot(*zip(*points, strict=True), marker="o", label=name)
+        style: dict[str, Any] = {"color": "gray", "linestyle": "--"} if name == "ideal" else {"marker": "o"}
+        axes.plot(*zip(*points, strict=True), label=name, **style)
     axes.set(title=title, xlabel=x, ylabel=y, **scales)
+    xs, ys = ({point[place] for points in lines.values() for point in points} for place in (0, 1))
+    for axis, scale, numbers, locator in (
+        (axes.xaxis, scales.get("xscale"), xs, FixedLocator(sorted(xs))),
+        (axes.yaxis, scales.get("yscale"), ys, LogLocator(base=2)),
+    ):
+        if scale == "log" and max(numbers) <= _PLAIN_NUMBERS:
+            axis.set(major_locator=locator, minor_locator=NullLocator(), major_formatter=ScalarFormatter())
     axes.grid(visible=True, alpha=0.3)
     axes.legend()
     figure.savefig(path)

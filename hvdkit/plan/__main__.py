@@ -1,5 +1,6 @@
 """Predicts how training scales to more ranks, and recommends the fastest mode, or none.
 
+    hvdkit plan -- --model=cifar_cnn --dataset=cifar10     on this host: one rank, or more, up to one a core?
     hvdkit plan --batch 64 --ranks 1,2,4,8 --links links.json -- --model=cifar_cnn --dataset=cifar10
     hvdkit plan --batch 64 --ranks 1,16,1024 --latency 20us --bandwidth 25Gbit/s -- --model=mine.py:build
     hvdkit plan measure -H h1:1,h2:1 ...     predict for these hosts, and run each mode on them
@@ -23,6 +24,7 @@ from typing import Any
 from hvdkit import outcome, reporting
 from hvdkit.command.arguments import Parser, new_file
 from hvdkit.errors import UsageError
+from hvdkit.launch import hosts as hosts_of
 from hvdkit.plan import advice, facts, links, measure, modes, published, report
 from hvdkit.plan import score as scoring
 from hvdkit.plan.cost import Cluster, Compute, Link, Mode
@@ -51,18 +53,22 @@ def parser() -> Parser:
     """Create the planner's argument parser."""
     made = Parser("plan", description=__doc__)
     made.add_argument("--batch", type=int, default=64, help="local batch size: samples per step on each rank [64]")
-    made.add_argument("--ranks", default="1,2,4,8", help="numbers of ranks to predict, up to thousands [1,2,4,8]")
     made.add_argument(
-        "--ranks-per-host", type=int, default=1, metavar="N", help="maximum number of ranks on a host [1]"
+        "--ranks",
+        help="numbers of ranks to predict, up to thousands [1,2,4,8; with -H, up to all ranks of the hosts; without "
+        "options about hosts or links, up to one for each core of this host]",
+    )
+    made.add_argument(
+        "--ranks-per-host",
+        type=int,
+        metavar="N",
+        help="maximum number of ranks on a host [1; with -H, that of the hosts; without options about hosts or links, "
+        "the cores of this host]",
     )
     made.add_argument("--links", metavar="FILE", help="measurements of allreduce between hosts")
     made.add_argument("--inside", metavar="FILE", help="measurements of allreduce between ranks of one host")
-    made.add_argument(
-        "--latency", default="50us", help="latency of a message between hosts, if --links is not given [50us]"
-    )
-    made.add_argument(
-        "--bandwidth", default="10Gbit/s", help="bandwidth between hosts, if --links is not given [10Gbit/s]"
-    )
+    made.add_argument("--latency", help="latency of a message between hosts, if --links is not given [50us]")
+    made.add_argument("--bandwidth", help="bandwidth between hosts, if --links is not given [10Gbit/s]")
     made.add_argument("--agreeing", default="1ms", help="duration of Horovod's negotiation between two ranks [1ms]")
     made.add_argument(
         "--transport",
@@ -76,9 +82,14 @@ def parser() -> Parser:
     made.add_argument("--threads", type=int, help="cores per rank [an equal share of this machine's cores]")
     made.add_argument("--shared-machine", action="store_true", help="the hosts are test hosts on this machine")
     made.add_argument("--modes", default="", help="modes to consider, separated by commas [all]")
-    made.add_argument("-H", dest="hosts", default="", help="hosts for the recommended command")
+    made.add_argument("-H", dest="hosts", default="", help="hosts to predict for, as in -H h1:2,h2:2")
     made.add_argument("--price", type=float, help="price of one rank per hour")
     made.add_argument("--seconds", type=float, default=4.0, help="seconds of each measurement [4]")
+    made.add_argument(
+        "--details",
+        action="store_true",
+        help="one line for each mode and number of ranks, with intervals and step times",
+    )
     made.add_argument("--json", type=new_file, metavar="FILE", help="write the results to this file, too")
     made.add_argument("--plot", type=new_file, metavar="FILE.png", help="plot the results to this file")
     made.add_argument("flags", nargs="*", help="after --: flags of hvdkit train, without a batch size")
@@ -86,21 +97,34 @@ def parser() -> Parser:
 
 
 def _plan(arguments: argparse.Namespace) -> int:
+    _lay_out(arguments)
     numbers = _numbers(arguments.ranks)
     _check(arguments)
-    threads = arguments.threads or max(1, usable_cores() // max(1, arguments.ranks_per_host))
+    threads = arguments.threads or max(1, usable_cores() // arguments.ranks_per_host)
     found, ways, measured = _predict(arguments, numbers, threads, *_cluster(arguments))
-    sentence = advice.advise(found, ways, " ".join(arguments.flags), arguments.hosts)
-    print(report.table(found))
+    sentence = advice.advise(found, ways, " ".join(arguments.flags), arguments.hosts, arguments.ranks_per_host)
+    print(report.details(found) if arguments.details else report.table(found, ways))
     print(f"\n{sentence}")
     reporting.write_measurement(arguments.json, {"rows": found, **measured, "advice": sentence})
-    lines: dict[str, list[tuple[float, float]]] = {}
-    for row in found:
-        lines.setdefault(row["mode"], []).append((row["ranks"], row["speedup"]))
-    first = found[0]["mode"]
-    lines["ideal"] = [(row["ranks"], row["speedup"] / row["efficiency"]) for row in found if row["mode"] == first]
+    lines = report.lines(found, ways)
     reporting.plot(arguments.plot, "predicted scaling", "ranks", "times one process", lines, xscale="log", yscale="log")
     return 0
+
+
+def _lay_out(arguments: argparse.Namespace) -> None:
+    """Fill in the numbers of ranks and the ranks of a host that the user left open."""
+    if arguments.hosts:
+        slots = [host.slots for host in hosts_of.from_list(arguments.hosts)]
+        total, most = sum(slots), max(slots)
+    elif any((arguments.ranks, arguments.ranks_per_host, arguments.links, arguments.latency, arguments.bandwidth)):
+        total, most = 8, 1
+    else:
+        total = most = usable_cores()
+    if not arguments.ranks:
+        powers = [2**power for power in range(total.bit_length()) if 2**power < total]
+        arguments.ranks = ",".join(map(str, [*powers, total]))
+    if arguments.ranks_per_host is None:
+        arguments.ranks_per_host = most
 
 
 def _check(arguments: argparse.Namespace) -> None:
@@ -118,9 +142,9 @@ def _check(arguments: argparse.Namespace) -> None:
 def _measure(arguments: argparse.Namespace) -> int:
     if not arguments.hosts:
         raise UsageError("measure needs hosts to try the modes on, as in -H h1:1,h2:1.")
-    _check(arguments)
-    slots = [int(host.rpartition(":")[2]) if ":" in host else 1 for host in arguments.hosts.split(",")]
+    slots = [host.slots for host in hosts_of.from_list(arguments.hosts)]
     number, arguments.ranks_per_host = sum(slots), max(slots)
+    _check(arguments)
     beside = number if arguments.shared_machine else arguments.ranks_per_host
     threads = arguments.threads or max(1, usable_cores() // beside)
     cluster, deviations, transfers = _measured_cluster(arguments)
@@ -190,7 +214,8 @@ def _cluster(arguments: argparse.Namespace) -> tuple[Cluster, dict[str, float]]:
         between, deviations = links.read(arguments.links)
     else:
         transport = arguments.transport or links.expected_transport()
-        between = links.given(arguments.latency, arguments.bandwidth, arguments.agreeing, transport)
+        latency, bandwidth = arguments.latency or "50us", arguments.bandwidth or "10Gbit/s"
+        between = links.given(latency, bandwidth, arguments.agreeing, transport)
     inside = links.read(arguments.inside, "inside")[0] if arguments.inside else _MEMORY
     cluster = Cluster(between, inside, arguments.ranks_per_host, usable_cores(), arguments.shared_machine)
     return cluster, deviations

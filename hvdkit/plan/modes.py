@@ -10,10 +10,23 @@ LOCAL_STEPS, DILOCO_STEPS, ACCUMULATED = 20, 100, 5  # DiLoCo and local SGD roun
 FRAGMENTS = 4  # of streaming DiLoCo
 _SCATTERING = ("int8", "onebit")
 FEEDBACK = ("int8", "onebit", "topk", "powersgd")
-NAMES = (
-    *("data parallel", "fp16", *FEEDBACK, "accumulation", "local SGD", "DiLoCo", "streaming DiLoCo", "mirrored"),
-    *("tensor parallel", "pipeline parallel", "independent"),
-)
+ABOUT = {  # what each mode does, for tables
+    "data parallel": "all ranks average all gradients in each step",
+    "fp16": "averages gradients of 16 bits",
+    "int8": "averages gradients of 8 bits",
+    "onebit": "averages the gradients' signs",
+    "topk": "averages the largest 1 % of the gradients",
+    "powersgd": "averages low-rank approximations of the gradients",
+    "accumulation": f"averages gradients once in {ACCUMULATED} steps",
+    "local SGD": f"each rank trains alone; averages weights once in {LOCAL_STEPS} steps",
+    "DiLoCo": f"as local SGD, once in {DILOCO_STEPS} steps, with an outer optimizer",
+    "streaming DiLoCo": f"as DiLoCo, in {FRAGMENTS} parts sent while training goes on",
+    "mirrored": "one process with a replica on each device (tf.distribute)",
+    "tensor parallel": "divides each layer over the ranks",
+    "pipeline parallel": "divides the model into consecutive stages",
+    "independent": "no exchange: each rank trains a model of its own",
+}
+NAMES = tuple(ABOUT)
 
 
 def all_modes(

@@ -9,8 +9,10 @@ import numpy as np
 from hvdkit import reporting
 from hvdkit.plan import published
 from hvdkit.plan.cost import Cluster, Compute, Link, Mode, predict
+from hvdkit.plan.modes import ABOUT
 
 _DRAWS = 400
+_DENSE, _NO_EXCHANGE = "data parallel", "independent"
 
 
 def rows(
@@ -84,8 +86,53 @@ def _scaled(link: Link, start: float, byte: float) -> Link:
     )
 
 
-def table(found: Sequence[Mapping[str, Any]]) -> str:
-    """Format the predictions as a table."""
+def table(found: Sequence[Mapping[str, Any]], modes: Mapping[str, Mode]) -> str:
+    """Format the predictions as two tables: samples/s by mode and ranks, the fastest first, and what the modes do."""
+    numbers = sorted({row["ranks"] for row in found})
+    by_mode: dict[str, dict[int, Mapping[str, Any]]] = {}
+    for row in found:
+        by_mode.setdefault(row["mode"], {})[row["ranks"]] = row
+    names = sorted(by_mode, key=lambda name: -max(row["samples_per_second"] for row in by_mode[name].values()))
+    names.sort(key=lambda name: not modes[name].exact or name == _NO_EXCHANGE)
+    heads = ["mode", *(f"{n} {'rank' if n == 1 else 'ranks'}" for n in numbers), "times one process", "MiB a rank"]
+    heads += ["MB sent a step", "same training"]
+    lines = []
+    for name in names:
+        rates = [f"{by_mode[name][n]['samples_per_second']:,.0f}" if n in by_mode[name] else "-" for n in numbers]
+        last = by_mode[name][max(by_mode[name])]
+        best = max(row["speedup"] for row in by_mode[name].values())
+        same = "yes" if modes[name].exact and name != _NO_EXCHANGE else "no"
+        megabytes = f"{last['wire_bytes'] / 1e6:,.3f}"
+        lines.append([name, *rates, f"{best:.2f}", f"{last['memory_bytes'] / 2**20:,.0f}", megabytes, same])
+    legend = reporting.table(["mode", "what it does"], [[name, ABOUT[name]] for name in names])
+    return (
+        f"Samples/s with the number of ranks:\n\n{reporting.table(heads, lines)}\n\n"
+        f"times one process: the best of the row, against one process with all cores of a host. MiB, MB: of one rank, "
+        f"at the most ranks.\nsame training: yes, if the model is the one that a single process trains with the global "
+        f"batch; otherwise compare accuracies.\n\n{legend}"
+    )
+
+
+def lines(found: Sequence[Mapping[str, Any]], modes: Mapping[str, Mode]) -> dict[str, list[tuple[float, float]]]:
+    """Return what to plot, by name: ideal scaling, data parallelism, and the fastest exact and other modes."""
+    by_mode: dict[str, list[tuple[float, float]]] = {}
+    for row in found:
+        by_mode.setdefault(row["mode"], []).append((row["ranks"], row["speedup"]))
+
+    def fastest(exact: bool, number: int) -> list[str]:
+        others = [name for name, points in by_mode.items() if name not in (_DENSE, _NO_EXCHANGE) and len(points) > 1]
+        names = [name for name in others if modes[name].exact == exact]
+        return sorted(names, key=lambda name: -max(speedup for _, speedup in by_mode[name]))[:number]
+
+    first = found[0]["mode"]
+    drawn = {"ideal": [(row["ranks"], row["speedup"] / row["efficiency"]) for row in found if row["mode"] == first]}
+    dense = [_DENSE] if _DENSE in by_mode else []
+    drawn |= {name: by_mode[name] for name in (*dense, *fastest(True, 1))}
+    return drawn | {f"{name} (other training)": by_mode[name] for name in fastest(False, 2)}
+
+
+def details(found: Sequence[Mapping[str, Any]]) -> str:
+    """Format one line for each mode and number of ranks, with the step time and the interval."""
     priced = any(row["cost_per_million"] is not None for row in found)
     heads = [
         "mode",

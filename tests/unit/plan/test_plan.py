@@ -16,6 +16,7 @@ from hvdkit.collectives.transports.sockets import Sockets
 from hvdkit.compression import by_name
 from hvdkit.errors import UsageError
 from hvdkit.optimizers import groups
+from hvdkit.plan import __main__ as planner
 from hvdkit.plan import advice, cost, facts, links, modes, published, report, score
 from hvdkit.plan.cost import (
     Cluster,
@@ -306,6 +307,7 @@ def test_ranks_are_compared_with_a_process_that_has_all_their_cores():
         {"data parallel": DENSE},
         "--model=m",
         "",
+        ranks_per_host=2,
     )
 
 
@@ -456,10 +458,10 @@ def test_the_flags_of_a_link_are_understood():
             links.given(latency, bandwidth, "1ms")
 
 
-def _advice(link, modes):
+def _advice(link, modes, hosts="h1:1,h2:1", ranks_per_host=1):
     cluster = Cluster(link, link)
     found = report.rows([1, 2, 4], 64, COMPUTE, modes, cluster, {"compute": 0.05, "start": 0.1, "byte": 0.1})
-    return advice.advise(found, modes, "--model=m", "h1:1,h2:1")
+    return advice.advise(found, modes, "--model=m", hosts, ranks_per_host)
 
 
 def test_the_advice_changes_with_the_link():
@@ -471,7 +473,39 @@ def test_the_advice_changes_with_the_link():
     assert slow.startswith("Dense data parallelism does not pay here; DiLoCo on 4 ranks")
     assert slow.endswith("--model=m --local-steps=100")
     none = _advice(Link(1e-2, 1e-6), {"data parallel": DENSE})
-    assert none.startswith("Not at all: train in one process (the best, data parallel on 4 ranks, makes 0.0")
+    assert none.startswith("Not at all: train in one process (the best, data parallel on 4 ranks, reaches 0.0")
+
+
+def test_the_advice_names_hosts_only_where_one_is_not_enough():
+    modes, link = {"data parallel": DENSE}, Link(1e-6, 1e-10)
+    assert ": launch/local.sh -np 4 --model=m" in _advice(link, modes, "", 4)
+    assert ": launch/hosts.sh -H HOST1:2,HOST2:2 -np 4 --model=m" in _advice(link, modes, "", 2)
+
+
+def _options(*given):
+    arguments = planner.parser().parse_args([*given])
+    planner._lay_out(arguments)
+    return arguments.ranks, arguments.ranks_per_host
+
+
+def test_ranks_that_nobody_names_are_those_of_this_host_or_of_the_hosts(monkeypatch):
+    monkeypatch.setattr(planner, "usable_cores", lambda: 6)
+    assert _options() == ("1,2,4,6", 6)
+    assert _options("-H", "h1:2,h2:3") == ("1,2,4,5", 3)
+    assert _options("--bandwidth=1Gbit/s") == ("1,2,4,8", 1)
+    assert _options("--ranks=1,16", "--ranks-per-host=8") == ("1,16", 8)
+
+
+def test_the_report_shows_each_mode_once_and_the_plot_a_few():
+    ways = modes.all_modes([[1000, 100], [100]], "adam", dict.fromkeys(modes.FEEDBACK, 1e-4))
+    found = report.rows([1, 2, 4, 8], 64, COMPUTE, ways, CLUSTER, {"compute": 0.05, "start": 0.1, "byte": 0.1})
+    shown = report.table(found, ways)
+    for name in {row["mode"] for row in found}:
+        assert len(re.findall(rf"^{name}  .*(yes|no)$", shown, re.MULTILINE)) == 1, shown
+    drawn = report.lines(found, ways)
+    assert list(drawn)[:2] == ["ideal", "data parallel"]
+    assert len(drawn) <= 5
+    assert drawn["ideal"][-1] == (8, pytest.approx(8))
 
 
 def test_intervals_hold_the_prediction_and_grow_with_doubt():
