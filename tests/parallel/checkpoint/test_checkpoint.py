@@ -104,6 +104,7 @@ def seen(path):
     return [sum(step, []) for step in zip(*by_rank, strict=True)]
 
 
+@pytest.mark.slow
 def test_another_number_of_ranks_sees_each_example_once(ranks, train, tmp_path):
     """Three ranks begin and are told to leave, two go on and are told, and one process ends it."""
     (tmp_path / "mine.py").write_text(MODELS)

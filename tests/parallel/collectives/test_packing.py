@@ -43,7 +43,7 @@ def sums_and_bytes():
     return found
 
 
-@pytest.mark.parametrize("number", [2, 3])
+@pytest.mark.parametrize("number", [2, pytest.param(3, marks=pytest.mark.slow)])
 def test_the_same_bits_arrive_from_fewer_bytes(ranks, number):
     packed, plain = (ranks(number, sums_and_bytes, env=env) for env in (ALWAYS, NEVER))
     for mine, theirs in zip(packed, plain, strict=True):

@@ -46,7 +46,7 @@ def _trained(model, optimizer, x, y, **options):
     return [np.asarray(w) for w in model.get_weights()]
 
 
-def trained_with_normalization(path):
+def trained_with_normalization(path, names):
     import keras
 
     import hvdkit as hvd
@@ -61,16 +61,18 @@ def trained_with_normalization(path):
 
     if world.is_root:
         _small(hvd.SyncBatchNormalization)  # Keras numbers this rank's layers differently from now on
-    results = {
-        "one process": _trained(_small(keras.layers.BatchNormalization), keras.optimizers.SGD(0.05), x, y),
-        "functional": everywhere(_small(hvd.SyncBatchNormalization)),
-        "changed": everywhere(hvd.synchronize_batch_normalization(_small(keras.layers.BatchNormalization))),
-        "cloned": everywhere(_copy(_small(hvd.SyncBatchNormalization))),
-        "eager": everywhere(_small(hvd.SyncBatchNormalization), run_eagerly=True),
-        "several steps": everywhere(_small(hvd.SyncBatchNormalization), steps_per_execution=3),
-        "subclassed": everywhere(_subclassed(_small(hvd.SyncBatchNormalization))),
-        "local": everywhere(_small(keras.layers.BatchNormalization)),
+    plain, synchronized = keras.layers.BatchNormalization, hvd.SyncBatchNormalization
+    ways = {
+        "functional": lambda: everywhere(_small(synchronized)),
+        "changed": lambda: everywhere(hvd.synchronize_batch_normalization(_small(plain))),
+        "local": lambda: everywhere(_small(plain)),
+        "eager": lambda: everywhere(_small(synchronized), run_eagerly=True),
+        "cloned": lambda: everywhere(_copy(_small(synchronized))),
+        "several steps": lambda: everywhere(_small(synchronized), steps_per_execution=3),
+        "subclassed": lambda: everywhere(_subclassed(_small(synchronized))),
     }
+    results = {name: ways[name]() for name in names}
+    results["one process"] = _trained(_small(plain), keras.optimizers.SGD(0.05), x, y)
     if world.is_root:
         model = _small(hvd.SyncBatchNormalization)
         model.set_weights(results["functional"])
@@ -128,10 +130,17 @@ def _half_precision(world, x, mine):
     ]
 
 
-@pytest.mark.parametrize("size", [2, pytest.param(3, marks=pytest.mark.slow)])
-def test_it_trains_the_model_of_one_process(ranks, size, tmp_path):
+_SOME = ["functional", "changed", "local"]
+_OTHERS = ["eager", "cloned", "several steps", "subclassed"]
+
+
+@pytest.mark.parametrize(
+    ("size", "names"),
+    [(2, _SOME), *(pytest.param(size, [*_SOME, *_OTHERS], marks=pytest.mark.slow) for size in (2, 3))],
+)
+def test_it_trains_the_model_of_one_process(ranks, size, names, tmp_path):
     path = tmp_path / "x.keras"
-    everyone = ranks(size, trained_with_normalization, path=str(path))
+    everyone = ranks(size, trained_with_normalization, path=str(path), names=names)
     for results, (ours, alone) in everyone:
         expected = results.pop("one process")
         saved = results.pop("saved", None)

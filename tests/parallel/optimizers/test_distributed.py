@@ -205,7 +205,7 @@ def in_buckets(length):
     return steps(tf.constant(world.rank + 1.0)).numpy().tolist()
 
 
-@pytest.mark.parametrize("size", [2, 3])
+@pytest.mark.parametrize("size", [2, pytest.param(3, marks=pytest.mark.slow)])
 def test_buckets_of_one_step_never_meet_those_of_another(ranks, size):
     expected = [[[(step + 1) * (i + 1) * (size + 1) / 2] * 2 for i in range(3)] for step in range(30)]
     for found in ranks(size, in_buckets, length=600_000, env=_SOCKETS[1]):

@@ -39,6 +39,7 @@ AVAILABLE = [name for name in BUILT_IN if MENDED.get(name, (3, 0)) <= _KERAS]
 
 # Keras overwrites weights with their average inside a condition, where tf.distribute cannot exchange.
 _SOME = ["SGD", "Adam", "LossScaleOptimizer"]
+_OTHERS = [name for name in ("Adadelta", "Adafactor", "Lamb", "Muon", "MultiOptimizer") if name in AVAILABLE]
 _UNDER_MIRRORED = [name for name in AVAILABLE if "ema_overwrite_frequency" not in OPTIMIZERS[name]]
 
 
@@ -171,7 +172,11 @@ def test_every_optimizer_of_keras_is_in_the_table():
 
 @pytest.mark.parametrize(
     ("kind", "names"),
-    [("dense", AVAILABLE), ("sparse", _SOME), pytest.param("sparse", AVAILABLE, marks=pytest.mark.slow)],
+    [
+        ("dense", [*_SOME, *_OTHERS]),
+        ("sparse", _SOME),
+        *(pytest.param(kind, AVAILABLE, marks=pytest.mark.slow) for kind in ("dense", "sparse")),
+    ],
 )
 def test_two_ranks_equal_one_process(ranks, kind, names):
     for rank, differences in enumerate(ranks(2, horovod_against_one_process, kind=kind, names=names)):

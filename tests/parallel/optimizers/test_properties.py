@@ -315,7 +315,7 @@ def _failures(ranks, cases, number):
 
 @pytest.mark.parametrize(
     ("number", "size"),
-    [(10, 2), *(pytest.param(n, r, marks=pytest.mark.slow) for n, r in ((160, 2), (40, 3)))],
+    [(len(COUNTEREXAMPLES), 2), *(pytest.param(n, r, marks=pytest.mark.slow) for n, r in ((160, 2), (40, 3)))],
 )
 def test_ranks_train_and_show_what_one_process_does(ranks, number, size):
     cases = drawn(number, size)

@@ -130,8 +130,10 @@ def _gathered(model):
     return whole and whole.get_weights()
 
 
-def test_gradients_are_those_of_one_process(ranks):
-    ways = ["layout", "branches", "gpipe", "1f1b"]
+@pytest.mark.parametrize(
+    "ways", [["branches", "gpipe"], pytest.param(["layout", "1f1b"], marks=pytest.mark.slow)], ids="+".join
+)
+def test_gradients_are_those_of_one_process(ranks, ways):
     found = ranks(2, gradients, model_ranks=2, ways=ways)[0]
     assert list(found) == ways
     for how, (difference, largest) in found.items():

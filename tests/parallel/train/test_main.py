@@ -29,11 +29,13 @@ def result_of(workdir):
     return json.loads((workdir / "result.json").read_text())
 
 
-def test_all_strategies_train_the_same_model(train, tmp_path):
-    alone = (0, ["--replicas=2"])
-    runs = {"horovod": (2, []), "multiworker": (2, []), "mirrored": alone, "single": alone}
+@pytest.mark.parametrize(
+    "others", [["single"], pytest.param(["mirrored", "multiworker"], marks=pytest.mark.slow)], ids="+".join
+)
+def test_all_strategies_train_the_same_model(train, tmp_path, others):
     results, weights = {}, {}
-    for name, (ranks, flags) in runs.items():
+    for name in ("horovod", *others):
+        ranks, flags = (0, ["--replicas=2"]) if name in ("mirrored", "single") else (2, [])
         workdir = tmp_path / name
         ended = train(
             ranks, f"--strategy={name}", f"--workdir={workdir}", "--warmup_epochs=1", "--eval_every=1", *flags
@@ -44,7 +46,7 @@ def test_all_strategies_train_the_same_model(train, tmp_path):
         history = list(csv.DictReader((workdir / "history.csv").open()))
         assert float(history[-1]["val_loss"]) == pytest.approx(results[name]["validation_loss"], rel=1e-5)
         assert results[name]["validation_loss"] != results[name]["test_loss"]
-    for name in ("multiworker", "mirrored", "single"):
+    for name in others:
         for ours, theirs in zip(weights["horovod"], weights[name], strict=True):
             assert np.linalg.norm(ours - theirs) <= 1e-4 * np.linalg.norm(theirs), name
         for split in ("validation", "test"):
@@ -89,15 +91,14 @@ def test_a_run_leaves_everything_behind(train, tmp_path):
     assert not re.search(r"^\[1\] (?!E\d{4} )", ended.output, re.MULTILINE), "only rank 0 shows anything"
 
 
-def test_a_users_own_models(train, tmp_path):
+@pytest.mark.parametrize(
+    ("function", "flags"), [("compiled", []), pytest.param("plain", ["--learning_rate=0.01"], marks=pytest.mark.slow)]
+)
+def test_a_users_own_models(train, tmp_path, function, flags):
     (tmp_path / "mine.py").write_text(USER_MODELS)
-    for function, flags in (("plain", ["--learning_rate=0.01"]), ("compiled", [])):
-        workdir = tmp_path / function
-        ended = train(
-            2, f"--model=mine.py:{function}", f"--workdir={workdir}", "--epochs=3", "--global_batch=32", *flags
-        )
-        assert ended.code == 0, ended.output
-        assert result_of(workdir)["test_accuracy"] > 0.5
+    ended = train(2, f"--model=mine.py:{function}", "--workdir=w", "--epochs=3", "--global_batch=32", *flags)
+    assert ended.code == 0, ended.output
+    assert result_of(tmp_path / "w")["test_accuracy"] > 0.5
 
 
 @pytest.mark.slow

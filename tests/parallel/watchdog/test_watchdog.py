@@ -81,7 +81,10 @@ def test_an_exception_on_one_rank_is_the_common_reason():
     )
 
 
-@pytest.mark.parametrize(("rank", "memory"), [(0, "1"), (1, "0"), pytest.param(1, "1", marks=pytest.mark.slow)])
+@pytest.mark.parametrize(
+    ("rank", "memory"),
+    [(0, "0"), *(pytest.param(*case, marks=pytest.mark.slow) for case in ((0, "1"), (1, "0"), (1, "1")))],
+)
 def test_a_rank_that_is_killed_is_named(rank, memory):
     """Ranks without shared memory exchange through sockets."""
     ended = run(3, "die_in_fit", rank, "SIGKILL", limit=60, HVDKIT_SHARED_MEMORY=memory, **forked.NOT_FORKED)

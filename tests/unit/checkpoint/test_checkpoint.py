@@ -241,8 +241,7 @@ def wait_for_writers():
     "kind",
     [
         "shuffled anew each epoch",
-        "of unknown length",
-        *(pytest.param(k, marks=pytest.mark.slow) for k in ("arrays", "endless")),
+        *(pytest.param(k, marks=pytest.mark.slow) for k in ("of unknown length", "arrays", "endless")),
     ],
 )
 def test_fit_goes_on_bit_for_bit(tmp_path, kind):
