@@ -206,6 +206,7 @@ except OSError as error:
 """
 
 
+@pytest.mark.slow
 def test_pickles_of_strangers_are_refused(cluster, start, tmp_path):
     trap = tmp_path / "loaded"
     body = pickle.dumps(SideEffect(trap)).hex()

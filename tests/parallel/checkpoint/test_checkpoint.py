@@ -48,6 +48,7 @@ def verify_resume(tmp_path, *flags):
     return ended, json.loads(ended.output.splitlines()[-1])
 
 
+@pytest.mark.slow
 def test_a_dense_model_goes_on_bit_for_bit_after_sigkill(tmp_path):
     ended, outcome = verify_resume(tmp_path, "--kills=1", "--epochs=2", "--checkpoint_every=7", "--eval_every=1")
     assert outcome["equal"]

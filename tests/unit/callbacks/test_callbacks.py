@@ -111,7 +111,7 @@ def tenth(rate):
     return callbacks.LearningRateScheduleCallback(rate, lambda _: 0.1, start_epoch=6)
 
 
-@pytest.mark.parametrize("together", [1, 3])
+@pytest.mark.parametrize("together", [1, pytest.param(3, marks=pytest.mark.slow)])
 def test_in_the_middle_of_schedules_training_goes_on_with_the_rates_of_a_whole_one(together, tmp_path):
     chosen = warmup, halves, tenth
     whole = linear(steps_per_execution=together)
