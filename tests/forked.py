@@ -4,14 +4,13 @@ Importing TensorFlow takes longer than most tests train. Use `python -S -E forke
 `python -S -E forked.py program.py ...` in place of `python` with the same arguments:
 
 - The launcher starts this process, the stand-in. It sends its arguments, environment, cores and outputs to a server.
-- The server forks a process that runs the program.
+- The server forks a process that runs the program, on the stand-in's test host.
 - The stand-in forwards signals to the forked process, and exits with its exit code or signal.
 
 The server runs no TensorFlow operation before it forks, because threads do not survive a fork.
 
 Some programs need a real `python` process, because a forked one would differ. Then the stand-in runs `python` itself:
-if the server has another user, limits, network, mounts or control group, or if variables that are read during imports
-differ.
+if the server has another user, limits or control group, or if variables that are read during imports differ.
 
 There are two servers, one for even ranks and one for odd ranks. Each has its own hash seed, as real ranks do, so tests
 detect ranks that rely on the order of a set.
@@ -33,6 +32,7 @@ ADDRESSES = "HVDKIT_TEST_FORKED"  # variable with the servers' socket files; wit
 NOT_FORKED = {ADDRESSES: ""}  # environment for programs whose launcher must see their death at once
 _LOADING_SECONDS = 180
 _PASSED_ON = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGUSR1, signal.SIGUSR2)
+_JOINED = ("net", "uts", "ipc", "mnt")  # namespaces; mounts last, because /proc may be another one then
 _READ_WHILE_LOADING = ("LD_", "PYTHON", "OMP_", "KERAS_", "TF_ENABLE_", "TF_USE_", "TF_FORCE_", "OPENBLAS_")
 
 
@@ -58,6 +58,7 @@ def stand_in(arguments):
         "environment": dict(os.environ),
         "directory": os.getcwd(),
         "cores": sorted(os.sched_getaffinity(0)),
+        "process": os.getpid(),
     }
     # Block signals until there is a process to forward them to.
     signal.pthread_sigmask(signal.SIG_BLOCK, _PASSED_ON)
@@ -112,7 +113,7 @@ def surroundings():
             for name, value in sorted(os.environ.items())
             if name.startswith(_READ_WHILE_LOADING) and name != "PYTHONUNBUFFERED"
         },
-        "namespaces": [os.readlink(f"/proc/self/ns/{name}") for name in ("net", "mnt", "pid", "uts", "ipc", "user")],
+        "namespaces": [os.readlink(f"/proc/self/ns/{name}") for name in ("pid", "user")],
         "control_groups": control_groups,
         "user": [os.getuid(), os.getgid()],
         "limits": [list(resource.getrlimit(getattr(resource, name))) for name in limits],
@@ -242,7 +243,11 @@ def _become(order, outputs, connection):
     import numpy
 
     os.setsid()
-    ctypes.CDLL(None).prctl(1, signal.SIGKILL)  # PR_SET_PDEATHSIG: the kernel kills it when the server ends
+    library = ctypes.CDLL(None, use_errno=True)
+    library.prctl(1, signal.SIGKILL)  # PR_SET_PDEATHSIG: the kernel kills it when the server ends
+    if not _join_namespaces(library, order["process"]):
+        _answer(connection, None)  # the stand-in runs `python`
+        os._exit(0)
     for end, number in zip(outputs, (0, 1, 2), strict=True):
         os.dup2(end, number)
         os.close(end)
@@ -255,6 +260,16 @@ def _become(order, outputs, connection):
     _answer(connection, os.getpid())
     connection.detach()  # keep it open until this process ends; its child processes do not inherit it
     return order["arguments"]
+
+
+def _join_namespaces(library, process):
+    """Move this process to the test host of another one; return whether that is allowed."""
+    there = [f"/proc/{process}/ns/{name}" for name in _JOINED]
+    names = zip(there, (f"/proc/self/ns/{name}" for name in _JOINED), strict=True)
+    files = [os.open(theirs, os.O_RDONLY) for theirs, ours in names if os.readlink(theirs) != os.readlink(ours)]
+    joined = all(library.setns(file, 0) == 0 for file in files)
+    _close(*files)
+    return joined
 
 
 def run(arguments):

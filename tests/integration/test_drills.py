@@ -5,9 +5,10 @@ A short set; `python -m hvdkit.drill --help` lists all faults.
 
 import json
 import os
-import sys
 
 import pytest
+
+from tests import forked
 
 pytestmark = pytest.mark.timeout(900)
 
@@ -18,7 +19,7 @@ def drill(cluster, tmp_path):
 
     def run(*arguments, timeout=600):
         report = tmp_path / "report.json"
-        command = [sys.executable, "-m", "hvdkit.drill", *arguments, "--json", report]
+        command = forked.command("-m", "hvdkit.drill", *arguments, "--json", report)
         ended = cluster.run("h1", *command, timeout=timeout)
         assert ended.code == 0, ended.output
         return json.loads(report.read_text())

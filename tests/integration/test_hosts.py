@@ -16,6 +16,7 @@ import psutil
 import pytest
 
 from hvdkit.plan import links
+from tests import forked
 from tests.conftest import ROOT, Cluster, remains, run_command
 from tests.integration.test_launcher import STUBBORN, SideEffect, arrive, end, read_until, wait_until
 
@@ -112,7 +113,7 @@ def test_a_model_divided_over_two_hosts_is_that_of_one_process(cluster, train, t
 )
 def test_each_host_sends_what_one_rank_would(launch, hosts, size, share):
     """The bytes of a ring allreduce between the hosts, however many ranks they have: 2 (hosts - 1) / hosts."""
-    ended = launch("-H", hosts, "--", sys.executable, ROOT / "tests" / "integration" / "sockets_program.py")
+    ended = launch("-H", hosts, "--", *forked.command(ROOT / "tests" / "integration" / "sockets_program.py"))
     assert ended.code == 0, ended.output
     found = [json.loads(line) for line in re.findall(r"found (\{.*\})", ended.output)]
     assert sorted(f["rank"] for f in found) == list(range(size))
