@@ -100,7 +100,7 @@ def test_a_model_divided_over_two_hosts_is_that_of_one_process(cluster, train, t
     expected = json.loads((tmp_path / "single" / "result.json").read_text())
     for strategy in ("tensor", "pipeline"):
         where = [*TWO, *flags, f"--strategy={strategy}", f"--workdir={tmp_path}/{strategy}"]
-        ended = cluster.run("h1", ROOT / "launch" / "hosts.sh", *where, timeout=400)
+        ended = cluster.run("h1", *forked.command("-m", "hvdkit.train.local", *where), timeout=400)
         assert ended.code == 0, ended.output
         result = json.loads((tmp_path / strategy / "result.json").read_text())
         assert result["test_loss"] == pytest.approx(expected["test_loss"], rel=1e-3), strategy

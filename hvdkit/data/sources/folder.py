@@ -173,8 +173,8 @@ def _look_at_first(path: Path, splits: dict[str, tuple[np.ndarray, np.ndarray]])
     sizes, deep, broken = set(), [], {}
     for file in (file for paths, _ in splits.values() for file in paths[:_LOOKED_AT]):
         try:
-            size, pixels = images.look_at(file)
-        except ValueError as error:
+            size, pixels = images.look_at(Path(file).read_bytes())
+        except (OSError, ValueError) as error:
             broken[file] = error
             continue
         sizes.add(size)

@@ -3,7 +3,6 @@
 import io
 import re
 from collections.abc import Iterable
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -16,6 +15,7 @@ _HEAD = 26  # bytes of a file that tell its format, and the depth of a PNG
 _DEPTH_AT = 24  # the byte of a PNG with its bits a channel (PNG specification, section 11.2.2)
 _UNREADABLE = (OSError, SyntaxError, ValueError, Image.DecompressionBombError)  # what Pillow raises
 _PNG = b"\x89PNG\r\n\x1a\n"
+_SIGNATURES = (_PNG, b"\xff\xd8\xff", b"GIF8", b"II*\0", b"MM\0*")  # BMP and WebP: see is_encoded
 
 
 def decode(encoded: tf.Tensor, white: int) -> tf.Tensor:
@@ -64,16 +64,23 @@ def white_of(images: Iterable[np.ndarray]) -> int:
     return next((value for value in _LARGEST if largest <= value), largest)
 
 
-def look_at(file: str) -> tuple[tuple[int, int], np.ndarray | None]:
-    """Returns an image's (width, height), and its pixels if they have 16 bits.
+def is_encoded(content: bytes) -> bool:
+    """Returns whether bytes begin as an image file does."""
+    is_webp = (content[:4], content[8:12]) == (b"RIFF", b"WEBP")
+    is_bmp = (content[:2], content[6:10]) == (b"BM", bytes(4))
+    return content.startswith(_SIGNATURES) or is_webp or is_bmp
+
+
+def look_at(content: bytes) -> tuple[tuple[int, int], np.ndarray | None]:
+    """Returns the (width, height) of the image in a file's content, and its pixels if they have 16 bits.
 
     Raises:
-        ValueError: the file cannot be read as an image.
+        ValueError: it cannot be read as an image.
     """
     try:
-        with Image.open(file) as image:
-            if image.format == "PNG" and _depth_of_png(file) == 16:  # Pillow keeps 8 bits of those in color
-                return image.size, tf.io.decode_png(tf.io.read_file(file), dtype=tf.uint16).numpy()
+        with Image.open(io.BytesIO(content)) as image:
+            if image.format == "PNG" and content[_DEPTH_AT] == 16:  # Pillow keeps 8 bits of those in color
+                return image.size, tf.io.decode_png(content, dtype=tf.uint16).numpy()
             return image.size, np.asarray(image) if image.mode.startswith("I") else None
     except (*_UNREADABLE, tf.errors.InvalidArgumentError) as error:
         raise ValueError(_reason(error)) from error
@@ -83,11 +90,6 @@ def resize(image: tf.Tensor, size: int) -> tf.Tensor:
     """Resizes a uint8 image to `size` by `size` pixels, bilinearly and with antialiasing."""
     resized = tf.image.resize(image, [size, size], antialias=True)
     return tf.cast(tf.round(tf.clip_by_value(resized, 0, 255)), tf.uint8)
-
-
-def _depth_of_png(file: str) -> int:
-    with Path(file).open("rb") as opened:
-        return opened.read(_HEAD)[_DEPTH_AT]
 
 
 def _begins(head: tf.Tensor, signature: bytes) -> tf.Tensor:
