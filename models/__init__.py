@@ -1,6 +1,7 @@
 """Plain Keras models, one per file, each with the recipes to train it. Models do not use ranks or import hvdkit.
 
-Installed as `hvdkit_models`. `load` finds a file that defines `build` and `RECIPES` by its name, without registration.
+Installed as `hvdkit_models`. `load` finds a file by its name, without registration. It defines `build`,
+`RECIPES`, and `KIND`: the kind of data that it learns from.
 """
 
 import importlib
@@ -16,5 +17,5 @@ def names() -> list[str]:
 
 
 def load(name: str) -> ModuleType:
-    """Returns the module of a model, with its `build` function and its `RECIPES`."""
+    """Returns the module of a model, with its `build` function, its `RECIPES` and its `KIND`."""
     return importlib.import_module(f"{__name__}.{name}")

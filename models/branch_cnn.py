@@ -11,6 +11,7 @@ from keras import layers
 
 from .recipe import Recipe
 
+KIND = "image"
 RECIPES = (
     Recipe(
         "mnist", global_batch=128, optimizer="adam", learning_rate=4e-3, lr_schedule="cosine", epochs=3, accuracy=0.988

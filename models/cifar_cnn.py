@@ -10,6 +10,7 @@ import keras
 
 from .recipe import Recipe
 
+KIND = "image"
 RECIPES = (
     Recipe(
         "cifar10",

@@ -13,6 +13,7 @@ from keras import layers, ops
 
 from .recipe import Recipe
 
+KIND = "tokens"
 RECIPES = (
     Recipe(
         "pydoc",

@@ -8,6 +8,7 @@ import keras
 
 from .recipe import Recipe
 
+KIND = "image"
 RECIPES = (
     Recipe(
         "digits", global_batch=32, optimizer="adam", learning_rate=5e-3, lr_schedule="cosine", epochs=5, accuracy=0.95

@@ -12,6 +12,7 @@ from keras import layers
 
 from .recipe import Recipe
 
+KIND = "image"
 RECIPES = (
     Recipe(
         "cifar10", global_batch=64, optimizer="sgd:momentum=0.9", learning_rate=0.05, lr_schedule="cosine", epochs=60

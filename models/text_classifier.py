@@ -11,6 +11,7 @@ from keras import layers
 
 from .recipe import Recipe
 
+KIND = "text"
 RECIPES = (
     Recipe(
         "sentence_polarity",

@@ -13,6 +13,7 @@ from typing import Any
 from hvdkit import reporting
 from hvdkit.bench import jobs
 from hvdkit.errors import UsageError
+from hvdkit.train import flags as train_flags
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -27,6 +28,11 @@ def measure(arguments: argparse.Namespace) -> dict[str, Any]:
     """Train each case in turn, once per round."""
     if not 0 < arguments.target < 1:
         raise UsageError(f"--target={arguments.target} is no accuracy between 0 and 1.")
+    if train_flags.parse(["hvdkit.bench", *arguments.flags]).task == "regression":
+        raise UsageError(
+            "This command measures the time to an accuracy, which measured values do not have. Leave out "
+            "--task=regression and give data with classes, or use hvdkit bench throughput."
+        )
     found: dict[str, list[dict[str, Any]]] = {}
     for _ in range(arguments.rounds):
         for case in arguments.case or ["-np 1", "-np 2"]:
@@ -53,6 +59,8 @@ def _train(case: str, arguments: argparse.Namespace) -> dict[str, Any]:
         result = json.loads((workdir / "result.json").read_text())
         with (workdir / "history.csv").open() as file:
             history = list(csv.DictReader(file))
+    if "val_accuracy" not in history[0]:
+        raise UsageError("The model's own compile() has no metric named accuracy. Add one, or return it uncompiled.")
     reached = [float(row["val_accuracy"]) for row in history]
     epochs = next((i + 1 for i, value in enumerate(reached) if value >= arguments.target), None)
     share = epochs / len(reached) if epochs else None

@@ -144,7 +144,9 @@ def fastest(found: dict[str, Any]) -> str:
 def table(found: dict[str, Any]) -> str:
     """Format the comparison as a table."""
     first = found["rows"][0]["samples_per_second"]
-    speed, quality = ["samples/s", "times the first", "s of training"], ["test accuracy", "test loss"]
+    is_regression = "test_mean_absolute_error" in found["rows"][0]
+    metric = "test mean absolute error" if is_regression else "test accuracy"
+    speed, quality = ["samples/s", "times the first", "s of training"], [metric, "test loss"]
     heads = ["way", "ranks", *speed, *quality, "cores busy", "MiB a rank", "MB sent a step"]
     rows = [
         [
@@ -153,7 +155,7 @@ def table(found: dict[str, Any]) -> str:
             f"{row['samples_per_second']:,.0f}",
             f"{row['samples_per_second'] / first:.2f}",
             f"{row['train_seconds']:.1f}",
-            "unknown" if row["test_accuracy"] is None else f"{row['test_accuracy']:.2%}",
+            _metric(row),
             f"{row['test_loss']:.4f}",
             " ".join(f"{percent:.0f}%" for percent in row["core_percent"]),
             f"{max(row['peak_bytes']) / 2**20:,.0f}",
@@ -162,6 +164,14 @@ def table(found: dict[str, Any]) -> str:
         for row in found["rows"]
     ]
     return reporting.table(heads, rows)
+
+
+def _metric(row: dict[str, Any]) -> str:
+    """Return the main metric of a training on its test split: accuracy, or of measured values the mean error."""
+    if "test_mean_absolute_error" in row:
+        return f"{row['test_mean_absolute_error']:.5g}"
+    accuracy = row.get("test_accuracy")
+    return "unknown" if accuracy is None else f"{accuracy:.2%}"
 
 
 def draw(path: Path | None, found: dict[str, Any]) -> None:

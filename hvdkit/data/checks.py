@@ -5,6 +5,7 @@ import tensorflow as tf
 
 from hvdkit.data import pipeline
 from hvdkit.data.pipeline import Share
+from hvdkit.data.sources import CLASSIFICATION
 from hvdkit.errors import UsageError
 
 _LOOKED_AT = 1000  # number of inputs to check in a shard that is not in memory
@@ -19,8 +20,8 @@ def check_share(share: Share, split: str, num_classes: int) -> np.ndarray:
     Args:
         share: the shard to check.
         split: the name of its split, for the message.
-        num_classes: every label must be smaller. Pass 0 for token windows: any byte is a valid token, so there is
-            nothing to check.
+        num_classes: for classification, every label must be smaller. Pass 0 for token windows: any byte is a valid
+            token, so there is nothing to check.
 
     Returns:
         The number of examples per class, int64 [num_classes]; without classes the number of examples, int64 [1].
@@ -34,14 +35,17 @@ def check_share(share: Share, split: str, num_classes: int) -> np.ndarray:
     if share.inputs is not None and share.labels is not None:
         inputs, labels = share.inputs, share.labels
     else:
-        labels = np.fromiter(share.stream.map(lambda _, y: y).as_numpy_iterator(), np.int64)
+        labels = np.stack(list(share.stream.map(lambda _, y: y).as_numpy_iterator()))
         head = share.stream.take(_LOOKED_AT).map(lambda x, y: share.prepare(x))
         try:
             inputs = np.stack(list(head.as_numpy_iterator()))
         except tf.errors.OpError as error:
             raise pipeline.unreadable(share, error, min(_LOOKED_AT, share.size)) from error
-    _check_labels(labels, split, share.start, num_classes)
     _check_inputs(inputs, split, share.start)
+    if share.source.task != CLASSIFICATION:
+        _refuse_infinite(labels, "labels", split, share.start)
+        return np.array([share.size])
+    _check_labels(labels, split, share.start, num_classes)
     return np.bincount(labels, minlength=num_classes)
 
 
@@ -58,13 +62,18 @@ def _check_labels(labels: np.ndarray, split: str, start: int, num_classes: int) 
 def _check_inputs(inputs: np.ndarray, split: str, start: int) -> None:
     if inputs.dtype.kind not in "uif":
         raise UsageError(f"Inputs of split {split!r} have dtype {inputs.dtype}, but must be numbers.")
-    if inputs.dtype.kind == "f":
-        wrong = np.flatnonzero(~np.isfinite(inputs.reshape(len(inputs), -1)).all(axis=1))
-        if len(wrong):
-            raise UsageError(
-                f"NaN or Inf in {len(wrong)} of {len(inputs)} inputs of split {split!r}, first at example "
-                f"{start + wrong[0]}. Remove or repair these examples."
-            )
+    _refuse_infinite(inputs, "inputs", split, start)
+
+
+def _refuse_infinite(values: np.ndarray, what: str, split: str, start: int) -> None:
+    if values.dtype.kind != "f":
+        return
+    wrong = np.flatnonzero(~np.isfinite(values.reshape(len(values), -1)).all(axis=1))
+    if len(wrong):
+        raise UsageError(
+            f"NaN or Inf in {len(wrong)} of {len(values)} {what} of split {split!r}, first at example "
+            f"{start + wrong[0]}. Remove or repair these examples."
+        )
 
 
 def empty_classes(counts: np.ndarray, names: list[str]) -> list[str]:
@@ -72,6 +81,6 @@ def empty_classes(counts: np.ndarray, names: list[str]) -> list[str]:
     return [names[c] for c in np.flatnonzero(counts == 0)]
 
 
-def input_spec(share: Share) -> tf.TensorSpec:
-    """Returns the shape and dtype of one prepared input."""
-    return share.stream.map(lambda x, y: share.prepare(x)).element_spec
+def specs(share: Share) -> tuple[tf.TensorSpec, tf.TensorSpec]:
+    """Returns the shapes and dtypes of one prepared input and of its label."""
+    return share.stream.map(lambda x, y: (share.prepare(x), y)).element_spec

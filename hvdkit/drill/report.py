@@ -44,6 +44,7 @@ def make(kind: str, workdir: Path, code: int, told: list[Outcome], flags: list[s
         "recovery_seconds": _recovery(runs, fault["time"]) if fault else None,
         "warnings": sum(isinstance(one, Unsaved) for one in told),
         "test_accuracy": result.get("test_accuracy"),
+        "test_loss": result.get("test_loss"),
         "weights_sha256": result.get("weights_sha256"),
     }
     if code == 0 and result:
@@ -128,11 +129,12 @@ def _hashes_of_the_split(flags: list[str]) -> "collections.Counter[int]":
     from hvdkit.data.sources import TokenSource, open_source, with_validation
     from hvdkit.train import flags as train_flags
     from hvdkit.train.build import find_model
+    from hvdkit.train.data import schema_of
 
     config = train_flags.parse(["hvdkit.drill", *flags])
     model = find_model(config.model)
     dataset = config.dataset or model.recipes[0].dataset
-    source = open_source(dataset, config.data_dir, image_size=config.image_size)
+    source = open_source(dataset, config.data_dir, image_size=config.image_size, schema=schema_of(config))
     if config.validates:
         source = with_validation(source, config.validation_share)
     if isinstance(source, TokenSource):
@@ -157,12 +159,18 @@ def show(report: dict[str, Any]) -> None:
         ("recovered after", f"{report['recovery_seconds']} s"),
         ("steps redone", f"{report['steps_redone']} of {report['steps']}"),
         ("samples lost", samples),
-        ("test accuracy", f"{report['test_accuracy']}"),
+        _result(report),
     ]
     if report["warnings"]:
         rows.insert(2, ("warnings", f"{report['warnings']} checkpoint(s) could not be written"))
     print(reporting.fields(rows))
     print(json.dumps(report), flush=True)
+
+
+def _result(report: dict[str, Any]) -> tuple[str, str]:
+    """The row with the test accuracy, or of measured values with the test loss."""
+    name = "test_accuracy" if report["test_accuracy"] is not None else "test_loss"
+    return name.replace("_", " "), f"{report[name]}"
 
 
 def hashes(inputs: Any) -> list[int]:

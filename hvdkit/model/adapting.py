@@ -17,6 +17,7 @@ import tensorflow as tf
 from hvdkit import collectives, world
 from hvdkit.compat.keras3 import graph_of, inputs_in, layers_of
 from hvdkit.compat.preprocessing import LEARNING, LOOKUPS, can_learn, lookup_of, remember
+from hvdkit.data.moments import Moments
 from hvdkit.errors import UsageError
 
 _CHUNK = 1 << 20  # elements of an array that are turned into float64 at once
@@ -110,11 +111,11 @@ def _adapt_moments(layer: keras.layers.Normalization, data: Any) -> None:
     if layer.input_mean is not None:
         raise UsageError(f"Layer {layer.name!r} was given its mean and variance, so there is nothing to adapt.")
     shape: tuple[int, ...] | None = None
-    mine = _Moments()
+    mine = Moments()
     for batch in _batches(data):
         shape = shape or batch.shape
         keep = {axis % batch.ndim for axis in layer.axis}
-        mine += _Moments.of(batch, tuple(axis for axis in range(batch.ndim) if axis not in keep))
+        mine += Moments.of(batch, tuple(axis for axis in range(batch.ndim) if axis not in keep))
     everyone = collectives.allgather_object((shape, mine), name="adapt.moments")
     shape = next((shape for shape, _ in everyone if shape is not None), None)
     if shape is None:
@@ -122,7 +123,7 @@ def _adapt_moments(layer: keras.layers.Normalization, data: Any) -> None:
     if not layer.built:
         layer.build(shape)
     # All ranks add up in the same order, so that they get the same bits.
-    total = sum((moments for _, moments in everyone), _Moments())
+    total = sum((moments for _, moments in everyone), Moments())
     if np.shape(total.mean) != tuple(layer.adapt_mean.shape):
         raise UsageError(
             f"Layer {layer.name!r} was built for statistics of shape {tuple(layer.adapt_mean.shape)}, but these data "
@@ -132,39 +133,6 @@ def _adapt_moments(layer: keras.layers.Normalization, data: Any) -> None:
     layer.adapt_variance.assign(total.deviations / total.count)
     layer.finalize_state()
     remember(layer)
-
-
-class _Moments:
-    """Count, mean and sum of squared deviations of some values, float64, which can be added to those of others.
-
-    T. F. Chan, G. H. Golub and R. J. LeVeque, "Updating formulae and a pairwise algorithm for computing sample
-    variances", 1979, equation (2.1).
-    """
-
-    def __init__(self, count: int = 0, mean: Any = 0.0, deviations: Any = 0.0) -> None:
-        self.count, self.mean, self.deviations = count, mean, deviations
-
-    @classmethod
-    def of(cls, values: np.ndarray, axes: tuple[int, ...]) -> "_Moments":
-        """Returns the moments over some axes; without any, each value is one of a mean over batches, as in Keras."""
-        values = values.astype(np.float64)
-        mean = values.mean(axis=axes, keepdims=True)
-        deviations = np.square(values - mean).sum(axis=axes)
-        return cls(int(np.prod([values.shape[axis] for axis in axes])), mean.squeeze(axis=axes), deviations)
-
-    def __add__(self, other: "_Moments") -> "_Moments":
-        count = self.count + other.count
-        if not self.count or not other.count:
-            return self if self.count else other
-        if np.shape(self.mean) != np.shape(other.mean):
-            raise UsageError(f"Batches of one shape are needed, but there are {_shapes(self)} and {_shapes(other)}.")
-        apart = other.mean - self.mean
-        deviations = self.deviations + other.deviations + np.square(apart) * (self.count * other.count / count)
-        return _Moments(count, self.mean + apart * (other.count / count), deviations)
-
-
-def _shapes(moments: _Moments) -> str:
-    return f"some whose statistics have shape {np.shape(moments.mean)}"
 
 
 def _batches(data: Any) -> Iterator[np.ndarray]:

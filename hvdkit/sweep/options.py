@@ -31,7 +31,14 @@ ended and at least one succeeded, 1 if none did, 2 for a usage error, 75 if no h
 """
 _OURS = ("workdir", "overwrite", "resume", "fold")  # flags of the training that the sweep sets itself
 Direction = Literal["maximize", "minimize"]
-_GOALS: dict[str, Direction] = {"accuracy": "maximize", "loss": "minimize"}
+_GOALS: dict[str, Direction] = {
+    "accuracy": "maximize",
+    "auc": "maximize",
+    "loss": "minimize",
+    "mean_absolute_error": "minimize",
+    "r2_score": "maximize",
+}
+_OF_VALUES, _OF_LABELS = ("mean_absolute_error", "r2_score"), ("accuracy", "auc")  # goals that only some tasks have
 
 
 @dataclasses.dataclass(frozen=True)
@@ -45,7 +52,7 @@ class Options:
         seed: seed of the search.
         asha: reduction factor and first rung in epochs; None to train every trial to its end.
         folds: tasks per trial, each with a different test fold; 0 for no cross-validation.
-        goal: metric to optimize, `accuracy` or `loss`, on the validation split or on the folds.
+        goal: metric to optimize, such as `accuracy` or `loss`, on the validation split or on the folds.
         flags: flags of hvdkit.train, as given.
         folder: folder that the sweep writes to.
         storage: URL of Optuna's storage.
@@ -128,7 +135,7 @@ def parse(argv: list[str]) -> Options:
         seed=given.seed,
         asha=asha,
         folds=given.folds,
-        goal=given.goal,
+        goal=_goal(given.goal, flags),
         flags=tuple(flags),
         folder=folder,
         storage=given.storage or f"sqlite:///{folder / 'study.db'}",
@@ -192,8 +199,8 @@ def _add_search(parser: Parser) -> None:
     group.add_argument(
         "--goal",
         choices=tuple(_GOALS),
-        default="accuracy",
-        help="metric to optimize, on the validation split or as the mean over folds [%(default)s]",
+        help="metric to optimize, on the validation split or as the mean over folds [accuracy; with --task=regression "
+        "loss]",
     )
     group.add_argument(
         "--asha",
@@ -295,6 +302,18 @@ def _check_flags(parameters: Sequence[Parameter], flags: Sequence[str]) -> None:
         for value in parameter.extremes():
             train_flags.parse(["hvdkit.sweep", *flags, *space.flags({**first, parameter.flag: value})])
     train_flags.parse(["hvdkit.sweep", *flags, *space.flags(first)])
+
+
+def _goal(given: str | None, flags: Sequence[str]) -> str:
+    """Returns the metric to optimize. Raises a `UsageError` if the task of the training has no such metric."""
+    task = train_flags.parse(["hvdkit.sweep", *flags]).task
+    is_regression = task == "regression"
+    if given is None:
+        return "loss" if is_regression else "accuracy"
+    if given in (_OF_LABELS if is_regression else _OF_VALUES):
+        others = ", ".join(("loss", *(_OF_VALUES if is_regression else _OF_LABELS)))
+        raise UsageError(f"--goal={given} is no metric of --task={task}. Use one of {others}, or give another --task.")
+    return given
 
 
 def _asha(text: str) -> tuple[int, int]:

@@ -29,6 +29,7 @@ def clear(workdir: Path, *, keep: Sequence[str] = ()) -> None:
         "loss.csv",
         "history.csv",
         "vocabulary.txt",
+        "features.json",
     ):
         (workdir / name).unlink(missing_ok=True)
     for name in {"tensorboard", "checkpoints"} - set(keep):

@@ -28,13 +28,16 @@ class ModelSource:
     Attributes:
         name: a short name that can be part of a folder's name.
         build: returns a Keras model, compiled or not. It is called with those of `input_shape`, `num_classes`,
-            `vocabulary_size` and `sequence_length` for which it has parameters.
+            `vocabulary_size` and `sequence_length`, and for features and measured values of `feature_mean`,
+            `feature_variance`, `label_mean` and `label_variance`, for which it has parameters.
         recipes: the defaults, one for each data set.
+        kind: the kind of source that it learns from; None if that is not known.
     """
 
     name: str
     build: Callable[..., keras.Model]
     recipes: tuple[Recipe, ...]
+    kind: str | None = None
 
     def recipe_for(self, dataset: str) -> Recipe:
         """The recipe for a data set, by its name; the first one for a data set that has none."""
@@ -55,7 +58,7 @@ def find_model(model: str) -> ModelSource:
                 f"path/to/file.py:function or package.module:function."
             )
         module = hvdkit_models.load(model)
-        return ModelSource(model, module.build, module.RECIPES)
+        return ModelSource(model, module.build, module.RECIPES, module.KIND)
     path = Path(place).expanduser()
     if path.suffix == ".py":
         if not path.is_file() or not function:
@@ -67,6 +70,26 @@ def find_model(model: str) -> ModelSource:
     if not callable(build):
         raise UsageError(f"{place} has no function {function!r} that --model={model} could call.")
     return ModelSource(name, build, (Recipe(),))
+
+
+_KINDS = {
+    "image": "images",
+    "text": "texts with labels",
+    "tokens": "text of which each byte is predicted",
+    "features": "columns of numbers and categories",
+}
+
+
+def check_kind(model: ModelSource, kind: str, dataset: str) -> None:
+    """Raises a `UsageError` if one of hvdkit's models learns from another kind of source than the data set's."""
+    if model.kind in (None, kind):
+        return
+    kinds = {name: hvdkit_models.load(name).KIND for name in hvdkit_models.names()}
+    fitting = [name for name, learns_from in kinds.items() if learns_from == kind]
+    raise UsageError(
+        f"The model {model.name} learns from {_KINDS[str(model.kind)]}, but {dataset} has {_KINDS[kind]}. Use "
+        f"--model={' or '.join(fitting)}, or one of your own."
+    )
 
 
 def build_model(source: ModelSource, given: dict[str, Any], chosen: Mapping[str, Any] | None = None) -> keras.Model:
@@ -141,14 +164,21 @@ def make_optimizer(spec: str, learning_rate: float) -> keras.optimizers.Optimize
     return optimizer
 
 
-def ends_in_probabilities(model: keras.Model) -> bool:
-    """Whether the model's last layer applies softmax. Then the loss must not apply it again."""
+def ends_in(model: keras.Model, activation: Callable[..., Any]) -> bool:
+    """Whether the model's last layer applies an activation. Then the loss must not apply it again."""
     last = model.layers[-1] if model.layers else None
-    return isinstance(last, keras.layers.Softmax) or getattr(last, "activation", None) is keras.activations.softmax
+    is_softmax = isinstance(last, keras.layers.Softmax) and activation is keras.activations.softmax
+    return is_softmax or getattr(last, "activation", None) is activation
 
 
 def check_output(
-    model: keras.Model, spec: tf.TensorSpec, num_classes: int, name: str, *, each_token: bool = False
+    model: keras.Model,
+    spec: tf.TensorSpec,
+    num_classes: int,
+    name: str,
+    *,
+    each_token: bool = False,
+    outputs: str = "classes",
 ) -> None:
     """Computes the model's output shape and compares it with the number of classes.
 
@@ -158,6 +188,7 @@ def check_output(
         num_classes: number of classes, or of tokens.
         name: the model's name.
         each_token: whether each token of an example has a label, instead of one label per example.
+        outputs: what the output must have one value of, for the message.
 
     Raises:
         UsageError: the model does not accept the input, or its output does not have one value per class.
@@ -181,29 +212,37 @@ def check_output(
         )
     needed = (*(spec.shape if each_token else ()), num_classes)
     if tuple(shape[1:]) != needed:
-        kinds, argument = ("tokens", "vocabulary_size") if each_token else ("classes", "num_classes")
+        what, argument = ("tokens", "vocabulary_size") if each_token else (outputs, "num_classes")
         raise UsageError(
-            f"The model {name} gives {shape}, but {num_classes} {kinds} need (batch, {', '.join(map(str, needed))}). "
+            f"The model {name} gives {shape}, but {num_classes} {what} need (batch, {', '.join(map(str, needed))}). "
             f"Build it with the argument {argument}, or compile it with a loss of its own."
         )
 
 
-def check_loss(model: keras.Model, spec: tf.TensorSpec, name: str, *, each_token: bool = False) -> None:
+def check_loss(
+    model: keras.Model,
+    spec: tf.TensorSpec,
+    name: str,
+    label: tf.TensorSpec | None = None,
+    meaning: str = "numbers of classes",
+) -> None:
     """Computes the loss and the metrics of a compiled model for two examples, before anything is trained.
 
     Args:
         model: the model, compiled by the user's function.
         spec: shape and dtype of one example.
         name: the model's name.
-        each_token: whether each token of an example has a label, instead of one label per example.
+        label: shape and dtype of one example's label; by default an int64 scalar.
+        meaning: what labels are, for the message.
 
     Raises:
-        UsageError: they cannot be computed from labels that are numbers of classes.
+        UsageError: they cannot be computed from such labels.
     """
     if tf.distribute.has_strategy():
         return  # metrics are updated in replicas only
     inputs = tf.zeros([2, *spec.shape], tf.float32 if spec.dtype == tf.uint8 else spec.dtype)
-    labels = tf.zeros([2, *spec.shape], tf.int32) if each_token else tf.zeros([2], tf.int64)
+    label = label or tf.TensorSpec([], tf.int64)
+    labels = tf.zeros([2, *label.shape], label.dtype)
     try:
         outputs = model(inputs, training=False)
         model.compute_loss(inputs, labels, outputs)
@@ -211,8 +250,9 @@ def check_loss(model: keras.Model, spec: tf.TensorSpec, name: str, *, each_token
     except Exception as error:  # a user's loss may raise anything
         raise UsageError(
             f"The loss or a metric of the model {name} does not take labels of shape {tuple(labels.shape)}, which are "
-            f"numbers of classes ({_first_line(error)}). Compile it with a loss for them, such as "
-            f"'sparse_categorical_crossentropy' instead of 'categorical_crossentropy'."
+            f"{meaning} ({_first_line(error)}). Compile it with a loss for them, such as "
+            f"{'mean_squared_error' if label.dtype.is_floating else 'sparse_categorical_crossentropy'!r} instead of "
+            f"'categorical_crossentropy'."
         ) from error
     finally:
         model.reset_metrics()

@@ -2,6 +2,7 @@
 
 import gc
 import logging
+from collections.abc import Mapping
 from typing import Any
 
 import keras
@@ -11,31 +12,29 @@ from hvdkit.compression import by_name
 from hvdkit.data.sources import Source, TokenSource
 from hvdkit.data.vocabulary import Vocabulary
 from hvdkit.optimizers.local_sgd import LocalSGD
-from hvdkit.train import flags
-from hvdkit.train.build import (
-    build_model,
-    check_loss,
-    check_output,
-    check_savable,
-    ends_in_probabilities,
-    make_optimizer,
-)
+from hvdkit.train import flags, objectives
+from hvdkit.train.build import build_model, check_loss, check_output, check_savable, make_optimizer
+from hvdkit.train.data import TrainingData
 from hvdkit.train.flags import Settings
 from hvdkit.train.job import Job
 
 _log = logging.getLogger("hvdkit.train")  # the job's logger
 
 
-def compile_model(job: Job, vocabulary: Vocabulary | None, spec: tf.TensorSpec) -> tuple[keras.Model, Settings]:
+def compile_model(
+    job: Job, vocabulary: Vocabulary | None, data: TrainingData, standardization: Mapping[str, tuple[float, ...]]
+) -> tuple[keras.Model, Settings]:
     """Builds and compiles the model. Returns it with the settings that it really uses."""
-    settings, strategy, model_source = job.settings, job.strategy, job.model_source
-    given = _given_by_data(job.source, vocabulary, spec)
+    settings, strategy, model_source, task = job.settings, job.strategy, job.model_source, job.source.task
+    spec = data.spec
+    given = {**_given_by_data(job.source, vocabulary, spec), **standardization}
     model = build_model(model_source, given, settings.model_arguments)
     each_token = isinstance(job.source, TokenSource)
     labels = given["vocabulary_size" if each_token else "num_classes"]
-    check_output(model, spec, labels, model_source.name, each_token=each_token)
+    outputs = objectives.OUTPUTS[task]
+    check_output(model, spec, labels, model_source.name, each_token=each_token, outputs=outputs)
     if model.compiled:
-        check_loss(model, spec, model_source.name, each_token=each_token)
+        check_loss(model, spec, model_source.name, data.label_spec, objectives.LABELS[task])
     check_savable(model, model_source.name)
     options: dict[str, Any] = {} if settings.compression == "none" else {"compression": by_name(settings.compression)}
     if settings.shard_optimizer:
@@ -43,7 +42,9 @@ def compile_model(job: Job, vocabulary: Vocabulary | None, spec: tf.TensorSpec) 
     if settings.local_steps:
         names = ("local_steps", "fragments", "outer_learning_rate", "outer_momentum")
         options |= {name: getattr(settings, name) for name in names}
-    from_logits, whole, compiled = not ends_in_probabilities(model), model, model.compiled
+    of_labels = {name: values for name, values in standardization.items() if name.startswith("label_")}
+    loss, metrics = objectives.loss_for(task, model), objectives.metrics_for(task, model, **of_labels)
+    whole, compiled = model, model.compiled
     model = strategy.divide(whole)
     if compiled and model is not whole:
         model.compile_from_config(whole.get_compile_config())
@@ -56,8 +57,8 @@ def compile_model(job: Job, vocabulary: Vocabulary | None, spec: tf.TensorSpec) 
     else:
         model.compile(
             strategy.distribute(make_optimizer(settings.optimizer, settings.learning_rate), **options),
-            loss=keras.losses.SparseCategoricalCrossentropy(from_logits=from_logits),
-            metrics=[keras.metrics.SparseCategoricalAccuracy(name="accuracy")],
+            loss=loss,
+            metrics=metrics,
             jit_compile=False,  # XLA cannot compile the collectives of Horovod and tf.distribute
         )
     # Build it before the first step is traced: slots that start from the weights' values (ScheduleFreeAdamW's) would

@@ -18,34 +18,43 @@ from hvdkit.checkpoint.store import Checkpoint
 from hvdkit.collectives.agreement import together
 from hvdkit.data import balance, checks, pipeline
 from hvdkit.data.epoch_order import Stretch
-from hvdkit.data.sources import FoldSource, Source, TokenSource, with_validation
+from hvdkit.data.moments import standardization
+from hvdkit.data.sources import CLASSIFICATION, REGRESSION, FoldSource, Schema, Source, TokenSource, with_validation
 from hvdkit.data.vocabulary import Vocabulary, learn_tokens
 from hvdkit.errors import UsageError
 from hvdkit.strategies import Strategy
-from hvdkit.train.flags import Settings
+from hvdkit.train.flags import Config, Settings
 
 _log = logging.getLogger("hvdkit.train")  # the job's logger
+_STANDARDIZED_AT_ONCE = 8192  # examples
+
+
+def schema_of(config: Config) -> Schema:
+    """Returns what the flags say about the data set's columns and labels."""
+    features = tuple(name for name in (config.feature_columns or "").split(",") if name)
+    return Schema(config.task, config.label_column, config.text_column, features)
 
 
 def prepared(source: Source, settings: Settings) -> Source:
-    """Returns the source with its folds or its validation split, and cut into windows, as the settings require."""
+    """Returns the source with its folds or its validation split, and cut into windows, as the settings require.
+
+    Raises:
+        UsageError: a text is too short, or the settings balance classes, which the source does not have.
+    """
+    if (settings.sampling != "none" or settings.class_weights) and _num_classes(source) == 0:
+        flag = "--class-weights" if settings.class_weights else f"--sampling={settings.sampling}"
+        what = f"the windows of {source.name}" if source.kind == "tokens" else f"{source.name}, for {source.task},"
+        raise UsageError(f"{flag} balances classes, and {what} have none. Leave it out.")
     if settings.folding:
         source = FoldSource(source, *settings.folding)
     elif settings.validates:
         source = with_validation(source, settings.validation_share)
-    return _windows(source, settings) if isinstance(source, TokenSource) else source
+    return source.cut(settings.sequence_length) if isinstance(source, TokenSource) else source
 
 
-def _windows(source: TokenSource, settings: Settings) -> TokenSource:
-    """The text in windows of the length in the settings.
-
-    Raises:
-        UsageError: the text is too short, or the settings balance classes, which a text does not have.
-    """
-    if settings.sampling != "none" or settings.class_weights:
-        flag = "--class-weights" if settings.class_weights else f"--sampling={settings.sampling}"
-        raise UsageError(f"{flag} balances classes, and the windows of {source.name} have none. Leave it out.")
-    return source.cut(settings.sequence_length)
+def _num_classes(source: Source) -> int:
+    """Returns the number of classes; 0 if the source has none."""
+    return len(source.label_names) if source.task == CLASSIFICATION else 0
 
 
 def make_vocabulary(source: Source, settings: Settings, recipe: Recipe, workdir: Path) -> Vocabulary:
@@ -58,6 +67,27 @@ def make_vocabulary(source: Source, settings: Settings, recipe: Recipe, workdir:
     return vocabulary
 
 
+def make_standardization(source: Source) -> dict[str, tuple[float, ...]]:
+    """Computes means and variances of features and measured values on rank 0, and broadcasts them.
+
+    Rank 0 reads the whole training split, so that they are the same, bit for bit, on any number of ranks.
+
+    Returns:
+        Arguments for the function that builds the model: `feature_mean` and `feature_variance` for features,
+        `label_mean` and `label_variance` for measured values.
+    """
+    found: dict[str, tuple[float, ...]] = {}
+    if world.rank() == 0:
+        examples = source.read("train", 0, source.size("train"))
+        if source.kind == "features":
+            vectors = examples.map(lambda x, _: source.decode(x)).batch(_STANDARDIZED_AT_ONCE)
+            found["feature_mean"], found["feature_variance"] = standardization(vectors.as_numpy_iterator())
+        if source.task == REGRESSION:
+            values = examples.map(lambda _, y: y).batch(_STANDARDIZED_AT_ONCE)
+            found["label_mean"], found["label_variance"] = standardization(values.as_numpy_iterator())
+    return collectives.broadcast_object(found, name="standardization")
+
+
 @dataclasses.dataclass(frozen=True)
 class TrainingData:
     """This process's training batches.
@@ -66,6 +96,7 @@ class TrainingData:
         batches: the batches, starting at the step at which training starts.
         steps_per_epoch: steps per epoch, the same for all processes.
         spec: shape and dtype of an input.
+        label_spec: shape and dtype of its label.
         epoch: the first epoch.
         handed_over: the steps of that epoch that were done with other shards.
         now: the current shards, before any step.
@@ -75,6 +106,7 @@ class TrainingData:
     batches: tf.data.Dataset
     steps_per_epoch: int
     spec: tf.TensorSpec
+    label_spec: tf.TensorSpec
     epoch: int
     handed_over: Sequence[Stretch]
     now: Stretch
@@ -138,8 +170,8 @@ def read_training_data(
     )
     now = Stretch(strategy.size, 0, buffers)
     now_rest = Stretch(strategy.size, 0, _buffers(start.rest)) if handed_over else now
-    spec = checks.input_spec(shares[0])
-    return TrainingData(batches, steps_per_epoch, spec, start.epoch, handed_over, now, now_rest)
+    spec, label_spec = checks.specs(shares[0])
+    return TrainingData(batches, steps_per_epoch, spec, label_spec, start.epoch, handed_over, now, now_rest)
 
 
 def _of_all_shares(shares: Sequence[int], mine: Sequence[Any], name: str) -> list[Any]:
@@ -194,8 +226,11 @@ def _describe_data(settings: Settings, source: Source, counts: np.ndarray, examp
             f"{source.name}: {train:,} bytes of text to train on, in {windows:,} windows of {source.sequence_length}; "
             f"{test:,} to test on"
         )
-    else:
+    elif source.task == CLASSIFICATION:
         _describe_classes(settings, source, counts)
+    else:
+        names = ", ".join(source.label_names[:12]) + (", ..." if len(source.label_names) > 12 else "")
+        _log.info("%s: %d training examples for %s: %s", source.name, counts.sum(), source.task, names)
     left = examples - steps_per_epoch * settings.global_batch
     rest = f"; {left} examples, others each epoch, do not fill a batch" if left else ""
     _log.info(

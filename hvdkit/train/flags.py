@@ -16,20 +16,32 @@ from hvdkit.command.arguments import Parser, as_absl_has_them, dashed
 from hvdkit.errors import UnfitSizeError, UsageError
 
 STRATEGIES = ("single", "horovod", "mirrored", "multiworker", "tensor", "branches", "pipeline")
+TASKS = ("auto", "classification", "regression", "multilabel")
 COMPRESSIONS = ("none", "fp16", "bf16", "int8", "onebit", "topk", "powersgd")
 _WHAT, _HOW, _MACHINE, _OUTPUT = "What to train", "How to train it", "On which machine", "What to write"
 _RESUME = "Checkpoints"
 _GROUPS = (_WHAT, _HOW, _MACHINE, _OUTPUT, _RESUME)
 _LARGEST_VALIDATION = 0.5  # share of the training examples
 _HELP = {  # brackets: what applies without the flag, if its default is not a fixed value
-    "model": "a model of the folder models/, or your own, path/to/file.py:function; images are float32 from 0 to 255",
+    "model": (
+        "a model of the folder models/, or your own, path/to/file.py:function; images are float32 from 0 to 255, "
+        "features are float32 as they are in the data"
+    ),
     "model_args": "arguments of the model's function, such as width=256,depth=6 [its defaults]",
     "dataset": (
-        "digits (embedded), a TFDS name, or a path: a prepared TFDS directory, a folder train/CLASS/*.png or "
-        "CLASS/*.png, or a table (.csv, .jsonl, .parquet, .arrow) with columns text and label. Made-up data: "
+        "digits or breast_cancer (embedded), a TFDS name, or a path: a prepared TFDS directory, a folder "
+        "train/CLASS/*.png or CLASS/*.png, or a table (.csv, .jsonl, .parquet, .arrow) with a column label and either "
+        "a column text, or numbers and categories in all other columns. Made-up data: "
         "synthetic:HxWxC:CLASSES:EXAMPLES. To predict the next byte: pydoc (embedded), or text:PATH of a file or a "
         "folder [the recipe's]"
     ),
+    "task": (
+        "what to learn from labels: one of several classes, measured values (regression), or any number of labels of "
+        "each example (multilabel); auto decides between classes and lists of labels"
+    ),
+    "label_column": "a table's column of labels [label, class, category, target, ...]",
+    "text_column": "a table's column of texts [text, sentence, review, content, input]",
+    "feature_columns": "NAME,NAME: a table's columns of numbers and categories [without texts, all but the label]",
     "data_dir": "where TFDS data sets are stored [~/tensorflow_datasets]",
     "download": "let TFDS download a missing data set",
     "image_size": "resize images to this height and width",
@@ -120,6 +132,10 @@ class Config:
     model: str
     model_args: str | None
     dataset: str | None
+    task: str
+    label_column: str | None
+    text_column: str | None
+    feature_columns: str | None
     data_dir: str | None
     download: bool
     image_size: int | None
@@ -205,6 +221,10 @@ def define() -> None:
     add(string, _WHAT, "model", "mnist_mlp")
     add(string, _WHAT, "model_args", None)
     add(string, _WHAT, "dataset", None)
+    add(enum, _WHAT, "task", "auto", TASKS)
+    add(string, _WHAT, "label_column", None)
+    add(string, _WHAT, "text_column", None)
+    add(string, _WHAT, "feature_columns", None)
     add(string, _WHAT, "data_dir", None)
     add(boolean, _WHAT, "download", False)
     add(integer, _WHAT, "image_size", None, lower_bound=1)
@@ -339,7 +359,11 @@ def check(given: Sequence[str]) -> list[str]:
 
 def _check(config: Config) -> None:
     """Raises a `UsageError` if flags exclude each other, or if a value is wrong in a way that absl does not check."""
-    for one, other in (("epochs", "steps"), ("global_batch", "local_batch")):
+    for one, other in (
+        ("epochs", "steps"),
+        ("global_batch", "local_batch"),
+        ("text_column", "feature_columns"),
+    ):
         if getattr(config, one) is not None and getattr(config, other) is not None:
             raise UsageError(f"--{dashed(one)} and --{dashed(other)} exclude each other: give one of them.")
     _model_arguments(config.model_args or "")

@@ -18,7 +18,7 @@ from hvdkit.data.sources import Source, open_source
 from hvdkit.errors import UsageError
 from hvdkit.train import artifacts, flags
 from hvdkit.train import data as job_data
-from hvdkit.train.build import ModelSource, find_model
+from hvdkit.train.build import ModelSource, check_kind, find_model
 from hvdkit.train.flags import Config, Settings
 
 _log = logging.getLogger("hvdkit.train")  # the job's logger
@@ -67,10 +67,12 @@ def open_job(config: Config) -> Job:
     with together():
         model_source = find_model(config.model)
         dataset = config.dataset or model_source.recipes[0].dataset
+        schema = job_data.schema_of(config)
         if config.download and strategy.world.local_rank == 0:  # one rank a host; the others wait at the block's end
-            open_source(dataset, config.data_dir, download=True, image_size=config.image_size)
+            open_source(dataset, config.data_dir, download=True, image_size=config.image_size, schema=schema)
     with together():
-        source = open_source(dataset, config.data_dir, image_size=config.image_size)
+        source = open_source(dataset, config.data_dir, image_size=config.image_size, schema=schema)
+        check_kind(model_source, source.kind, dataset)
         recipe = model_source.recipe_for(source.name)
         settings = flags.resolve(config, recipe, strategy.size)
         source = job_data.prepared(source, settings)
@@ -139,7 +141,18 @@ def _go_on(config: Config, settings: Settings, recipe: Recipe, found: Checkpoint
 def _identity(settings: Settings) -> dict[str, Any]:
     """The settings that must not change when a run resumes, besides model and data."""
     # Whether and in how many fragments weights are under way between ranks is part of a checkpoint.
-    data = ("image_size", "fold", "validates", "validation_share", "sequence_length", "sampling", "class_weights")
+    columns = ("label_column", "text_column", "feature_columns")
+    data = (
+        "task",
+        *columns,
+        "image_size",
+        "fold",
+        "validates",
+        "validation_share",
+        "sequence_length",
+        "sampling",
+        "class_weights",
+    )
     training = (
         "seed",
         "global_batch",

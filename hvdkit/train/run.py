@@ -22,7 +22,7 @@ from hvdkit.collectives.mesh import shard_of
 from hvdkit.data.sources import TokenSource
 from hvdkit.optimizers.distributed import DistributedOptimizer
 from hvdkit.optimizers.sharded import ShardedOptimizer
-from hvdkit.train import artifacts
+from hvdkit.train import artifacts, objectives
 from hvdkit.train import data as job_data
 from hvdkit.train.callbacks import checkpoint_callback, steps_per_execution, training_callbacks
 from hvdkit.train.compiled import compile_model
@@ -67,14 +67,18 @@ def run(
     steps = settings.steps or settings.epochs * data.steps_per_epoch
 
     # ---- Model ----------------------------------------------------------------------------------------------------
+    standardization = job_data.make_standardization(source)
     with together(), strategy.scope():
-        model, settings = compile_model(job, vocabulary, data.spec)
+        model, settings = compile_model(job, vocabulary, data, standardization)
         model.steps_per_execution = steps_per_execution(
             settings.steps_per_execution, steps, data.steps_per_epoch, job.found
         )
     job = dataclasses.replace(job, settings=settings)
     if strategy.world.is_root:
         reporting.write_json(job.workdir / "config.json", {**vars(settings), "versions": versions.installed()})
+        if source.feature_names:  # the order in which the model takes them
+            names = {"features": source.feature_names, "labels": source.label_names}
+            reporting.write_json(job.workdir / "features.json", names)
 
     # ---- Training -------------------------------------------------------------------------------------------------
     progress = callbacks.ProgressCallback(
@@ -148,7 +152,7 @@ def _finish(job: Job, model: keras.Model, trained: _Trained) -> dict[str, Any]:
         "steps": steps,
         **_speed(trained.progress, steps * settings.global_batch),
         **_wire_bytes(model),
-        **_measured(whole, trained.history, trained.evaluated),
+        **_measured(job.source.task, whole, trained),
     }
     if isinstance(job.source, TokenSource) and isinstance(model.loss, keras.losses.SparseCategoricalCrossentropy):
         result["test_bits_per_byte"] = trained.evaluated["test"]["loss"] / math.log(2)
@@ -176,14 +180,14 @@ def _wire_bytes(model: keras.Model) -> dict[str, Any]:
     return {"wire_bytes_per_step": round(sent), "dense_wire_bytes_per_step": round(whole)}
 
 
-def _measured(
-    whole: keras.Model | None, history: dict[str, Any], evaluated: dict[str, dict[str, float]]
-) -> dict[str, Any]:
+def _measured(task: str, whole: keras.Model | None, trained: _Trained) -> dict[str, Any]:
     digest = collectives.broadcast_object(whole and collectives.digest(whole.weights), name="digest")
+    found: dict[str, Any] = {}
+    for split, metrics in trained.evaluated.items():
+        found |= objectives.results_of(task, split, metrics)
     return {
-        **{f"{split}_accuracy": metrics.get("accuracy") for split, metrics in evaluated.items()},
-        **{f"{split}_loss": metrics["loss"] for split, metrics in evaluated.items()},
-        "train_loss": [float(v) for v in history["loss"]],
+        **found,
+        "train_loss": [float(v) for v in trained.history["loss"]],
         "weights_sha256": digest,
         "versions": versions.installed(),
     }
@@ -198,11 +202,10 @@ def _write_artifacts(job: Job, model: keras.Model, trained: _Trained, result: di
     except OSError as error:  # the results matter more
         _log.warning("%s cannot be written (%s).", workdir / "curves.png", error)
     reporting.write_json(workdir / "result.json", result)
-    accuracy = result["test_accuracy"]
     bits = f" ({result['test_bits_per_byte']:.3f} bits a byte)" if "test_bits_per_byte" in result else ""
-    reached = "unknown" if accuracy is None else f"{accuracy:.2%}"
+    reached = objectives.describe(job.source.task, result)
     _log.info(
-        f"{title}: test accuracy {reached}, test loss {result['test_loss']:.4f}{bits}; "
+        f"{title}: {reached}, test loss {result['test_loss']:.4f}{bits}; "
         f"{result['steps']} steps in {result['train_seconds']:.1f} s, {result['samples_per_second']:,.0f} samples/s; "
         f"weights {result['weights_sha256'][:12]} on all {result['size']} replica(s)"
     )

@@ -169,6 +169,7 @@ def test_peers_across_hosts(cluster, tmp_path):
         (["bench", "peers", "--peers", "jax"], "There is no peer 'jax'. Choose from hvdkit, hvdkit_script, one_core"),
         (["bench", "peers", "--cpus", "0"], "--cpus 0 names 1 core(s) for 2 ranks."),
         (["bench", "accuracy", "--target", "97"], "--target=97.0 is no accuracy between 0 and 1."),
+        (["bench", "accuracy", "--target", "0.9", "--", "--task=regression"], "which measured values do not have"),
         (["bench", "scaling", "--ranks", "two"], "--ranks=two is no list of numbers, as in --ranks=1,2,4."),
         (["plan", "--ranks", "0"], "--ranks=0 is no list of numbers from 1 up"),
         (["plan", "--bandwidth", "fast"], "'fast' is no bandwidth."),

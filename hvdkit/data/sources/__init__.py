@@ -1,11 +1,13 @@
 """Sources of examples: one file per kind of source, one small interface, and `open_source` to choose among them."""
 
+from collections.abc import Callable
 from pathlib import Path
 
 from hvdkit.data.sources import table_files
-from hvdkit.data.sources.arrays import ArraySource, load_digits, synthetic
+from hvdkit.data.sources.arrays import ArraySource, load_breast_cancer, load_digits, synthetic
 from hvdkit.data.sources.base import Source
 from hvdkit.data.sources.folder import FolderSource, has_class_folders
+from hvdkit.data.sources.schema import CLASSIFICATION, MULTILABEL, REGRESSION, Schema
 from hvdkit.data.sources.selection import FoldSource, with_validation
 from hvdkit.data.sources.table import load_table
 from hvdkit.data.sources.tfds import TfdsSource, open_named, open_prepared, open_texts
@@ -13,9 +15,13 @@ from hvdkit.data.sources.tokens import TokenSource, load_pydoc, load_text
 from hvdkit.errors import UsageError
 
 __all__ = [
+    "CLASSIFICATION",
+    "MULTILABEL",
+    "REGRESSION",
     "ArraySource",
     "FoldSource",
     "FolderSource",
+    "Schema",
     "Source",
     "TfdsSource",
     "TokenSource",
@@ -25,7 +31,12 @@ __all__ = [
 
 
 def open_source(
-    dataset: str, data_dir: str | None = None, *, download: bool = False, image_size: int | None = None
+    dataset: str,
+    data_dir: str | None = None,
+    *,
+    download: bool = False,
+    image_size: int | None = None,
+    schema: Schema | None = None,
 ) -> Source:
     """Opens a data set by the name or path that the user gave.
 
@@ -33,35 +44,65 @@ def open_source(
         dataset: one of
 
             - `digits`: 1,797 real handwritten digits, 8×8 pixels, that come with scikit-learn;
+            - `breast_cancer`: 569 real tumors with 30 measurements each, that come with scikit-learn;
             - `synthetic:HxWxC:CLASSES:EXAMPLES`: random images of any shape;
             - `pydoc`: the reference texts that come with Python, as bytes to predict;
             - `text:PATH`: a file, or a folder of files, as bytes to predict;
             - `text:NAME`: the texts of a TFDS data set (its name, or its prepared directory), as bytes to predict;
             - a path to a prepared TFDS directory (with `dataset_info.json`);
             - a path to a folder of images, `train/CLASS/*.png` and `test/CLASS/*.png`, or `CLASS/*.png` alone;
-            - a path to a `.csv`, `.tsv`, `.jsonl`, `.parquet` or `.arrow` file with a text and a label column, or to a
-              folder that Hugging Face's `datasets` saved;
+            - a path to a `.csv`, `.tsv`, `.jsonl`, `.parquet` or `.arrow` file, or to a folder that Hugging Face's
+              `datasets` saved, with a column of labels, and one of texts or else columns of numbers and categories;
             - the name of a TFDS data set, prepared under `data_dir` or, with `download`, downloaded.
         data_dir: folder of the TFDS data sets; by default TFDS' own `~/tensorflow_datasets`.
         download: whether to download and prepare a data set that is not in `data_dir`.
         image_size: height and width to resize images to, if their sizes differ.
+        schema: what to learn, and from which columns, where a guess would be wrong.
 
     Raises:
-        UsageError: there is no such data set, or its content is invalid.
+        UsageError: there is no such data set, its content is invalid, or it is not what the schema says.
     """
-    if dataset == "digits":
-        return load_digits()
-    if dataset.startswith("synthetic"):
-        return synthetic(dataset)
-    if dataset == "pydoc":
-        return load_pydoc()
-    if dataset.startswith("text:"):
-        return _open_text(dataset.removeprefix("text:"), data_dir, download=download)
+    schema = schema or Schema()
+    source = _open(dataset, data_dir, schema, download=download, image_size=image_size)
+    if schema.task not in ("auto", source.task):
+        what = "text of which each byte is predicted" if source.kind == "tokens" else f"data for {source.task}"
+        raise UsageError(
+            f"--task={schema.task} does not fit {dataset}, which has {what}. Leave it out, or give a table with such "
+            f"labels."
+        )
+    return source
+
+
+def _open(dataset: str, data_dir: str | None, schema: Schema, *, download: bool, image_size: int | None) -> Source:
     path = Path(dataset).expanduser()
     if path.suffix.lower() in table_files.READERS or table_files.is_saved_dataset(path):
-        return load_table(path)
+        return load_table(path, schema)
     if (path / "dataset_dict.json").is_file():
-        return load_table(path / "train")
+        return load_table(path / "train", schema)
+    if schema.names_columns():
+        raise UsageError(
+            f"--label-column, --text-column and --feature-columns name columns of a table, and {dataset} is none. "
+            f"Leave them out, or give a table ({', '.join(table_files.READERS)})."
+        )
+    if dataset in _EMBEDDED:
+        return _EMBEDDED[dataset]()
+    if dataset.startswith("synthetic"):
+        return synthetic(dataset)
+    if dataset.startswith("text:"):
+        return _open_text(dataset.removeprefix("text:"), data_dir, download=download)
+    return _open_folder(dataset, image_size) or open_named(dataset, data_dir, download=download, image_size=image_size)
+
+
+_EMBEDDED: dict[str, Callable[[], Source]] = {
+    "digits": load_digits,
+    "breast_cancer": load_breast_cancer,
+    "pydoc": load_pydoc,
+}
+
+
+def _open_folder(dataset: str, image_size: int | None) -> Source | None:
+    """Returns the data set of a folder; None if the user gave a name, and no path."""
+    path = Path(dataset).expanduser()
     if (path / "dataset_info.json").is_file():
         return open_prepared(path, image_size)
     if has_class_folders(path):
@@ -74,7 +115,7 @@ def open_source(
             f"The data set {dataset} {what}. Give the path of a directory with dataset_info.json, of one with "
             f"train/CLASS/*.png or CLASS/*.png, or of a table ({', '.join(table_files.READERS)})."
         )
-    return open_named(dataset, data_dir, download=download, image_size=image_size)
+    return None
 
 
 def _open_text(name: str, data_dir: str | None, *, download: bool) -> TokenSource:

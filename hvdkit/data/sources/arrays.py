@@ -1,11 +1,13 @@
-"""Sources in memory: scikit-learn's digits, synthetic images, and texts from a table."""
+"""Sources in memory: scikit-learn's digits and breast cancer, synthetic images, and rows of a table."""
 
 import re
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
 import tensorflow as tf
 
+from hvdkit.data.sources.schema import CLASSIFICATION
 from hvdkit.data.sources.synthetic import images
 from hvdkit.errors import UsageError
 
@@ -17,19 +19,30 @@ class ArraySource:
 
     Args:
         name: the name that the user gave.
-        kind: `image` or `text`.
-        label_names: a name for each class.
-        splits: inputs (uint8 images, or strings) and labels of each split.
+        kind: `image`, `text` or `features`.
+        label_names: a name for each class, label or measured value.
+        splits: inputs (uint8 images, strings, or float32 features) and labels of each split.
+        task: what the labels are; see `Schema`.
+        feature_names: for `features`, a name for each number of a vector.
     """
 
     def __init__(
-        self, name: str, kind: str, label_names: list[str], splits: dict[str, tuple[np.ndarray, np.ndarray]]
+        self,
+        name: str,
+        kind: str,
+        label_names: list[str],
+        splits: dict[str, tuple[np.ndarray, np.ndarray]],
+        *,
+        task: str = CLASSIFICATION,
+        feature_names: Sequence[str] = (),
     ) -> None:
         self.name = name
         self.kind = kind
+        self.task = task
         self.label_names = label_names
+        self.feature_names = list(feature_names)
         self.splits = tuple(splits)
-        self.shape = splits["train"][0].shape[1:] if kind == "image" else None
+        self.shape = splits["train"][0].shape[1:] if kind in ("image", "features") else None
         self._splits = splits
 
     def size(self, split: str) -> int:
@@ -39,7 +52,8 @@ class ArraySource:
     def read(self, split: str, start: int, stop: int) -> tf.data.Dataset:
         """Examples `start` to `stop` of a split."""
         inputs, labels = self._splits[split]
-        return tf.data.Dataset.from_tensor_slices((inputs[start:stop], labels[start:stop].astype(np.int64)))
+        dtype = np.int64 if self.task == CLASSIFICATION else np.float32
+        return tf.data.Dataset.from_tensor_slices((inputs[start:stop], labels[start:stop].astype(dtype)))
 
     def locate(self, split: str, index: int) -> str:
         """The index of an example."""
@@ -61,6 +75,20 @@ def load_digits() -> ArraySource:
     images, labels = load(return_X_y=True)
     pixels = np.round(images.reshape(-1, 8, 8, 1) * (255 / 16)).astype(np.uint8)
     return ArraySource("digits", "image", [str(d) for d in range(10)], hold_out(pixels, labels))
+
+
+def load_breast_cancer() -> ArraySource:
+    """Loads 569 tumors with 30 measurements each, benign or malignant, that come with scikit-learn; 20 % are for tests.
+
+    Source: W. H. Wolberg, O. L. Mangasarian and W. N. Street, "Breast cancer Wisconsin (diagnostic)", UCI repository,
+    1995.
+    """
+    from sklearn.datasets import load_breast_cancer as load
+
+    found = load()
+    splits = hold_out(found.data.astype(np.float32), found.target)
+    names = [str(name) for name in found.feature_names]
+    return ArraySource("breast_cancer", "features", [str(n) for n in found.target_names], splits, feature_names=names)
 
 
 def synthetic(spec: str) -> ArraySource:
@@ -89,6 +117,10 @@ def synthetic(spec: str) -> ArraySource:
 def hold_out(inputs: np.ndarray, labels: np.ndarray) -> dict[str, tuple[np.ndarray, np.ndarray]]:
     """Splits examples into `train` and `test`, always in the same way, stratified by class if possible.
 
+    Args:
+        inputs: inputs of any kind, or the indices of examples, [examples, ...].
+        labels: integer classes [examples], or labels of another kind [examples, ...].
+
     Raises:
         UsageError: there are fewer than two examples.
     """
@@ -97,10 +129,15 @@ def hold_out(inputs: np.ndarray, labels: np.ndarray) -> dict[str, tuple[np.ndarr
     from sklearn.model_selection import train_test_split
 
     places = np.arange(len(labels))
-    counts = np.bincount(labels)
-    # Stratify only if each class can be in both splits.
-    each = counts[counts > 0].min() >= 2 and len(labels) * _HELD_OUT >= (counts > 0).sum()
     train, test = train_test_split(
-        places, test_size=_HELD_OUT, random_state=0, shuffle=True, stratify=labels if each else None
+        places, test_size=_HELD_OUT, random_state=0, shuffle=True, stratify=labels if _stratifies(labels) else None
     )
     return {"train": (inputs[train], labels[train]), "test": (inputs[test], labels[test])}
+
+
+def _stratifies(labels: np.ndarray) -> bool:
+    """Returns whether each class can be in both splits."""
+    if labels.ndim > 1 or labels.dtype.kind not in "iu":
+        return False
+    counts = np.bincount(labels)
+    return bool(counts[counts > 0].min() >= 2 and len(labels) * _HELD_OUT >= (counts > 0).sum())

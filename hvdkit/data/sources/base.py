@@ -5,7 +5,8 @@ To add a source:
 1. Write `sources/NAME.py` with a class that has the attributes and methods of `Source`.
 2. Open it in `open_source` (`sources/__init__.py`), and name its form in that docstring and in the error message there.
 3. Name its form in the help of `--dataset` (`hvdkit/train/flags.py`).
-4. Test it in `tests/unit/data`: sizes of both splits, a range of examples, and a wrong file.
+4. If it has columns, take a `Schema`; otherwise `open_source` refuses what a schema asks of it.
+5. Test it in `tests/unit/data`: sizes of both splits, a range of examples, and a wrong file.
 """
 
 from typing import Any, Protocol
@@ -18,17 +19,24 @@ class Source(Protocol):
 
     Attributes:
         name: the name that the user gave.
-        kind: `image`, `text`, or `tokens`: windows of text in which each token's label is the next token.
-        label_names: a name for each class, in the order of the integer labels. Empty for `tokens`.
+        kind: `image`, `text`, `features`: vectors of numbers; or `tokens`: windows of text in which each token's label
+            is the next token.
+        task: `classification`, `regression` or `multilabel`; see `Schema`.
+        label_names: a name for each class, in the order of the integer labels; or for each label of a set; or for each
+            measured value. Empty for `tokens`.
+        feature_names: a name for each number of a vector of features; otherwise empty.
         splits: `train`, `test`, and `validation` if there is one.
-        shape: shape of a decoded image, (height, width, channels); None for text and tokens.
+        shape: shape of a decoded image, (height, width, channels), or of a vector, (features,); None for text and
+            tokens.
     """
 
     name: str
     kind: str
+    task: str
     label_names: list[str]
+    feature_names: list[str]
     splits: tuple[str, ...]
-    shape: tuple[int, int, int] | None
+    shape: tuple[int, ...] | None
 
     def size(self, split: str) -> int:
         """Number of examples in a split."""
@@ -36,11 +44,14 @@ class Source(Protocol):
     def read(self, split: str, start: int, stop: int) -> tf.data.Dataset:
         """Examples `start` to `stop` of a split, in a fixed order, as (encoded input, label).
 
-        A label is an int64 scalar; the label of a token window is int32 [sequence_length].
+        A label is an int64 scalar, the number of a class; for regression and several labels it is float32
+        [len(label_names)]; the label of a token window is int32 [sequence_length].
         """
 
     def locate(self, split: str, index: int) -> str:
         """What a message calls an example: the file that it is read from, or its index."""
 
     def decode(self, encoded: Any) -> tf.Tensor:
-        """Graph function from an encoded input to a uint8 image of `shape`, the text (a string), or int32 tokens."""
+        """Graph function from an encoded input to an image of `shape`, uint8 or float32 from 0 to 255; the text (a
+        string); float32 features of `shape`; or int32 tokens.
+        """

@@ -26,7 +26,9 @@ class Selection:
     def __init__(self, source: Source, places: Mapping[str, tuple[str, np.ndarray | None]]) -> None:
         self.name = source.name
         self.kind = source.kind
+        self.task = source.task
         self.label_names = source.label_names
+        self.feature_names = source.feature_names
         self.shape = source.shape
         self.splits = tuple(places)
         self._source = source

@@ -1,92 +1,184 @@
-"""Texts and labels from a table: CSV, TSV, JSON lines, Parquet, Arrow, or a folder of Hugging Face's `datasets`."""
+"""Texts or features, with labels, from a table: CSV, JSON lines, Parquet, Arrow, or a folder of `datasets`."""
 
-import re
+import dataclasses
+import logging
 from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
 
+from hvdkit.data.sources import labels as label_kinds
 from hvdkit.data.sources import table_files
 from hvdkit.data.sources.arrays import ArraySource, hold_out
+from hvdkit.data.sources.columns import Features, numbers
+from hvdkit.data.sources.schema import MULTILABEL, Schema
+from hvdkit.data.sources.table_files import Column
 from hvdkit.errors import UsageError
 
 _TEXT_NAMES = ("text", "sentence", "review", "content", "input")
-_LABEL_NAMES = ("label", "class", "category", "target", "sentiment")
-_MOST_CLASSES = 0.5  # of the rows, if there are many: with more different labels, they are no classes
-_MANY_ROWS = 20
+_LABEL_NAMES = ("label", "class", "category", "target", "sentiment", "labels", "tags", "y")
+_INDEX_NAMES = ("", "unnamed: 0", "__index_level_0__")  # what pandas calls its index
+_COMPANIONS = {"test": ("test",), "validation": ("validation", "valid", "val", "dev")}
+_log = logging.getLogger(__name__)
 
 
-def load_table(path: Path) -> ArraySource:
-    """Reads a table with a text and a label column (`text`, `label`); labels may be names or whole numbers.
+def load_table(path: Path, schema: Schema | None = None) -> ArraySource:
+    """Reads a table with a column of labels, and a column of texts or else columns of numbers and categories.
+
+    The columns are found by their names (`text`, `label`), or as the schema says. Without a column of texts, all others
+    are features: numbers and booleans as they are, columns with other texts as categories, one-hot.
 
     The fields of a CSV file are divided by the delimiter that divides its header: a comma, a tab, a semicolon or a bar.
     Its text is UTF-8, or UTF-16 with a byte order mark.
 
-    Classes are numbered in the sorted order of their names. If `train.csv` has a `test.csv` beside it, that file is the
-    test split; likewise for other suffixes, and for the folders `train` and `test` of a `datasets.DatasetDict`.
-    Otherwise a fifth of the rows is held out, the same rows in every run.
+    Classes are numbered in the sorted order of their names. Several labels are a list, or a text with `;` or `|`
+    between them. If `train.csv` has a `test.csv` beside it, that file is the test split; likewise for
+    `validation.csv`, for other suffixes, and for the folders of a `datasets.DatasetDict`. Otherwise a fifth of the rows
+    is held out, the same rows in every run.
 
     Raises:
-        UsageError: the file does not exist or cannot be read, lacks a column, has rows without text or label or with
-            more or fewer fields than the header (the message gives the lines), or its labels are not classes.
+        UsageError: the file does not exist or cannot be read, lacks a column, has rows without a value or with more or
+            fewer fields than the header (the message gives the lines), or its labels do not fit the task.
     """
-    texts, labels = _read(path)
-    companion = path.with_name(f"test{path.suffix}")
-    names = sorted(set(labels), key=lambda name: (not name.isdigit(), int(name) if name.isdigit() else 0, name))
-    _check_classes(path, names, len(labels))
-    number = {name: i for i, name in enumerate(names)}
-    train = (np.asarray(texts, object), np.asarray([number[label] for label in labels]))
-    if path.stem != "train" or not companion.exists():
-        return ArraySource(path.name, "text", names, hold_out(*train))
-    test_texts, test_labels = _read(companion)
-    unknown = sorted(set(test_labels) - set(names))
-    if unknown:
-        raise UsageError(f"{companion} has classes that {path.name} lacks: {', '.join(unknown)}.")
-    test = (np.asarray(test_texts, object), np.asarray([number[label] for label in test_labels]))
-    return ArraySource(path.name, "text", names, {"train": train, "test": test})
+    schema = schema or Schema()
+    rows = _read(path, schema)
+    labels = label_kinds.learn(schema.task, path, rows.label, rows.labels, rows.places)
+    parts = {"train": rows}
+    others = _companions(path)
+    again = Schema(labels.task, rows.label, rows.text, () if rows.text else tuple(rows.inputs))
+    parts |= {split: _read(other, again) for split, other in others.items()}
+    targets = {split: labels.encode(part.path, part.labels, part.places) for split, part in parts.items()}
+    splits = {split: (np.arange(len(target)), target) for split, target in targets.items()}
+    if not others:
+        parts = dict.fromkeys(("train", "test"), rows)
+        splits = hold_out(*splits["train"])
+    if rows.text:
+        texts = {part.path: _texts(part) for part in parts.values()}
+        kind, names, inputs = "text", [], texts
+    else:
+        features = Features.of(path, rows.inputs, rows.places, splits["train"][0])
+        kind, names = "features", features.names
+        inputs = {part.path: features.encode(part.path, part.inputs, part.places) for part in parts.values()}
+        _log.info("%s: %d features: %s", path.name, len(names), table_files.listed(names))
+    chosen = {split: (inputs[parts[split].path][places], target) for split, (places, target) in splits.items()}
+    return ArraySource(path.name, kind, labels.names, chosen, task=labels.task, feature_names=names)
 
 
-def _check_classes(path: Path, names: list[str], rows: int) -> None:
-    if len(names) < 2:
-        raise UsageError(f"{path} has one class only ({names[0]!r}); a classifier needs two or more.")
-    measures = [name for name in names if re.fullmatch(r"[-+]?\d*[.,]\d+(e[-+]?\d+)?", name, re.IGNORECASE)]
-    if measures and len(measures) == len([name for name in names if not name.isdigit()]):
-        raise UsageError(
-            f"The labels of {path} are measured values, such as {measures[0]}, and not classes. Give classes (names or "
-            f"whole numbers); a model for values is trained by a script of your own."
-        )
-    if rows >= _MANY_ROWS and len(names) > _MOST_CLASSES * rows:
-        raise UsageError(
-            f"{path} has {len(names)} different labels in {rows} rows, such as {names[0]!r} and {names[1]!r}: these "
-            f"are no classes. Are the columns named right?"
-        )
+@dataclasses.dataclass(frozen=True)
+class _Rows:
+    """Rows of a table, with the columns to learn from.
+
+    Attributes:
+        path: the file.
+        places: what a message calls each row.
+        label: name of the column of labels.
+        labels: its values.
+        text: name of the column of texts; None if there are features instead.
+        inputs: the columns of texts or features, by name.
+    """
+
+    path: Path
+    places: list[str]
+    label: str
+    labels: Column
+    text: str | None
+    inputs: dict[str, Column]
 
 
-def _read(path: Path) -> tuple[list[str], list[str]]:
-    """Returns the texts and the labels of a file."""
-    table = table_files.read(path, lambda names, first: _pick(path, names, first))
-    texts, labels = table.columns
+def _read(path: Path, schema: Schema) -> _Rows:
+    chosen: list[tuple[str, str | None, list[str]]] = []
+
+    def pick(names: Sequence[str], first: str) -> list[str]:
+        chosen.append(_choose(path, names, first, schema))
+        return [chosen[0][0], *chosen[0][2]]
+
+    table = table_files.read(path, pick)
+    label, text, names = chosen[0]
+    if not table.places:
+        raise UsageError(f"{path} has names of columns but no rows.")
+    rows = _Rows(path, table.places, label, table.columns[0], text, dict(zip(names, table.columns[1:], strict=True)))
+    _refuse_empty(rows, is_set=schema.task == MULTILABEL)
+    return rows
+
+
+def _refuse_empty(rows: _Rows, *, is_set: bool) -> None:
+    """Raises a `UsageError` for rows without text, or without a label unless there may be any number of them."""
+    labels = table_files.cells(rows.labels)
+    inputs = _cells_of_texts(rows) if rows.text else ["features"] * len(labels)
     empty = [
         place
-        for place, text, label in zip(table.places, texts, labels, strict=True)
-        if not text.strip() or not label.strip()
+        for place, text, label in zip(rows.places, inputs, labels, strict=True)
+        if not text.strip() or not (is_set or isinstance(label, list) or label.strip())
     ]
     if empty:
+        what = "the text or the label" if rows.text else f"the label in column {rows.label!r}"
+        raise UsageError(f"{rows.path}, {table_files.listed(empty)}: {what} is empty. Fill it in, or remove the row.")
+
+
+def _cells_of_texts(rows: _Rows) -> list[str]:
+    ((name, column),) = rows.inputs.items()
+    return table_files.texts(rows.path, name, column, rows.places)
+
+
+def _texts(rows: _Rows) -> np.ndarray:
+    found = _cells_of_texts(rows)
+    if numbers(found) is not None:
         raise UsageError(
-            f"{path}, {table_files.listed(empty)}: the text or the label is empty. Fill it in, or remove the row."
+            f"{rows.path}: the column of texts, {rows.text!r}, has nothing but numbers. To learn from them, give "
+            f"--feature-columns={rows.text}; otherwise name the texts with --text-column=NAME."
         )
-    if not texts:
-        raise UsageError(f"{path} has names of columns but no rows.")
-    return texts, [label.strip() for label in labels]
+    return np.asarray(found, object)
 
 
-def _pick(path: Path, names: Sequence[str], first: str) -> list[str]:
-    """Returns the names of the text and the label column."""
+def _choose(path: Path, names: Sequence[str], first: str, schema: Schema) -> tuple[str, str | None, list[str]]:
+    """Returns the names of the label column, of the text column if there is one, and of all columns to learn from."""
+    twice = next((name for place, name in enumerate(names) if name in names[:place]), None)
+    if twice is not None:
+        raise UsageError(f"{path} has two columns named {twice!r}. Rename one of them.")
+    label = _named(path, names, schema.label_column, "label") or _first_of(names, _LABEL_NAMES)
+    if schema.feature_columns:
+        text, inputs = None, [str(_named(path, names, name, "feature")) for name in schema.feature_columns]
+    else:
+        others = [name for name in names if name != label]
+        text = _named(path, names, schema.text_column, "text") or _first_of(others, _TEXT_NAMES)
+        inputs = [text] if text else [name for name in others if name.strip().lower() not in _INDEX_NAMES]
+    if label is None or not inputs:
+        raise UsageError(
+            f"{path} needs a text column ({', '.join(_TEXT_NAMES)}) or columns of features, and a label column "
+            f"({', '.join(_LABEL_NAMES)}), which its first line names, but it begins with: {first or 'nothing'}. Name "
+            f"another one with --label-column=NAME or --text-column=NAME."
+        )
+    if label in inputs:
+        raise UsageError(f"{path}: column {label!r} cannot be both the label and what to learn it from. Name another.")
+    return label, text, inputs
+
+
+def _named(path: Path, names: Sequence[str], wanted: str | None, what: str) -> str | None:
+    """Returns the column that the user named, in any case of letters."""
+    if wanted is None or wanted in names:
+        return wanted
+    found = _first_of(names, [wanted.strip().lower()])
+    if found is None:
+        raise UsageError(
+            f"{path} has no column {wanted!r}, which --{what}-column{'s' if what == 'feature' else ''} names; its "
+            f"columns are: {table_files.listed(names)}."
+        )
+    return found
+
+
+def _first_of(names: Sequence[str], wanted: Sequence[str]) -> str | None:
     columns = {name.strip().lower(): name for name in reversed(names)}
-    found = [next((columns[n] for n in wanted if n in columns), None) for wanted in (_TEXT_NAMES, _LABEL_NAMES)]
-    if None in found:
-        raise UsageError(
-            f"{path} needs a text column ({', '.join(_TEXT_NAMES)}) and a label column ({', '.join(_LABEL_NAMES)}), "
-            f"which its first line names, but it begins with: {first or 'nothing'}."
-        )
-    return [name for name in found if name is not None]
+    return next((columns[name] for name in wanted if name in columns), None)
+
+
+def _companions(path: Path) -> dict[str, Path]:
+    """Returns the test and the validation file beside a train file; the latter is the test file if it is alone."""
+    if path.stem != "train":
+        return {}
+    found = {}
+    for split, names in _COMPANIONS.items():
+        beside = [path.with_name(f"{name}{path.suffix}") for name in names]
+        there = [file for file in beside if file.exists()]
+        if there:
+            found[split] = there[0]
+    return {"test": found["validation"]} if [*found] == ["validation"] else found

@@ -10,6 +10,8 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from hvdkit.errors import UsageError
 
 _DELIMITERS = ",\t;|"
@@ -17,6 +19,8 @@ _MOST_NAMED = 10  # rows that are wrong
 _SAVED = "state.json"  # in a folder of datasets.Dataset.save_to_disk
 
 Pick = Callable[[Sequence[str], str], list[str]]
+Column = list[Any] | np.ndarray
+"""Values of a column: texts, empty where there is none, or lists of texts; or an array of numbers, NaN for none."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -25,11 +29,11 @@ class Table:
 
     Attributes:
         places: what a message calls each row, such as "line 3".
-        columns: the values of each picked column, as text; empty where there is none.
+        columns: the values of each picked column.
     """
 
     places: list[str]
-    columns: list[list[str]]
+    columns: list[Column]
 
 
 def read(path: Path, pick: Pick) -> Table:
@@ -54,6 +58,32 @@ def read(path: Path, pick: Pick) -> Table:
 def is_saved_dataset(path: Path) -> bool:
     """Returns whether a folder was written by `datasets.Dataset.save_to_disk`."""
     return (path / _SAVED).is_file()
+
+
+def cells(column: Column) -> list[Any]:
+    """Returns the values of a column as texts or lists of texts; empty where there is none."""
+    if isinstance(column, np.ndarray):
+        return ["" if value != value else str(value) for value in column.tolist()]
+    return column
+
+
+def texts(path: Path, name: str, column: Column, places: Sequence[str]) -> list[str]:
+    """Returns the values of a column as texts.
+
+    Args:
+        path: the file, for messages.
+        name: the column's name.
+        column: its values.
+        places: what a message calls each row.
+
+    Raises:
+        UsageError: a value is a list.
+    """
+    found = cells(column)
+    for place, cell in zip(places, found, strict=True):
+        if isinstance(cell, list):
+            raise UsageError(f"{path}, {place}: {name} is a list, but must be a text or a number.")
+    return found
 
 
 def listed(items: Sequence[str]) -> str:
@@ -118,7 +148,7 @@ def _read_json_lines(path: Path, pick: Pick) -> Table:
     rows = [(number, _json_object(path, number, line)) for number, line in numbered]
     keys = list(dict.fromkeys(key for _, row in rows for key in row))
     names = pick(keys, numbered[0][1][:200] if numbered else "")
-    columns = [[_as_text(path, f"line {n}", name, row.get(name)) for n, row in rows] for name in names]
+    columns: list[Column] = [[_cell(path, f"line {n}", name, row.get(name)) for n, row in rows] for name in names]
     return Table([f"line {number}" for number, _ in rows], columns)
 
 
@@ -172,19 +202,36 @@ def _read_saved_dataset(path: Path, pick: Pick) -> Table:
     names = pick(table.column_names, ", ".join(table.column_names))
     found = _from_arrow(path, table.select(names), names)
     features = json.loads((path / "dataset_info.json").read_text()).get("features") or {}
-    for column, name in zip(found.columns, names, strict=True):
-        if classes := features.get(name, {}).get("names"):
-            column[:] = [classes[int(value)] if value not in ("", "-1") else "" for value in column]
-    return found
+    columns = [_named(column, features.get(name) or {}) for column, name in zip(found.columns, names, strict=True)]
+    return Table(found.places, columns)
+
+
+def _named(column: Column, feature: dict[str, Any]) -> Column:
+    """Replaces numbers of classes by the names that a description of `datasets` gives them, also in lists."""
+
+    in_list: dict[str, Any] = feature.get("feature") or {}
+    classes: list[str] = feature.get("names") or in_list.get("names") or []
+
+    def name_of(number: str) -> str:
+        return classes[int(number)] if number not in ("", "-1") else ""
+
+    if not classes:
+        return column
+    return [[*map(name_of, cell)] if isinstance(cell, list) else name_of(cell) for cell in cells(column)]
 
 
 def _from_arrow(path: Path, table: Any, names: Sequence[str]) -> Table:
     places = [f"row {number}" for number in range(1, table.num_rows + 1)]
-    columns = [
-        [_as_text(path, place, name, value) for place, value in zip(places, table[name].to_pylist(), strict=True)]
-        for name in names
-    ]
-    return Table(places, columns)
+    return Table(places, [_from_arrow_column(path, name, table[name], places) for name in names])
+
+
+def _from_arrow_column(path: Path, name: str, column: Any, places: Sequence[str]) -> Column:
+    import pyarrow
+
+    is_number = (pyarrow.types.is_integer, pyarrow.types.is_floating, pyarrow.types.is_boolean)
+    if any(check(column.type) for check in is_number):
+        return column.cast(pyarrow.float64(), safe=False).to_numpy() if column.null_count else column.to_numpy()
+    return [_cell(path, place, name, value) for place, value in zip(places, column.to_pylist(), strict=True)]
 
 
 @contextlib.contextmanager
@@ -199,9 +246,11 @@ def _readable(path: Path, form: str) -> Iterator[None]:
         raise UsageError(f"{path} cannot be read as {form} ({reason}). Is it complete? Write it again.") from None
 
 
-def _as_text(path: Path, place: str, name: str, value: Any) -> str:
+def _cell(path: Path, place: str, name: str, value: Any) -> str | list[str]:
     if value is None:
         return ""
+    if isinstance(value, list) and not any(isinstance(item, (dict, list)) for item in value):
+        return [str(item) for item in value if item is not None]
     if isinstance(value, (dict, list)):
         raise UsageError(f"{path}, {place}: {name} is a {type(value).__name__}, but must be a text or a number.")
     return str(value)

@@ -8,6 +8,7 @@ import numpy as np
 import tensorflow as tf
 
 from hvdkit.data.sources.images import resize, to_8_bits, white_of
+from hvdkit.data.sources.schema import CLASSIFICATION
 from hvdkit.data.sources.tokens import TokenSource, join
 from hvdkit.errors import UsageError
 
@@ -30,6 +31,8 @@ class TfdsSource:
         UsageError: it has no train split, no label, or neither an image nor a text.
     """
 
+    task = CLASSIFICATION
+
     def __init__(self, name: str, builder: Any, image_size: int | None) -> None:
         self.name = name
         self._builder = builder
@@ -39,9 +42,10 @@ class TfdsSource:
         feature = builder.info.features[self._input]
         self.kind = "image" if "Image" in type(feature).__name__ else "text"
         self.label_names = list(builder.info.features[self._label].names)
+        self.feature_names: list[str] = []
         self._resize = image_size
         self._feature = feature
-        self.shape = self._image_shape(feature) if self.kind == "image" else None
+        self.shape: tuple[int, ...] | None = self._image_shape(feature) if self.kind == "image" else None
         is_deep = self.kind == "image" and tf.as_dtype(feature.np_dtype) == tf.uint16
         self._white = white_of(self._first_images()) if is_deep else None
 

@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 import tensorflow as tf
 
+from hvdkit.data.sources.schema import CLASSIFICATION
 from hvdkit.errors import UsageError
 
 VOCABULARY_SIZE = 256  # a token is a byte
@@ -33,14 +34,16 @@ class TokenSource:
     """
 
     kind = "tokens"
+    task = CLASSIFICATION
     vocabulary_size = VOCABULARY_SIZE
 
     def __init__(self, name: str, texts: dict[str, bytes], sequence_length: int | None = None) -> None:
         sequence_length = sequence_length or min(64, *(max(1, len(text) - 1) for text in texts.values()))
         self.name = name
         self.label_names: list[str] = []
+        self.feature_names: list[str] = []
         self.splits = tuple(texts)
-        self.shape: tuple[int, int, int] | None = None
+        self.shape: tuple[int, ...] | None = None
         self.sequence_length = sequence_length
         self._texts = texts
         for split, text in texts.items():

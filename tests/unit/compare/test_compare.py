@@ -3,7 +3,7 @@
 import pytest
 
 from hvdkit.bench import jobs
-from hvdkit.compare.__main__ import recommend
+from hvdkit.compare.__main__ import recommend, table
 from hvdkit.errors import UsageError
 
 ROW = {"global_batch": 64}
@@ -31,3 +31,16 @@ def test_a_planner_that_fails_does_not_end_the_comparison(monkeypatch):
 
     monkeypatch.setattr(jobs, "run", fail)
     assert recommend(2, ROW, []) == "nothing, because it failed: no such model"
+
+
+def test_the_table_has_the_metric_of_the_task():
+    row = {"way": "single", "ranks": 1, "samples_per_second": 9.0, "train_seconds": 1.0, "core_percent": [50]}
+    row |= {"peak_bytes": [2**20], "sent_bytes_per_step": 0, "test_loss": 0.5}
+    for metrics, head, cell in (
+        ({"test_accuracy": 0.75}, "test accuracy", "75.00%"),
+        ({"test_accuracy": None}, "test accuracy", "unknown"),
+        ({"test_mean_absolute_error": 1.25, "test_r2_score": 0.5}, "test mean absolute error", "1.25"),
+    ):
+        found = table({"rows": [{**row, **metrics}]})
+        assert head in found
+        assert cell in found

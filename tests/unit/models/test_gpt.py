@@ -111,11 +111,11 @@ def test_texts_of_a_prepared_data_set(shared_data):
 def test_there_are_no_classes_to_balance(flag, value):
     source = TokenSource("letters", {"train": TEXT, "test": TEXT})
     settings = flags.resolve(flags.parse(["train"]), Recipe(sequence_length=8), 1)
-    assert data._windows(source, settings).sequence_length == 8
+    assert data.prepared(source, settings).sequence_length == 8
     with pytest.raises(
         UsageError, match=f"^--{flag.replace('_', '-')}.* balances classes, and the windows of letters have none"
     ):
-        data._windows(source, dataclasses.replace(settings, **{flag: value}))
+        data.prepared(source, dataclasses.replace(settings, **{flag: value}))
 
 
 def test_no_place_sees_a_later_one():

@@ -90,6 +90,8 @@ def parse(tmp_path, *arguments):
         (["-np", "1", "--grid", "epochs=1,2", "--retries=-1"], "--retries=-1 must be 0 or more"),
         (["-np", "3", "--grid", "epochs=1,2", "--ranks_per_task=4"], "does not fit localhost, which has 3 slot"),
         (["--grid", "epochs=1,2"], "How many ranks?"),
+        (["-np", "1", "--folds=3", "--goal=r2_score"], "--goal=r2_score is no metric of --task=auto. Use one of loss,"),
+        (["-np", "1", "--folds=3", "--goal=accuracy", "--", "--task=regression"], "Use one of loss, mean_absolute_err"),
     ],
 )
 def test_mistakes_are_told_before_anything_starts(tmp_path, capsys, arguments, message):
@@ -101,6 +103,19 @@ def test_mistakes_are_told_before_anything_starts(tmp_path, capsys, arguments, m
 def test_a_flag_of_one_command_line_does_not_stay_for_the_next():
     assert flags.parse(["", "--epochs=7"]).epochs == 7
     assert flags.parse([""]).epochs is None
+
+
+def test_the_goal_follows_from_the_task(tmp_path):
+    tasks = {
+        "auto": ("accuracy", "maximize"),
+        "multilabel": ("accuracy", "maximize"),
+        "regression": ("loss", "minimize"),
+    }
+    for task, expected in tasks.items():
+        chosen = parse(tmp_path, "-np", "1", "--folds=3", "--", f"--task={task}")
+        assert (chosen.goal, chosen.direction) == expected
+    chosen = parse(tmp_path, "-np", "1", "--folds=3", "--goal=mean_absolute_error", "--", "--task=regression")
+    assert chosen.direction == "minimize"
 
 
 @pytest.mark.parametrize("fold", ["5/5", "0/1", "1", "a/b", "-1/3"])

@@ -15,15 +15,16 @@ from hvdkit_models.recipe import Recipe
 from hvdkit import reporting
 from hvdkit.errors import UsageError
 from hvdkit.strategies import MirroredStrategy, SingleStrategy, create
-from hvdkit.train import artifacts, callbacks
+from hvdkit.train import artifacts, callbacks, objectives
 from hvdkit.train import flags as train_flags
 from hvdkit.train.build import (
     ModelSource,
     build_model,
+    check_kind,
     check_loss,
     check_output,
     check_savable,
-    ends_in_probabilities,
+    ends_in,
     find_model,
     make_optimizer,
 )
@@ -43,6 +44,8 @@ def parse(*flags):
         (["--epochs=1", "--steps=3"], "--epochs and --steps exclude each other"),
         (["--global_batch=8", "--local_batch=3"], "--global-batch and --local-batch exclude each other"),
         (["--shard_optimizer", "--compression=fp16"], "--shard-optimizer and --compression exclude each other"),
+        (["--text-column=a", "--feature-columns=b"], "--text-column and --feature-columns exclude each other"),
+        (["--task=ranking"], "auto|classification|regression|multilabel"),
         (["--fragments=4"], "--fragments=4 divides the synchronization of --local-steps, which was not given"),
         (["--fragments=4", "--local_steps=3"], "--fragments=4 is more than --local-steps=3"),
         (["--fragments=2", "--local_steps=8", "--compression=int8"], "--fragments and --compression=int8 exclude"),
@@ -65,6 +68,8 @@ def test_wrong_flags(flags, message):
             "compression",
             "fragments",
             "local_steps",
+            "text_column",
+            "feature_columns",
         ):
             absl_flags.FLAGS[name].unparse()
 
@@ -109,13 +114,77 @@ def test_every_model_builds_and_has_a_recipe_and_its_command(name):
     source = find_model(name)
     assert all(isinstance(recipe, Recipe) for recipe in source.recipes)
     given = {"input_shape": (32, 32, 3), "num_classes": 7, "vocabulary_size": 50, "sequence_length": 12}
+    inputs = np.ones([2, 12], "int32") if source.kind in ("text", "tokens") else np.ones([2, 32, 32, 3])
+    if source.kind == "features":
+        given |= {"input_shape": (3,), "feature_mean": (1.0, 2.0, 3.0), "feature_variance": (1.0, 4.0, 9.0)}
+        inputs = np.ones([2, 3], "float32")
     model = build_model(source, given)
-    of_text = name in ("text_classifier", "gpt")
-    inputs = np.ones([2, 12], "int32") if of_text else np.ones([2, 32, 32, 3])
     assert model(inputs).shape == ((2, 12, 50) if name == "gpt" else (2, 7))
     header = hvdkit_models.load(name).__doc__
     assert f"launch/local.sh -np 2 --model={name}" in header
     assert "hvdkit" not in header.replace("launch/local.sh", "")
+
+
+def test_a_model_of_other_data_is_refused_and_another_named():
+    check_kind(find_model("mnist_mlp"), "image", "digits")
+    check_kind(ModelSource("mine", dict, ()), "features", "x.csv")
+    with pytest.raises(UsageError, match=r"mnist_mlp learns from images, but x.csv has columns of .*=tabular_mlp, or"):
+        check_kind(find_model("mnist_mlp"), "features", "x.csv")
+    with pytest.raises(UsageError, match=r"--model=branch_cnn or cifar_cnn or mnist_mlp or resnet, or one of your own"):
+        check_kind(find_model("gpt"), "image", "digits")
+
+
+def test_a_tabular_model_takes_raw_features_and_gives_values_in_their_unit(tmp_path):
+    given = {"input_shape": (2,), "num_classes": 1, "feature_mean": (1e6, 5.0), "feature_variance": (4.0, 1.0)}
+    given |= {"label_mean": (300.0,), "label_variance": (100.0,)}
+    keras.utils.set_random_seed(0)
+    model = build_model(find_model("tabular_mlp"), given, {"dropout": 0.1})
+    inputs = np.float32([[1e6, 5], [1e6 + 2, 6]])
+    inside = keras.Model(model.input, model.get_layer("standardize").output)
+    np.testing.assert_allclose(inside(inputs), [[0, 0], [1, 1]], atol=1e-6)
+    assert model(inputs).numpy()[0, 0] == 300, "the mean, since biases are 0"
+    model.save(tmp_path / "model.keras")
+    np.testing.assert_array_equal(keras.models.load_model(tmp_path / "model.keras")(inputs), model(inputs))
+    keras.config.set_dtype_policy("mixed_float16")
+    try:
+        assert np.isfinite(build_model(find_model("tabular_mlp"), given)(inputs)).all(), "raw values exceed 16 bits"
+    finally:
+        keras.config.set_dtype_policy("float32")
+
+
+def test_what_each_task_is_trained_and_judged_by():
+    logits = keras.Sequential([keras.layers.Input([2]), keras.layers.Dense(3)])
+    sigmoid = keras.Sequential([keras.layers.Input([2]), keras.layers.Dense(3, activation="sigmoid")])
+    wanted = np.float32([[1, 0, 1], [0, 0, 1]])
+    given = np.float32([[2, -1, -3], [-2, -2, 1]])
+    found = {}
+    for model, outputs in ((logits, given), (sigmoid, 1 / (1 + np.exp(-given)))):
+        accuracy, auc = objectives.metrics_for("multilabel", model)
+        accuracy.update_state(wanted, outputs)
+        auc.update_state(wanted, outputs)
+        assert float(accuracy.result()) == pytest.approx(5 / 6)
+        found[model] = float(objectives.loss_for("multilabel", model)(wanted, outputs)), float(auc.result())
+    assert found[logits] == pytest.approx(found[sigmoid], rel=1e-3)
+    values, near = np.float32([[1.0], [2.0], [5.0]]), np.float32([[1.5], [2.0], [4.0]])
+    error, r2_score = objectives.metrics_for("regression", logits, [2.0], [3.0])
+    for metric in (error, r2_score):
+        metric.update_state(values, near)
+    assert float(error.result()) == pytest.approx(0.5)
+    assert float(r2_score.result()) == pytest.approx(1 - 1.25 / np.square(values - values.mean()).sum(), rel=1e-6)
+    assert float(objectives.loss_for("regression", logits)(values, near)) == pytest.approx(1.25 / 3)
+    of_years = objectives.metrics_for("regression", logits, [2000.0], [3.0])
+    assert [metric.name for metric in of_years] == ["mean_absolute_error"], "R2Score would lose their variance"
+
+
+def test_results_of_each_task_by_name():
+    metrics = {"loss": 2.0, "mean_absolute_error": 1.5, "r2_score": 0.5}
+    found = objectives.results_of("regression", "test", metrics)
+    assert list(found.items()) == [("test_mean_absolute_error", 1.5), ("test_r2_score", 0.5), ("test_loss", 2.0)]
+    assert objectives.describe("regression", found) == "test mean absolute error 1.5"
+    found = objectives.results_of("classification", "test", {"loss": np.float32(2.0), "f1": np.zeros(3)})
+    assert found == {"test_accuracy": None, "test_loss": 2.0}
+    assert objectives.describe("classification", found) == "test accuracy unknown"
+    assert objectives.describe("multilabel", {"test_accuracy": 0.5}) == "test accuracy 50.00%"
 
 
 def test_the_models_have_the_sizes_they_should():
@@ -165,11 +234,13 @@ def test_a_users_own_model(tmp_path):
 
 
 def test_a_model_that_ends_in_probabilities_is_told_from_one_that_does_not():
+    softmax = keras.activations.softmax
     layers = [keras.layers.Input([4]), keras.layers.Dense(3, activation="softmax")]
-    assert ends_in_probabilities(keras.Sequential(layers))
-    assert ends_in_probabilities(keras.Sequential([keras.layers.Input([4]), keras.layers.Softmax()]))
-    assert not ends_in_probabilities(keras.Sequential([*layers, keras.layers.Dense(3)]))
-    assert not ends_in_probabilities(keras.Sequential())
+    assert ends_in(keras.Sequential(layers), softmax)
+    assert ends_in(keras.Sequential([keras.layers.Input([4]), keras.layers.Softmax()]), softmax)
+    assert not ends_in(keras.Sequential([*layers, keras.layers.Dense(3)]), softmax)
+    assert not ends_in(keras.Sequential(layers), keras.activations.sigmoid)
+    assert not ends_in(keras.Sequential(), softmax)
 
 
 def test_the_recipe_is_that_of_the_data_set():
@@ -430,6 +501,12 @@ def test_losses_and_metrics_that_do_not_take_the_labels_are_found_before_trainin
     before = [v.numpy() for v in model.variables]
     check_loss(model, spec, "mine")
     assert all((a == b.numpy()).all() for a, b in zip(before, model.variables, strict=True)), "nothing is left of it"
+    values = tf.TensorSpec([3], tf.float32)
+    check_loss(small("mse", ["mae"]), spec, "mine", values, "measured values")
+    with pytest.raises(
+        UsageError, match=r"labels of shape \(2, 3\), which are measured values .* as 'mean_squared_err"
+    ):
+        check_loss(model, spec, "mine", values, "measured values")
     for wrong in (small("categorical_crossentropy"), small("sparse_categorical_crossentropy", ["precision"])):
         with pytest.raises(UsageError, match=r"The loss or a metric of the model mine does not take labels of shape"):
             check_loss(wrong, spec, "mine")

@@ -1,0 +1,89 @@
+"""Tables on several ranks: what is learned from them, how they are judged, and the main job as users run it."""
+
+import csv
+import json
+
+import keras
+import numpy as np
+import pytest
+
+from hvdkit.data.sources import Schema, open_source
+from hvdkit.model.evaluation import evaluate_part
+from hvdkit.train import data as job_data
+from hvdkit.train import objectives
+
+ROWS = 50
+
+
+def write_table(path):
+    """Measured values that follow from two columns of numbers, a category and a constant."""
+    generator = np.random.default_rng(0)
+    with path.open("w", newline="") as file:
+        rows = csv.writer(file)
+        rows.writerow(["area", "age", "city", "floors", "price", "tags"])
+        for number in range(ROWS):
+            area, age, city = generator.uniform(20, 200), generator.uniform(0, 90), "ab"[number % 2]
+            price = 1000 * area - 500 * age + 20_000 * (city == "a")
+            rows.writerow([area, age, city, 2, price, ";".join(["big"] * (area > 100) + ["old"] * (age > 40))])
+
+
+def judge(path):
+    """Metrics of a model with given weights, each rank with its own part of the training split."""
+    import hvdkit as hvd
+
+    found = {}
+    for task, label in (("regression", "price"), ("multilabel", "tags")):
+        schema = Schema(task, label, feature_columns=("area", "age", "city", "floors"))
+        source = open_source(path, schema=schema)
+        found[f"{task} standardization"] = standardization = job_data.make_standardization(source)
+        inputs = keras.layers.Input(source.shape)
+        scaled = keras.layers.Normalization(
+            mean=list(standardization["feature_mean"]), variance=list(standardization["feature_variance"])
+        )(inputs)
+        model = keras.Model(inputs, keras.layers.Dense(len(source.label_names), "linear", True, "ones")(scaled))
+        values = {name: value for name, value in standardization.items() if name.startswith("label")}
+        metrics = objectives.metrics_for(task, model, **values)
+        model.compile(loss=objectives.loss_for(task, model), metrics=metrics)
+        examples = source.read("train", 0, source.size("train")).shard(hvd.size(), hvd.rank()).batch(7)
+        found[task] = evaluate_part(model, examples)
+    return found
+
+
+def test_two_ranks_learn_and_judge_like_one(ranks, tmp_path):
+    path = tmp_path / "train.csv"
+    write_table(path)
+    (alone,) = ranks(1, judge, path=str(path))
+    assert set(alone["regression"]) == {"loss", "mean_absolute_error", "r2_score"}
+    assert set(alone["multilabel"]) == {"loss", "accuracy", "auc"}
+    for found in ranks(2, judge, path=str(path)):
+        for task in ("regression", "multilabel"):
+            assert found[f"{task} standardization"] == alone[f"{task} standardization"], "bit for bit"
+            assert found[task] == pytest.approx(alone[task], rel=1e-5)
+
+
+@pytest.mark.slow
+def test_the_main_job_trains_on_measured_values_and_goes_on(train, tmp_path):
+    write_table(tmp_path / "houses.csv")
+    flags = ["--model=tabular_mlp", "--dataset=houses.csv", "--task=regression", "--label-column=price"]
+    flags += ["--feature-columns=area,age,city,floors", "--global-batch=8", "--learning-rate=0.02", "--eval-every=5"]
+    flags += ["--lr-schedule=constant", "--keep-best=1", "--no-tensorboard"]
+    results = {}
+    for workdir, epochs in (("extended", 15), ("extended", 30), ("whole", 30)):
+        ended = train(2, *flags, f"--workdir={workdir}", f"--epochs={epochs}")
+        assert ended.code == 0, ended.output
+        results[workdir] = json.loads((tmp_path / workdir / "result.json").read_text())
+    assert "2 replica(s): test mean absolute error " in ended.output
+    result = results["whole"]
+    assert result["weights_sha256"] == results["extended"]["weights_sha256"], "bit for bit"
+    assert not any("accuracy" in name for name in result)
+    assert result["test_r2_score"] > 0.95
+    history = list(csv.DictReader((tmp_path / "whole" / "history.csv").open()))
+    assert float(history[-1]["val_mean_absolute_error"]) == pytest.approx(result["validation_mean_absolute_error"])
+    names = json.loads((tmp_path / "whole" / "features.json").read_text())
+    assert names == {"features": ["area", "age", "city=a", "city=b", "floors"], "labels": ["price"]}
+    model = keras.models.load_model(tmp_path / "whole" / "model.keras")
+    schema = Schema("regression", "price", feature_columns=("area", "age", "city", "floors"))
+    source = open_source(str(tmp_path / "houses.csv"), schema=schema)
+    raw, prices = source.read("test", 0, source.size("test")).batch(99).get_single_element()
+    error = np.abs(model.predict(raw, verbose=0) - prices.numpy()).mean()
+    assert error == pytest.approx(result["test_mean_absolute_error"], rel=1e-4)
