@@ -30,8 +30,9 @@ _HELP = {  # brackets: what applies without the flag, if its default is not a fi
     "model_args": "arguments of the model's function, such as width=256,depth=6 [its defaults]",
     "dataset": (
         "digits or breast_cancer (embedded), a TFDS name, or a path: a prepared TFDS directory, a folder "
-        "train/CLASS/*.png or CLASS/*.png, or a table (.csv, .jsonl, .parquet, .arrow) with a column label and either "
-        "a column text, or numbers and categories in all other columns. Made-up data: "
+        "train/CLASS/*.png or CLASS/*.png, a table (.csv, .jsonl, .parquet, .arrow) with a column label and either a "
+        "column text, or numbers and categories in all other columns; or records (.tfrecord, .array_record) of "
+        "tf.train.Example. Made-up data: "
         "synthetic:HxWxC:CLASSES:EXAMPLES. To predict the next byte: pydoc (embedded), or text:PATH of a file or a "
         "folder [the recipe's]"
     ),

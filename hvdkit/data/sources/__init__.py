@@ -7,6 +7,8 @@ from hvdkit.data.sources import table_files
 from hvdkit.data.sources.arrays import ArraySource, load_breast_cancer, load_digits, synthetic
 from hvdkit.data.sources.base import Source
 from hvdkit.data.sources.folder import FolderSource, has_class_folders
+from hvdkit.data.sources.record_files import SUFFIXES as RECORD_SUFFIXES
+from hvdkit.data.sources.records import is_record_path, load_records
 from hvdkit.data.sources.schema import CLASSIFICATION, MULTILABEL, REGRESSION, Schema
 from hvdkit.data.sources.selection import FoldSource, with_validation
 from hvdkit.data.sources.table import load_table
@@ -53,6 +55,8 @@ def open_source(
             - a path to a folder of images, `train/CLASS/*.png` and `test/CLASS/*.png`, or `CLASS/*.png` alone;
             - a path to a `.csv`, `.tsv`, `.jsonl`, `.parquet` or `.arrow` file, or to a folder that Hugging Face's
               `datasets` saved, with a column of labels, and one of texts or else columns of numbers and categories;
+            - a path to a `.tfrecord` or `.array_record` file with `tf.train.Example` messages, or to a folder of such
+              files, named `train...` and `test...`;
             - the name of a TFDS data set, prepared under `data_dir` or, with `download`, downloaded.
         data_dir: folder of the TFDS data sets; by default TFDS' own `~/tensorflow_datasets`.
         download: whether to download and prepare a data set that is not in `data_dir`.
@@ -79,10 +83,12 @@ def _open(dataset: str, data_dir: str | None, schema: Schema, *, download: bool,
         return load_table(path, schema)
     if (path / "dataset_dict.json").is_file():
         return load_table(path / "train", schema)
+    if is_record_path(path) and not (path / "dataset_info.json").is_file():
+        return load_records(path, schema, image_size)
     if schema.names_columns():
         raise UsageError(
-            f"--label-column, --text-column and --feature-columns name columns of a table, and {dataset} is none. "
-            f"Leave them out, or give a table ({', '.join(table_files.READERS)})."
+            f"--label-column, --text-column and --feature-columns name columns of a table, or features of records, and "
+            f"{dataset} has none. Leave them out, or give a table ({', '.join(table_files.READERS)})."
         )
     if dataset in _EMBEDDED:
         return _EMBEDDED[dataset]()
@@ -113,7 +119,8 @@ def _open_folder(dataset: str, image_size: int | None) -> Source | None:
         what = "is neither a prepared TFDS directory nor a folder of images" if path.is_dir() else "does not exist"
         raise UsageError(
             f"The data set {dataset} {what}. Give the path of a directory with dataset_info.json, of one with "
-            f"train/CLASS/*.png or CLASS/*.png, or of a table ({', '.join(table_files.READERS)})."
+            f"train/CLASS/*.png or CLASS/*.png, of a table ({', '.join(table_files.READERS)}), or of records "
+            f"({', '.join(RECORD_SUFFIXES)})."
         )
     return None
 

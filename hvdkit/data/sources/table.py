@@ -15,8 +15,8 @@ from hvdkit.data.sources.schema import MULTILABEL, Schema
 from hvdkit.data.sources.table_files import Column
 from hvdkit.errors import UsageError
 
-_TEXT_NAMES = ("text", "sentence", "review", "content", "input")
-_LABEL_NAMES = ("label", "class", "category", "target", "sentiment", "labels", "tags", "y")
+TEXT_NAMES = ("text", "sentence", "review", "content", "input")
+LABEL_NAMES = ("label", "class", "category", "target", "sentiment", "labels", "tags", "y")
 _INDEX_NAMES = ("", "unnamed: 0", "__index_level_0__")  # what pandas calls its index
 _COMPANIONS = {"test": ("test",), "validation": ("validation", "valid", "val", "dev")}
 _log = logging.getLogger(__name__)
@@ -135,17 +135,17 @@ def _choose(path: Path, names: Sequence[str], first: str, schema: Schema) -> tup
     twice = next((name for place, name in enumerate(names) if name in names[:place]), None)
     if twice is not None:
         raise UsageError(f"{path} has two columns named {twice!r}. Rename one of them.")
-    label = _named(path, names, schema.label_column, "label") or _first_of(names, _LABEL_NAMES)
+    label = _named(path, names, schema.label_column, "label") or _first_of(names, LABEL_NAMES)
     if schema.feature_columns:
         text, inputs = None, [str(_named(path, names, name, "feature")) for name in schema.feature_columns]
     else:
         others = [name for name in names if name != label]
-        text = _named(path, names, schema.text_column, "text") or _first_of(others, _TEXT_NAMES)
+        text = _named(path, names, schema.text_column, "text") or _first_of(others, TEXT_NAMES)
         inputs = [text] if text else [name for name in others if name.strip().lower() not in _INDEX_NAMES]
     if label is None or not inputs:
         raise UsageError(
-            f"{path} needs a text column ({', '.join(_TEXT_NAMES)}) or columns of features, and a label column "
-            f"({', '.join(_LABEL_NAMES)}), which its first line names, but it begins with: {first or 'nothing'}. Name "
+            f"{path} needs a text column ({', '.join(TEXT_NAMES)}) or columns of features, and a label column "
+            f"({', '.join(LABEL_NAMES)}), which its first line names, but it begins with: {first or 'nothing'}. Name "
             f"another one with --label-column=NAME or --text-column=NAME."
         )
     if label in inputs:
