@@ -14,12 +14,13 @@ from pathlib import Path
 import keras
 import pytest
 
+from tests import forked
 from tests.conftest import remains, run_command
 from tests.integration.test_launcher import wait_until
 
 pytestmark = pytest.mark.timeout(900)
 
-SWEEP = [sys.executable, "-m", "hvdkit.sweep"]
+SWEEP = forked.command("-m", "hvdkit.sweep")
 MODEL = f"--model={Path(__file__).parent / 'gated_model.py'}:build"
 
 
@@ -195,7 +196,8 @@ def test_a_host_is_lost(cluster, tmp_path, gate, start, lose, find):
     workdir = tmp_path / "sweep"
     arguments = ["-H", "h1:1,h2:1", "--host_timeout=5", "--grid", "seed=1,2,3", "--"]
     arguments += [MODEL, "--dataset=digits", "--epochs=2"]
-    command = cluster.command("h1", *SWEEP, f"--workdir={workdir}", *arguments)
+    # Not forked: on h2, sshd starts the same interpreter, without the variables that tests/python needs.
+    command = cluster.command("h1", sys.executable, "-m", "hvdkit.sweep", f"--workdir={workdir}", *arguments)
     run = start(workdir, env={**cluster.environment, **gate.env}, command=command)
     where = {host for host, _ in gate.wait_for(2)}
     assert where == {"h1", "h2"}, run.said()

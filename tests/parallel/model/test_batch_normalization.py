@@ -136,7 +136,7 @@ _OTHERS = ["eager", "cloned", "several steps", "subclassed"]
 
 @pytest.mark.parametrize(
     ("size", "names"),
-    [(2, _SOME), *(pytest.param(size, [*_SOME, *_OTHERS], marks=pytest.mark.slow) for size in (2, 3))],
+    [(2, _SOME), pytest.param(2, _OTHERS, marks=pytest.mark.slow), pytest.param(3, _SOME, marks=pytest.mark.slow)],
 )
 def test_it_trains_the_model_of_one_process(ranks, size, names, tmp_path):
     path = tmp_path / "x.keras"

@@ -313,12 +313,19 @@ def _failures(ranks, cases, number):
     ]
 
 
+_PARTS = [(160, 2, slice(part, None, 5)) for part in range(5)] + [(40, 3, slice(part, None, 2)) for part in range(2)]
+
+
 @pytest.mark.parametrize(
-    ("number", "size"),
-    [(len(COUNTEREXAMPLES), 2), *(pytest.param(n, r, marks=pytest.mark.slow) for n, r in ((160, 2), (40, 3)))],
+    ("number", "size", "part"),
+    [
+        (len(COUNTEREXAMPLES), 2, slice(None)),
+        *(pytest.param(*case, marks=pytest.mark.slow, id=f"{case[0]}-{case[1]}-{case[2].start}") for case in _PARTS),
+    ],
 )
-def test_ranks_train_and_show_what_one_process_does(ranks, number, size):
+def test_ranks_train_and_show_what_one_process_does(ranks, number, size, part):
     cases = drawn(number, size)
     assert len(cases) >= number
+    cases = cases[part]
     failures = _failures(ranks, cases, size)
     assert not failures, f"{len(failures)} of {len(cases)}:\n" + "\n".join(f"{f}: {case!r}" for case, f in failures)

@@ -148,7 +148,7 @@ def test_tables_of_features_that_are_not_what_they_should_be(tmp_path, content, 
 def test_what_a_data_set_cannot_be_is_refused(tmp_path):
     with pytest.raises(UsageError, match="--task=regression does not fit digits, which has data for classification"):
         open_source("digits", schema=Schema("regression"))
-    with pytest.raises(UsageError, match="--feature-columns name columns of a table, or features of records, and digits has none"):
+    with pytest.raises(UsageError, match="columns of a table, or features of records, and digits has none"):
         open_source("digits", schema=Schema(label_column="x"))
     with pytest.raises(UsageError, match="pydoc, which has text of which each byte is predicted"):
         open_source("pydoc", schema=Schema("multilabel"))
