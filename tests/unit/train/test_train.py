@@ -13,6 +13,7 @@ import tensorflow as tf
 from hvdkit_models.recipe import Recipe
 
 from hvdkit import reporting
+from hvdkit.data.sources import open_source
 from hvdkit.errors import UsageError
 from hvdkit.strategies import MirroredStrategy, SingleStrategy, create
 from hvdkit.train import artifacts, callbacks, objectives
@@ -28,6 +29,7 @@ from hvdkit.train.build import (
     find_model,
     make_optimizer,
 )
+from hvdkit.train.data import prepared, schema_of
 
 
 def parse(*flags):
@@ -538,3 +540,12 @@ def test_a_model_that_cannot_be_saved_is_found_before_training():
         UsageError, match=r"The model mine cannot be saved \(.*Give each class of your own a method get"
     ):
         check_savable(model, "mine")
+
+
+def test_values_have_no_classes_to_balance(tmp_path):
+    (tmp_path / "x.csv").write_text("n,label\n" + "".join(f"{i},{i}.5\n" for i in range(10)))
+    source = open_source(str(tmp_path / "x.csv"), schema=schema_of(_with(task="regression", feature_columns="n")))
+    settings = train_flags.resolve(parse(), Recipe(), 1)
+    assert prepared(source, settings) is source
+    with pytest.raises(UsageError, match=r"--sampling=over balances classes, and x\.csv, for regression, have none"):
+        prepared(source, dataclasses.replace(settings, sampling="over"))
