@@ -1,6 +1,6 @@
 """A multilayer perceptron on standardized features: classes, measured values, or several labels.
 
-    launch/local.sh -np 2 --model=tabular_mlp
+    launch/local.sh -np 2 --model=tabular_mlp                                       about 95 % in 2 s on two cores
     launch/local.sh -np 2 --model=tabular_mlp --dataset=houses.csv --label-column=price --task=regression
 
 The means and variances of the training split are part of the model: it takes features as they are in the data, and

@@ -6,6 +6,8 @@ Y. Kim, "Convolutional neural networks for sentence classification", 2014, https
 embedding learned from scratch.
 """
 
+from collections.abc import Sequence
+
 import keras
 from keras import layers
 
@@ -27,8 +29,17 @@ RECIPES = (
 )
 
 
-def build(vocabulary_size: int, sequence_length: int, num_classes: int) -> keras.Model:
-    """Returns the model from token numbers (int [batch, sequence_length]) to logits [batch, num_classes]."""
+def build(
+    vocabulary_size: int,
+    sequence_length: int,
+    num_classes: int,
+    label_mean: Sequence[float] = (),
+    label_variance: Sequence[float] = (),
+) -> keras.Model:
+    """Returns the model from token numbers (int [batch, sequence_length]) to logits or values [batch, num_classes].
+
+    `label_mean` and `label_variance` are those of measured values in the training split; empty for classes and labels.
+    """
     tokens = layers.Input([sequence_length], dtype="int32")
     embedded = layers.Embedding(vocabulary_size, 128)(tokens)
     features = [
@@ -36,4 +47,10 @@ def build(vocabulary_size: int, sequence_length: int, num_classes: int) -> keras
         for width in (3, 4, 5)
     ]
     joined = layers.Dropout(0.5)(layers.Concatenate()(features))
-    return keras.Model(tokens, layers.Dense(num_classes, dtype="float32")(joined), name="text_classifier")
+    outputs = layers.Dense(num_classes, dtype="float32")(joined)
+    if label_mean:
+        units = layers.Normalization(
+            mean=list(label_mean), variance=list(label_variance), invert=True, dtype="float32", name="in_units"
+        )
+        outputs = units(outputs)
+    return keras.Model(tokens, outputs, name="text_classifier")

@@ -24,6 +24,7 @@ from hvdkit.doctor.examination import Examination, Settings
 from hvdkit.errors import UsageError
 from hvdkit.launch import hosts
 from hvdkit.launch.shells import Ssh
+from hvdkit.train.flags import TASKS
 
 _SSH_SECONDS = 5
 
@@ -63,6 +64,12 @@ def _settings(arguments: argparse.Namespace) -> Settings:
         workdir=str(Path(arguments.workdir).expanduser().absolute()),
         dataset=dataset,
         data_dir=str(Path(arguments.data_dir).expanduser().absolute()) if arguments.data_dir else None,
+        schema={
+            "task": arguments.task,
+            "label_column": arguments.label_column,
+            "text_column": arguments.text_column,
+            "feature_columns": tuple(filter(None, arguments.feature_columns.split(","))),
+        },
         ssh=Ssh(shlex.split(arguments.ssh_args), patience=_SSH_SECONDS),
     )
 
@@ -95,6 +102,10 @@ def parser() -> Parser:
     one.add_argument("--list", action="store_true", help="list the checks")
     made.add_argument("--workdir", default="runs", metavar="DIR", help="where the job is to write [%(default)s]")
     made.add_argument("--dataset", help="what the job is to read, as for hvdkit train")
+    made.add_argument("--task", choices=TASKS, default="auto", help="what the job is to learn [%(default)s]")
+    made.add_argument("--label-column", metavar="NAME", help="a table's column of labels")
+    made.add_argument("--text-column", metavar="NAME", help="a table's column of texts")
+    made.add_argument("--feature-columns", default="", metavar="NAME,NAME", help="a table's columns of features")
     made.add_argument("--data-dir", metavar="DIR", help="where TFDS data sets lie [~/tensorflow_datasets]")
     made.add_argument(
         "--python", default=sys.executable, metavar="PATH", help="the job's Python, on every host [this one]"

@@ -9,7 +9,7 @@ import functools
 import os
 import secrets
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -41,6 +41,7 @@ class Settings:
         directory: where the job's commands run, on every host.
         workdir: an absolute path.
         dataset, data_dir: as for the training job; None to read no data set.
+        schema: arguments of the data set's `hvdkit.data.sources.Schema`.
         ssh: how to reach other hosts.
         loads: whether to load TensorFlow. Without it no data sets are read and no ranks are started.
     """
@@ -52,6 +53,7 @@ class Settings:
     dataset: str | None
     data_dir: str | None
     ssh: Ssh
+    schema: Mapping[str, Any] = dataclasses.field(default_factory=dict)
     loads: bool = True
 
 
@@ -153,6 +155,7 @@ class Examination:
                 "do": "dataset",
                 "dataset": self.settings.dataset,
                 "data_dir": self.settings.data_dir,
+                "schema": dict(self.settings.schema),
                 "limit": DATASET_SECONDS,
             }
             self._take(name, "dataset", lambda: _content(self._hear(name, order)))

@@ -91,11 +91,11 @@ def visible_gpus() -> list[str]:
     return [device.name for device in tf.config.list_physical_devices("GPU")]
 
 
-def read_dataset(dataset: str, data_dir: str | None) -> dict[str, Any]:
+def read_dataset(dataset: str, data_dir: str | None, schema: dict[str, Any]) -> dict[str, Any]:
     """Opens a data set as the training job does, and reads the first and last example of each split."""
-    from hvdkit.data.sources import open_source
+    from hvdkit.data.sources import Schema, open_source
 
-    source = open_source(dataset, data_dir)
+    source = open_source(dataset, data_dir, schema=Schema(**schema))
     sizes = {split: source.size(split) for split in ("train", "test")}
     for split, size in sizes.items():
         for place in {0, size - 1}:
@@ -213,7 +213,7 @@ def obey(order: dict[str, Any]) -> Any:
     if order["do"] == "gpus":
         return in_children(visible_gpus, [()], order["limit"])[0]
     if order["do"] == "dataset":
-        return in_children(read_dataset, [(order["dataset"], order["data_dir"])], order["limit"])[0]
+        return in_children(read_dataset, [(order["dataset"], order["data_dir"], order["schema"])], order["limit"])[0]
     return in_children(allreduce, [(env,) for env in order["ranks"]], order["limit"])
 
 

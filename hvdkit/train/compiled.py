@@ -1,7 +1,9 @@
 """Compiles the model of a run, with its optimizer distributed over the ranks."""
 
 import gc
+import inspect
 import logging
+import math
 from collections.abc import Mapping
 from typing import Any
 
@@ -19,6 +21,7 @@ from hvdkit.train.flags import Settings
 from hvdkit.train.job import Job
 
 _log = logging.getLogger("hvdkit.train")  # the job's logger
+_LARGE = 10.0  # measured values, in multiples of what a new model gives
 
 
 def compile_model(
@@ -29,6 +32,7 @@ def compile_model(
     spec = data.spec
     given = {**_given_by_data(job.source, vocabulary, spec), **standardization}
     model = build_model(model_source, given, settings.model_arguments)
+    _warn_of_units(job, standardization)
     each_token = isinstance(job.source, TokenSource)
     labels = given["vocabulary_size" if each_token else "num_classes"]
     outputs = objectives.OUTPUTS[task]
@@ -68,6 +72,20 @@ def compile_model(
     if isinstance(model.optimizer, LocalSGD) and strategy.world.is_root and strategy.size > 1:
         _log.info("the ranks train alone, and synchronize %s", model.optimizer.schedule())
     return model, settings
+
+
+def _warn_of_units(job: Job, standardization: Mapping[str, tuple[float, ...]]) -> None:
+    """Warns of measured values far from the first outputs of a model that does not take their mean."""
+    values = zip(standardization.get("label_mean", ()), standardization.get("label_variance", ()), strict=True)
+    largest = max((max(abs(mean), math.sqrt(variance)) for mean, variance in values), default=0.0)
+    if largest > _LARGE and "label_mean" not in inspect.signature(job.model_source.build).parameters:
+        _log.warning(
+            "The model %s starts with values near 0, and those of %s are about %.3g, which it may take long to reach. "
+            "Scale its outputs by its arguments label_mean and label_variance, or divide the values.",
+            job.model_source.name,
+            job.source.name,
+            largest,
+        )
 
 
 def _given_by_data(source: Source, vocabulary: Vocabulary | None, spec: tf.TensorSpec) -> dict[str, Any]:

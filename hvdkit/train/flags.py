@@ -31,8 +31,8 @@ _HELP = {  # brackets: what applies without the flag, if its default is not a fi
     "dataset": (
         "digits or breast_cancer (embedded), a TFDS name, or a path: a prepared TFDS directory, a folder "
         "train/CLASS/*.png or CLASS/*.png, a table (.csv, .jsonl, .parquet, .arrow) with a column label and either a "
-        "column text, or numbers and categories in all other columns; or records (.tfrecord, .array_record) of "
-        "tf.train.Example. Made-up data: "
+        "column text, or numbers and categories in all other columns, arrays (.npz, .npy) named x_train, y_train, "
+        "x_test, y_test or x, y, or records (.tfrecord, .array_record) of tf.train.Example. Made-up data: "
         "synthetic:HxWxC:CLASSES:EXAMPLES. To predict the next byte: pydoc (embedded), or text:PATH of a file or a "
         "folder [the recipe's]"
     ),

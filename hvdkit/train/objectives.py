@@ -17,6 +17,7 @@ LABELS = {
     MULTILABEL: "0 or 1 for each label",
 }
 
+_BARELY_POSITIVE = 1e-7  # a logit; some versions of Keras refuse 0 as a threshold
 _FAR_FROM_0 = 100.0  # square of a mean, in multiples of the variance
 
 
@@ -47,7 +48,8 @@ def metrics_for(
         return [error, *([keras.metrics.R2Score(name="r2_score")] if is_exact else [])]
     if task == MULTILABEL:
         is_probability = ends_in(model, keras.activations.sigmoid)
-        accuracy = keras.metrics.BinaryAccuracy(name="accuracy", threshold=0.5 if is_probability else 0.0)
+        threshold = 0.5 if is_probability else _BARELY_POSITIVE
+        accuracy = keras.metrics.BinaryAccuracy(name="accuracy", threshold=threshold)
         return [accuracy, keras.metrics.AUC(name="auc", from_logits=not is_probability)]
     return [keras.metrics.SparseCategoricalAccuracy(name="accuracy")]
 

@@ -31,6 +31,7 @@ from hvdkit.train.flags import Config
 from hvdkit.train.job import Job, open_job
 
 _log = logging.getLogger("hvdkit.train")  # the job's logger
+_LARGE_LOSS = 1000.0  # as of measured values; shown without decimals
 
 
 Tap = Callable[[tf.data.Dataset, int], tf.data.Dataset]
@@ -204,8 +205,9 @@ def _write_artifacts(job: Job, model: keras.Model, trained: _Trained, result: di
     reporting.write_json(workdir / "result.json", result)
     bits = f" ({result['test_bits_per_byte']:.3f} bits a byte)" if "test_bits_per_byte" in result else ""
     reached = objectives.describe(job.source.task, result)
+    loss = f"{result['test_loss']:{'.4f' if result['test_loss'] < _LARGE_LOSS else '.5g'}}"
     _log.info(
-        f"{title}: {reached}, test loss {result['test_loss']:.4f}{bits}; "
+        f"{title}: {reached}, test loss {loss}{bits}; "
         f"{result['steps']} steps in {result['train_seconds']:.1f} s, {result['samples_per_second']:,.0f} samples/s; "
         f"weights {result['weights_sha256'][:12]} on all {result['size']} replica(s)"
     )

@@ -3,7 +3,8 @@
 from collections.abc import Callable
 from pathlib import Path
 
-from hvdkit.data.sources import table_files
+from hvdkit.data.sources import array_files, table_files
+from hvdkit.data.sources.array_files import has_arrays, load_arrays
 from hvdkit.data.sources.arrays import ArraySource, load_breast_cancer, load_digits, synthetic
 from hvdkit.data.sources.base import Source
 from hvdkit.data.sources.folder import FolderSource, has_class_folders
@@ -57,6 +58,8 @@ def open_source(
               `datasets` saved, with a column of labels, and one of texts or else columns of numbers and categories;
             - a path to a `.tfrecord` or `.array_record` file with `tf.train.Example` messages, or to a folder of such
               files, named `train...` and `test...`;
+            - a path to a `.npz` file, a `.npy` file or a folder of these, with arrays `x_train`, `y_train`, `x_test`
+              and `y_test`, or `x` and `y`, or `images` and `labels`;
             - the name of a TFDS data set, prepared under `data_dir` or, with `download`, downloaded.
         data_dir: folder of the TFDS data sets; by default TFDS' own `~/tensorflow_datasets`.
         download: whether to download and prepare a data set that is not in `data_dir`.
@@ -90,12 +93,16 @@ def _open(dataset: str, data_dir: str | None, schema: Schema, *, download: bool,
             f"--label-column, --text-column and --feature-columns name columns of a table, or features of records, and "
             f"{dataset} has none. Leave them out, or give a table ({', '.join(table_files.READERS)})."
         )
+    if path.suffix.lower() in array_files.SUFFIXES:
+        return load_arrays(path, schema.task, image_size)
     if dataset in _EMBEDDED:
         return _EMBEDDED[dataset]()
     if dataset.startswith("synthetic"):
         return synthetic(dataset)
     if dataset.startswith("text:"):
         return _open_text(dataset.removeprefix("text:"), data_dir, download=download)
+    if has_arrays(path):
+        return load_arrays(path, schema.task, image_size)
     return _open_folder(dataset, image_size) or open_named(dataset, data_dir, download=download, image_size=image_size)
 
 
@@ -119,8 +126,8 @@ def _open_folder(dataset: str, image_size: int | None) -> Source | None:
         what = "is neither a prepared TFDS directory nor a folder of images" if path.is_dir() else "does not exist"
         raise UsageError(
             f"The data set {dataset} {what}. Give the path of a directory with dataset_info.json, of one with "
-            f"train/CLASS/*.png or CLASS/*.png, of a table ({', '.join(table_files.READERS)}), or of records "
-            f"({', '.join(RECORD_SUFFIXES)})."
+            f"train/CLASS/*.png or CLASS/*.png, of a table ({', '.join(table_files.READERS)}), of arrays "
+            f"({', '.join(array_files.SUFFIXES)}), or of records ({', '.join(RECORD_SUFFIXES)})."
         )
     return None
 

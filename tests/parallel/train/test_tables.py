@@ -1,4 +1,4 @@
-"""Tables on several ranks: what is learned from them, how they are judged, and the main job as users run it."""
+"""Tables and arrays on several ranks: what is learned from them, and the main job as users run it."""
 
 import csv
 import json
@@ -31,6 +31,7 @@ def judge(path):
     """Metrics of a model with given weights, each rank with its own part of the training split."""
     import hvdkit as hvd
 
+    hvd.init()
     found = {}
     for task, label in (("regression", "price"), ("multilabel", "tags")):
         schema = Schema(task, label, feature_columns=("area", "age", "city", "floors"))
@@ -67,23 +68,47 @@ def test_the_main_job_trains_on_measured_values_and_goes_on(train, tmp_path):
     flags = ["--model=tabular_mlp", "--dataset=houses.csv", "--task=regression", "--label-column=price"]
     flags += ["--feature-columns=area,age,city,floors", "--global-batch=8", "--learning-rate=0.02", "--eval-every=5"]
     flags += ["--lr-schedule=constant", "--keep-best=1", "--no-tensorboard"]
-    results = {}
-    for workdir, epochs in (("extended", 15), ("extended", 30), ("whole", 30)):
-        ended = train(2, *flags, f"--workdir={workdir}", f"--epochs={epochs}")
+    for epochs in (15, 30):
+        ended = train(2, *flags, "--workdir=run", f"--epochs={epochs}")
         assert ended.code == 0, ended.output
-        results[workdir] = json.loads((tmp_path / workdir / "result.json").read_text())
     assert "2 replica(s): test mean absolute error " in ended.output
-    result = results["whole"]
-    assert result["weights_sha256"] == results["extended"]["weights_sha256"], "bit for bit"
+    result = json.loads((tmp_path / "run" / "result.json").read_text())
     assert not any("accuracy" in name for name in result)
     assert result["test_r2_score"] > 0.95
-    history = list(csv.DictReader((tmp_path / "whole" / "history.csv").open()))
+    history = list(csv.DictReader((tmp_path / "run" / "history.csv").open()))
+    assert len(history) == 30, "the second run went on"
     assert float(history[-1]["val_mean_absolute_error"]) == pytest.approx(result["validation_mean_absolute_error"])
-    names = json.loads((tmp_path / "whole" / "features.json").read_text())
+    names = json.loads((tmp_path / "run" / "features.json").read_text())
     assert names == {"features": ["area", "age", "city=a", "city=b", "floors"], "labels": ["price"]}
-    model = keras.models.load_model(tmp_path / "whole" / "model.keras")
+    model = keras.models.load_model(tmp_path / "run" / "model.keras")
     schema = Schema("regression", "price", feature_columns=("area", "age", "city", "floors"))
     source = open_source(str(tmp_path / "houses.csv"), schema=schema)
     raw, prices = source.read("test", 0, source.size("test")).batch(99).get_single_element()
     error = np.abs(model.predict(raw, verbose=0) - prices.numpy()).mean()
     assert error == pytest.approx(result["test_mean_absolute_error"], rel=1e-4)
+
+
+@pytest.mark.slow
+def test_the_main_job_trains_on_arrays_and_on_several_labels(train, tmp_path):
+    digits = open_source("digits")
+    arrays = {}
+    for split in digits.splits:
+        images, labels = digits.read(split, 0, digits.size(split)).batch(2000).get_single_element()
+        arrays |= {f"x_{split}": images.numpy()[..., 0], f"y_{split}": labels.numpy().astype("uint8")}
+    np.savez(tmp_path / "digits.npz", **arrays)
+    with (tmp_path / "reviews.csv").open("w", newline="") as file:
+        rows = [("a dull film", "bad"), ("a brilliant, long film", "good|long"), ("a film", ""), ("long", "long")] * 20
+        csv.writer(file).writerows([("text", "labels"), *rows])
+    runs = {
+        "digits.npz": ["--cache-gb=0", "--epochs=2"],  # read again in each epoch
+        "reviews.csv": ["--model=text_classifier", "--task=multilabel", "--learning-rate=0.02", "--local-batch=4"],
+    }
+    results = {}
+    for dataset, flags in runs.items():
+        ended = train(2, f"--dataset={dataset}", f"--workdir={dataset}.run", "--no-tensorboard", *flags)
+        assert ended.code == 0, ended.output
+        results[dataset] = json.loads((tmp_path / f"{dataset}.run" / "result.json").read_text())
+    assert results["digits.npz"]["test_accuracy"] > 0.85
+    assert results["reviews.csv"]["test_accuracy"] > 0.95
+    assert results["reviews.csv"]["test_auc"] > 0.95
+    assert "64 training examples for multilabel: bad, good, long" in ended.output

@@ -61,6 +61,7 @@ def test_columns_of_numbers_booleans_and_categories(tmp_path, name):
         expected = [row.area, row.rooms, row.garden, *(row.city == c for c in sorted(CITIES)), 7]
         assert x.tolist() == np.float32(expected).tolist()
         assert classes.label_names[y] == row.label
+    assert open_source(str(tmp_path / name)).feature_names == [*names, "price"], "all but the label, and no index"
     values = open_source(str(tmp_path / name), schema=Schema("regression", "price", feature_columns=columns[:2]))
     assert (values.task, values.label_names, values.feature_names) == ("regression", ["price"], ["area", "rooms"])
     inputs, prices = everything(values)

@@ -11,10 +11,11 @@ import pytest
 
 from hvdkit.doctor import __main__ as doctor
 from hvdkit.doctor import connection as connections
-from hvdkit.doctor import report
+from hvdkit.doctor import ranks, report
 from hvdkit.doctor.checks import CHECKS, judge
 from hvdkit.doctor.connection import Connection, Lost
 from hvdkit.doctor.findings import Findings
+from hvdkit.errors import UsageError
 
 # What `--json` wrote of two healthy hosts, with the paths of that machine changed.
 WELL = json.loads(Path(__file__).with_name("well.json").read_text())
@@ -557,3 +558,13 @@ def test_a_program_that_does_not_start_is_told():
     with pytest.raises(Lost, match="it ended with 1: broken"):
         connection.ask("ranks", order=None).result(60)
     connection.close()
+
+
+def test_a_data_set_is_opened_as_the_job_will_open_it(tmp_path):
+    (tmp_path / "x.csv").write_text("size,price\n" + "".join(f"{i},{i}.5\n" for i in range(10)))
+    schema = {"task": "regression", "label_column": "price", "text_column": None, "feature_columns": []}
+    assert ranks.read_dataset(str(tmp_path / "x.csv"), None, schema) == {"sizes": {"train": 8, "test": 2}}
+    with pytest.raises(UsageError, match="measured values"):
+        ranks.read_dataset(str(tmp_path / "x.csv"), None, schema | {"task": "auto"})
+    given = doctor.parser().parse_args(["-H", "h1:1", "--dataset=x.csv", "--task=regression", "--feature-columns=a,b"])
+    assert doctor._settings(given).schema["feature_columns"] == ("a", "b")

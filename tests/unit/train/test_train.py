@@ -13,9 +13,10 @@ import tensorflow as tf
 from hvdkit_models.recipe import Recipe
 
 from hvdkit import reporting
+from hvdkit.data.sources import open_source
 from hvdkit.errors import UsageError
 from hvdkit.strategies import MirroredStrategy, SingleStrategy, create
-from hvdkit.train import artifacts, callbacks, objectives
+from hvdkit.train import artifacts, callbacks, compiled, objectives
 from hvdkit.train import flags as train_flags
 from hvdkit.train.build import (
     ModelSource,
@@ -28,6 +29,7 @@ from hvdkit.train.build import (
     find_model,
     make_optimizer,
 )
+from hvdkit.train.data import prepared, schema_of
 
 
 def parse(*flags):
@@ -150,6 +152,22 @@ def test_a_tabular_model_takes_raw_features_and_gives_values_in_their_unit(tmp_p
         assert np.isfinite(build_model(find_model("tabular_mlp"), given)(inputs)).all(), "raw values exceed 16 bits"
     finally:
         keras.config.set_dtype_policy("float32")
+
+
+def test_measured_values_that_a_model_does_not_scale_are_warned_of(caplog):
+    job = types.SimpleNamespace(model_source=find_model("cifar_cnn"), source=types.SimpleNamespace(name="x.npz"))
+    given = {"label_mean": (3.0,), "label_variance": (40_000.0,)}
+    compiled._warn_of_units(job, given)
+    assert "The model cifar_cnn starts with values near 0, and those of x.npz are about 200," in caplog.text
+    caplog.clear()
+    compiled._warn_of_units(job, {"label_mean": (3.0,), "label_variance": (4.0,)})
+    job.model_source = find_model("text_classifier")
+    compiled._warn_of_units(job, given)
+    assert not caplog.text
+    model = build_model(
+        find_model("text_classifier"), given | {"vocabulary_size": 9, "sequence_length": 6, "num_classes": 1}
+    )
+    assert np.abs(model(np.ones([1, 6], "int32")) - 3).max() < 200, "in the values' unit"
 
 
 def test_what_each_task_is_trained_and_judged_by():
@@ -538,3 +556,12 @@ def test_a_model_that_cannot_be_saved_is_found_before_training():
         UsageError, match=r"The model mine cannot be saved \(.*Give each class of your own a method get"
     ):
         check_savable(model, "mine")
+
+
+def test_values_have_no_classes_to_balance(tmp_path):
+    (tmp_path / "x.csv").write_text("n,label\n" + "".join(f"{i},{i}.5\n" for i in range(10)))
+    source = open_source(str(tmp_path / "x.csv"), schema=schema_of(_with(task="regression", feature_columns="n")))
+    settings = train_flags.resolve(parse(), Recipe(), 1)
+    assert prepared(source, settings) is source
+    with pytest.raises(UsageError, match=r"--sampling=over balances classes, and x\.csv, for regression, have none"):
+        prepared(source, dataclasses.replace(settings, sampling="over"))
