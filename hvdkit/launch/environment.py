@@ -18,7 +18,7 @@ def own_environment() -> dict[str, str]:
     """
     others = ("OMPI_COMM_WORLD_", "PMIX_", "JPY_", "PYDEVD_")
     drawn = os.environ.get("MPLBACKEND", "").startswith("module://")
-    left_out = {"PYTHONSTARTUP", "PYTHONBREAKPOINT", *(["MPLBACKEND"] if drawn else [])}
+    left_out = {"PYTHONSTARTUP", *(["MPLBACKEND"] if drawn else [])}
     return {n: value for n, value in os.environ.items() if not n.startswith(others) and n not in left_out}
 
 
