@@ -62,7 +62,10 @@ def sizes_of(dataset: tf.data.Dataset) -> Sizes:
 
 
 def unit_of(dataset: tf.data.Dataset) -> str:
-    """Returns what the elements of a data set are, as far as it can be seen: batches or examples."""
+    """Returns what the elements of a data set are, as far as it can be seen: batches, strings or examples."""
+    spec = dataset.element_spec
+    if isinstance(spec, tf.TensorSpec) and spec.dtype == tf.string and spec.shape.rank == 0:
+        return "strings"
     return "batches" if _batches(dataset) else "examples"
 
 

@@ -4,6 +4,10 @@ import logging
 from collections.abc import Iterable, Iterator
 from typing import Any
 
+_SMALLER = {  # what makes more of them
+    "batches": "Make smaller batches. ",
+    "strings": "If these name files, divide the records that are read from them. ",
+}
 _log = logging.getLogger(__name__)
 
 
@@ -14,15 +18,15 @@ def steps_of(length: int, size: int, uneven: str, unit: str = "elements") -> int
         length: number of elements.
         size: number of ranks.
         uneven: `"drop"` or `"pad"`.
-        unit: what the user calls the elements: examples or batches.
+        unit: what the user calls the elements: examples, batches or strings.
 
     Raises:
         ValueError: there are fewer elements than ranks (`"drop"`), or none.
     """
     if length < (1 if uneven == "pad" else size):
         raise ValueError(
-            f"A data set of {counted(length, unit)} cannot be divided over {size} ranks: each needs one. Use "
-            f"{'a smaller batch, or ' if unit == 'batches' else ''}fewer ranks."
+            f"A data set of {counted(length, unit)} cannot be divided over {size} ranks: each needs one. "
+            f"{_SMALLER.get(unit, '')}Use fewer ranks."
         )
     steps = rounds_in(length, size, uneven)
     if steps * size < length:

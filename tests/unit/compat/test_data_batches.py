@@ -16,6 +16,7 @@ def _half(x, y):
 
 def test_what_the_elements_are():
     assert unit_of(SIX.batch(4).map(_half).shuffle(2)) == "batches"
+    assert unit_of(Data.from_tensor_slices(["a.tfrecord"])) == "strings"
     assert unit_of(SIX.repeat(2)) == unit_of(SIX.batch(4).unbatch()) == "examples"
 
 

@@ -260,6 +260,7 @@ def test_arrays_are_divided_in_their_structure():
         ((np.zeros(0), np.zeros(0)), {"uneven": "join", "batch_size": 4}, "of 0 example"),
         (np.zeros(0), {"uneven": "pad"}, "of 0 example"),
         (np.zeros(2), {}, r"2 examples cannot be divided over 3 ranks"),
+        (tf.data.Dataset.from_tensor_slices(["a"]), {}, "1 string cannot be divided .* divide the records"),
     ],
 )
 def test_what_cannot_be_divided_is_refused(data, policy, message):
