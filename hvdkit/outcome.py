@@ -16,6 +16,7 @@ import contextlib
 import dataclasses
 import json
 import os
+import stat
 from pathlib import Path
 from typing import Any
 
@@ -31,6 +32,7 @@ REPORTED = (USAGE, STALLED, PREEMPTED, UNFIT_SIZE)  # a process that exits with 
 
 VARIABLE = "HVDKIT_OUTCOME"
 STDERR = "stderr"
+_PIPE = "HVDKIT_STDERR"  # number and inode of the launcher's pipe
 PREFIX = "\x1ehvdkit "
 _MOST_BYTES = 4096  # PIPE_BUF: writes of up to this size are atomic in a pipe with several writers
 
@@ -117,10 +119,38 @@ def tell(outcome: Outcome, text: str = "") -> None:
         with contextlib.suppress(OSError):
             _append(Path(listener), line)
         line = b""
+    show(text, line)
+
+
+def show(text: str, line: bytes = b"") -> None:
+    """Writes to standard error in one piece, also if the program has redirected it.
+
+    Not through Python's buffers: the main thread may hold their locks forever.
+
+    A test runner or a notebook that captures descriptor 2 would lose what is written before the process ends at once.
+    So the launcher gives each rank its pipe under a second number, which is used if descriptor 2 is another file.
+
+    Args:
+        text: what is for people, without the last line feed; may be empty.
+        line: what precedes it for the launcher, complete.
+    """
     shown = f"{text}\n".encode(errors="backslashreplace") if text else b""  # a file name may contain surrogates
-    if line or shown:
-        with contextlib.suppress(OSError):
-            os.write(2, line + shown)
+    pipe = _launchers_pipe()
+    for number, content in ((2, line + shown),) if pipe is None else ((pipe, line + shown), (2, shown)):
+        if content:
+            with contextlib.suppress(OSError):
+                os.write(number, content)
+
+
+def _launchers_pipe() -> int | None:
+    """Returns the second number of the launcher's pipe; None if descriptor 2 is that pipe, or there is none."""
+    number, _, inode = os.environ.get(_PIPE, "").partition(":")
+    try:
+        pipe, now = os.fstat(int(number)), os.fstat(2)
+    except (OSError, ValueError):
+        return None
+    is_it = stat.S_ISFIFO(pipe.st_mode) and str(pipe.st_ino) == inode  # a child of the rank may use the number anew
+    return int(number) if is_it and (pipe.st_dev, pipe.st_ino) != (now.st_dev, now.st_ino) else None
 
 
 def heard(path: Path) -> list[Outcome]:

@@ -7,6 +7,7 @@ from hvdkit.collectives import transports, wire
 from hvdkit.collectives.mesh import Mesh
 from hvdkit.compat import keras2
 from hvdkit.model import batch_normalization, fit
+from hvdkit.world import standard_input
 from hvdkit.world.ranks import World
 
 
@@ -45,6 +46,7 @@ def init(*args: Any, mesh: Mesh | None = None, **kwargs: Any) -> World:
         except BaseException:
             world.shutdown()  # a second `init` must start everything again
             raise
+        standard_input.explain_if_empty()
         fit.install()
         batch_normalization.honour_flag()
     return me

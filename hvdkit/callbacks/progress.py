@@ -80,8 +80,8 @@ class ProgressCallback(keras.callbacks.Callback):
             self._now = time.perf_counter() - self._started[0], steps - self._started[1]
             self._rate()
         if self._line and self._line.is_due():
-            told = f"{self._rate_and_time_left(steps)}, {_format(logs)}"
-            self._line.update(steps, f"epoch {self._epoch + 1}/{self._epochs}", told)
+            told = self._rate_and_time_left(steps), _format(logs)
+            self._line.update(steps, f"epoch {self._epoch + 1}/{self._epochs}", ", ".join(filter(None, told)))
             self._line.draw()
 
     def on_epoch_end(self, epoch: int, logs: dict | None = None) -> None:
@@ -90,12 +90,13 @@ class ProgressCallback(keras.callbacks.Callback):
             return
         steps = min(self._steps, (epoch + 1) * self._steps_per_epoch)
         name = f"epoch {epoch + 1}/{self._epochs}"
-        said = self._rate_and_time_left(steps)
+        told = list(filter(None, (self._rate_and_time_left(steps), _format(logs))))
+        finished = f"{name}: {', '.join(reversed(told))}"
         if self._line:
-            self._line.update(steps, name, f"{said}, {_format(logs)}")
-            self._line.write_above(f"{name}: {_format(logs)}, {said}")
+            self._line.update(steps, name, ", ".join(told))
+            self._line.write_above(finished)
         else:
-            print(f"{name}: {_format(logs)}, {said}", file=sys.stderr, flush=True)
+            print(finished, file=sys.stderr, flush=True)
 
     def on_train_end(self, logs: dict | None = None) -> None:
         """Leaves the finished line standing."""
@@ -104,9 +105,11 @@ class ProgressCallback(keras.callbacks.Callback):
             self._line.end()
 
     def _rate_and_time_left(self, steps: int) -> str:
+        """Returns both as a text, which is empty before the second execution ends: the first one traces."""
+        if not self.samples_per_second:
+            return ""
         left = (self._steps - steps) * self._global_batch
-        interval = _interval(left / self.samples_per_second) if self.samples_per_second else "?"
-        return f"{self.samples_per_second:,.0f} samples/s, {interval} left"
+        return f"{self.samples_per_second:,.0f} samples/s, {_interval(left / self.samples_per_second)} left"
 
     def _rate(self) -> None:
         seconds, steps = self._now[0] + self._earlier[0], self._now[1] + self._earlier[1]

@@ -7,6 +7,7 @@ from typing import Any
 
 import keras
 import numpy as np
+import tensorflow as tf
 
 _log = logging.getLogger(__name__)
 
@@ -19,16 +20,20 @@ class StepLossCallback(keras.callbacks.Callback):
     Args:
         path: the file to write.
         steps_per_epoch: steps per epoch.
+        summaries: a folder for TensorBoard, which shows the losses as `loss_by_step`; None for none.
 
     Attributes:
         losses: pairs of the number of steps taken and the mean loss since the previous pair.
     """
 
-    def __init__(self, path: Path, steps_per_epoch: int) -> None:
+    def __init__(self, path: Path, steps_per_epoch: int, summaries: Path | None = None) -> None:
         super().__init__()
         self.losses: list[tuple[int, float]] = []
         self._path = path
         self._steps_per_epoch = steps_per_epoch
+        self._summaries = summaries
+        self._writer: tf.summary.SummaryWriter | None = None
+        self._summarized = 0  # of the losses
         self._epoch = 0
         self._sum = 0.0  # of the losses of this epoch's steps so far
         self._count = 0
@@ -52,6 +57,7 @@ class StepLossCallback(keras.callbacks.Callback):
         """Restores what `checkpoint_state` returned."""
         self.losses = [(int(step), float(loss)) for step, loss in state["losses"]]
         self._epoch, self._sum, self._count = state["mean"]
+        self._summarized = len(self.losses)
 
     def on_epoch_end(self, epoch: int, logs: dict | None = None) -> None:
         """Writes the file. A full disk costs the file, but does not end the training."""
@@ -60,3 +66,18 @@ class StepLossCallback(keras.callbacks.Callback):
                 csv.writer(file).writerows([("step", "loss"), *self.losses])
         except OSError as error:
             _log.warning("%s cannot be written (%s). Training continues.", self._path, error.strerror)
+        if self._summaries:
+            self._summarize(self._summaries)
+
+    def on_train_end(self, logs: dict | None = None) -> None:
+        """Closes TensorBoard's file."""
+        if self._writer:
+            self._writer.close()
+
+    def _summarize(self, folder: Path) -> None:
+        self._writer = self._writer or tf.summary.create_file_writer(str(folder))
+        with self._writer.as_default():
+            for step, loss in self.losses[self._summarized :]:
+                tf.summary.scalar("loss_by_step", loss, step=step)
+        self._writer.flush()
+        self._summarized = len(self.losses)

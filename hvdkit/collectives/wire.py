@@ -146,7 +146,22 @@ def _run(
             return operation(tensors, name, process_set, **options)
         specs = tuple(tf.TensorSpec([None] * t.shape.rank, t.dtype) for t in tensors)
         number, items = process_set.process_set_id, tuple(sorted(options.items()))
-        return list(_one_node(operation, specs, name, process_set, number, items)(*tensors))
+        return list(map(_of_any_gradient, _one_node(operation, specs, name, process_set, number, items)(*tensors)))
+
+
+def _of_any_gradient(result: tf.Tensor) -> tf.Tensor:
+    """Returns the result of an eager call, which takes a gradient of any float dtype, as Horovod's operations do.
+
+    The graph would refuse one of another dtype than its own, such as the `output_gradients` of a tape.
+    """
+    if not result.dtype.is_floating:
+        return result
+
+    @tf.custom_gradient
+    def same(tensor: tf.Tensor) -> tuple[tf.Tensor, Callable]:
+        return tf.identity(tensor), lambda upstream: tf.cast(upstream, tensor.dtype)
+
+    return same(result)
 
 
 def zeros(shape: Any, dtype: Any) -> tf.Tensor:

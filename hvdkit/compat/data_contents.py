@@ -21,7 +21,8 @@ _NEUTRAL = {
     "_PrefetchDataset",
     "_ParallelMapDataset",
 }  # hvdkit and Keras choose these by the machine
-_PYTHON = {"PyFunc", "PyFuncStateless", "EagerPyFunc"}
+UNSEEDED = (0, 0)  # the seeds of a shuffle that has none
+PYTHON = {"PyFunc", "PyFuncStateless", "EagerPyFunc"}
 
 
 class Fingerprint:
@@ -74,17 +75,16 @@ def of_dataset(dataset: Any) -> str | None:
     if not isinstance(dataset, tf.data.Dataset):
         return None
     parts = list(_parts(dataset))
-    leaves = [part for part in parts if not list(_inputs(part))]
+    leaves = [part for part in parts if not list(inputs_of(part))]
     if any(type(part).__name__ not in _SOURCES for part in leaves):
         return None
     is_endless = int(dataset.cardinality()) == tf.data.INFINITE_CARDINALITY
-    shuffles = [(int(part._seed), int(part._seed2)) for part in parts if type(part).__name__ == "_ShuffleDataset"]
-    if is_endless and (0, 0) in shuffles:
+    shuffles = seeds_of(dataset)
+    if is_endless and UNSEEDED in shuffles:
         return None
-    functions = [function for part in parts for function in _functions(part)]
-    operations = {node.op for function in functions for node in _nodes(function)}
+    operations = set().union(*map(operations_of, parts))
     draws = any(name.startswith("Random") for name in operations)
-    if operations & _PYTHON or (draws and all(type(part).__name__ == "_RangeDataset" for part in leaves)):
+    if operations & PYTHON or (draws and all(type(part).__name__ == "_RangeDataset" for part in leaves)):
         return None
     found = Fingerprint()
     if is_endless:  # ranks with other seeds see other elements
@@ -93,6 +93,40 @@ def of_dataset(dataset: Any) -> str | None:
         _add_part(found, part)
     found.varies |= any(type(part).__name__ == "_RangeDataset" and int(part.cardinality()) > 1 for part in leaves)
     return found.hex()
+
+
+def seeds_of(dataset: Any) -> list[tuple[int, int]]:
+    """Returns the seeds with which a data set is shuffled; `UNSEEDED` where each process draws another order."""
+    return [_seeds(part) for part in _parts(dataset) if type(part).__name__ == "_ShuffleDataset"]
+
+
+def divided_seeds_of(dataset: Any) -> list[tuple[int, int]]:
+    """Returns the seeds of `seeds_of` that apply before `tf.data.Dataset.shard` divides the data."""
+    shards = (part for part in _parts(dataset) if type(part).__name__ == "_ShardDataset")
+    return [seeds for part in shards for seeds in seeds_of(part)]
+
+
+def calls_python(dataset: Any) -> bool:
+    """Returns whether Python makes elements of a data set: `from_generator`, `py_function` or `numpy_function`."""
+    return isinstance(dataset, tf.data.Dataset) and any(operations_of(part) & PYTHON for part in _parts(dataset))
+
+
+def note_first_batch(dataset: tf.data.Dataset, note: Callable[[list[np.ndarray]], None]) -> tf.data.Dataset:
+    """Returns the data set, which calls `note` with the arrays of its first batch when that is read; one time only."""
+    with tf.device("CPU:0"):  # where data sets run
+        noted = tf.Variable(False, trainable=False, name="noted_first_batch")
+
+    def call(*arrays: np.ndarray) -> bool:
+        note(list(arrays))
+        return True
+
+    def look(*batch: Any) -> Any:
+        given = batch if isinstance(dataset.element_spec, tuple) else batch[0]
+        leaves = tf.nest.flatten(given, expand_composites=True)
+        tf.cond(noted, lambda: True, lambda: noted.assign(tf.numpy_function(call, leaves, tf.bool)).read_value())
+        return tf.nest.pack_sequence_as(dataset.element_spec, leaves, expand_composites=True)
+
+    return dataset.map(look)
 
 
 def watch_first_batches(note: Callable[[list[Any]], None]) -> Callable[[], None]:
@@ -133,18 +167,28 @@ def _with_size(text: Any) -> bytes:
         return name
 
 
-def _inputs(dataset: Any) -> Iterator[Any]:
+def inputs_of(dataset: Any) -> Iterator[Any]:
+    """Yields the data sets from which a data set is made."""
     yield from private(dataset, "_inputs")()
     for name, value in vars(dataset).items():
         if name in ("_filenames", "_impl") and isinstance(value, tf.data.Dataset):
             yield value
 
 
+def operations_of(part: Any) -> set[str]:
+    """Returns the names of the operations in the functions that a data set itself calls, as in `map`."""
+    return {node.op for function in _functions(part) for node in _nodes(function)}
+
+
 def _parts(dataset: Any) -> Iterator[Any]:
     """Yields the data set, and those that it is made from."""
     yield dataset
-    for part in _inputs(dataset):
+    for part in inputs_of(dataset):
         yield from _parts(part)
+
+
+def _seeds(part: Any) -> tuple[int, int]:
+    return int(private(part, "_seed")), int(private(part, "_seed2"))
 
 
 def _functions(part: Any) -> Iterator[Any]:

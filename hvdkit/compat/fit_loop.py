@@ -9,7 +9,7 @@ from typing import Any
 import keras
 import tensorflow as tf
 
-from hvdkit.compat import call_stack
+from hvdkit.compat import call_stack, data_batches
 from hvdkit.compat.lookup import missing_in_keras, private
 
 
@@ -42,9 +42,20 @@ def dataset_of(iterator: Any) -> Any:
     return private(iterator, "_distributed_dataset")
 
 
+def replace_dataset(iterator: Any, dataset: tf.data.Dataset) -> None:
+    """Replaces what Keras iterates over, for the epochs that have not begun."""
+    dataset_of(iterator)
+    iterator._distributed_dataset = dataset
+
+
 def adapter_of(iterator: Any) -> Any:
     """Returns Keras' adapter of the training data, which knows what `fit` was given."""
     return private(iterator, "data_adapter")
+
+
+def has_python_adapter(iterator: Any) -> bool:
+    """Returns whether Python makes the batches: a `PyDataset` or a generator."""
+    return isinstance(adapter_of(iterator), _adapters_of_python())
 
 
 def sizes_of_batches(iterator: Any) -> list[Any] | None:
@@ -67,15 +78,24 @@ def sizes_of_batches(iterator: Any) -> list[Any] | None:
 def may_vary(iterator: Any) -> bool:
     """Returns whether batches may have any size in any step, as those of a generator and of a data set in buckets do.
 
-    Those made by Python may, and those of a data set that does not know its length, also if `steps_per_epoch` is given.
+    Those made by Python may; those of a data set that does not know its length, also if `steps_per_epoch` is given; and
+    those of a data set that makes them otherwise than by `batch`, or whose short last batch is not the last one of an
+    epoch (`data.batch(8).repeat()`).
     """
-    adapter = private(iterator, "data_adapter")
-    if isinstance(adapter, _adapters_of_python()):
+    if has_python_adapter(iterator):
         return True
-    if isinstance(adapter, _adapter_of_arrays()):  # Keras' data set of arrays does not know its length
+    if isinstance(adapter_of(iterator), _adapter_of_arrays()):  # Keras' data set of arrays does not know its length
         return False
     dataset = private(iterator, "_distributed_dataset")
-    return isinstance(dataset, tf.data.Dataset) and int(dataset.cardinality()) == tf.data.UNKNOWN_CARDINALITY
+    if not isinstance(dataset, tf.data.Dataset):
+        return False
+    length, sizes = int(dataset.cardinality()), data_batches.sizes_of(dataset)
+    ends_elsewhere = iterator.steps_per_epoch and iterator.steps_per_epoch != length
+    return (
+        length == tf.data.UNKNOWN_CARDINALITY
+        or sizes is data_batches.Sizes.ANY
+        or (sizes is data_batches.Sizes.LAST_IS_SHORT and bool(ends_elsewhere))
+    )
 
 
 def _adapter_of_arrays() -> Any:
@@ -106,8 +126,17 @@ def stop_autotuning(iterator: Any) -> bool:
         return False
     options = tf.data.Options()
     options.autotune.enabled = False
-    iterator._distributed_dataset = dataset.with_options(options)
+    replace_dataset(iterator, dataset.with_options(options))
     return True
+
+
+def logs_of_evaluation(model: keras.Model) -> dict[str, Any]:
+    """Returns the logs that the running `evaluate` of a model is going to return; empty if none is running.
+
+    Keras hands callbacks a copy of them.
+    """
+    found = call_stack.locals_of("evaluate", model, ("logs",))
+    return found["logs"] if found and isinstance(found["logs"], dict) else {}
 
 
 def has_known_length(iterator: Any) -> bool:

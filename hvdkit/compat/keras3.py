@@ -5,6 +5,7 @@ replacement, and training would silently differ.
 """
 
 import functools
+import itertools
 from collections.abc import Callable
 from typing import Any
 
@@ -241,6 +242,19 @@ def results_in_order(model: keras.Model, results: dict[str, Any]) -> list[Any] |
 def loss_tracker(model: keras.Model) -> keras.metrics.Metric:
     """Returns the metric that averages the loss of a compiled model."""
     return private(model, "_loss_tracker")
+
+
+def compiled_losses(model: keras.Model) -> list[tuple[float, keras.metrics.Metric | None]]:
+    """Returns the losses of a compiled model, in the order in which `compute_loss` calls them; empty if unbuilt.
+
+    Returns:
+        For each its loss weight, and the metric that averages it; None if it is the model's only loss.
+    """
+    compiled = private(model, "_compile_loss")
+    losses = private(compiled, "_flat_losses") if compiled is not None else None
+    metrics = compiled.metrics if compiled is not None else []
+    pairs = itertools.zip_longest(losses or [], metrics)
+    return [(1.0 if loss[2] is None else float(loss[2]), metric) for loss, metric in pairs]
 
 
 def clear_losses(model: keras.Model) -> None:

@@ -12,8 +12,10 @@ import numpy as np
 import tensorflow as tf
 
 from hvdkit import world
+from hvdkit.compat.data_batches import unit_of
+from hvdkit.data import common_order
 from hvdkit.data.loaders import divider_of
-from hvdkit.data.rounds import steps_of
+from hvdkit.data.rounds import counted, steps_of
 from hvdkit.errors import UsageError
 
 _log = logging.getLogger(__name__)
@@ -96,7 +98,7 @@ def shard(
     if not isinstance(dataset, tf.data.Dataset):
         examples = array_length(dataset)
         if uneven != "join":
-            length = steps_of(examples, size, uneven)
+            length = steps_of(examples, size, uneven, "examples")
             return take_rows(dataset, (rank + size * np.arange(length)) % examples)
         _log.warning(_UNSHUFFLED, examples)
         dataset = tf.data.Dataset.from_tensor_slices(tuple(dataset))
@@ -170,10 +172,11 @@ def _check_policy(uneven: str, batch_size: int | None) -> None:
 def _divide(dataset: tf.data.Dataset, rank: int, size: int, uneven: str) -> tf.data.Dataset:
     if size == 1:
         return dataset
+    common_order.warn_if_differs(dataset)
     length = length_of(dataset)
     if length is None:
         return dataset.shard(size, rank)
-    steps = steps_of(length, size, uneven)
+    steps = steps_of(length, size, uneven, unit_of(dataset))
     if uneven == "pad":
         return _padded(dataset, length, rank, size)
     return dataset.shard(size, rank).take(steps)
@@ -202,9 +205,10 @@ def _join(dataset: tf.data.Dataset, rank: int, size: int, batch: int) -> tf.data
             f"uneven='join' gives examples a weight, so it needs (x, y) or (x, y, weight), but an element of this data "
             f"set is {spec}."
         )
+    common_order.warn_if_differs(dataset)
     length = length_of(dataset)
     if length == 0:
-        raise ValueError("A data set of 0 elements cannot be divided.")
+        raise ValueError("A data set of 0 examples cannot be divided.")
     mine = dataset.shard(size, rank) if length is None else _padded(dataset, length, rank, size)
 
     def weigh(places: tf.Tensor, element: tuple) -> tuple:
@@ -225,9 +229,10 @@ def _join(dataset: tf.data.Dataset, rank: int, size: int, batch: int) -> tf.data
 
 
 def _count(dataset: tf.data.Dataset) -> int:
-    _log.info("TensorFlow does not know the length of the data set; counting its elements once ...")
+    unit = unit_of(dataset)
+    _log.info("TensorFlow does not know the length of the data set; counting its %s once ...", unit)
     start = time.monotonic()
     length = int(dataset.reduce(tf.constant(0, tf.int64), lambda count, *_: count + 1))
-    message = "... %d elements in %.1f s; use tf.data.experimental.assert_cardinality(%d) to avoid this."
-    _log.info(message, length, time.monotonic() - start, length)
+    message = "... %s in %.1f s; use tf.data.experimental.assert_cardinality(%d) to avoid this."
+    _log.info(message, counted(length, unit), time.monotonic() - start, length)
     return length

@@ -84,7 +84,7 @@ def _parse(argv: list[str]) -> tuple[argparse.Namespace, list[str]]:
     made = parser()
     arguments, flags = made.parse_known_args(argv[1:])
     try:
-        flags = train_flags.check(flags)
+        flags = train_flags.check(flags, one_strategy=True)
         ranks = arguments.np or (sum(host.slots for host in hosts.from_list(arguments.hosts)) if arguments.hosts else 2)
     except UsageError as error:
         made.error(str(error))

@@ -40,11 +40,10 @@ _libc = ctypes.CDLL(None, use_errno=True)
 class Rank:
     """A rank on this host: its process and its pipes."""
 
-    def __init__(self, number: int, process: "subprocess.Popen[bytes]") -> None:
+    def __init__(self, number: int, process: "subprocess.Popen[bytes]", errors: int) -> None:
         self.number = number
         self.process = process
-        streams = ((process.stdout, OUT), (process.stderr, ERR))
-        self.pipes = {stream.fileno(): kind for stream, kind in streams if stream}
+        self.pipes = {errors: ERR, **({process.stdout.fileno(): OUT} if process.stdout else {})}
         self.ended: float | None = None  # time.monotonic() of its end
 
     @property
@@ -180,25 +179,32 @@ class Agent:
                 if cores:
                     os.sched_setaffinity(0, cores)
 
+            errors, their_end = os.pipe()
+            # The pipe has a second number, which stays when the program redirects its standard error (see `outcome`).
+            pipe = {"HVDKIT_STDERR": f"{their_end}:{os.fstat(their_end).st_ino}"}
             try:
                 process = subprocess.Popen(
                     command,
                     stdin=subprocess.DEVNULL,
                     stdout=subprocess.PIPE,
-                    stderr=subprocess.PIPE,
+                    stderr=their_end,
+                    pass_fds=(their_end,),
                     bufsize=0,
                     cwd=directory,
-                    env={**base, **env, **rank["env"]},
+                    env={**base, **env, **rank["env"], **pipe},
                     start_new_session=True,
                     preexec_fn=prepare,
                 )
             except (OSError, subprocess.SubprocessError) as error:
+                os.close(errors)
                 self._send(REFUSED, rank["rank"], {"error": str(error)})
                 return
-            started = self.ranks[process.pid] = Rank(rank["rank"], process)
-            for pipe in started.pipes:
-                os.set_blocking(pipe, False)
-                self._watch(started, pipe)
+            finally:
+                os.close(their_end)
+            started = self.ranks[process.pid] = Rank(rank["rank"], process, errors)
+            for number in started.pipes:
+                os.set_blocking(number, False)
+                self._watch(started, number)
 
     def _watch(self, rank: Rank, pipe: int) -> None:
         self.selector.register(pipe, selectors.EVENT_READ, lambda: self._copy(rank, pipe))

@@ -12,8 +12,14 @@ SECRET = "HOROVOD_GLOO_RENDEZVOUS_ADDR"  # contains the job's token
 
 
 def own_environment() -> dict[str, str]:
-    """This process's environment without the variables of a surrounding MPI job."""
-    return {name: value for name, value in os.environ.items() if not name.startswith(("OMPI_COMM_WORLD_", "PMIX_"))}
+    """This process's environment without the variables of a surrounding MPI job, notebook or debugger.
+
+    A kernel's backend for matplotlib, `module://...`, draws into its notebook; ranks may not even have the module.
+    """
+    others = ("OMPI_COMM_WORLD_", "PMIX_", "JPY_", "PYDEVD_")
+    drawn = os.environ.get("MPLBACKEND", "").startswith("module://")
+    left_out = {"PYTHONSTARTUP", *(["MPLBACKEND"] if drawn else [])}
+    return {n: value for n, value in os.environ.items() if not n.startswith(others) and n not in left_out}
 
 
 def exported(environment: dict[str, str]) -> dict[str, str]:

@@ -21,7 +21,7 @@ class CompareBatchSizes(keras.callbacks.Callback):
     execution of `fit` and the last of each epoch compare: batches are of one size, but for a short last one. If another
     batch differs, the heartbeat tells, and from then on all steps compare. All do, too, if batches may have any size:
     where Python makes them (a `PyDataset`, a generator), which takes far longer than to compare, and where a data set
-    does not know its length (a filter, buckets by length).
+    does not know its length (a filter, buckets by length) or does not make them by `batch` alone (`data_batches`).
 
     What the ranks know of the data's contents travels in the same message as the sizes (see `same_data`).
 
@@ -46,6 +46,8 @@ class CompareBatchSizes(keras.callbacks.Callback):
         known = fit_loop.sizes_of_batches(iterator), length, mine
         everyone, lengths, contents = zip(*self._gather(known), strict=True)
         same_data.warn_if_undivided(mine, contents)
+        self._contents = mine
+        self._first_batch = same_data.FirstBatch(iterator) if all(c.later for c in contents) else None
         self._known = None not in everyone
         differ = any(one != everyone[0] for one in everyone)
         self._always = differ if self._known else None in lengths
@@ -66,6 +68,9 @@ class CompareBatchSizes(keras.callbacks.Callback):
             self._look(batch)
         if self._known and self._always and self._first:
             self._warn_if_nothing_weighs()
+        if self._first and self._first_batch:
+            mine = same_data.Contents(self._contents.copy, self._first_batch.fingerprint)
+            same_data.warn_if_undivided(mine, self._gather(mine))
         self._first = False
 
     def _look(self, batch: int) -> None:

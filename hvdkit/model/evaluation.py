@@ -59,6 +59,7 @@ def evaluate(
         model,
         *part.arguments,
         counts=part.counts,
+        whole_batches=True,
         verbose=verbose if world.rank() == 0 else 0,
         callbacks=keras.tree.flatten(callbacks),
         **part.options,
@@ -67,7 +68,12 @@ def evaluate(
 
 
 def evaluate_part(
-    model: keras.Model, *arguments: Any, counts: bool = True, callbacks: Any = (), **options: Any
+    model: keras.Model,
+    *arguments: Any,
+    counts: bool = True,
+    whole_batches: bool = False,
+    callbacks: Any = (),
+    **options: Any,
 ) -> dict[str, Any]:
     """Evaluates a model on data that differ between ranks in any amount, and returns the results over all ranks.
 
@@ -75,10 +81,13 @@ def evaluate_part(
         model: a compiled model.
         *arguments: this rank's own arguments for `Model.evaluate`.
         counts: whether this rank's data count; data are needed even if not, to create the metrics' state.
+        whole_batches: whether each rank has batches of its own; if not, those of one number form a global batch.
         callbacks: the caller's callbacks.
         **options: options for `Model.evaluate`.
     """
-    ours = [AverageStateCallback(), *([] if counts else [_CountNothing()]), MetricAverageCallback()]
+    average = MetricAverageCallback()
+    average.batches_are_whole = whole_batches
+    ours = [AverageStateCallback(), *([] if counts else [_CountNothing()]), average]
     others = [
         c for c in callbacks if c is not None and not isinstance(c, (AverageStateCallback, MetricAverageCallback))
     ]

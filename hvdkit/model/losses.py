@@ -1,7 +1,8 @@
 """What a loss means while `fit` trains a model on many ranks: the ranks are weighed by what they count.
 
 `fit.install` replaces `keras.Model.compute_loss`. A call in a `train_step`, Keras' own or the user's, weighs each
-compiled loss (see `hvdkit.optimizers.weighing`). A call elsewhere, as in an evaluation, changes nothing.
+compiled loss (see `hvdkit.optimizers.weighing`). A call in an evaluation notes what the losses count (see
+`hvdkit.callbacks.batch_losses`). A call elsewhere changes nothing.
 """
 
 import contextlib
@@ -12,6 +13,8 @@ from typing import Any
 
 import keras
 
+from hvdkit import world
+from hvdkit.callbacks.batch_losses import noting
 from hvdkit.collectives.mesh import mesh_of
 from hvdkit.compat import call_stack
 from hvdkit.compat.keras3 import strategy_of
@@ -36,18 +39,18 @@ def weigh_in(keras_compute: Callable) -> Callable:
 
     @functools.wraps(keras_compute)
     def compute_loss(self: keras.Model, *args: Any, **kwargs: Any) -> Any:
-        training = signature.bind(self, *args, **kwargs).arguments.get("training", True)
-        with _scope_of(self, training):
+        given = signature.bind(self, *args, **kwargs).arguments
+        with _scope_of(self, given.get("training", True), given.get("x")):
             return keras_compute(self, *args, **kwargs)
 
     return compute_loss
 
 
-def _scope_of(model: keras.Model, training: bool) -> contextlib.AbstractContextManager[Any]:
+def _scope_of(model: keras.Model, training: bool, x: Any) -> contextlib.AbstractContextManager[Any]:
     if weighing.is_active():  # a pipeline weighs its micro-batches
         return contextlib.nullcontext()
     if not training:
-        return weighing.Scope()
+        return weighing.Scope() if world.size() == 1 or strategy_of(model) is not None else noting(model, x)
     exchanging = exchanging_optimizers_of(model)
     if not exchanging or not call_stack.is_running("train_step", model):
         return contextlib.nullcontext()

@@ -2,8 +2,9 @@
 
 Each rank would train on all of them: an epoch does its work once for each rank, and shows the model N times as much.
 The data are not read for it. What can be seen are arrays, names of files and the steps of a `tf.data.Dataset`, and the
-batches that Keras has read of other data to know their shapes (see `hvdkit.compat.data_contents`). Data that are
-shuffled in another order on each rank are found, too, where the arrays can be seen.
+batches that Keras has read of other data to know their shapes (see `hvdkit.compat.data_contents`). Where Python makes
+the elements of a `tf.data.Dataset`, the first batch is looked at when the first step reads it. Data that are shuffled
+in another order on each rank are found, too, where the arrays can be seen.
 """
 
 import contextlib
@@ -13,9 +14,11 @@ from typing import Any, NamedTuple
 
 import keras
 import numpy as np
+import tensorflow as tf
 
 from hvdkit.collectives.mesh import copy_index
 from hvdkit.compat import data_contents, fit_loop
+from hvdkit.data import common_order
 from hvdkit.data.loaders.py_dataset import PyDatasetShard
 
 _log = logging.getLogger(__name__)
@@ -30,11 +33,31 @@ class Contents(NamedTuple):
         copy: the index of the model replica that trains on them; ranks of one replica rightly have the same.
         fingerprint: equal on ranks with equal data; None if it is not known.
         order: the fingerprint of the order that a divided `PyDataset` holds; None if it holds none.
+        seeds: those with which a `tf.data.Dataset` was shuffled before it was divided.
+        later: whether the fingerprint will be known after the first step; see `FirstBatch`.
     """
 
     copy: int
     fingerprint: str | None
-    order: str | None
+    order: str | None = None
+    seeds: tuple[tuple[int, int], ...] = ()
+    later: bool = False
+
+
+class FirstBatch:
+    """The first batch that `fit` reads of a `tf.data.Dataset` whose elements Python makes.
+
+    Args:
+        iterator: that of the running `fit`, whose data set is replaced by one that notes the batch.
+    """
+
+    def __init__(self, iterator: Any) -> None:
+        self.fingerprint: str | None = None  # not known yet, or of constant data
+        dataset = fit_loop.dataset_of(iterator)
+        fit_loop.replace_dataset(iterator, data_contents.note_first_batch(dataset, self._note))
+
+    def _note(self, arrays: list[np.ndarray]) -> None:
+        self.fingerprint = data_contents.of_batches([arrays])
 
 
 @contextlib.contextmanager
@@ -58,12 +81,15 @@ def watched() -> Iterator[None]:
 def contents_of(model: keras.Model) -> Contents:
     """Returns what this rank knows of the training data of the running `fit`. Call it when training begins."""
     iterator, _ = fit_loop.of(model)
-    fingerprint = order = None
+    fingerprint, order, later = None, None, False
+    seeds: tuple[tuple[int, int], ...] = ()
     try:
         fingerprint, order = _fingerprint(iterator), _order(fit_loop.adapter_of(iterator))
+        seeds = tuple(data_contents.divided_seeds_of(fit_loop.dataset_of(iterator)))
+        later = fingerprint is None and _calls_python(iterator)
     except Exception as error:  # any error: the data are not ours, and nothing depends on this
         _log.debug("What the data contain cannot be seen: %s", error)
-    return Contents(copy_index(model), fingerprint, order)
+    return Contents(copy_index(model), fingerprint, order, seeds, later)
 
 
 def warn_if_undivided(mine: Contents, everyone: Sequence[Contents]) -> None:
@@ -79,11 +105,21 @@ def warn_if_undivided(mine: Contents, everyone: Sequence[Contents]) -> None:
             len(everyone),
             len(copies),
         )
+    if len({contents.seeds for contents in everyone}) > 1 or data_contents.UNSEEDED in mine.seeds:
+        common_order.warn()
     if len({contents.order for contents in everyone}) > 1:
         _log.warning(
             "hvd.data.shard was given a PyDataset that has another order on each rank, so some examples go to several "
             "ranks, and others to none. Let it shuffle with one seed on all ranks: numpy.random.default_rng(0)."
         )
+
+
+def _calls_python(iterator: Any) -> bool:
+    """Returns whether Python makes the elements of a data set, and not its batches, which Keras has read."""
+    dataset = fit_loop.dataset_of(iterator)
+    if fit_loop.has_python_adapter(iterator) or not data_contents.calls_python(dataset):
+        return False
+    return not any(isinstance(spec, tf.OptionalSpec) for spec in tf.nest.flatten(dataset.element_spec))
 
 
 def _fingerprint(iterator: Any) -> str | None:

@@ -11,6 +11,7 @@ access work as before.
 """
 
 import functools
+import inspect
 import warnings
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -34,6 +35,8 @@ from hvdkit.optimizers.parts import parts_of
 
 class DistributedOptimizer(ExchangingOptimizer):
     """Wraps a Keras optimizer and averages gradients over all ranks before it applies them.
+
+    For an optimizer of TensorFlow 1 (`tf.compat.v1.train`) the result is Horovod's own wrapper, for TF 1 graphs.
 
     Args:
         optimizer: any `keras.optimizers.Optimizer`. Under the global policy `mixed_float16` it is wrapped in a
@@ -74,6 +77,12 @@ class DistributedOptimizer(ExchangingOptimizer):
     References: A. Sergeev and M. Del Balso, "Horovod: fast and easy distributed deep learning in TensorFlow", 2018,
     https://arxiv.org/abs/1802.05799; the arguments are those of `horovod.tensorflow.keras.DistributedOptimizer` 0.28.1.
     """
+
+    def __new__(cls, optimizer: Any = None, *args: Any, **options: Any) -> Any:
+        """Makes Horovod's own wrapper of an optimizer of TensorFlow 1."""
+        if cls is DistributedOptimizer and isinstance(optimizer, tf.compat.v1.train.Optimizer):
+            return world.horovod().DistributedOptimizer(optimizer, *args, **options)
+        return super().__new__(cls)
 
     @of_both_modules(
         "optimizer name use_locking device_dense device_sparse compression sparse_as_dense backward_passes_per_step op "
@@ -339,6 +348,10 @@ def PartialDistributedOptimizer(  # noqa: N802 - Horovod's name
     for variable in weights_of(local_layers):
         distributed.register_local_var(variable)
     return distributed
+
+
+# Otherwise `inspect` would show the signature of `__new__` instead of that of `__init__`.
+DistributedOptimizer.__new__.__signature__ = inspect.signature(DistributedOptimizer.__init__)  # type: ignore[attr-defined]
 
 
 def scaled(learning_rate: float) -> float:

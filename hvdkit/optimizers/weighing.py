@@ -80,7 +80,7 @@ class Weighing(Scope):
     def weigh(self, elements: Elements, value: tf.Tensor) -> tf.Tensor:
         """Multiplies the value and its gradient."""
         _state.weighed = True
-        if _is_sum(elements):
+        if is_sum(elements):
             factor = float(self.parts) if self._averages else 1.0
             is_shown_as_mean = value.shape.rank != 0  # Keras trains with the sum of what is not reduced
             return _multiplied(value, 1.0 if is_shown_as_mean else self.shown_of_sum(), factor)
@@ -89,11 +89,11 @@ class Weighing(Scope):
                 f"The loss {_name()} returns one number, so hvdkit cannot see what it counts: it is taken for the mean "
                 f"over the examples, also where masks or sample weights apply. Return a value for each element."
             )
-        if not _depends_on_data(elements):
+        if not depends_on_data(elements):
             factor = self.factor_by_size()
             return _multiplied(value, factor if self._shows_share else 1.0, factor)
         with self.after(value):
-            mine = tf.identity(_counts(elements))
+            mine = tf.identity(counts(elements))
         total = self.total_count(mine, elements)
         factor = tf.math.divide_no_nan(self.parts * mine[0], total[0])
         shown = factor if self._shows_share else factor * tf.math.divide_no_nan(total[1], self.parts * mine[1])
@@ -144,7 +144,7 @@ class Counting(Scope):
                 f"number before it has predictions. Use a loss without a mask, or give sample weights."
             )
         self.found.append(elements)
-        self.counts.append(_counts(elements))
+        self.counts.append(counts(elements))
         self.examples.append(examples_of_call())
         return value
 
@@ -166,9 +166,9 @@ class MicroBatchWeighing(Weighing):
             counts, examples = tf.add_n(counting.counts), tf.add_n(counting.examples)
         self._factor: Any = 1.0
         self._total = counts
-        if ranks > 1 and _depends_on_data(counting.found[0]):
+        if ranks > 1 and depends_on_data(counting.found[0]):
             self._total = self.sum(counts)
-        elif ranks > 1 and not _is_sum(counting.found[0]):
+        elif ranks > 1 and not is_sum(counting.found[0]):
             self._factor = batch_sizes.current().factor(examples, ranks, self.sum, notes=False)
 
     def factor_by_size(self) -> Any:
@@ -333,18 +333,26 @@ def examples_of_call() -> tf.Tensor:
     return tf.cast(shape[0], tf.float32) if shape.shape[0] != 0 else tf.ones([])  # a single number is one example
 
 
-def _counts(elements: Elements) -> tf.Tensor:
+def examples_are_static() -> bool:
+    """Returns whether the graph is traced for batches of one size, that of the batch whose loss is being called."""
+    _, predictions = _state.calls[0]
+    shape = keras.tree.flatten(predictions)[0].shape
+    return len(shape) > 0 and shape[0] is not None
+
+
+def counts(elements: Elements) -> tf.Tensor:
     """Returns what this rank counts: the denominator, and the examples of its batch, [2]."""
     count = tf.cast(tf.size(elements.values), tf.float32) if elements.is_reduced else elements.denominator()
     count = count if count.dtype == tf.float64 else tf.cast(count, tf.float32)
     return tf.stack([count, tf.cast(examples_of_call(), count.dtype)])
 
 
-def _is_sum(elements: Elements) -> bool:
+def is_sum(elements: Elements) -> bool:
+    """Returns whether a loss is summed over the batch, so that nothing divides it."""
     return elements.is_summed and not elements.is_reduced
 
 
-def _depends_on_data(elements: Elements) -> bool:
+def depends_on_data(elements: Elements) -> bool:
     """Returns whether equal numbers of examples may count different amounts."""
     if elements.is_reduced:
         return False

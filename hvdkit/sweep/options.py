@@ -300,8 +300,8 @@ def _check_flags(parameters: Sequence[Parameter], flags: Sequence[str]) -> None:
     first = {p.flag: p.extremes()[0] for p in parameters}
     for parameter in parameters:
         for value in parameter.extremes():
-            train_flags.parse(["hvdkit.sweep", *flags, *space.flags({**first, parameter.flag: value})])
-    train_flags.parse(["hvdkit.sweep", *flags, *space.flags(first)])
+            train_flags.parse_for_one_strategy(["hvdkit.sweep", *flags, *space.flags({**first, parameter.flag: value})])
+    train_flags.parse_for_one_strategy(["hvdkit.sweep", *flags, *space.flags(first)])
 
 
 def _goal(given: str | None, flags: Sequence[str]) -> str:

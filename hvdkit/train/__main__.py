@@ -25,7 +25,7 @@ def main(argv: list[str], more_callbacks: Sequence["keras.callbacks.Callback"] =
         job (the same command resumes it), and in an elastic job 86 if it needs another number of ranks.
     """
     try:
-        config = flags.parse(argv)
+        config = flags.parse_for_one_strategy(argv)
     except UsageError as error:
         return _fail(error)
     return _train(config, more_callbacks, tap)

@@ -70,11 +70,19 @@ def training_callbacks(
         chosen.append(callbacks.StopAtStepCallback(steps, steps_per_epoch))
     if strategy.world.is_root:
         chosen.append(keras.callbacks.CSVLogger(workdir / "history.csv"))
-        chosen.append(callbacks.StepLossCallback(workdir / "loss.csv", steps_per_epoch))
+        summaries = workdir / "tensorboard" / "steps" if settings.tensorboard else None
+        chosen.append(callbacks.StepLossCallback(workdir / "loss.csv", steps_per_epoch, summaries))
         chosen.append(callbacks.PulseCallback(workdir / "logs" / "pulse"))
         if settings.tensorboard:
-            chosen.append(keras.callbacks.TensorBoard(workdir / "tensorboard", write_graph=False))
+            chosen.append(_TensorBoard(workdir / "tensorboard", write_graph=False))
     return chosen
+
+
+class _TensorBoard(keras.callbacks.TensorBoard):
+    """Keras' callback, which logs the rate as `learning_rate`: the warm-up's own name for it, `lr`, is left out."""
+
+    def on_epoch_end(self, epoch: int, logs: dict[str, Any] | None = None) -> None:
+        super().on_epoch_end(epoch, {name: value for name, value in (logs or {}).items() if name != "lr"})
 
 
 def _cosine(start: float, end: float) -> Callable[[float], float]:

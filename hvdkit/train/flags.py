@@ -21,6 +21,17 @@ COMPRESSIONS = ("none", "fp16", "bf16", "int8", "onebit", "topk", "powersgd")
 _WHAT, _HOW, _MACHINE, _OUTPUT = "What to train", "How to train it", "On which machine", "What to write"
 _RESUME = "Checkpoints"
 _GROUPS = (_WHAT, _HOW, _MACHINE, _OUTPUT, _RESUME)
+_DIVIDING = ("tensor", "branches", "pipeline")
+_BELONGS_TO = {  # flags that the other strategies have no use for
+    "compression": ("horovod", *_DIVIDING),
+    "compression_guard": ("horovod",),
+    "local_steps": ("horovod",),
+    "shard_optimizer": ("horovod",),
+    "model_ranks": _DIVIDING,
+    "micro_batches": ("pipeline",),
+    "schedule": ("pipeline",),
+    "branches": ("branches",),
+}
 _LARGEST_VALIDATION = 0.5  # share of the training examples
 _HELP = {  # brackets: what applies without the flag, if its default is not a fixed value
     "model": (
@@ -342,19 +353,33 @@ def parse(argv: list[str]) -> Config:
     return config
 
 
-def check(given: Sequence[str]) -> list[str]:
+def parse_for_one_strategy(argv: list[str]) -> Config:
+    """Parses the command line of a training, whose strategy must have a use for each flag.
+
+    Jobs that train by several strategies, such as `compare`, take flags for each of them: they use `parse`.
+
+    Raises:
+        UsageError: see `parse`; or a flag belongs to another strategy or option.
+    """
+    config = parse(argv)
+    _check_strategy(config)
+    return config
+
+
+def check(given: Sequence[str], one_strategy: bool = False) -> list[str]:
     """Checks flags of the training that another job passes on, before that job starts anything.
 
     Args:
         given: the flags, spelled in any way.
+        one_strategy: whether the job trains by the strategy of these flags only.
 
     Returns:
         The flags as absl has them.
 
     Raises:
-        UsageError: see `parse`.
+        UsageError: see `parse` and `parse_for_one_strategy`.
     """
-    parse(["hvdkit.train", *given])
+    (parse_for_one_strategy if one_strategy else parse)(["hvdkit.train", *given])
     return spelled(list(given))
 
 
@@ -400,6 +425,33 @@ def _check(config: Config) -> None:
     ):
         raise UsageError(
             f"--checkpoint-every={config.checkpoint_every} is neither a number of steps, 1 or more, nor epoch or never."
+        )
+
+
+def _check_strategy(config: Config) -> None:
+    """Raises a `UsageError` if the strategy has no use for a flag, or what the flag changes was not asked for."""
+    for name, strategies in _BELONGS_TO.items():
+        if getattr(config, name) != flags.FLAGS[name].default and config.strategy not in strategies:
+            raise UsageError(
+                f"--{dashed(name)} has no use with --strategy={config.strategy}: it belongs to "
+                f"{' and '.join(f'--strategy={s}' for s in strategies)}. Leave it out, or choose another strategy."
+            )
+    for name in ("outer_learning_rate", "outer_momentum"):
+        if getattr(config, name) != flags.FLAGS[name].default and not config.local_steps:
+            raise UsageError(
+                f"--{dashed(name)} changes the synchronization of --local-steps, which was not given. Give "
+                f"--local-steps, too, or leave it out."
+            )
+    if config.strategy in _DIVIDING and config.compression.partition(":")[0] not in COMPRESSIONS[:3]:
+        raise UsageError(
+            f"--strategy={config.strategy} and --compression={config.compression} exclude each other: of the "
+            f"compressions, fp16 and bf16 work with a divided model."
+        )
+    if config.local_steps and "gradient_accumulation_steps" in (config.optimizer or ""):
+        raise UsageError(
+            f"--local-steps={config.local_steps} and --optimizer={config.optimizer} exclude each other: a rank that "
+            f"trains alone accumulates nothing for others. Leave gradient_accumulation_steps out, and give more "
+            f"--local-steps."
         )
 
 
@@ -548,7 +600,7 @@ def help_text() -> str:
 def main(argv: list[str]) -> int:
     """Checks the flags before any rank starts: `python -m hvdkit.train.flags [flags]`; exit code 2 if one is wrong."""
     try:
-        parse(argv)
+        parse_for_one_strategy(argv)
     except UsageError as error:
         print(f"hvdkit.train: {error}", file=sys.stderr)
         return outcome.USAGE

@@ -1,7 +1,5 @@
 """The hub: receives all ranks' heartbeats, collects their stacks in a stall, finds the cause, and tells every rank."""
 
-import contextlib
-import os
 import time
 from collections.abc import Mapping, Sequence
 
@@ -191,7 +189,7 @@ class Hub(Role):
         aborts = self.job.aborts and still > seconds
         report = stall_report(states, limit, self.job.aborts, STALLED, seconds if aborts else limit, seconds)
         if not aborts:
-            _say(report)
+            outcome.show(report)
             return
         cause = stall_causes.likely_cause(states)
         failure = Failure(None, None, "stall", f"the job has made no progress for {seconds:g} s: {cause}", STALLED)
@@ -235,9 +233,3 @@ class Hub(Role):
         if text:
             outcome.tell(Failed(failure.kind, failure.code, failure.message, failure.rank, failure.host), text)
         self.ending.take(failure, at_once)
-
-
-def _say(text: str) -> None:
-    """Writes to stderr in one piece, without Python's buffers, whose locks the main thread may hold."""
-    with contextlib.suppress(OSError):
-        os.write(2, f"{text}\n".encode(errors="backslashreplace"))  # a file's name may contain surrogates

@@ -16,7 +16,7 @@ import psutil
 import pytest
 
 from hvdkit.plan import links
-from tests import forked
+from tests import forked, resident
 from tests.conftest import ROOT, Cluster, remains, run_command
 from tests.integration.test_launcher import STUBBORN, SideEffect, arrive, end, read_until, wait_until
 
@@ -105,6 +105,35 @@ def test_a_model_divided_over_two_hosts_is_that_of_one_process(cluster, train, t
         result = json.loads((tmp_path / strategy / "result.json").read_text())
         assert result["test_loss"] == pytest.approx(expected["test_loss"], rel=1e-3), strategy
         assert result["test_accuracy"] == pytest.approx(expected["test_accuracy"], abs=0.01), strategy
+
+
+LOSSES = ["labels to ignore", "a mask", "weights", "mean by weights", "class weights", "batches", "sum", "two losses"]
+
+
+def losses():
+    """How far training and evaluating are from one process, and what carries the gradients."""
+    from hvdkit.collectives import transports
+    from tests.parallel.callbacks.test_batch_losses import SHORT, evaluated
+    from tests.parallel.optimizers.test_weighing import against_one_process, data_sets
+
+    trained, (short, *_), (shown, in_fit) = against_one_process(LOSSES), data_sets(), evaluated(SHORT)
+    return trained, short, shown, in_fit, transports.in_use()[0].name
+
+
+@pytest.mark.slow
+def test_each_loss_on_two_hosts_is_that_of_one_process(launch, tmp_path):
+    call = {"file": __file__, "function": "losses", "arguments": {}, "environment": {}}
+    (tmp_path / "call.json").write_text(json.dumps(call))
+    ended = launch(*TWO, "--", *forked.command(resident.RANK_MAIN, tmp_path / "call.json"), timeout=300)
+    assert ended.code == 0, ended.output
+    for rank in range(2):
+        trained, short, shown, in_fit, transport = pickle.loads((tmp_path / f"{rank}.pickle").read_bytes())
+        assert transport == "sockets"
+        assert len(trained) == len(LOSSES)
+        assert {name: far for name, far in {**trained, **short}.items() if not max(far) < 1e-5} == {}
+        for name, (alone, both, _) in shown.items():
+            assert both == [{key: pytest.approx(value, rel=1e-5) for key, value in alone.items()}] * 2, name
+        assert in_fit[0] == pytest.approx(in_fit[1], rel=1e-5)
 
 
 @pytest.mark.parametrize(

@@ -159,6 +159,21 @@ def test_a_program_that_never_calls_init_is_told_of(tmp_path):
         assert ended.output.count(said) == 1, ended.output
 
 
+def test_what_ends_a_job_is_shown_also_by_a_rank_that_captures_its_standard_error(tmp_path):
+    program = tmp_path / "captured.py"  # as pytest does, and a notebook's kernel
+    program.write_text(
+        "import os\n"
+        "from hvdkit.outcome import STALLED, Failed, tell\n"
+        f"os.dup2(os.open({str(tmp_path / 'captured.txt')!r}, os.O_CREAT | os.O_WRONLY), 2)\n"
+        "tell(Failed('stall', STALLED, 'the job has made no progress'), 'hvdkit: no progress for 600 s')\n"
+        "os._exit(STALLED)\n"
+    )
+    ended = launch("-np", 1, "--", sys.executable, program)
+    assert ended.code == 75
+    assert ended.output.splitlines()[0] == "hvdkit: no progress for 600 s"
+    assert (tmp_path / "captured.txt").read_text() == "hvdkit: no progress for 600 s\n"
+
+
 def test_a_full_disk_under_the_output_does_not_end_the_job(tmp_path):
     (tmp_path / "logs").mkdir()
     (tmp_path / "logs" / "rank-0001.log").symlink_to("/dev/full")

@@ -121,3 +121,27 @@ def test_the_exit_codes_are_those_of_the_system():
             [sys.executable, "-c", "import sys, hvdkit.outcome; print(*sys.modules)"], capture_output=True, text=True
         ).stdout.split()
     )
+
+
+@pytest.mark.parametrize("is_redirected", [True, False])
+def test_what_is_said_reaches_the_launcher_once_also_if_standard_error_is_redirected(monkeypatch, capfd, is_redirected):
+    read, pipe = os.pipe()
+    place = pipe if is_redirected else 2
+    monkeypatch.setenv("HVDKIT_STDERR", f"{place}:{os.fstat(place).st_ino}")
+    monkeypatch.setenv(outcome.VARIABLE, outcome.STDERR)
+    outcome.tell(DEATH, "hvdkit: rank 1 died.")
+    os.close(pipe)
+    with os.fdopen(read) as reader:
+        told = reader.read() if is_redirected else capfd.readouterr().err
+    line, sentence = told.split("\n", 1)
+    assert (outcome.split(line)[1].message, sentence) == (DEATH.message, "hvdkit: rank 1 died.\n")
+    assert capfd.readouterr().err == ("hvdkit: rank 1 died.\n" if is_redirected else "")
+
+
+def test_another_files_number_is_not_taken_for_the_launchers_pipe(monkeypatch, capfd, tmp_path):
+    with (tmp_path / "own.txt").open("w") as file:
+        for inode in (os.fstat(file.fileno()).st_ino, 1, ""):
+            monkeypatch.setenv("HVDKIT_STDERR", f"{file.fileno()}:{inode}")
+            outcome.show("hvdkit: said")
+    assert (tmp_path / "own.txt").read_text() == ""
+    assert capfd.readouterr().err == "hvdkit: said\n" * 3

@@ -50,7 +50,7 @@ def divide_data_loader(loader: Any, rank: int, size: int, uneven: str) -> Any:
             f"the loader itself, or hvd.data.shard one with grain.sharding.NoSharding()."
         )
     if (records := grain.records_of(loader)) != sys.maxsize:
-        steps_of(records, size, uneven)
+        steps_of(records, size, uneven, "records")
     return grain.with_shard(loader, rank, size)
 
 

@@ -11,7 +11,7 @@ from hvdkit.errors import UsageError
 def divide(dataset: Any, rank: int, size: int, uneven: str) -> Any:
     """Returns the examples `rank`, `rank + size`, ... as a `datasets.Dataset`, in its format."""
     examples = len(dataset)
-    return dataset.select((rank + size * np.arange(steps_of(examples, size, uneven))) % examples)
+    return dataset.select((rank + size * np.arange(steps_of(examples, size, uneven, "examples"))) % examples)
 
 
 def refuse(dataset: Any, *_: Any) -> NoReturn:

@@ -10,7 +10,7 @@ from hvdkit.data.rounds import rounds_in, steps_of
 def divide(dataset: Any, rank: int, size: int, uneven: str) -> "PyDatasetShard":
     """Returns the batches `rank`, `rank + size`, ... of a `PyDataset`, as a `PyDataset`."""
     if dataset.num_batches is not None:
-        steps_of(dataset.num_batches, size, uneven)
+        steps_of(dataset.num_batches, size, uneven, "batches")
     return PyDatasetShard(dataset, rank, size, uneven)
 
 

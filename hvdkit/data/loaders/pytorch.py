@@ -31,7 +31,7 @@ def divide(loader: Any, rank: int, size: int, uneven: str) -> Any:
         )
     if pytorch.is_iterable(loader):
         return _divide_stream(loader, rank, size, uneven)
-    steps_of(len(loader), size, uneven)
+    steps_of(len(loader), size, uneven, "batches")
     sampler = _in_common_order(sampler)
     if loader.batch_sampler is None:  # the data set has whole batches
         return pytorch.with_samplers(loader, sampler=EveryNth(sampler, rank, size, uneven))
@@ -81,5 +81,5 @@ def _in_common_order(sampler: Any) -> Any:
 
 def _divide_stream(loader: Any, rank: int, size: int, uneven: str) -> Any:
     length = len(loader) if hasattr(loader.dataset, "__len__") else None
-    steps = None if length is None else steps_of(length, size, uneven)
+    steps = None if length is None else steps_of(length, size, uneven, "batches")
     return pytorch.loader_of(lambda: whole_rounds(loader, rank, size, uneven), steps)

@@ -87,6 +87,10 @@ def all_operations():
         x = tf.Variable([mine])
         y = tf.reduce_sum(hvd.allreduce(x, op=hvd.Sum) * mine)
     gradient = tape.gradient(y, x).numpy().tolist()
+    with tf.GradientTape() as tape:  # Horovod takes a gradient of another dtype than the result's
+        wide = tf.Variable(tf.ones([world.size], tf.float64))
+        moved = hvd.alltoall(wide)
+    gradient += tape.gradient(moved, wide, 2 * tf.ones([world.size])).numpy().tolist()
     has_more = world.rank > 0  # the first rank has less data than the others
     late = hvd.allreduce([mine], name="late", op=hvd.Sum).numpy().tolist() if has_more else None
     last = int(hvd.join())
@@ -146,9 +150,28 @@ def test_every_operation_eagerly_and_in_a_graph(ranks):
         for name, value in expected.items():
             for found in (eagerly[name], graph[name]):
                 assert _alike(found, value), f"{name}: {found}, not {value}"
-        assert gradient == [6]
+        assert gradient == [6, 2, 2, 2]
         assert late == (None if rank == 0 else [5]), "a rank that has joined takes part with zeros"
         assert last in range(3)
+
+
+def with_an_optimizer_of_tensorflow_1():
+    import tensorflow as tf
+
+    import hvdkit as hvd
+
+    old, me = tf.compat.v1, hvd.init()
+    with tf.Graph().as_default(), old.Session() as session:
+        weight = old.get_variable("weight", initializer=[1.0])
+        optimizer = hvd.DistributedOptimizer(old.train.GradientDescentOptimizer(0.1), name="old")
+        step = optimizer.minimize(weight[0] * (me.rank + 1.0))
+        session.run(old.global_variables_initializer())
+        session.run(step)
+        return session.run(weight).tolist()
+
+
+def test_an_optimizer_of_tensorflow_1_averages_as_in_horovod(ranks):
+    assert ranks(2, with_an_optimizer_of_tensorflow_1) == [[pytest.approx(0.85)]] * 2
 
 
 def _alike(found, expected):

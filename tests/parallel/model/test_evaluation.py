@@ -90,6 +90,7 @@ def evaluated():
 
     def both(name, *arguments, **options):
         ours = hvd.evaluate(model, *arguments, return_dict=True, **options)
+        options.pop("callbacks", None)  # which would sum the metrics of all ranks here, too
         cases[name] = ours, model.evaluate(*arguments, return_dict=True, **{"verbose": 0, **options})
 
     dataset = tf.data.Dataset.from_tensor_slices((x, y, weights)).batch(BATCH)

@@ -48,6 +48,16 @@ def _sequences(ranks, lengths):
     return parts
 
 
+def _classes(ranks):
+    """Examples of one class each, most of them of the rank's own."""
+    parts = []
+    for rank in range(ranks):
+        generator = np.random.default_rng(rank)
+        y = np.where(generator.random(STEPS * LOCAL) < 0.7, rank % 3, generator.integers(3, size=STEPS * LOCAL))
+        parts.append((generator.normal(size=[len(y), 3]).astype("float32"), y))
+    return parts
+
+
 def _two_labels(ranks):
     return [(x, {"class": y, "size": x[..., :1] ** 2}) for x, y in _pixels(ranks, [6, 1])]
 
@@ -58,6 +68,10 @@ def _two_labels(ranks):
 def _per_place(keras, kind=None):
     layers = [keras.layers.Input([TIME, 3]), keras.layers.Dense(4, "tanh"), keras.layers.Dense(3)]
     return (kind or keras.Sequential)(layers)
+
+
+def _per_example(keras):
+    return keras.Sequential([keras.layers.Input([3]), keras.layers.Dense(4, "tanh"), keras.layers.Dense(3)])
 
 
 def _masking(keras):
@@ -116,6 +130,7 @@ def _cases(keras, hvd):
         "weights": (_per_place, _cross_entropy, labels(weighted=True), {}),
         "weights and labels to ignore": (_per_place, _ignoring, labels(weighted=True, **uneven), {}),
         "mean by weights": (_per_place, by_weights, labels(weighted=True), {}),
+        "class weights": (_per_example, by_weights, _classes, {"class_weight": {0: 0.2, 1: 3.0, 2: 1.0}}),
         "batches": (_per_place, _cross_entropy, labels(batches=[6, 2, 4]), {}),
         "batches and labels to ignore": (_per_place, _ignoring, labels(batches=[6, 2], **uneven), {}),
         "sum": (_per_place, lambda k: _cross_entropy(k, reduction="sum"), labels(batches=[4, 4]), {"rate": 0.01}),
@@ -138,12 +153,13 @@ def _trained(case, parts, wrap, callbacks=()):
     optimizer = options.pop("optimizer", lambda: keras.optimizers.SGD(rate))
     rate = options.pop("rate", 0.3)
     own_wrap = options.pop("wrap", wrap)
+    how = {"shuffle": False, "verbose": 0, "class_weight": options.pop("class_weight", None)}
     wrap = own_wrap if callbacks else wrap
     keras.utils.set_random_seed(1)
     model = build(keras)
     model.compile(wrap(optimizer()), loss=loss(keras), jit_compile=False, **options)
     x, y, weights = (*parts, None)[:3]
-    how = {"batch_size": len(x) // STEPS, "shuffle": False, "verbose": 0, "callbacks": list(callbacks)}
+    how |= {"batch_size": len(x) // STEPS, "callbacks": list(callbacks)}
     logs = model.fit(x, y, sample_weight=weights, **how).history
     return _flat(model), logs["last_loss" if "last_loss" in logs else "loss"][0]
 
@@ -187,7 +203,7 @@ _SHORT = ["labels to ignore", "a mask", "mean by weights", "batches", "sum"]
 @pytest.mark.parametrize("names", [_SHORT, pytest.param(None, marks=pytest.mark.slow)])
 def test_two_ranks_train_and_show_what_one_process_does(ranks, names):
     for found in ranks(2, against_one_process, names=names):
-        assert len(found) == (17 if names is None else 5)
+        assert len(found) == (18 if names is None else 5)
         assert {name: far for name, far in found.items() if not max(far) < 1e-5} == {}
 
 
@@ -231,8 +247,16 @@ def data_sets():
         data = hvd.data.shard(given.batch(8))
         weights, losses = _regression(keras, hvd, data, hvd.DistributedOptimizer, steps, average, epochs=2)
         found[name] = float(np.abs(weights - alone[0]).max()), float(np.abs(np.subtract(losses, alone[1])).max())
-    sizes = [4, 4, 4, 4, 4] if me.is_root else [4, 4, 2, 4, 4]
-    batches = tf.data.Dataset.from_tensor_slices(sizes).map(lambda size: (tf.ones([size, 3]), tf.ones([size, 1])))
+    # Batches of other sizes in the middle of an epoch whose length is known: short ones that are repeated, and rows
+    # that a function leaves out, which nothing tells before.
+    twice = _regression(keras, hvd, examples.take(25).batch(16).repeat(2), lambda o: o)
+    data = examples.take(25).shard(2, me.rank).batch(8).repeat(2)  # of 8 and 5, and of 8 and 4
+    weights, losses = _regression(keras, hvd, data, hvd.DistributedOptimizer, callbacks=average)
+    found["repeated"] = float(np.abs(weights - twice[0]).max()), float(np.abs(np.subtract(losses, twice[1])).max())
+    rows = np.float32([[(not me.is_root) and place == 10] for place in range(20)])
+    batches = tf.data.Dataset.from_tensor_slices((np.ones([20, 3], "float32"), rows)).batch(4)
+    batches = batches.map(lambda x, y: (x[: 4 - tf.cast(tf.reduce_max(y), tf.int32)], y))
+    batches = batches.map(lambda x, y: (x, y[: tf.shape(x)[0]]))
     compared = []
     watch = keras.callbacks.Callback()
     watch.on_train_batch_end = lambda batch, logs=None: compared.append(batch_sizes.current().compares)
@@ -241,7 +265,7 @@ def data_sets():
     return found, compared, said, batch_sizes.current().compares
 
 
-def test_a_short_last_batch_counts_by_its_examples(ranks):
+def test_a_short_batch_counts_by_its_examples(ranks):
     for found, compared, said, afterwards in ranks(2, data_sets):
         assert {name: far for name, far in found.items() if not max(far) < 1e-5} == {}
         assert compared == [True, False, False, True, True], "the first step, and all once the ranks know"

@@ -3,6 +3,7 @@ import pathlib
 import keras
 import numpy as np
 import pytest
+import tensorflow as tf
 
 import hvdkit as hvd
 from hvdkit import callbacks, world
@@ -199,6 +200,33 @@ def test_a_full_disk_under_the_losses_does_not_end_training(caplog):
     rates, _, _ = fit(keras.optimizers.SGD(0.1), losses)
     assert len(rates) == len(losses.losses) == 3 * STEPS
     assert "/dev/full cannot be written (No space left on device). Training continues." in caplog.text
+
+
+def test_tensorboard_shows_the_loss_of_each_step_and_the_rate_once(tmp_path):
+    from hvdkit.train.callbacks import _TensorBoard
+
+    losses = callbacks.StepLossCallback(tmp_path / "loss.csv", STEPS, tmp_path / "steps")
+    schedule = callbacks.LearningRateScheduleCallback(0.1, lambda epoch: 0.5**epoch)
+    fit(keras.optimizers.SGD(0.1), schedule, losses, _TensorBoard(tmp_path, write_graph=False))
+    found = _summaries(tmp_path / "steps")
+    assert [step for step, _ in found["loss_by_step"]] == list(range(1, 3 * STEPS + 1))
+    assert [value for _, value in found["loss_by_step"]] == pytest.approx([loss for _, loss in losses.losses])
+    rates = {name: values for name, values in _summaries(tmp_path / "train").items() if "l" in name and "r" in name}
+    assert [value for _, value in rates["epoch_learning_rate"]] == pytest.approx([0.1, 0.05, 0.025])
+    assert "epoch_lr" not in rates
+
+
+def _summaries(folder):
+    """By name, pairs of step and value that TensorBoard would show."""
+    from tensorflow.core.util import event_pb2
+
+    found = {}
+    for file in folder.glob("events.*"):
+        for record in tf.data.TFRecordDataset(str(file)):
+            event = event_pb2.Event.FromString(record.numpy())
+            for value in event.summary.value:
+                found.setdefault(value.tag, []).append((event.step, float(tf.make_ndarray(value.tensor))))
+    return found
 
 
 def test_stop_at_step():

@@ -27,6 +27,15 @@ def nobody_watches(monkeypatch):
     monkeypatch.setenv("TERM", "xterm-256color")
 
 
+def test_nothing_is_said_of_the_speed_before_it_is_known(capsys):
+    progress = callbacks.ProgressCallback(1, 1, BATCH)
+    progress.on_train_begin()
+    progress.on_epoch_begin(0)
+    progress.on_train_batch_end(0, METRICS)
+    progress.on_epoch_end(0, METRICS)
+    assert capsys.readouterr().err == "epoch 1/1: loss=0.25, accuracy=0.5\n"
+
+
 def train(logs=METRICS, **arguments):
     progress = callbacks.ProgressCallback(STEPS * EPOCHS, STEPS, BATCH, **arguments)
     progress.on_train_begin()

@@ -22,6 +22,20 @@ def _read(rank):
     return Data.range(9).map(lambda i: tf.gather(X, 2 * i + rank))
 
 
+def test_a_shard_of_an_order_that_differs(tmp_path):
+    (tmp_path / "a").touch()
+    plain, shuffled = Data.from_tensor_slices(X), Data.from_tensor_slices(X).shuffle(9)
+    for data in (shuffled, shuffled.batch(8).prefetch(1), Data.list_files(str(tmp_path / "*"))):
+        assert data_contents.seeds_of(data) == [data_contents.UNSEEDED]
+        assert data_contents.divided_seeds_of(data) == []
+        assert data_contents.divided_seeds_of(data.shard(1, 0).repeat()) == [data_contents.UNSEEDED]
+    for data in (plain, Data.list_files(str(tmp_path / "*"), shuffle=False)):
+        assert data_contents.divided_seeds_of(data.shard(2, 0).shuffle(9)) == []
+    one, other = (data_contents.divided_seeds_of(plain.shuffle(9, seed=seed).shard(2, 0)) for seed in (1, 2))
+    assert one != other
+    assert data_contents.UNSEEDED not in one + other
+
+
 def _same(make):
     here, there = (data_contents.of_dataset(make(rank)) for rank in range(2))
     return here is not None and here == there

@@ -192,6 +192,9 @@ def test_batches_that_python_makes_may_vary_and_those_of_a_filter():
     assert seen(fit_loop.may_vary, OneBatch())
     assert seen(fit_loop.may_vary, (batch for batch in [one]))
     assert seen(fit_loop.may_vary, data.filter(lambda x, y: True), steps_per_epoch=1)
+    assert seen(fit_loop.may_vary, data.unbatch().batch(3).repeat(2))
+    assert seen(fit_loop.may_vary, data.unbatch().batch(3), steps_per_epoch=1), "the second epoch has the short batch"
+    assert not seen(fit_loop.may_vary, data.unbatch().batch(3), steps_per_epoch=2)
     assert not seen(fit_loop.may_vary, data)
     assert not seen(fit_loop.may_vary, data.repeat(), steps_per_epoch=1)
     assert not seen(fit_loop.may_vary, *one)

@@ -172,7 +172,7 @@ def test_shard_divides_evenly_and_says_what_it_leaves_out(caplog):
     parts = [list(hvd.data.shard(tf.data.Dataset.range(11), r, 3).as_numpy_iterator()) for r in range(3)]
     assert [len(p) for p in parts] == [3, 3, 3]
     assert sorted(sum(parts, [])) == list(range(9))
-    assert "2 of 11 elements are left out, so that all 3 ranks take 3 steps" in caplog.text
+    assert "2 of 11 examples are left out, so that all 3 ranks take 3 steps" in caplog.text
 
 
 def test_shard_counts_what_tensorflow_cannot():
@@ -182,7 +182,7 @@ def test_shard_counts_what_tensorflow_cannot():
 
 
 def test_shard_refuses_fewer_elements_than_ranks():
-    with pytest.raises(ValueError, match=r"2 element\(s\) cannot be divided over 3 ranks"):
+    with pytest.raises(ValueError, match=r"2 examples cannot be divided over 3 ranks"):
         hvd.data.shard(tf.data.Dataset.range(2), 0, 3)
 
 
@@ -192,7 +192,7 @@ def shares_of(data, size, **policy):
 
 def test_pad_repeats_from_the_beginning_and_says_so(caplog):
     assert shares_of(tf.data.Dataset.range(11), 3, uneven="pad") == [[0, 3, 6, 9], [1, 4, 7, 10], [2, 5, 8, 0]]
-    assert "1 of 11 elements are taken twice, and count twice, so that all 3 ranks take 4 steps" in caplog.text
+    assert "1 of 11 examples are taken twice, and count twice, so that all 3 ranks take 4 steps" in caplog.text
     assert shares_of(tf.data.Dataset.range(2), 5, uneven="pad") == [[0], [1], [0], [1], [0]]
 
 
@@ -257,9 +257,10 @@ def test_arrays_are_divided_in_their_structure():
         (np.zeros(3), {"uneven": "join"}, "batch_size is None. Give the local batch"),
         (np.zeros(3), {"uneven": "pad", "batch_size": 4}, r"write shard\(dataset\)\.batch\(4\)"),
         ((np.zeros(3),), {"uneven": "join", "batch_size": 4}, r"needs \(x, y\) or \(x, y, weight\)"),
-        ((np.zeros(0), np.zeros(0)), {"uneven": "join", "batch_size": 4}, "of 0 element"),
-        (np.zeros(0), {"uneven": "pad"}, "of 0 element"),
-        (np.zeros(2), {}, r"2 element\(s\) cannot be divided over 3 ranks"),
+        ((np.zeros(0), np.zeros(0)), {"uneven": "join", "batch_size": 4}, "of 0 example"),
+        (np.zeros(0), {"uneven": "pad"}, "of 0 example"),
+        (np.zeros(2), {}, r"2 examples cannot be divided over 3 ranks"),
+        (tf.data.Dataset.from_tensor_slices(["a"]), {}, "1 string cannot be divided .* divide the records"),
     ],
 )
 def test_what_cannot_be_divided_is_refused(data, policy, message):

@@ -51,8 +51,8 @@ def test_a_py_dataset_gives_each_rank_every_nth_batch(caplog):
         parts = shards(lambda: Numbers(5), 2, uneven=policy)
         assert [sum(numbers(part), []) for part in parts] == expected
         assert [len(part) for part in parts] == [part.num_batches for part in parts] == [len(e) for e in expected]
-    assert "1 of 5 elements are left out" in caplog.text
-    assert "1 of 5 elements are taken twice" in caplog.text
+    assert "1 of 5 batches are left out" in caplog.text
+    assert "1 of 5 batches are taken twice" in caplog.text
 
 
 def test_a_py_dataset_keeps_its_workers_its_attributes_and_the_calls_of_epochs():
@@ -94,7 +94,7 @@ def test_a_generator_needs_no_length_to_end_on_all_ranks_alike(caplog, length, s
     parts = [list(part) for part in shards(lambda: (i for i in range(length)), size, uneven=uneven)]
     assert parts == expected
     left = length % size if uneven == "drop" else 0
-    assert (f"{left} of {length} elements of a stream were left out" in caplog.text) == bool(left)
+    assert (f"{left} of {length} batches of a stream were left out" in caplog.text) == bool(left)
 
 
 def test_a_generator_is_read_no_further_than_its_round():

@@ -167,6 +167,20 @@ def test_variables_of_a_surrounding_mpi_job_are_left_out(monkeypatch):
     assert own["OMPI_MCA_btl"] == own["MY_TOKEN"] == "1", "options of MPI are the user's"
 
 
+def test_variables_of_a_notebook_are_left_out(monkeypatch):
+    monkeypatch.setenv("MPLBACKEND", "module://matplotlib_inline.backend_inline")
+    for name in ("JPY_SESSION_NAME", "JPY_PARENT_PID", "PYDEVD_USE_FRAME_EVAL", "PYTHONSTARTUP"):
+        monkeypatch.setenv(name, "1")
+    monkeypatch.setenv("TF_CONFIG", "{}")
+    monkeypatch.setenv("PYTHONBREAKPOINT", "0")
+    own = environment.own_environment()
+    assert not [n for n in own if n.startswith(("JPY_", "PYDEVD_", "MPLBACKEND", "PYTHONSTARTUP"))]
+    assert own["TF_CONFIG"] == "{}", "the user's cluster, which --strategy=multiworker refuses"
+    assert own["PYTHONBREAKPOINT"] == "0", "the user's wish to stop nowhere"
+    monkeypatch.setenv("MPLBACKEND", "pdf")
+    assert environment.own_environment()["MPLBACKEND"] == "pdf"
+
+
 # ---- Output ------------------------------------------------------------------------------------------------------
 
 
