@@ -18,5 +18,9 @@ class UnfitSizeError(UsageError):
     """This number of ranks is not usable, but a smaller one may be: an elastic job restarts with one rank less."""
 
 
+class UnreadableExampleError(UsageError):
+    """An example cannot be read in the middle of a training: raised on the rank that reads it, and on no other."""
+
+
 class ReplicasDiverged(RuntimeError):  # noqa: N818 - says what happened, as Horovod's own exceptions do
     """Replicas that must hold the same weights differ: the message names the ranks and the first variable."""

@@ -9,6 +9,7 @@ order is a function of (seed, epoch, share, number of shares) in both cases, but
 `hvdkit.data.epoch_order`). Batches can begin at any step of any epoch.
 """
 
+import contextlib
 import dataclasses
 import itertools
 import logging
@@ -23,13 +24,14 @@ from hvdkit.data import balance
 from hvdkit.data.epoch_order import Stretch, generator, shuffled, stream_seed, untouched
 from hvdkit.data.shard import even_share
 from hvdkit.data.sources import Source, images
-from hvdkit.errors import UsageError
+from hvdkit.errors import UnreadableExampleError, UsageError
 
 _log = logging.getLogger(__name__)
 
 Encode = Callable[[Any], tf.Tensor]
 
 _READ_AT_ONCE = 1024  # examples
+_IN_INPUT = "IteratorGetNext"  # the operation that an error of the input pipeline names
 _MOST_NAMED = 20  # examples that cannot be read
 _SHUFFLE_BYTES = 256 << 20  # size of a streamed shard's shuffle buffer, in bytes of encoded examples
 
@@ -157,6 +159,34 @@ def unreadable(share: Share, error: tf.errors.OpError, examples: int) -> UsageEr
         error: what was raised when they were read together.
         examples: number of examples, from the first one of the shard, to read one by one, to name each that is wrong.
     """
+    wrong = _wrong_ones(share, examples)
+    if not wrong:  # as when it is another one each time
+        wrong = [f"one of the examples {share.start} to {share.start + examples - 1} ({images.first_line(error)})"]
+    return UsageError(_sentence(share, wrong))
+
+
+@contextlib.contextmanager
+def naming_unreadable(shares: Iterable[Share]) -> Iterator[None]:
+    """Names the example, if the block ends because one of a streamed shard cannot be read.
+
+    Args:
+        shares: the shards that this process reads in the block.
+
+    Raises:
+        UnreadableExampleError: it was found, by reading the shards once more, one example after the other.
+    """
+    try:
+        yield
+    except tf.errors.OpError as error:
+        streamed = [share for share in shares if share.inputs is None] if _IN_INPUT in str(error) else []
+        for share in streamed:
+            if wrong := _wrong_ones(share, share.size):
+                raise UnreadableExampleError(_sentence(share, wrong)) from error
+        raise
+
+
+def _wrong_ones(share: Share, examples: int) -> list[str]:
+    """Returns the first examples of a shard that cannot be read, each with the reason."""
     wrong = []
     index = share.start
     try:
@@ -166,10 +196,12 @@ def unreadable(share: Share, error: tf.errors.OpError, examples: int) -> UsageEr
             index += 1
     except tf.errors.OpError as reason:  # the next one cannot be read at all, and none after it
         wrong.append(f"{share.source.locate(share.split, index)} ({images.first_line(reason)})")
-    if not wrong:  # as when it is another one each time
-        wrong = [f"one of the examples {share.start} to {share.start + examples - 1} ({images.first_line(error)})"]
+    return wrong
+
+
+def _sentence(share: Share, wrong: list[str]) -> str:
     more = f"; and {len(wrong) - _MOST_NAMED} more" if len(wrong) > _MOST_NAMED else ""
-    return UsageError(
+    return (
         f"{share.source.name}: {len(wrong)} example(s) of split {share.split!r} cannot be read: "
         f"{'; '.join(wrong[:_MOST_NAMED])}{more}. Repair or remove them; images of differing size need --image-size."
     )

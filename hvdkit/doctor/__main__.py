@@ -69,6 +69,7 @@ def _settings(arguments: argparse.Namespace) -> Settings:
             "label_column": arguments.label_column,
             "text_column": arguments.text_column,
             "feature_columns": tuple(filter(None, arguments.feature_columns.split(","))),
+            "encoding": arguments.encoding,
         },
         ssh=Ssh(shlex.split(arguments.ssh_args), patience=_SSH_SECONDS),
     )
@@ -106,6 +107,7 @@ def parser() -> Parser:
     made.add_argument("--label-column", metavar="NAME", help="a table's column of labels")
     made.add_argument("--text-column", metavar="NAME", help="a table's column of texts")
     made.add_argument("--feature-columns", default="", metavar="NAME,NAME", help="a table's columns of features")
+    made.add_argument("--encoding", metavar="NAME", help="encoding of a text file with a table, such as cp1252")
     made.add_argument("--data-dir", metavar="DIR", help="where TFDS data sets lie [~/tensorflow_datasets]")
     made.add_argument(
         "--python", default=sys.executable, metavar="PATH", help="the job's Python, on every host [this one]"

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 from hvdkit import outcome, signals, world
-from hvdkit.errors import ReplicasDiverged, UnfitSizeError, UsageError
+from hvdkit.errors import ReplicasDiverged, UnfitSizeError, UnreadableExampleError, UsageError
 from hvdkit.train import flags
 from hvdkit.train.flags import parser as parser  # for completion in shells
 
@@ -45,6 +45,9 @@ def _train(config: flags.Config, more_callbacks: Sequence["keras.callbacks.Callb
         if not left.agreed:
             watchdog.fail(left, outcome.PREEMPTED)
         return outcome.PREEMPTED
+    except UnreadableExampleError as error:
+        # The other ranks do not know of it yet. The watchdog tells them, and shows it once.
+        return outcome.USAGE if watchdog.fail(error, outcome.USAGE) else _fail(error)
     except (UsageError, ReplicasDiverged) as error:
         return _fail(error)
     except Exception as error:

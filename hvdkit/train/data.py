@@ -32,7 +32,7 @@ _STANDARDIZED_AT_ONCE = 8192  # examples
 def schema_of(config: Config) -> Schema:
     """Returns what the flags say about the data set's columns and labels."""
     features = tuple(name for name in (config.feature_columns or "").split(",") if name)
-    return Schema(config.task, config.label_column, config.text_column, features)
+    return Schema(config.task, config.label_column, config.text_column, features, config.encoding)
 
 
 def prepared(source: Source, settings: Settings) -> Source:
@@ -101,6 +101,7 @@ class TrainingData:
         handed_over: the steps of that epoch that were done with other shards.
         now: the current shards, before any step.
         now_rest: the same for the rest of the first epoch, if part of it was done with other shards.
+        shares: the shards that the batches are of.
     """
 
     batches: tf.data.Dataset
@@ -111,6 +112,7 @@ class TrainingData:
     handed_over: Sequence[Stretch]
     now: Stretch
     now_rest: Stretch
+    shares: Sequence[pipeline.Share]
 
     def stretches(self, epoch: int, step: int) -> list[dict[str, Any]]:
         """With which shards the first `step` steps of an epoch are done, for a checkpoint."""
@@ -171,7 +173,7 @@ def read_training_data(
     now = Stretch(strategy.size, 0, buffers)
     now_rest = Stretch(strategy.size, 0, _buffers(start.rest)) if handed_over else now
     spec, label_spec = checks.specs(shares[0])
-    return TrainingData(batches, steps_per_epoch, spec, label_spec, start.epoch, handed_over, now, now_rest)
+    return TrainingData(batches, steps_per_epoch, spec, label_spec, start.epoch, handed_over, now, now_rest, shares)
 
 
 def _of_all_shares(shares: Sequence[int], mine: Sequence[Any], name: str) -> list[Any]:
@@ -251,8 +253,11 @@ def _describe_classes(settings: Settings, source: Source, counts: np.ndarray) ->
 
 def read_evaluation_data(
     settings: Settings, strategy: Strategy, source: Source, vocabulary: Vocabulary | None, split: str
-) -> tf.data.Dataset:
-    """This process's shard of the validation or test split; all shards together have every example once."""
+) -> tuple[tf.data.Dataset, pipeline.Share]:
+    """The batches of this process's shard of the validation or test split, and the shard itself.
+
+    All shards together have every example once.
+    """
     index, shares = strategy.evaluation_share()
     with together():
         if source.size(split) < shares:
@@ -264,4 +269,4 @@ def read_evaluation_data(
         share = pipeline.read_share(source, split, index, shares, encode=encode, cache_bytes=cache)
         checks.check_share(share, split, len(source.label_names))
         batch = strategy.evaluation_batch(share.size, settings.global_batch)
-    return pipeline.evaluation_batches(share, batch)
+    return pipeline.evaluation_batches(share, batch), share

@@ -54,6 +54,7 @@ _HELP = {  # brackets: what applies without the flag, if its default is not a fi
     "label_column": "a table's column of labels [label, class, category, target, ...]",
     "text_column": "a table's column of texts [text, sentence, review, content, input]",
     "feature_columns": "NAME,NAME: a table's columns of numbers and categories [without texts, all but the label]",
+    "encoding": "of a text file with a table, such as cp1252 [UTF-8, or UTF-16 with a byte order mark]",
     "data_dir": "where TFDS data sets are stored [~/tensorflow_datasets]",
     "download": "let TFDS download a missing data set",
     "image_size": "resize images to this height and width",
@@ -148,6 +149,7 @@ class Config:
     label_column: str | None
     text_column: str | None
     feature_columns: str | None
+    encoding: str | None
     data_dir: str | None
     download: bool
     image_size: int | None
@@ -237,6 +239,7 @@ def define() -> None:
     add(string, _WHAT, "label_column", None)
     add(string, _WHAT, "text_column", None)
     add(string, _WHAT, "feature_columns", None)
+    add(string, _WHAT, "encoding", None)
     add(string, _WHAT, "data_dir", None)
     add(boolean, _WHAT, "download", False)
     add(integer, _WHAT, "image_size", None, lower_bound=1)

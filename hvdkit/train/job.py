@@ -141,7 +141,7 @@ def _go_on(config: Config, settings: Settings, recipe: Recipe, found: Checkpoint
 def _identity(settings: Settings) -> dict[str, Any]:
     """The settings that must not change when a run resumes, besides model and data."""
     # Whether and in how many fragments weights are under way between ranks is part of a checkpoint.
-    columns = ("label_column", "text_column", "feature_columns")
+    columns = ("label_column", "text_column", "feature_columns", "encoding")
     data = (
         "task",
         *columns,

@@ -19,6 +19,7 @@ import tensorflow as tf
 from hvdkit import callbacks, collectives, reporting, versions, world
 from hvdkit.collectives.agreement import check_equal, together
 from hvdkit.collectives.mesh import shard_of
+from hvdkit.data.pipeline import naming_unreadable
 from hvdkit.data.sources import TokenSource
 from hvdkit.optimizers.distributed import DistributedOptimizer
 from hvdkit.optimizers.sharded import ShardedOptimizer
@@ -61,10 +62,10 @@ def run(
     if source.kind == "text":
         vocabulary = job_data.make_vocabulary(source, settings, job.recipe, job.workdir)
     data = job_data.read_training_data(settings, strategy, source, vocabulary, job.found)
-    evaluated = {
-        split: job_data.read_evaluation_data(settings, strategy, source, vocabulary, split)
-        for split in (("validation", "test") if settings.validates else ("test",))
-    }
+    evaluated, shares = {}, list(data.shares)
+    for split in ("validation", "test") if settings.validates else ("test",):
+        evaluated[split], share = job_data.read_evaluation_data(settings, strategy, source, vocabulary, split)
+        shares.append(share)
     steps = settings.steps or settings.epochs * data.steps_per_epoch
 
     # ---- Model ----------------------------------------------------------------------------------------------------
@@ -86,19 +87,21 @@ def run(
         steps, data.steps_per_epoch, settings.global_batch, show=strategy.world.is_root
     )
     first_step = job.found.state["step"] if job.found else 0
-    history = model.fit(
-        tap(data.batches, first_step) if tap else data.batches,
-        epochs=math.ceil(steps / data.steps_per_epoch),
-        steps_per_epoch=min(steps, data.steps_per_epoch),
-        validation_data=evaluated.get("validation", evaluated["test"]) if settings.eval_every else None,
-        validation_freq=settings.eval_every or 1,
-        callbacks=[*strategy.callbacks(), *_callbacks(job, data, steps, progress, more_callbacks)],
-        shuffle=False,  # the batches are shuffled already
-        verbose=0,
-    )
+    with naming_unreadable(shares):
+        history = model.fit(
+            tap(data.batches, first_step) if tap else data.batches,
+            epochs=math.ceil(steps / data.steps_per_epoch),
+            steps_per_epoch=min(steps, data.steps_per_epoch),
+            validation_data=evaluated.get("validation", evaluated["test"]) if settings.eval_every else None,
+            validation_freq=settings.eval_every or 1,
+            callbacks=[*strategy.callbacks(), *_callbacks(job, data, steps, progress, more_callbacks)],
+            shuffle=False,  # the batches are shuffled already
+            verbose=0,
+        )
 
     # ---- Results --------------------------------------------------------------------------------------------------
-    found = {split: strategy.evaluate(model, batches) for split, batches in evaluated.items()}
+    with naming_unreadable(shares):
+        found = {split: strategy.evaluate(model, batches) for split, batches in evaluated.items()}
     return _finish(job, model, _Trained(history.history, found, progress, steps, data.steps_per_epoch))
 
 

@@ -82,7 +82,7 @@ def open_source(
 
 def _open(dataset: str, data_dir: str | None, schema: Schema, *, download: bool, image_size: int | None) -> Source:
     path = Path(dataset).expanduser()
-    if path.suffix.lower() in table_files.READERS or table_files.is_saved_dataset(path):
+    if path.suffix.lower() in table_files.SUFFIXES or table_files.is_saved_dataset(path):
         return load_table(path, schema)
     if (path / "dataset_dict.json").is_file():
         return load_table(path / "train", schema)
@@ -91,7 +91,7 @@ def _open(dataset: str, data_dir: str | None, schema: Schema, *, download: bool,
     if schema.names_columns():
         raise UsageError(
             f"--label-column, --text-column and --feature-columns name columns of a table, or features of records, and "
-            f"{dataset} has none. Leave them out, or give a table ({', '.join(table_files.READERS)})."
+            f"{dataset} has none. Leave them out, or give a table ({', '.join(table_files.SUFFIXES)})."
         )
     if path.suffix.lower() in array_files.SUFFIXES:
         return load_arrays(path, schema.task, image_size)
@@ -126,7 +126,7 @@ def _open_folder(dataset: str, image_size: int | None) -> Source | None:
         what = "is neither a prepared TFDS directory nor a folder of images" if path.is_dir() else "does not exist"
         raise UsageError(
             f"The data set {dataset} {what}. Give the path of a directory with dataset_info.json, of one with "
-            f"train/CLASS/*.png or CLASS/*.png, of a table ({', '.join(table_files.READERS)}), of arrays "
+            f"train/CLASS/*.png or CLASS/*.png, of a table ({', '.join(table_files.SUFFIXES)}), of arrays "
             f"({', '.join(array_files.SUFFIXES)}), or of records ({', '.join(RECORD_SUFFIXES)})."
         )
     return None

@@ -17,12 +17,14 @@ class Schema:
         label_column: name of the column of labels.
         text_column: name of the column of texts.
         feature_columns: names of the columns of numbers and categories; empty for all but the label.
+        encoding: Python's name of a text file's encoding.
     """
 
     task: str = "auto"
     label_column: str | None = None
     text_column: str | None = None
     feature_columns: tuple[str, ...] = ()
+    encoding: str | None = None
 
     def names_columns(self) -> bool:
         """Returns whether it names a column."""

@@ -45,7 +45,7 @@ def load_table(path: Path, schema: Schema | None = None) -> ArraySource:
     labels = label_kinds.learn(schema.task, path, rows.label, rows.labels, rows.places)
     parts = {"train": rows}
     others = _companions(path)
-    again = Schema(labels.task, rows.label, rows.text, () if rows.text else tuple(rows.inputs))
+    again = Schema(labels.task, rows.label, rows.text, () if rows.text else tuple(rows.inputs), schema.encoding)
     parts |= {split: _read(other, again) for split, other in others.items()}
     targets = {split: labels.encode(part.path, part.labels, part.places) for split, part in parts.items()}
     splits = {split: (np.arange(len(target)), target) for split, target in targets.items()}
@@ -92,7 +92,7 @@ def _read(path: Path, schema: Schema) -> _Rows:
         chosen.append(_choose(path, names, first, schema))
         return [chosen[0][0], *chosen[0][2]]
 
-    table = table_files.read(path, pick)
+    table = table_files.read(path, pick, schema.encoding)
     label, text, names = chosen[0]
     if not table.places:
         raise UsageError(f"{path} has names of columns but no rows.")

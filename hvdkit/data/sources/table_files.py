@@ -36,7 +36,7 @@ class Table:
     columns: list[Column]
 
 
-def read(path: Path, pick: Pick) -> Table:
+def read(path: Path, pick: Pick, encoding: str | None = None) -> Table:
     """Reads columns of a table.
 
     Args:
@@ -44,15 +44,20 @@ def read(path: Path, pick: Pick) -> Table:
             `datasets.Dataset.save_to_disk`.
         pick: function from the names of all columns, and the first line or the like for a message, to the names of
             those to read.
+        encoding: Python's name of a text file's encoding; by default UTF-8, or UTF-16 with a byte order mark.
 
     Raises:
-        UsageError: the file does not exist or cannot be read, or rows have another number of fields than the header.
+        UsageError: the file does not exist or cannot be read, there is no such encoding, or rows have another number of
+            fields than the header.
     """
     if is_saved_dataset(path):
         return _read_saved_dataset(path, pick)
     if not path.is_file():
-        raise UsageError(f"The data set {path} does not exist. Give the path of a file: {', '.join(READERS)}.")
-    return READERS[path.suffix.lower()](path, pick)
+        raise UsageError(f"The data set {path} does not exist. Give the path of a file: {', '.join(SUFFIXES)}.")
+    suffix = path.suffix.lower()
+    if suffix in _TEXT_READERS:
+        return _TEXT_READERS[suffix](path, _decode(path, encoding), pick)
+    return _ARROW_READERS[suffix](path, pick)
 
 
 def is_saved_dataset(path: Path) -> bool:
@@ -92,11 +97,28 @@ def listed(items: Sequence[str]) -> str:
     return ", ".join(items[:_MOST_NAMED]) + more
 
 
+def _decode(path: Path, encoding: str | None) -> str:
+    """Returns the text of a file, without a byte order mark."""
+    content = path.read_bytes()
+    guessed = "utf-16" if content[:2] in (b"\xff\xfe", b"\xfe\xff") else "utf-8-sig"
+    try:
+        return content.decode(encoding or guessed)
+    except LookupError:
+        raise UsageError(
+            f"--encoding={encoding} is unknown. Give a name that Python knows, such as cp1252, latin-1 or shift_jis."
+        ) from None
+    except UnicodeDecodeError as error:
+        name = encoding or guessed.removesuffix("-sig").upper()
+        raise UsageError(
+            f"{path} is not {name} text (at byte {error.start}). Name its encoding, such as --encoding=cp1252 if it is "
+            f"from Windows in Western Europe, or save it as UTF-8."
+        ) from None
+
+
 # -------------------------------------------------------------------------------------------------------- CSV and TSV
 
 
-def _read_csv(path: Path, pick: Pick) -> Table:
-    content = _decode(path)
+def _read_csv(path: Path, content: str, pick: Pick) -> Table:
     first = content.split("\n", 1)[0]
     delimiter = max(_DELIMITERS, key=first.count) if path.suffix.lower() != ".tsv" else "\t"
     header, *rows = [*_csv_rows(path, content, delimiter)] or [(1, [])]
@@ -127,24 +149,11 @@ def _csv_rows(path: Path, content: str, delimiter: str) -> Iterator[tuple[int, l
         csv.field_size_limit(limit)
 
 
-def _decode(path: Path) -> str:
-    """Returns the text of a file, without a byte order mark."""
-    content = path.read_bytes()
-    encoding = "utf-16" if content[:2] in (b"\xff\xfe", b"\xfe\xff") else "utf-8-sig"
-    try:
-        return content.decode(encoding)
-    except UnicodeDecodeError as error:
-        raise UsageError(
-            f"{path} is not {encoding.removesuffix('-sig').upper()} text (at byte {error.start}). Save it as UTF-8, "
-            f"for example with: iconv -f WINDOWS-1252 -t UTF-8 {path} > NEW.csv, if it is from Windows in Europe."
-        ) from None
-
-
 # --------------------------------------------------------------------------------------------------------- JSON lines
 
 
-def _read_json_lines(path: Path, pick: Pick) -> Table:
-    numbered = [(number, line) for number, line in enumerate(_decode(path).split("\n"), 1) if line.strip()]
+def _read_json_lines(path: Path, content: str, pick: Pick) -> Table:
+    numbered = [(number, line) for number, line in enumerate(content.split("\n"), 1) if line.strip()]
     rows = [(number, _json_object(path, number, line)) for number, line in numbered]
     keys = list(dict.fromkeys(key for _, row in rows for key in row))
     names = pick(keys, numbered[0][1][:200] if numbered else "")
@@ -256,12 +265,15 @@ def _cell(path: Path, place: str, name: str, value: Any) -> str | list[str]:
     return str(value)
 
 
-READERS: dict[str, Callable[[Path, Pick], Table]] = {
+_TEXT_READERS: dict[str, Callable[[Path, str, Pick], Table]] = {
     ".csv": _read_csv,
     ".tsv": _read_csv,
     ".jsonl": _read_json_lines,
     ".ndjson": _read_json_lines,
+}
+_ARROW_READERS: dict[str, Callable[[Path, Pick], Table]] = {
     ".parquet": _read_parquet,
     ".arrow": _read_arrow,
     ".feather": _read_arrow,
 }
+SUFFIXES = (*_TEXT_READERS, *_ARROW_READERS)

@@ -4,10 +4,14 @@ import csv
 import json
 import re
 import shutil
+from pathlib import Path
 
 import keras
 import numpy as np
 import pytest
+from PIL import Image
+
+from hvdkit.data.sources import open_source
 
 USER_MODELS = """
 import keras
@@ -112,6 +116,24 @@ def test_a_finished_run_is_extended(train, tmp_path):
     ended = train(2, f"--workdir={extended}", "--epochs=2", "--notensorboard")
     assert ended.code == 2
     assert "has a finished run" in ended.output
+
+
+@pytest.mark.slow
+def test_an_image_that_breaks_in_the_middle_ends_all_ranks_in_one_sentence(train, tmp_path):
+    """The first 1,000 of each rank's share are looked at before training, and this one is behind them."""
+    generator = np.random.default_rng(0)
+    for place in range(2600):
+        path = tmp_path / "images" / str(place % 2) / f"{place}.png"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        Image.fromarray(generator.integers(256, size=[8, 8, 3], dtype=np.uint8)).save(path)
+    broken = Path(open_source(str(tmp_path / "images")).locate("train", 2070))
+    broken.write_bytes(broken.read_bytes()[:60])
+    flags = ["--model=mnist_mlp", "--dataset=./images", "--cache-gb=0", "--validation=no", "--notensorboard"]
+    ended = train(2, *flags, "--workdir=w", "--epochs=2")
+    assert ended.code == 2, ended.output
+    assert ended.output.count(f"1 example(s) of split 'train' cannot be read: {broken.resolve()} (") == 1, ended.output
+    assert "rank 1 on host" in ended.output
+    assert "Traceback" not in ended.output
 
 
 @pytest.mark.slow

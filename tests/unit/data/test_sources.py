@@ -1,6 +1,7 @@
 import json
 from pathlib import Path
 
+import keras
 import numpy as np
 import pyarrow
 import pyarrow.feather
@@ -9,11 +10,11 @@ import pytest
 import tensorflow as tf
 from PIL import Image
 
-from hvdkit.data import checks, pipeline
-from hvdkit.data.sources import folder, open_source
+from hvdkit.data import balance, checks, pipeline
+from hvdkit.data.sources import Schema, folder, open_source
 from hvdkit.data.sources.images import resize
 from hvdkit.data.vocabulary import Vocabulary, learn_tokens, standardize
-from hvdkit.errors import UsageError
+from hvdkit.errors import UnreadableExampleError, UsageError
 
 
 def first(source, split="train"):
@@ -119,6 +120,29 @@ def test_an_image_that_cannot_be_read_is_named(tmp_path):
     Path(source._splits["train"][0][0]).write_bytes(b"no image")
     with pytest.raises(UsageError, match=r"1 image.s. of .* cannot be read: .* \(it is no image that Pillow knows\)"):
         open_source(str(tmp_path))
+
+
+def test_an_image_that_breaks_in_the_middle_of_a_training_is_named(tmp_path):
+    write_images(tmp_path, "train", ["cat", "dog"], count=12)
+    write_images(tmp_path, "test", ["cat", "dog"], count=1)
+    source = open_source(str(tmp_path))
+    share = pipeline.read_share(source, "train", 0, 1, cache_bytes=0)
+    batches = pipeline.training_batches(
+        [share], local_batch=4, steps_per_epoch=6, seed=1, sampling=balance.Sampling("none", np.array([12, 12]))
+    )
+    model = keras.Sequential([keras.layers.Flatten(), keras.layers.Dense(2)])
+    model.compile("sgd", keras.losses.SparseCategoricalCrossentropy(from_logits=True))
+    with pipeline.naming_unreadable([share]):
+        model.fit(batches, epochs=1, steps_per_epoch=6, verbose=0)
+    file = Path(source.locate("train", 17))
+    file.write_bytes(file.read_bytes()[:60])
+    with (
+        pytest.raises(UnreadableExampleError, match=rf"1 example.s. of split 'train' cannot be read: {file} \("),
+        pipeline.naming_unreadable([share]),
+    ):
+        model.fit(batches, epochs=2, steps_per_epoch=6, verbose=0)
+    with pytest.raises(tf.errors.InvalidArgumentError), pipeline.naming_unreadable([share]):
+        tf.debugging.assert_equal(1, 2)  # of the model, and not of the data
 
 
 def test_image_folders_as_people_have_them(tmp_path, caplog):
@@ -336,8 +360,17 @@ def test_a_spreadsheets_byte_order_mark_and_other_encodings(tmp_path):
     rows = "text,label\ncaf\u00e9,a\nbar,b\nclub,a\npub,b\n"
     assert open_source(write(tmp_path / "bom.csv", rows, "utf-8-sig")).label_names == ["a", "b"]
     assert open_source(write(tmp_path / "wide.csv", rows, "utf-16")).label_names == ["a", "b"]
-    with pytest.raises(UsageError, match=r"is not UTF-8 text \(at byte 14\)\. Save it as UTF-8, for example"):
+    with pytest.raises(
+        UsageError, match=r"is not UTF-8 text \(at byte 14\)\. Name its encoding, such as --encoding=cp1252"
+    ):
         open_source(write(tmp_path / "latin.csv", rows, "latin-1"))
+    found = open_source(str(tmp_path / "latin.csv"), schema=Schema(encoding="latin-1"))
+    texts = [x.decode() for split in found.splits for x, _ in found.read(split, 0, 4).as_numpy_iterator()]
+    assert sorted(texts) == ["bar", "caf\u00e9", "club", "pub"]
+    with pytest.raises(UsageError, match=r"is not cp932 text .at byte 14."):
+        open_source(str(tmp_path / "latin.csv"), schema=Schema(encoding="cp932"))
+    with pytest.raises(UsageError, match=r"--encoding=latin-99 is unknown\. Give a name that Python knows"):
+        open_source(str(tmp_path / "latin.csv"), schema=Schema(encoding="latin-99"))
 
 
 @pytest.mark.parametrize("delimiter", [";", "\t", "|"])
