@@ -99,19 +99,16 @@ def test_the_main_job_trains_on_arrays_and_on_several_labels(train, tmp_path):
     with (tmp_path / "reviews.csv").open("w", newline="") as file:
         rows = [("a dull film", "bad"), ("a brilliant, long film", "good|long"), ("a film", ""), ("long", "long")] * 20
         csv.writer(file).writerows([("text", "labels"), *rows])
-    streamed = ["--dataset=digits.npz", "--cache-gb=0", "--lr-schedule=constant", "--checkpoint-every=20"]
     runs = {
-        "whole": [*streamed, "--steps=80"],
-        "resumed": [*streamed, "--steps=80", "--resume=whole/checkpoints/000003-step-60"],
-        "reviews": ["--dataset=reviews.csv", "--model=text_classifier", "--task=multilabel", "--local-batch=4"],
+        "digits.npz": ["--cache-gb=0", "--epochs=2"],  # read again in each epoch
+        "reviews.csv": ["--model=text_classifier", "--task=multilabel", "--learning-rate=0.02", "--local-batch=4"],
     }
     results = {}
-    for workdir, flags in runs.items():
-        ended = train(2, f"--workdir={workdir}", "--learning-rate=0.01", "--no-tensorboard", *flags)
+    for dataset, flags in runs.items():
+        ended = train(2, f"--dataset={dataset}", f"--workdir={dataset}.run", "--no-tensorboard", *flags)
         assert ended.code == 0, ended.output
-        results[workdir] = json.loads((tmp_path / workdir / "result.json").read_text())
-    assert results["whole"]["test_accuracy"] > 0.85
-    assert results["resumed"]["weights_sha256"] == results["whole"]["weights_sha256"], "in the middle of an epoch"
-    assert results["reviews"]["test_accuracy"] > 0.95
-    assert results["reviews"]["test_auc"] > 0.95
+        results[dataset] = json.loads((tmp_path / f"{dataset}.run" / "result.json").read_text())
+    assert results["digits.npz"]["test_accuracy"] > 0.85
+    assert results["reviews.csv"]["test_accuracy"] > 0.95
+    assert results["reviews.csv"]["test_auc"] > 0.95
     assert "64 training examples for multilabel: bad, good, long" in ended.output
