@@ -27,7 +27,8 @@ def numbers(column: Column) -> np.ndarray | None:
     if isinstance(column, np.ndarray):
         return column.astype(np.float64)
     try:
-        return np.asarray(column, np.float64)
+        values = np.asarray(column, np.float64)
+        return values if values.ndim == 1 else None  # of lists, it has two dimensions
     except (TypeError, ValueError):
         found = list(itertools.takewhile(lambda number: number is not None, map(_number, column)))
         return np.asarray(found, np.float64) if len(found) == len(column) else None

@@ -154,6 +154,9 @@ def test_what_a_data_set_cannot_be_is_refused(tmp_path):
     with pytest.raises(UsageError, match="pydoc, which has text of which each byte is predicted"):
         open_source("pydoc", schema=Schema("multilabel"))
     rows = "".join(json.dumps({"n": i, "label": ["a"] if i else []}) + "\n" for i in range(4))
+    path = write(tmp_path / "v.jsonl", '{"v": [1, 2], "label": "a"}\n{"v": [3, 4], "label": "b"}\n')
+    with pytest.raises(UsageError, match="line 1: v is a list, but must be a text or a number"):
+        open_source(path)
     with pytest.raises(UsageError, match="line 1: the label is a list, but --task=classification needs one class"):
         open_source(write(tmp_path / "x.jsonl", rows), schema=Schema("classification"))
 
