@@ -127,7 +127,8 @@ def test_with_too_few_hosts_for_too_long_it_ends(cluster, elastic):
     wait_until(lambda: not remains(), "processes are left")
 
 
-@pytest.mark.parametrize("kind", ["hosts that a script prints", pytest.param("host file", marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", ["hosts that a script prints", "host file"])
 def test_hosts_come_and_go_as_they_are_listed(elastic, starts, tmp_path, kind):
     listed = tmp_path / "hosts"
     listed.write_text("h1 slots=1\n")

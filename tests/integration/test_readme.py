@@ -3,6 +3,7 @@
 import re
 import sys
 
+from tests import forked
 from tests.conftest import ROOT, run_command
 
 README = (ROOT / "README.md").read_text()
@@ -12,7 +13,8 @@ def test_the_script_on_the_first_page_runs(tmp_path):
     (program,) = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
     (tmp_path / "train_mine.py").write_text(program + 'print("rank", hvd.rank(), model.history.history["loss"][-1])\n')
     ended = run_command(
-        [sys.executable, "-m", "hvdkit.launch", "-np", 2, "--", sys.executable, tmp_path / "train_mine.py"], timeout=120
+        [sys.executable, "-m", "hvdkit.launch", "-np", 2, "--", *forked.command(tmp_path / "train_mine.py")],
+        timeout=120,
     )
     assert ended.code == 0, ended.output
     losses = re.findall(r"rank \d ([\d.]+)$", ended.output, re.MULTILINE)

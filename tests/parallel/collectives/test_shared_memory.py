@@ -54,7 +54,13 @@ def summed(dtype, transport="shared memory"):
 
 @pytest.mark.parametrize(
     ("number", "dtype", "bound"),
-    [(2, "float32", 1e-6), (2, "float16", 2e-3), (2, "bfloat16", 2e-2), (3, "float64", 1e-12), (5, "float32", 1e-6)],
+    [
+        (2, "float32", 1e-6),
+        (2, "float16", 2e-3),
+        (2, "bfloat16", 2e-2),
+        (3, "float64", 1e-12),
+        pytest.param(5, "float32", 1e-6, marks=pytest.mark.slow),
+    ],
 )
 def test_sums_are_right_and_alike(ranks, number, dtype, bound):
     """Five ranks divide the adding among themselves."""
@@ -67,7 +73,9 @@ def test_sums_are_right_and_alike(ranks, number, dtype, bound):
         assert result["left"] == [], "a segment can still be seen"
 
 
-@pytest.mark.parametrize(("transport", "sockets"), [("sockets", "1"), ("horovod", "0")])
+@pytest.mark.parametrize(
+    ("transport", "sockets"), [("sockets", "1"), pytest.param("horovod", "0", marks=pytest.mark.slow)]
+)
 def test_sockets_and_horovod_give_the_same_bits_on_two_ranks(ranks, transport, sockets):
     one = ranks(2, summed, dtype="float32")
     env = {"HVDKIT_SHARED_MEMORY": "0", "HVDKIT_SOCKETS": sockets}

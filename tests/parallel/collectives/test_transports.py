@@ -16,7 +16,7 @@ SHAPES = [[3], [], [0], [70, 512], [5, 7]]
 LENGTHS = {"ragged": [2, 0, 5], "none": [0, 0, 0], "more than a chunk": [70_000, 1, 100_000]}
 
 
-@pytest.fixture(params=TRANSPORTS)
+@pytest.fixture(params=["shared memory", "sockets", pytest.param("horovod", marks=pytest.mark.slow)])
 def on_three_ranks(request, ranks):
     """Calls a function on three ranks that use the transport, with its name."""
     return lambda function: ranks(3, function, transport=request.param, env=TRANSPORTS[request.param])

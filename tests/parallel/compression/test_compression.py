@@ -40,7 +40,7 @@ SHAPES = [[40, 30], [30], [3, 3, 8, 16], []]
 
 
 @pytest.mark.parametrize("number", [2, pytest.param(3, marks=pytest.mark.slow)])
-@pytest.mark.parametrize("spec", ["topk:fraction=1", "powersgd:rank=30"])
+@pytest.mark.parametrize("spec", [pytest.param("topk:fraction=1", marks=pytest.mark.slow), "powersgd:rank=30"])
 def test_what_sends_everything_is_the_dense_mean(ranks, number, spec):
     for found in ranks(number, exchanged, spec=spec, steps=1, shapes=[*SHAPES[:2], []]):
         for arrived, dense in zip(found["arrived"][0], found["dense"][0], strict=True):

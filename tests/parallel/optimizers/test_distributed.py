@@ -184,6 +184,9 @@ def test_gradients_travel_in_one_group_or_in_several_the_last_layers_first(ranks
         assert found == expected
 
 
+BUCKETED = 12  # steps
+
+
 def in_buckets(length):
     """Gradients of steps that depend on nothing before them, so all could be sent at once: what each step received."""
     import tensorflow as tf
@@ -197,7 +200,7 @@ def in_buckets(length):
     @tf.function
     def steps(scale):
         found = []
-        for step in range(30):
+        for step in range(BUCKETED):
             grads = [scale * (step + 1) * tf.fill([length], i + 1.0) for i in range(3)]
             found.append(tf.stack([tf.stack([g[0], g[-1]]) for g in exchange(grads)]))
         return tf.stack(found)
@@ -207,7 +210,7 @@ def in_buckets(length):
 
 @pytest.mark.parametrize("size", [2, pytest.param(3, marks=pytest.mark.slow)])
 def test_buckets_of_one_step_never_meet_those_of_another(ranks, size):
-    expected = [[[(step + 1) * (i + 1) * (size + 1) / 2] * 2 for i in range(3)] for step in range(30)]
+    expected = [[[(step + 1) * (i + 1) * (size + 1) / 2] * 2 for i in range(3)] for step in range(BUCKETED)]
     for found in ranks(size, in_buckets, length=600_000, env=_SOCKETS[1]):
         assert found == expected
 

@@ -187,7 +187,8 @@ def test_two_ranks_equal_one_process(ranks, kind, names):
             assert alone > 1e-4, f"{name}: training on the own share alone should differ, or this test proves nothing"
 
 
-@pytest.mark.parametrize("kind", ["dense", pytest.param("sparse", marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", ["dense", "sparse"])
 def test_three_ranks_equal_one_process(ranks, kind):
     for differences in ranks(3, horovod_against_one_process, kind=kind, names=SOME):
         assert all(ours < 1e-5 < 1e-4 < alone for ours, alone in differences.values()), differences

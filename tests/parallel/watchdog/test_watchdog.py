@@ -98,7 +98,8 @@ def test_a_rank_that_is_killed_is_named(rank, memory):
     ), ended.output
 
 
-@pytest.mark.parametrize("rank", [0, pytest.param(1, marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("rank", [0, 1])
 def test_a_rank_that_is_frozen_is_named(rank):
     ended = run(3, "die_in_fit", rank, "SIGSTOP")
     assert ended.code == 75, ended.output

@@ -64,6 +64,7 @@ def test_training_ends_when_its_time_is_over():
     assert facts["state_bytes"] == 4 * 13 + facts["optimizer_bytes"] > 2 * 4 * 13
 
 
+@pytest.mark.slow
 def test_programs_without_a_launcher_use_the_kernels_that_launched_ranks_use():
     programs = ("hvdkit.bench.rank", "hvdkit.plan.compressing")
     ask = "import os; " + "; ".join(
