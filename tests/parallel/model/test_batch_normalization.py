@@ -75,7 +75,7 @@ def trained_with_normalization(path, names):
     results["one process"] = _trained(_small(plain), keras.optimizers.SGD(0.05), x, y)
     if world.is_root:
         model = _small(hvd.SyncBatchNormalization)
-        model.set_weights(results["functional"])
+        model.set_weights(results[names[0]])
         model.save(path)
         results["saved"] = model.predict(x[0], verbose=0)
     return results, _half_precision(world, x[0], mine)
