@@ -123,4 +123,4 @@ def first_line(error: Exception) -> str:
     """Returns the first line of an error's message, at most 200 characters of it, without TensorFlow's additions."""
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
     text = (lines or [type(error).__name__])[0].split("[Op:")[0]
-    return re.sub(r"^.*?__\}\} ?|^\w*Error: ", "", text).strip()[:200]
+    return re.sub(r"^\{\{[^}]*\}\} ?|^\w*Error: ", "", text).strip()[:200]
