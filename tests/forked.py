@@ -10,7 +10,8 @@ Importing TensorFlow takes longer than most tests train. Use `python -S -E forke
 The server runs no TensorFlow operation before it forks, because threads do not survive a fork.
 
 Some programs need a real `python` process, because a forked one would differ. Then the stand-in runs `python` itself:
-if the server has another user, limits or control group, or if variables that are read during imports differ.
+if the server has another user, limits or control group, if variables that are read during imports differ, or if the
+forked process may not join the host.
 
 There are two servers, one for even ranks and one for odd ranks. Each has its own hash seed, as real ranks do, so tests
 detect ranks that rely on the order of a set.

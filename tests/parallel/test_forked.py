@@ -7,6 +7,7 @@ import socket
 import subprocess
 import sys
 import time
+from pathlib import Path
 
 import psutil
 import pytest
@@ -39,6 +40,20 @@ def test_a_program_has_arguments_directory_environment_and_cores(tmp_path, rank)
     ended = _run(program, "one", "two words", prefix=["taskset", "-c", str(core)], cwd=tmp_path, env=environment)
     assert json.loads(ended.stdout) == [["one", "two words"], str(tmp_path), "now", [core], "__main__", True]
     assert (ended.returncode, ended.stderr) == (0, "")
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="root is needed to make namespaces")
+def test_a_program_of_a_test_host_is_forked_onto_it(tmp_path):
+    names = ("net", "uts", "mnt")
+    program = (
+        f"import os, sys; print([os.readlink(f'/proc/self/ns/{{n}}') for n in {names}], 'tensorflow' in sys.modules)"
+    )
+    (file := tmp_path / "where.py").write_text(program)
+    beside = f'readlink {" ".join(f"/proc/self/ns/{name}" for name in names)}; exec "$@"'
+    ended = _run(file, prefix=["unshare", "--net", "--uts", "--mount", "sh", "-c", beside, "-"])
+    *expected, found = ended.stdout.splitlines()
+    assert found == f"{expected} True", ended.stderr
+    assert expected != [str(Path(f"/proc/self/ns/{name}").readlink()) for name in names]
 
 
 @pytest.mark.parametrize("variable", ["PYTHONHASHSEED", "LD_LIBRARY_PATH"])

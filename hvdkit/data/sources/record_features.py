@@ -183,16 +183,16 @@ def _is_picture(feature: Feature) -> bool:
 
 
 def _picture(path: Path, name: str, image_size: int | None, files: RecordFiles) -> Input:
-    parse, sizes, deep = _field(name), set(), []
-    for index, encoded in enumerate(files.read(0, _LOOKED_AT).map(parse).as_numpy_iterator()):
-        try:
+    parse, sizes, deep, index = _field(name), set(), [], 0
+    try:
+        for encoded in files.read(0, _LOOKED_AT).map(parse).as_numpy_iterator():
             size, pixels = images.look_at(encoded)
-        except ValueError as error:
-            raise UsageError(
-                f"{files.locate(index)}: its image cannot be read ({error}). Repair or remove it."
-            ) from None
-        sizes.add(size)
-        deep += [pixels] if pixels is not None else []
+            sizes.add(size)
+            deep += [pixels] if pixels is not None else []
+            index += 1
+    except (ValueError, tf.errors.OpError) as error:  # of the image, or of a record that has none
+        reason = images.first_line(error)
+        raise UsageError(f"{files.locate(index)}: its image cannot be read ({reason}). Repair or remove it.") from None
     if len(sizes) > 1 and not image_size:
         raise UsageError(
             f"The images of {path} differ in size, but a batch needs one size: set it, for example --image-size=224."

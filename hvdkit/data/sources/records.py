@@ -64,7 +64,6 @@ class RecordSource:
         self.name = path.name
         self.splits = tuple(splits)
         self._files = splits
-        self._path = path
         features = features_of(path, splits["train"])
         label = label_of(path, features, schema)
         self._input = input_of(path, features, label, schema, image_size, splits["train"])
@@ -100,11 +99,11 @@ class RecordSource:
 
 def _files(path: Path) -> dict[str, list[Path]]:
     """Returns the files of each split, `train` first; if there is one other split, it is the test split."""
-    there = [file for file in sorted((path if path.is_dir() else path.parent).iterdir()) if is_record_file(file)]
+    if not path.exists():
+        raise UsageError(f"The data set {path} does not exist. Give the path of a file or folder of records.")
     if not path.is_dir() and not _split_of(path):
-        if not path.is_file():
-            raise UsageError(f"The data set {path} does not exist. Give the path of a file or folder of records.")
         return {"train": [path]}
+    there = [file for file in sorted((path if path.is_dir() else path.parent).iterdir()) if is_record_file(file)]
     found: dict[str, list[Path]] = {}
     for file in there:
         found.setdefault(_split_of(file), []).append(file)

@@ -140,6 +140,7 @@ def test_what_cannot_be_read_is_a_sentence(tmp_path):
         "mixed.tfrecord": "record 10 cannot be read .* of another kind than the first record's",
         "both": r"not clear to which split more.tfrecord",
         "nowhere.tfrecord": "nowhere.tfrecord does not exist",
+        "nowhere/train.tfrecord": "train.tfrecord does not exist",
     }.items():
         with pytest.raises(UsageError, match=message):
             open_source(str(tmp_path / name))
@@ -156,6 +157,9 @@ def test_images_that_differ_or_are_damaged(tmp_path):
     records = [example(image=png(n)[: 40 if n == 5 else None], label=n % 2) for n in range(10)]
     with pytest.raises(UsageError, match=r"damaged.tfrecord, record 5: its image cannot be read"):
         open_source(str(write(tmp_path / "damaged.tfrecord", records)))
+    records[5] = example(label=1)
+    with pytest.raises(UsageError, match=r"lacking.tfrecord, record 5: its image cannot be read"):
+        open_source(str(write(tmp_path / "lacking.tfrecord", records)))
 
 
 def test_files_that_tfds_wrote_are_read_without_its_description(shared_data, tmp_path):
