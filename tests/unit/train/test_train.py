@@ -239,11 +239,17 @@ def test_results_of_each_task_by_name():
     metrics = {"loss": 2.0, "mean_absolute_error": 1.5, "r2_score": 0.5}
     found = objectives.results_of("regression", "test", metrics)
     assert list(found.items()) == [("test_mean_absolute_error", 1.5), ("test_r2_score", 0.5), ("test_loss", 2.0)]
-    assert objectives.describe("regression", found) == "test mean absolute error 1.5"
+    main = objectives.main_metric("regression", None, list(metrics))
+    assert objectives.describe(main, found[f"test_{main}"]) == "test mean absolute error 1.5"
     found = objectives.results_of("classification", "test", {"loss": np.float32(2.0), "f1": np.zeros(3)})
     assert found == {"test_accuracy": None, "test_loss": 2.0}
-    assert objectives.describe("classification", found) == "test accuracy unknown"
-    assert objectives.describe("multilabel", {"test_accuracy": 0.5}) == "test accuracy 50.00%"
+    assert objectives.describe("accuracy", found["test_accuracy"]) == "test accuracy unknown"
+    assert objectives.describe("accuracy", 0.5) == "test accuracy 50.00%"
+    assert objectives.results_of("compiled", "test", {"loss": 2.0, "iou": 0.5}) == {"test_iou": 0.5, "test_loss": 2.0}
+    assert objectives.main_metric("multilabel", None, ["loss", "auc"]) == "accuracy"
+    assert objectives.main_metric("compiled", None, ["loss", "box_loss", "iou", "mae"]) == "iou"
+    assert objectives.main_metric("compiled", None, ["loss", "box_loss"]) == "loss"
+    assert objectives.main_metric("compiled", "mae", ["loss", "iou", "mae"]) == "mae"
 
 
 def test_the_models_have_the_sizes_they_should():
