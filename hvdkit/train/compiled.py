@@ -1,5 +1,6 @@
 """Compiles the model of a run, with its optimizer distributed over the ranks."""
 
+import dataclasses
 import gc
 import inspect
 import logging
@@ -53,7 +54,8 @@ def compile_model(
     of_labels = {name: values for name, values in standardization.items() if name.startswith("label_")}
     loss, metrics = objectives.loss_for(task, model), objectives.metrics_for(task, model, **of_labels)
     if settings.monitor and not tf.distribute.has_strategy():  # where metrics are built in replicas only
-        objectives.check_monitor(model, settings.monitor, settings.monitor_mode, metrics)
+        mode = objectives.check_monitor(model, settings.monitor, settings.monitor_mode, metrics)
+        settings = dataclasses.replace(settings, monitor_mode=mode)
     whole, compiled = model, model.compiled
     model = strategy.divide(whole)
     if compiled and model is not whole:

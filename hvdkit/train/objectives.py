@@ -20,7 +20,8 @@ LABELS = {
 }
 
 _MAIN = {CLASSIFICATION: "accuracy", MULTILABEL: "accuracy", REGRESSION: "mean_absolute_error"}
-_TELLING = ("acc", "auc", "f1", "precision", "recall", "iou", "r2", "loss", "error", "mse", "mae", "entropy")
+_MORE_IS_BETTER = ("acc", "auc", "f1", "precision", "recall", "iou", "r2")  # in the names of metrics
+_LESS_IS_BETTER = ("loss", "error", "mse", "mae", "entropy")
 _BARELY_POSITIVE = 1e-7  # a logit; some versions of Keras refuse 0 as a threshold
 _FAR_FROM_0 = 100.0  # square of a mean, in multiples of the variance
 
@@ -89,8 +90,8 @@ def describe(name: str, value: float | None) -> str:
     return f"test {shown} {value:.2%}" if name == "accuracy" else f"test {shown} {value:.5g}"
 
 
-def check_monitor(model: keras.Model, monitor: str, mode: str, metrics: Sequence[keras.metrics.Metric]) -> None:
-    """Checks that a model has the metric that is to be monitored, and that its direction is known.
+def check_monitor(model: keras.Model, monitor: str, mode: str, metrics: Sequence[keras.metrics.Metric]) -> str:
+    """Checks that a model has the metric that is to be monitored; returns "min" or "max", which of them is better.
 
     Args:
         model: the model. If it is compiled, its metrics have been computed once.
@@ -107,9 +108,15 @@ def check_monitor(model: keras.Model, monitor: str, mode: str, metrics: Sequence
             f"--monitor={monitor} is no metric of the model, which has {', '.join(names)}. Name one of these, or "
             f"compile the model with that metric."
         )
-    known = model.compiled and less_is_better(model, monitor) is not None
-    if mode == "auto" and not known and not any(part in monitor for part in _TELLING):
-        raise UsageError(
-            f"--monitor={monitor}: it cannot be known whether less or more of it is better. Give --monitor-mode=min or "
-            f"--monitor-mode=max."
-        )
+    if mode != "auto":
+        return mode
+    less = less_is_better(model, monitor) if model.compiled else None
+    if less is not None:
+        return "min" if less else "max"
+    for found, parts in (("max", _MORE_IS_BETTER), ("min", _LESS_IS_BETTER)):
+        if any(part in monitor for part in parts):  # Keras does not know the names of metrics of several outputs
+            return found
+    raise UsageError(
+        f"--monitor={monitor}: it cannot be known whether less or more of it is better. Give --monitor-mode=min or "
+        f"--monitor-mode=max."
+    )

@@ -114,7 +114,7 @@ class Stream:
             dataset = dataset.unbatch()
         if isinstance(dataset.element_spec, tuple):
             _check_parts(len(dataset.element_spec), where)
-        self._pairs = dataset.map(lambda *parts: as_pair(parts))
+        self._pairs = dataset.map(lambda *parts: _in_keras_float(as_pair(parts)))
         self.size = int(length_of(dataset) or 0)
 
     def read(self, start: int, stop: int) -> tf.data.Dataset:
@@ -159,6 +159,7 @@ class Indexed:
         elements = tf.data.Dataset.from_generator(
             lambda: (self._checked(index) for index in range(first, last)), output_signature=self._spec
         )
+        elements = elements.map(lambda *pair: _in_keras_float(pair))
         return elements.unbatch().skip(start - first * self._per_element).take(stop - start)
 
     def _checked(self, index: int) -> Any:
@@ -228,6 +229,12 @@ def _as_array(leaf: Any, where: str) -> Any:
             f"numpy.asarray(...), or rows of differing length with tf.ragged.constant(...)."
         )
     return array
+
+
+def _in_keras_float(pair: Any) -> Any:
+    return tf.nest.map_structure(
+        lambda leaf: tf.cast(leaf, keras.config.floatx()) if leaf.dtype == tf.float64 else leaf, pair
+    )
 
 
 def _length(leaf: Any) -> int:
