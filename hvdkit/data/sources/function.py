@@ -33,11 +33,10 @@ class FunctionSource:
         UsageError: the splits' examples differ in structure, or a split has none.
     """
 
-    task = AS_COMPILED
-    shape = None
-
     def __init__(self, name: str, splits: dict[str, Examples]) -> None:
         self.name = name
+        self.task = AS_COMPILED
+        self.shape: tuple[int, ...] | None = None
         self.kind = "arrays" if all(examples.in_memory for examples in splits.values()) else "stream"
         self.label_names: list[str] = []
         self.feature_names: list[str] = []
