@@ -144,9 +144,11 @@ def fastest(found: dict[str, Any]) -> str:
 def table(found: dict[str, Any]) -> str:
     """Format the comparison as a table."""
     first = found["rows"][0]["samples_per_second"]
-    is_regression = "test_mean_absolute_error" in found["rows"][0]
-    metric = "test mean absolute error" if is_regression else "test accuracy"
-    speed, quality = ["samples/s", "times the first", "s of training"], [metric, "test loss"]
+    metric = found["rows"][0]["main_metric"]
+    speed, quality = (
+        ["samples/s", "times the first", "s of training"],
+        [f"test {metric.replace('_', ' ')}", "test loss"],
+    )
     heads = ["way", "ranks", *speed, *quality, "cores busy", "MiB a rank", "MB sent a step"]
     rows = [
         [
@@ -167,11 +169,11 @@ def table(found: dict[str, Any]) -> str:
 
 
 def _metric(row: dict[str, Any]) -> str:
-    """Return the main metric of a training on its test split: accuracy, or of measured values the mean error."""
-    if "test_mean_absolute_error" in row:
-        return f"{row['test_mean_absolute_error']:.5g}"
-    accuracy = row.get("test_accuracy")
-    return "unknown" if accuracy is None else f"{accuracy:.2%}"
+    """Return the main metric of a training on its test split."""
+    value = row.get(f"test_{row['main_metric']}")
+    if value is None:
+        return "unknown"
+    return f"{value:.2%}" if row["main_metric"] == "accuracy" else f"{value:.5g}"
 
 
 def draw(path: Path | None, found: dict[str, Any]) -> None:

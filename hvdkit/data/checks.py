@@ -1,13 +1,18 @@
 """Validates examples before training and reports what is wrong and where."""
 
+import logging
+from typing import Any
+
 import numpy as np
 import tensorflow as tf
 
 from hvdkit.data import pipeline
 from hvdkit.data.pipeline import Share
-from hvdkit.data.sources import CLASSIFICATION
+from hvdkit.data.sources import CLASSIFICATION, images
+from hvdkit.data.sources.given import named_leaves
 from hvdkit.errors import UsageError
 
+_log = logging.getLogger(__name__)
 _LOOKED_AT = 1000  # number of inputs to check in a shard that is not in memory
 
 
@@ -30,6 +35,9 @@ def check_share(share: Share, split: str, num_classes: int) -> np.ndarray:
         UsageError: a label is out of range, an input has a NaN or Inf, cannot be read or has a different shape. The
             message says where.
     """
+    if share.source.kind in pipeline.STRUCTURES:
+        _check_structure(share, split)
+        return np.array([share.size])
     if not num_classes:
         return np.array([share.size])
     if share.inputs is not None and share.labels is not None:
@@ -49,6 +57,36 @@ def check_share(share: Share, split: str, num_classes: int) -> np.ndarray:
     return np.bincount(labels, minlength=num_classes)
 
 
+def _check_structure(share: Share, split: str) -> None:
+    """Checks examples of any structure: all in memory, the first 1,000 of a stream.
+
+    A loss may leave targets out that are NaN, so these are only warned of.
+    """
+    inputs, labels = share.inputs, share.labels
+    if inputs is None:
+        looked_at = min(_LOOKED_AT, share.size)
+        try:
+            inputs, labels = next(iter(share.stream.batch(looked_at)))
+        except tf.errors.OpError as error:
+            raise UsageError(
+                f"{share.source.name}: the first {looked_at} {split} examples cannot be read and put into a batch "
+                f"({images.first_line(error)}). Examples need one shape: pad them, or return ragged arrays."
+            ) from error
+    for name, leaf in named_leaves(inputs, "inputs"):
+        _refuse_infinite(_values_of(leaf), name, split, share.start)
+    beside = dict(zip(("targets", "sample weights"), labels, strict=False))
+    for name, leaf in (named for part, label in beside.items() for named in named_leaves(label, part)):
+        values = _values_of(leaf)
+        wrong = _infinite_rows(values)
+        if len(wrong):
+            message = "NaN or Inf in %d of %d %s of split %r, first at example %d: the loss must leave them out."
+            _log.warning(message, len(wrong), len(values), name, split, share.start + wrong[0])
+
+
+def _values_of(leaf: Any) -> np.ndarray:
+    return (leaf.to_tensor() if isinstance(leaf, tf.RaggedTensor) else leaf).numpy()
+
+
 def _check_labels(labels: np.ndarray, split: str, start: int, num_classes: int) -> None:
     wrong = np.flatnonzero((labels < 0) | (labels >= num_classes))
     if len(wrong):
@@ -66,14 +104,19 @@ def _check_inputs(inputs: np.ndarray, split: str, start: int) -> None:
 
 
 def _refuse_infinite(values: np.ndarray, what: str, split: str, start: int) -> None:
-    if values.dtype.kind != "f":
-        return
-    wrong = np.flatnonzero(~np.isfinite(values.reshape(len(values), -1)).all(axis=1))
+    wrong = _infinite_rows(values)
     if len(wrong):
         raise UsageError(
             f"NaN or Inf in {len(wrong)} of {len(values)} {what} of split {split!r}, first at example "
             f"{start + wrong[0]}. Remove or repair these examples."
         )
+
+
+def _infinite_rows(values: np.ndarray) -> np.ndarray:
+    """Returns the indices of the rows with a NaN or Inf; none of values that are no floats."""
+    if values.dtype.kind != "f":
+        return np.zeros(0, np.int64)
+    return np.flatnonzero(~np.isfinite(values.reshape(len(values), -1)).all(axis=1))
 
 
 def empty_classes(counts: np.ndarray, names: list[str]) -> list[str]:

@@ -33,6 +33,7 @@ Encode = Callable[[Any], tf.Tensor]
 _READ_AT_ONCE = 1024  # examples
 _IN_INPUT = "IteratorGetNext"  # the operation that an error of the input pipeline names
 _MOST_NAMED = 20  # examples that cannot be read
+STRUCTURES = ("arrays", "stream")  # kinds of sources whose labels are what `fit` takes beside the inputs
 _SHUFFLE_BYTES = 256 << 20  # size of a streamed shard's shuffle buffer, in bytes of encoded examples
 
 
@@ -49,8 +50,9 @@ class Share:
         size: number of its examples.
         stream: the examples as (encoded input, label), in a fixed order.
         prepare: graph function from an encoded input to the model's input.
-        inputs: all decoded inputs, [size, ...]; None for a streamed shard.
-        labels: all labels, int64 [size], or int32 [size, sequence_length] for token windows; None for a streamed shard.
+        inputs: all decoded inputs, [size, ...], in the source's structure; None for a streamed shard.
+        labels: all labels, int64 [size], or int32 [size, sequence_length] for token windows, or in the source's
+            structure; None for a streamed shard.
     """
 
     source: Source
@@ -61,22 +63,31 @@ class Share:
     size: int
     stream: tf.data.Dataset
     prepare: Encode
-    inputs: np.ndarray | None = None
-    labels: np.ndarray | None = None
+    inputs: Any = None
+    labels: Any = None
 
     def buffer(self) -> int | None:
         """Returns the size of a streamed shard's shuffle buffer in examples; None for a shard in memory."""
         if self.inputs is not None:
             return None
-        first = next(iter(self.stream.take(1)))[0]
-        size = max(1, len(first.numpy()) if first.dtype == tf.string else first.numpy().nbytes)
+        first = tf.nest.flatten(next(iter(self.stream.take(1)))[0], expand_composites=True)
+        size = max(1, sum(map(_size_of, first)))
         return int(min(self.size, max(1000, _SHUFFLE_BYTES // size)))
+
+
+def _size_of(leaf: tf.Tensor) -> int:
+    """Returns the size of an encoded input in bytes."""
+    value = leaf.numpy()
+    return len(value) if isinstance(value, bytes) else value.nbytes
 
 
 def read_share(
     source: Source, split: str, share: int, shares: int, *, encode: Encode | None = None, cache_bytes: float
 ) -> Share:
     """Reads a shard of a split and keeps it in memory, decoded, if it fits.
+
+    Arrays of any structure stay in memory, where they are already. Streams of any structure are read again in each
+    epoch, because they may augment examples.
 
     Args:
         source: where the examples come from.
@@ -97,7 +108,11 @@ def read_share(
     largest = -(-source.size(split) // shares)
     specs = stream.map(lambda x, y: (prepare(x), y)).element_spec
     where = "read again each epoch"
-    if largest * specs[0].shape.num_elements() * specs[0].dtype.size <= cache_bytes:
+    if source.kind == "arrays":
+        inputs, labels = stream.batch(found.size).get_single_element()
+        found = dataclasses.replace(found, inputs=inputs, labels=labels)
+        where = "in memory"
+    elif source.kind != "stream" and largest * specs[0].shape.num_elements() * specs[0].dtype.size <= cache_bytes:
         began = time.monotonic()
         inputs, labels = _read_all(found, specs)
         found = dataclasses.replace(found, inputs=inputs, labels=labels)
@@ -311,7 +326,7 @@ def training_batches(
     if start.rest:
         rests = (_rest_batches(share, local_batch, seed, start) for share in start.rest)
         batches = _side_by_side(rests).concatenate(batches)
-    return _finish(batches.map(_as_input), class_weights)
+    return _finish(batches.map(_form_of(shares[0])), class_weights)
 
 
 def _side_by_side(streams: Iterable[tf.data.Dataset]) -> tf.data.Dataset:
@@ -320,7 +335,7 @@ def _side_by_side(streams: Iterable[tf.data.Dataset]) -> tf.data.Dataset:
     if len(streams) == 1:
         return streams[0]
     return tf.data.Dataset.zip(*streams).map(
-        lambda *parts: tuple(tf.concat(part, axis=0) for part in zip(*parts, strict=True))
+        lambda *parts: tf.nest.map_structure(lambda *leaves: tf.concat(leaves, axis=0), *parts)
     )
 
 
@@ -331,7 +346,13 @@ def evaluation_batches(share: Share, batch: int) -> tf.data.Dataset:
     else:
         decoded = share.stream.map(lambda x, y: (share.prepare(x), y), num_parallel_calls=tf.data.AUTOTUNE)
         batches = decoded.batch(batch)
-    return _finish(batches.map(_as_input), None)
+    return _finish(batches.map(_form_of(share)), None)
+
+
+def first_batch(share: Share, examples: int = 2) -> tuple:
+    """Returns the first examples of a shard as a batch, as `fit` takes it."""
+    pairs = share.stream.map(lambda x, y: (share.prepare(x), y)).batch(min(examples, share.size))
+    return next(iter(pairs.map(_form_of(share))))
 
 
 def _resident_batches(
@@ -341,16 +362,21 @@ def _resident_batches(
 
     def orders() -> Iterator[np.ndarray]:
         for epoch in itertools.count(start.epoch):
-            order = sampling.order(share.labels, generator(seed, epoch, share.share, share.shares))  # type: ignore[arg-type]
+            draw = generator(seed, epoch, share.share, share.shares)
+            order = draw.permutation(share.size) if sampling.mode == "none" else sampling.order(share.labels, draw)
             batches = order[: steps * local_batch].reshape(steps, local_batch)
             yield batches[start.step :] if epoch == start.epoch else batches
 
     with tf.device("CPU:0"):  # the input pipeline runs here, and GPU memory is for the model
-        inputs, labels = tf.constant(share.inputs), tf.constant(share.labels)
+        examples = tf.nest.map_structure(_held, (share.inputs, share.labels))
     indices = tf.data.Dataset.from_generator(
         orders, output_signature=tf.TensorSpec([None, local_batch], tf.int64)
     ).unbatch()
-    return indices.map(lambda places: (tf.gather(inputs, places), tf.gather(labels, places)))
+    return indices.map(lambda places: tf.nest.map_structure(lambda leaf: tf.gather(leaf, places), examples))
+
+
+def _held(leaf: Any) -> Any:
+    return tf.constant(leaf) if isinstance(leaf, np.ndarray) else leaf
 
 
 def _streamed_batches(
@@ -388,6 +414,11 @@ def _rest_batches(share: Share, local_batch: int, seed: int, start: Start) -> tf
 def _decoded(examples: tf.data.Dataset, share: Share, local_batch: int) -> tf.data.Dataset:
     prepared = examples.map(lambda x, y: (share.prepare(x), y), num_parallel_calls=tf.data.AUTOTUNE, deterministic=True)
     return prepared.batch(local_batch, drop_remainder=True)
+
+
+def _form_of(share: Share) -> Callable[[Any, Any], tuple]:
+    """Returns the function from a batch of pairs to what `fit` takes."""
+    return (lambda inputs, label: (inputs, *label)) if share.source.kind in STRUCTURES else _as_input
 
 
 def _as_input(inputs: tf.Tensor, labels: tf.Tensor) -> tuple[tf.Tensor, tf.Tensor]:

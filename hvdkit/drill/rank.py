@@ -53,12 +53,13 @@ class Notes(keras.callbacks.Callback):
         self._file = path.open("w", encoding="utf-8", buffering=1)
         self._write(first=first_step)
 
-        def note(number: Any, inputs: Any) -> Any:
-            self._write(step=int(number), hashes=hashes(inputs))
+        def note(number: Any, *inputs: Any) -> Any:
+            self._write(step=int(number), hashes=hashes(*inputs))
             return np.int64(0)
 
         def pass_on(number: Any, batch: Any) -> Any:
-            noted = tf.numpy_function(note, [number, batch[0]], tf.int64)
+            inputs = [leaf for leaf in tf.nest.flatten(batch[0]) if isinstance(leaf, tf.Tensor)]  # not the ragged ones
+            noted = tf.numpy_function(note, [number, *inputs], tf.int64)
             with tf.control_dependencies([noted]):
                 return tf.nest.map_structure(tf.identity, batch)
 

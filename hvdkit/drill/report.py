@@ -125,6 +125,8 @@ def _audit(runs: list[_Start], result: dict[str, Any], flags: list[str]) -> dict
 
 def _hashes_of_the_split(flags: list[str]) -> "collections.Counter[int]":
     os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
+    import tensorflow as tf
+
     from hvdkit.data import pipeline
     from hvdkit.data.sources import TokenSource, open_source, with_validation
     from hvdkit.train import flags as train_flags
@@ -134,7 +136,9 @@ def _hashes_of_the_split(flags: list[str]) -> "collections.Counter[int]":
     config = train_flags.parse(["hvdkit.drill", *flags])
     model = find_model(config.model)
     dataset = config.dataset or model.recipes[0].dataset
-    source = open_source(dataset, config.data_dir, image_size=config.image_size, schema=schema_of(config))
+    source = open_source(
+        dataset, config.data_dir, image_size=config.image_size, schema=schema_of(config), seed=config.seed
+    )
     if config.validates:
         source = with_validation(source, config.validation_share)
     if isinstance(source, TokenSource):
@@ -142,7 +146,7 @@ def _hashes_of_the_split(flags: list[str]) -> "collections.Counter[int]":
     share = pipeline.read_share(source, "train", 0, 1, cache_bytes=config.cache_gb * 1e9)
     counter: collections.Counter[int] = collections.Counter()
     for batch in pipeline.evaluation_batches(share, 1024).as_numpy_iterator():
-        counter.update(hashes(batch[0]))
+        counter.update(hashes(*(leaf for leaf in tf.nest.flatten(batch[0]) if hasattr(leaf, "tobytes"))))
     return counter
 
 
@@ -173,6 +177,13 @@ def _result(report: dict[str, Any]) -> tuple[str, str]:
     return name.replace("_", " "), f"{report[name]}"
 
 
-def hashes(inputs: Any) -> list[int]:
-    """One hash for each example of a batch [batch, ...], of its content."""
-    return [zlib.crc32(example.tobytes()) << 32 | zlib.adler32(example.tobytes()) for example in inputs]
+def hashes(*inputs: Any) -> list[int]:
+    """One hash for each example of a batch, of its content; inputs are arrays [batch, ...]."""
+    contents = [b"".join(map(_content, example)) for example in zip(*inputs, strict=True)]
+    return [zlib.crc32(content) << 32 | zlib.adler32(content) for content in contents]
+
+
+def _content(part: Any) -> bytes:
+    if isinstance(part, bytes):  # a text
+        return part
+    return repr(part.tolist()).encode() if part.dtype == object else part.tobytes()

@@ -10,6 +10,7 @@ from typing import Any, Literal
 
 from hvdkit.command.arguments import Parser, dashed
 from hvdkit.errors import UsageError
+from hvdkit.functions import names_function
 from hvdkit.launch import job
 from hvdkit.launch import options as launch_options
 from hvdkit.sweep import space
@@ -38,6 +39,7 @@ _GOALS: dict[str, Direction] = {
     "mean_absolute_error": "minimize",
     "r2_score": "maximize",
 }
+_MODES: dict[str, Direction] = {"min": "minimize", "max": "maximize"}
 _OF_VALUES, _OF_LABELS = ("mean_absolute_error", "r2_score"), ("accuracy", "auc")  # goals that only some tasks have
 
 
@@ -53,6 +55,7 @@ class Options:
         asha: reduction factor and first rung in epochs; None to train every trial to its end.
         folds: tasks per trial, each with a different test fold; 0 for no cross-validation.
         goal: metric to optimize, such as `accuracy` or `loss`, on the validation split or on the folds.
+        direction: whether more or less of it is better, in Optuna's terms.
         flags: flags of hvdkit.train, as given.
         folder: folder that the sweep writes to.
         storage: URL of Optuna's storage.
@@ -74,6 +77,7 @@ class Options:
     asha: tuple[int, int] | None
     folds: int
     goal: str
+    direction: Direction
     flags: tuple[str, ...]
     folder: Path
     storage: str
@@ -86,11 +90,6 @@ class Options:
     time_limit: float
     host_limit: float
     keep_models: bool
-
-    @property
-    def direction(self) -> Direction:
-        """The direction of the goal in Optuna's terms."""
-        return _GOALS[self.goal]
 
     def identity(self) -> dict[str, Any]:
         """Return the options that earlier results depend on; they must be equal when a sweep resumes."""
@@ -118,6 +117,7 @@ def parse(argv: list[str]) -> Options:
     _check_search(given, parameters)
     _check_flags(parameters, flags)
     asha = _asha(given.asha) if given.asha else None
+    goal, direction = _goal(given.goal, flags)
     folder = Path(given.workdir).expanduser().resolve()
     launcher = shlex.split(given.launcher)
     where = [*(["-np", str(given.np)] if given.np else []), *(["-H", given.hosts] if given.hosts else [])]
@@ -135,7 +135,8 @@ def parse(argv: list[str]) -> Options:
         seed=given.seed,
         asha=asha,
         folds=given.folds,
-        goal=_goal(given.goal, flags),
+        goal=goal,
+        direction=direction,
         flags=tuple(flags),
         folder=folder,
         storage=given.storage or f"sqlite:///{folder / 'study.db'}",
@@ -198,9 +199,10 @@ def _add_search(parser: Parser) -> None:
     )
     group.add_argument(
         "--goal",
-        choices=tuple(_GOALS),
-        help="metric to optimize, on the validation split or as the mean over folds [accuracy; with --task=regression "
-        "loss]",
+        metavar="METRIC",
+        help=f"metric to optimize, on the validation split or as the mean over folds: {', '.join(_GOALS)}, or with "
+        "min: or max: before it any that the model has, as in max:iou [--monitor of the training; accuracy; with "
+        "--task=regression or data of a function loss]",
     )
     group.add_argument(
         "--asha",
@@ -304,16 +306,33 @@ def _check_flags(parameters: Sequence[Parameter], flags: Sequence[str]) -> None:
     train_flags.parse_for_one_strategy(["hvdkit.sweep", *flags, *space.flags(first)])
 
 
-def _goal(given: str | None, flags: Sequence[str]) -> str:
-    """Returns the metric to optimize. Raises a `UsageError` if the task of the training has no such metric."""
-    task = train_flags.parse(["hvdkit.sweep", *flags]).task
-    is_regression = task == "regression"
-    if given is None:
-        return "loss" if is_regression else "accuracy"
-    if given in (_OF_LABELS if is_regression else _OF_VALUES):
+def _goal(given: str | None, flags: Sequence[str]) -> tuple[str, Direction]:
+    """Returns the metric to optimize and its direction.
+
+    Raises:
+        UsageError: the task of the training has no such metric, or its direction is not known.
+    """
+    config = train_flags.parse(["hvdkit.sweep", *flags])
+    is_regression, is_function = config.task == "regression", names_function(config.dataset or "")
+    if given is None and config.monitor:
+        given = config.monitor if config.monitor_mode == "auto" else f"{config.monitor_mode}:{config.monitor}"
+    given = given or ("loss" if is_regression or is_function else "accuracy")
+    mode, _, name = given.rpartition(":")
+    if mode:
+        if mode not in _MODES or not name:
+            raise UsageError(f"--goal={given} is not METRIC, min:METRIC or max:METRIC.")
+        return name, _MODES[mode]
+    if name not in _GOALS:
+        raise UsageError(
+            f"--goal={name}: it cannot be known whether less or more of it is better. Write --goal=min:{name} or "
+            f"--goal=max:{name}; without it, one of {', '.join(_GOALS)}."
+        )
+    if not is_function and name in (_OF_LABELS if is_regression else _OF_VALUES):
         others = ", ".join(("loss", *(_OF_VALUES if is_regression else _OF_LABELS)))
-        raise UsageError(f"--goal={given} is no metric of --task={task}. Use one of {others}, or give another --task.")
-    return given
+        raise UsageError(
+            f"--goal={name} is no metric of --task={config.task}. Use one of {others}, or give another --task."
+        )
+    return name, _GOALS[name]
 
 
 def _asha(text: str) -> tuple[int, int]:

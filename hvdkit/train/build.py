@@ -2,15 +2,9 @@
 
 import ast
 import dataclasses
-import importlib
-import importlib.util
 import inspect
-import itertools
 import json
-import sys
-import traceback
 from collections.abc import Callable, Mapping
-from pathlib import Path
 from typing import Any
 
 import hvdkit_models
@@ -18,6 +12,7 @@ import keras
 import tensorflow as tf
 from hvdkit_models.recipe import Recipe
 
+from hvdkit import functions
 from hvdkit.errors import UsageError
 
 
@@ -50,8 +45,7 @@ def find_model(model: str) -> ModelSource:
     Raises:
         UsageError: there is no such model, file, module or function, or it cannot be imported.
     """
-    place, _, function = model.partition(":")
-    if ".py" not in model and not function:
+    if ".py" not in model and ":" not in model:
         if model not in hvdkit_models.names():
             raise UsageError(
                 f"There is no model {model!r}. Choose one of {', '.join(hvdkit_models.names())}, or give your own as "
@@ -59,16 +53,7 @@ def find_model(model: str) -> ModelSource:
             )
         module = hvdkit_models.load(model)
         return ModelSource(model, module.build, module.RECIPES, module.KIND)
-    path = Path(place).expanduser()
-    if path.suffix == ".py":
-        if not path.is_file() or not function:
-            missing = "names no function" if path.is_file() else f"names the file {path}, which is not there"
-            raise UsageError(f"--model={model} {missing}. The form is path/to/file.py:function.")
-        build, name = getattr(_import_file(path), function, None), path.stem
-    else:
-        build, name = getattr(_import_module(place, "."), function, None), place.rpartition(".")[2]
-    if not callable(build):
-        raise UsageError(f"{place} has no function {function!r} that --model={model} could call.")
+    name, build = functions.find_function(model, "model")
     return ModelSource(name, build, (Recipe(),))
 
 
@@ -84,6 +69,12 @@ def check_kind(model: ModelSource, kind: str, dataset: str) -> None:
     """Raises a `UsageError` if one of hvdkit's models learns from another kind of source than the data set's."""
     if model.kind in (None, kind):
         return
+    if kind not in _KINDS:
+        raise UsageError(
+            f"--dataset={dataset} is a function, whose examples may have any structure, and the model {model.name} "
+            f"learns from {_KINDS[str(model.kind)]}. Give --model a function of your own that returns a compiled "
+            f"model: path/to/file.py:function."
+        )
     kinds = {name: hvdkit_models.load(name).KIND for name in hvdkit_models.names()}
     fitting = [name for name, learns_from in kinds.items() if learns_from == kind]
     raise UsageError(
@@ -119,7 +110,7 @@ def build_model(source: ModelSource, given: dict[str, Any], chosen: Mapping[str,
     try:
         model = source.build(**{n: value for n, value in given.items() if n in parameters or n in (chosen or {})})
     except Exception as error:  # a user's function may raise anything
-        raise UsageError(f"The model {source.name} cannot be built: {_describe(error)}.") from error
+        raise UsageError(f"The model {source.name} cannot be built: {functions.describe(error)}.") from error
     if not isinstance(model, keras.Model):
         raise UsageError(
             f"The model {source.name} is a {type(model).__module__}.{type(model).__name__}, not a Keras 3 model "
@@ -250,12 +241,80 @@ def check_loss(
     except Exception as error:  # a user's loss may raise anything
         raise UsageError(
             f"The loss or a metric of the model {name} does not take labels of shape {tuple(labels.shape)}, which are "
-            f"{meaning} ({_first_line(error)}). Compile it with a loss for them, such as "
+            f"{meaning} ({functions.first_line(error)}). Compile it with a loss for them, such as "
             f"{'mean_squared_error' if label.dtype.is_floating else 'sparse_categorical_crossentropy'!r} instead of "
             f"'categorical_crossentropy'."
         ) from error
     finally:
         model.reset_metrics()
+
+
+def check_batch(model: keras.Model, batch: tuple, name: str, dataset: str) -> None:
+    """Computes outputs, loss and metrics of a compiled model for a batch of the data, before anything is trained.
+
+    Args:
+        model: the model, compiled by the user's function.
+        batch: inputs, and perhaps targets and sample weights, as `fit` takes them.
+        name: the model's name.
+        dataset: the data set's name.
+
+    Raises:
+        UsageError: the model is not compiled, has an output without a loss, or does not take the batch.
+    """
+    if not model.compiled:
+        raise UsageError(
+            f"The model {name} is not compiled, and {dataset} is a function, whose targets may mean anything. Compile "
+            f"the model in its function: model.compile(optimizer, loss=...)."
+        )
+    x, y, weights = keras.utils.unpack_x_y_sample_weight(batch)
+    shapes = _shapes(x)
+    try:
+        outputs = model(x, training=False)
+    except Exception as error:  # a user's layers may raise anything
+        raise UsageError(
+            f"The model {name} cannot take inputs of {dataset} of shape {shapes} ({functions.first_line(error)}). "
+            f"Build it for such inputs; if {dataset} returns batches, return examples, or a data set that ends in "
+            f"batch()."
+        ) from error
+    _check_has_losses(model, name)
+    if tf.distribute.has_strategy():
+        return  # metrics are updated in replicas only
+    try:
+        model.compute_loss(x, y, outputs, weights)
+        model.compute_metrics(x, y, outputs, weights)
+    except Exception as error:  # a user's loss may raise anything
+        raise UsageError(
+            f"The loss or a metric of the model {name} does not take targets of {dataset} of shape "
+            f"{_shapes(y)} for outputs of shape {_shapes(outputs)} "
+            f"({functions.first_line(error)}). Return targets in the structure of the outputs, or compile it with "
+            f"another loss."
+        ) from error
+    finally:
+        model.reset_metrics()
+
+
+def _shapes(values: Any) -> str:
+    """Returns the shapes of a structure of tensors, for a message."""
+    return str(keras.tree.map_structure(lambda leaf: None if leaf is None else str(tuple(leaf.shape)), values)).replace(
+        "'", ""
+    )
+
+
+def _check_has_losses(model: keras.Model, name: str) -> None:
+    """Raises a `UsageError` if the model has no loss, or its losses by name leave an output out."""
+    loss = model.loss
+    if loss is None and not model.losses:
+        raise UsageError(
+            f"The model {name} is compiled without a loss, so nothing would be learned. Give compile one: loss=..., "
+            f"or add_loss in a layer."
+        )
+    if isinstance(loss, dict):
+        missing = [output for output in getattr(model, "output_names", None) or [] if output not in loss]
+        if missing:
+            raise UsageError(
+                f"The model {name} is compiled with losses for {', '.join(loss)}, and none for its output "
+                f"{missing[0]}. Add {missing[0]!r} to loss={{...}}; None says that it has no loss."
+            )
 
 
 def check_savable(model: keras.Model, name: str) -> None:
@@ -268,50 +327,7 @@ def check_savable(model: keras.Model, name: str) -> None:
         json.dumps(keras.saving.serialize_keras_object(model))
     except Exception as error:  # a user's get_config may raise anything
         raise UsageError(
-            f"The model {name} cannot be saved ({_first_line(error)}). Give each class of your own a method get_config "
-            f"that returns the arguments of its constructor: "
+            f"The model {name} cannot be saved ({functions.first_line(error)}). Give each class of your own a method "
+            f"get_config that returns the arguments of its constructor: "
             f"https://keras.io/guides/serialization_and_saving/#custom-objects."
         ) from error
-
-
-def _import_file(path: Path) -> Any:
-    """Imports a file: as part of its package if it is in one, so that relative imports work."""
-    path = path.resolve()
-    sys.path.insert(0, str(path.parent))  # like `python file.py`, for modules in the same folder
-    packages = list(itertools.takewhile(lambda folder: (folder / "__init__.py").is_file(), path.parents))
-    if packages:
-        names = [folder.name for folder in reversed(packages)]
-        return _import_module(".".join([*names, path.stem]), str(packages[-1].parent))
-    spec = importlib.util.spec_from_file_location(f"user_model_{path.stem}", path)
-    if spec is None or spec.loader is None:
-        raise UsageError(f"{path} cannot be imported as Python.")
-    module = importlib.util.module_from_spec(spec)
-    sys.modules[spec.name] = module  # for dataclasses, pickle and autograph
-    try:
-        spec.loader.exec_module(module)
-    except Exception as error:
-        raise UsageError(f"{path} cannot be imported: {_describe(error)}.") from error
-    return module
-
-
-def _import_module(name: str, folder: str) -> Any:
-    """Imports a module by its name, also from a folder."""
-    sys.path.insert(0, folder)
-    try:
-        return importlib.import_module(name)
-    except Exception as error:
-        raise UsageError(f"The module {name} cannot be imported: {_describe(error)}.") from error
-
-
-def _describe(error: Exception) -> str:
-    """An error as one sentence, with the line that raised it."""
-    if isinstance(error, SyntaxError):
-        line, file, message = error.lineno, error.filename, error.msg
-    else:
-        last = traceback.extract_tb(error.__traceback__)[-1]
-        line, file, message = last.lineno, last.filename, _first_line(error)
-    return f"{type(error).__name__}: {message} (line {line} of {file})"
-
-
-def _first_line(error: Exception) -> str:
-    return (str(error).strip().splitlines() or [type(error).__name__])[0].rstrip(".")

@@ -35,11 +35,17 @@ def checkpoint_callback(
         resumed=found,
         keep=settings.keep,
         keep_best=settings.keep_best,
-        monitor="val_loss" if settings.eval_every else "loss",
+        monitor=monitored(settings),
+        mode=settings.monitor_mode,
         on_error=settings.checkpoint_error,
         job=identity,
         extra=lambda epoch, step: {"stretches": data.stretches(epoch, step), **warmup},
     )
+
+
+def monitored(settings: Settings) -> str:
+    """Returns the name in `fit`'s logs of the metric that decides which epoch is better."""
+    return f"{'val_' if settings.eval_every else ''}{settings.monitor or 'loss'}"
 
 
 def _warmup_replicas(strategy: Strategy, found: Checkpoint | None) -> int:
@@ -68,6 +74,9 @@ def training_callbacks(
         chosen.append(callbacks.CompressionGuard(settings.compression_guard))
     if steps % steps_per_epoch and steps > steps_per_epoch:
         chosen.append(callbacks.StopAtStepCallback(steps, steps_per_epoch))
+    if settings.early_stopping:
+        name, mode = monitored(settings), settings.monitor_mode
+        chosen.append(keras.callbacks.EarlyStopping(name, patience=settings.early_stopping, mode=mode))
     if strategy.world.is_root:
         chosen.append(keras.callbacks.CSVLogger(workdir / "history.csv"))
         summaries = workdir / "tensorboard" / "steps" if settings.tensorboard else None

@@ -1,5 +1,6 @@
 """Compiles the model of a run, with its optimizer distributed over the ranks."""
 
+import dataclasses
 import gc
 import inspect
 import logging
@@ -11,11 +12,12 @@ import keras
 import tensorflow as tf
 
 from hvdkit.compression import by_name
-from hvdkit.data.sources import Source, TokenSource
+from hvdkit.data import pipeline
+from hvdkit.data.sources import AS_COMPILED, Source, TokenSource
 from hvdkit.data.vocabulary import Vocabulary
 from hvdkit.optimizers.local_sgd import LocalSGD
 from hvdkit.train import flags, objectives
-from hvdkit.train.build import build_model, check_loss, check_output, check_savable, make_optimizer
+from hvdkit.train.build import build_model, check_batch, check_loss, check_output, check_savable, make_optimizer
 from hvdkit.train.data import TrainingData
 from hvdkit.train.flags import Settings
 from hvdkit.train.job import Job
@@ -33,12 +35,15 @@ def compile_model(
     given = {**_given_by_data(job.source, vocabulary, spec), **standardization}
     model = build_model(model_source, given, settings.model_arguments)
     _warn_of_units(job, standardization)
-    each_token = isinstance(job.source, TokenSource)
-    labels = given["vocabulary_size" if each_token else "num_classes"]
-    outputs = objectives.OUTPUTS[task]
-    check_output(model, spec, labels, model_source.name, each_token=each_token, outputs=outputs)
-    if model.compiled:
-        check_loss(model, spec, model_source.name, data.label_spec, objectives.LABELS[task])
+    if task == AS_COMPILED:
+        check_batch(model, pipeline.first_batch(data.shares[0]), model_source.name, job.source.name)
+    else:
+        each_token = isinstance(job.source, TokenSource)
+        labels = given["vocabulary_size" if each_token else "num_classes"]
+        outputs = objectives.OUTPUTS[task]
+        check_output(model, spec, labels, model_source.name, each_token=each_token, outputs=outputs)
+        if model.compiled:
+            check_loss(model, spec, model_source.name, data.label_spec, objectives.LABELS[task])
     check_savable(model, model_source.name)
     options: dict[str, Any] = {} if settings.compression == "none" else {"compression": by_name(settings.compression)}
     if settings.shard_optimizer:
@@ -48,6 +53,9 @@ def compile_model(
         options |= {name: getattr(settings, name) for name in names}
     of_labels = {name: values for name, values in standardization.items() if name.startswith("label_")}
     loss, metrics = objectives.loss_for(task, model), objectives.metrics_for(task, model, **of_labels)
+    if settings.monitor and not tf.distribute.has_strategy():  # where metrics are built in replicas only
+        mode = objectives.check_monitor(model, settings.monitor, settings.monitor_mode, metrics)
+        settings = dataclasses.replace(settings, monitor_mode=mode)
     whole, compiled = model, model.compiled
     model = strategy.divide(whole)
     if compiled and model is not whole:
@@ -88,8 +96,10 @@ def _warn_of_units(job: Job, standardization: Mapping[str, tuple[float, ...]]) -
         )
 
 
-def _given_by_data(source: Source, vocabulary: Vocabulary | None, spec: tf.TensorSpec) -> dict[str, Any]:
+def _given_by_data(source: Source, vocabulary: Vocabulary | None, spec: Any) -> dict[str, Any]:
     """The arguments that a build function may use, by name."""
+    if source.task == AS_COMPILED:
+        return {"input_shape": tf.nest.map_structure(lambda leaf: tuple(leaf.shape), spec)}
     given: dict[str, Any] = {"input_shape": tuple(spec.shape)}
     if isinstance(source, TokenSource):
         return given | {"vocabulary_size": source.vocabulary_size, "sequence_length": source.sequence_length}

@@ -19,7 +19,18 @@ from hvdkit.collectives.agreement import together
 from hvdkit.data import balance, checks, pipeline
 from hvdkit.data.epoch_order import Stretch
 from hvdkit.data.moments import standardization
-from hvdkit.data.sources import CLASSIFICATION, REGRESSION, FoldSource, Schema, Source, TokenSource, with_validation
+from hvdkit.data.sources import (
+    AS_COMPILED,
+    CLASSIFICATION,
+    REGRESSION,
+    FoldSource,
+    FunctionSource,
+    Schema,
+    Source,
+    TokenSource,
+    with_validation,
+)
+from hvdkit.data.sources.function import describe
 from hvdkit.data.vocabulary import Vocabulary, learn_tokens
 from hvdkit.errors import UsageError
 from hvdkit.strategies import Strategy
@@ -43,13 +54,34 @@ def prepared(source: Source, settings: Settings) -> Source:
     """
     if (settings.sampling != "none" or settings.class_weights) and _num_classes(source) == 0:
         flag = "--class-weights" if settings.class_weights else f"--sampling={settings.sampling}"
-        what = f"the windows of {source.name}" if source.kind == "tokens" else f"{source.name}, for {source.task},"
+        what = f"{source.name}, for {source.task},"
+        if source.kind == "tokens":
+            what = f"the windows of {source.name}"
+        elif source.task == AS_COMPILED:
+            what = f"the examples of {source.name}, a function,"
         raise UsageError(f"{flag} balances classes, and {what} have none. Leave it out.")
     if settings.folding:
         source = FoldSource(source, *settings.folding)
     elif settings.validates:
         source = with_validation(source, settings.validation_share)
     return source.cut(settings.sequence_length) if isinstance(source, TokenSource) else source
+
+
+def check_equal_data(source: Source) -> None:
+    """Compares what the function of `--dataset` returned over all ranks. A collective call.
+
+    Raises:
+        UsageError: on all ranks, if it returned other data on one of them: then their shards overlap.
+    """
+    mine = source.fingerprint() if isinstance(source, FunctionSource) else None
+    everyone = collectives.allgather_object(mine, name="fingerprints")
+    others = [rank for rank, other in enumerate(everyone) if other != everyone[0]]
+    if others:
+        raise UsageError(
+            f"{source.name} returned other data on rank {others[0]} than on rank 0, and each rank takes its shard of "
+            f"what it has. Return the same data in the same order on all ranks: give random numbers and shuffle(n, "
+            f"seed=0, reshuffle_each_iteration=False) a fixed seed, or leave the shuffling to hvdkit."
+        )
 
 
 def _num_classes(source: Source) -> int:
@@ -95,8 +127,8 @@ class TrainingData:
     Attributes:
         batches: the batches, starting at the step at which training starts.
         steps_per_epoch: steps per epoch, the same for all processes.
-        spec: shape and dtype of an input.
-        label_spec: shape and dtype of its label.
+        spec: shape and dtype of an input, or a structure of these.
+        label_spec: the same for its label.
         epoch: the first epoch.
         handed_over: the steps of that epoch that were done with other shards.
         now: the current shards, before any step.
@@ -106,8 +138,8 @@ class TrainingData:
 
     batches: tf.data.Dataset
     steps_per_epoch: int
-    spec: tf.TensorSpec
-    label_spec: tf.TensorSpec
+    spec: Any
+    label_spec: Any
     epoch: int
     handed_over: Sequence[Stretch]
     now: Stretch
@@ -230,6 +262,9 @@ def _describe_data(settings: Settings, source: Source, counts: np.ndarray, examp
         )
     elif source.task == CLASSIFICATION:
         _describe_classes(settings, source, counts)
+    elif source.task == AS_COMPILED:
+        sizes = ", ".join(f"{source.size(split)} {split}" for split in source.splits)
+        _log.info("%s: %s examples: %s", source.name, sizes, describe(source.read("train", 0, 1).element_spec))
     else:
         names = ", ".join(source.label_names[:12]) + (", ..." if len(source.label_names) > 12 else "")
         _log.info("%s: %d training examples for %s: %s", source.name, counts.sum(), source.task, names)

@@ -44,8 +44,12 @@ _HELP = {  # brackets: what applies without the flag, if its default is not a fi
         "train/CLASS/*.png or CLASS/*.png, a table (.csv, .jsonl, .parquet, .arrow) with a column label and either a "
         "column text, or numbers and categories in all other columns, arrays (.npz, .npy) named x_train, y_train, "
         "x_test, y_test or x, y, or records (.tfrecord, .array_record) of tf.train.Example. Made-up data: "
-        "synthetic:HxWxC:CLASSES:EXAMPLES. To predict the next byte: pydoc (embedded), or text:PATH of a file or a "
-        "folder [the recipe's]"
+        "synthetic:HxWxC:CLASSES:EXAMPLES. Your own, path/to/file.py:function, which returns (train, test), (train, "
+        "validation, test) or a dict with these names, each x, (x, y) or (x, y, sample_weight) with arrays in any "
+        "tuples and dicts, a tf.data.Dataset, a PyDataset or a grain.MapDataset: all of it on each rank, in the same "
+        "order, as hvdkit divides, shuffles and batches it; arrays stay in memory, the others are read again each "
+        "epoch; it may take seed; --model must return a compiled model. To predict the next byte: pydoc (embedded), or "
+        "text:PATH of a file or a folder [the recipe's]"
     ),
     "task": (
         "what to learn from labels: one of several classes, measured values (regression), or any number of labels of "
@@ -123,6 +127,14 @@ _HELP = {  # brackets: what applies without the flag, if its default is not a fi
         "what models are compared on: yes, the data set's own validation split, or else a tenth of the training "
         "examples; a share of these, such as 0.2; no, the test split; auto, yes with --eval-every or --keep-best"
     ),
+    "monitor": (
+        "a metric of the model, without val_: decides what --keep-best keeps and when --early-stopping stops, and is "
+        "shown in results and in tables [loss; the task's in results]"
+    ),
+    "monitor_mode": "whether less (min) or more (max) of --monitor is better; needed only if it cannot be known",
+    "early_stopping": (
+        "stop after so many evaluations (--eval-every), or else epochs, in which --monitor has not improved"
+    ),
     "tensorboard": "write TensorBoard logs",
     "profile": "START:STOP, the steps to profile on all ranks into workdir/profile; auto is 32:96",
     "resume": (
@@ -132,7 +144,8 @@ _HELP = {  # brackets: what applies without the flag, if its default is not a fi
     "checkpoint_every": "a number of steps, epoch, or never",
     "keep": "how many of the newest checkpoints to keep",
     "keep_best": (
-        "how many of the best to keep in addition, by the validation loss (--eval-every) or else the training loss"
+        "how many of the best to keep in addition, by --monitor on the validation split (--eval-every), or else in "
+        "training"
     ),
     "checkpoint_error": "when a checkpoint cannot be written: warn and continue training, or stop",
 }
@@ -187,6 +200,9 @@ class Config:
     workdir: str | None
     overwrite: bool
     eval_every: int
+    monitor: str | None
+    monitor_mode: str
+    early_stopping: int | None
     tensorboard: bool
     profile: str | None
     resume: str
@@ -280,6 +296,9 @@ def define() -> None:
     add(string, _OUTPUT, "workdir", None)
     add(boolean, _OUTPUT, "overwrite", False)
     add(integer, _OUTPUT, "eval_every", 0, lower_bound=0)
+    add(string, _OUTPUT, "monitor", None)
+    add(enum, _OUTPUT, "monitor_mode", "auto", ("auto", "min", "max"))
+    add(integer, _OUTPUT, "early_stopping", None, lower_bound=1)
     add(boolean, _OUTPUT, "tensorboard", True)
     add(string, _OUTPUT, "profile", None)
 
@@ -414,6 +433,7 @@ def _check(config: Config) -> None:
             f"0/5, and the last 4/5."
         )
     _check_validation(config.validation, config.fold)
+    _check_monitor(config.monitor or "")
     if config.profile not in (None, "auto") and not re.fullmatch(r"\d+:\d+", config.profile or ""):
         raise UsageError(
             f"--profile={config.profile} is not a range of steps. The form is START:STOP, as in 32:96, or auto."
@@ -469,6 +489,15 @@ def _check_validation(validation: str, fold: str | None) -> None:
     if fold and validation not in ("auto", "no"):
         raise UsageError(
             f"--fold={fold} and --validation={validation} exclude each other: the fold is what models are compared on."
+        )
+
+
+def _check_monitor(monitor: str) -> None:
+    """Raises a `UsageError` if the metric to monitor is named with its split."""
+    if monitor.startswith("val_"):
+        raise UsageError(
+            f"--monitor={monitor} names the metric with its split, which follows from --eval-every. Write "
+            f"--monitor={monitor.removeprefix('val_')}."
         )
 
 

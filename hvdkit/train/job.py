@@ -70,8 +70,11 @@ def open_job(config: Config) -> Job:
         schema = job_data.schema_of(config)
         if config.download and strategy.world.local_rank == 0:  # one rank a host; the others wait at the block's end
             open_source(dataset, config.data_dir, download=True, image_size=config.image_size, schema=schema)
+    keras.utils.set_random_seed(config.seed)  # a function of --dataset may draw examples
     with together():
-        source = open_source(dataset, config.data_dir, image_size=config.image_size, schema=schema)
+        source = open_source(dataset, config.data_dir, image_size=config.image_size, schema=schema, seed=config.seed)
+    job_data.check_equal_data(source)
+    with together():
         check_kind(model_source, source.kind, dataset)
         recipe = model_source.recipe_for(source.name)
         settings = flags.resolve(config, recipe, strategy.size)

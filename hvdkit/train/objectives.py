@@ -6,7 +6,9 @@ from typing import Any
 import keras
 import numpy as np
 
+from hvdkit.compat.keras3 import less_is_better
 from hvdkit.data.sources import CLASSIFICATION, MULTILABEL, REGRESSION
+from hvdkit.errors import UsageError
 from hvdkit.train.build import ends_in
 
 # What a model's output has one value of, in messages.
@@ -17,6 +19,9 @@ LABELS = {
     MULTILABEL: "0 or 1 for each label",
 }
 
+_MAIN = {CLASSIFICATION: "accuracy", MULTILABEL: "accuracy", REGRESSION: "mean_absolute_error"}
+_MORE_IS_BETTER = ("acc", "auc", "f1", "precision", "recall", "iou", "r2")  # in the names of metrics
+_LESS_IS_BETTER = ("loss", "error", "mse", "mae", "entropy")
 _BARELY_POSITIVE = 1e-7  # a logit; some versions of Keras refuse 0 as a threshold
 _FAR_FROM_0 = 100.0  # square of a mean, in multiples of the variance
 
@@ -59,16 +64,59 @@ def results_of(task: str, split: str, metrics: Mapping[str, float]) -> dict[str,
 
     For classes and labels that includes an accuracy, None if the model's function compiled it without one.
     """
-    shown: dict[str, Any] = {} if task == REGRESSION else {"accuracy": metrics.get("accuracy")}
+    shown: dict[str, Any] = {"accuracy": metrics.get("accuracy")} if _MAIN.get(task) == "accuracy" else {}
     shown |= {name: float(value) for name, value in metrics.items() if np.ndim(value) == 0}
     shown["loss"] = shown.pop("loss")  # comes last
     return {f"{split}_{name}": value for name, value in shown.items()}
 
 
-def describe(task: str, result: Mapping[str, Any]) -> str:
-    """Returns the main metric of the test split as a message gives it."""
-    if task == REGRESSION:
-        error = result.get("test_mean_absolute_error")
-        return f"test mean absolute error {'unknown' if error is None else f'{error:.5g}'}"
-    accuracy = result["test_accuracy"]
-    return f"test accuracy {'unknown' if accuracy is None else f'{accuracy:.2%}'}"
+def main_metric(task: str, monitor: str | None, metrics: Sequence[str]) -> str:
+    """Returns the name of the metric that messages and tables show: the monitored one, or the task's.
+
+    Args:
+        task: see `hvdkit.data.sources.Schema`.
+        monitor: the metric that the user monitors, if any.
+        metrics: names of the model's metrics and its losses, in its order.
+    """
+    own = (name for name in metrics if not name.endswith("loss"))
+    return monitor or _MAIN.get(task) or next(own, "loss")
+
+
+def describe(name: str, value: float | None) -> str:
+    """Returns a metric of the test split as a message gives it."""
+    shown = name.replace("_", " ")
+    if value is None:
+        return f"test {shown} unknown"
+    return f"test {shown} {value:.2%}" if name == "accuracy" else f"test {shown} {value:.5g}"
+
+
+def check_monitor(model: keras.Model, monitor: str, mode: str, metrics: Sequence[keras.metrics.Metric]) -> str:
+    """Checks that a model has the metric that is to be monitored; returns "min" or "max", which of them is better.
+
+    Args:
+        model: the model. If it is compiled, its metrics have been computed once.
+        monitor: the metric's name.
+        mode: "min", "max" or "auto".
+        metrics: the metrics of a model that is not compiled yet.
+
+    Raises:
+        UsageError: it has no such metric, or it cannot be known whether less is better.
+    """
+    names = list(model.get_metrics_result()) if model.compiled else ["loss", *(metric.name for metric in metrics)]
+    if monitor not in names:
+        raise UsageError(
+            f"--monitor={monitor} is no metric of the model, which has {', '.join(names)}. Name one of these, or "
+            f"compile the model with that metric."
+        )
+    if mode != "auto":
+        return mode
+    less = less_is_better(model, monitor) if model.compiled else None
+    if less is not None:
+        return "min" if less else "max"
+    for found, parts in (("max", _MORE_IS_BETTER), ("min", _LESS_IS_BETTER)):
+        if any(part in monitor for part in parts):  # Keras does not know the names of metrics of several outputs
+            return found
+    raise UsageError(
+        f"--monitor={monitor}: it cannot be known whether less or more of it is better. Give --monitor-mode=min or "
+        f"--monitor-mode=max."
+    )

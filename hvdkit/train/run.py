@@ -102,6 +102,8 @@ def run(
     # ---- Results --------------------------------------------------------------------------------------------------
     with naming_unreadable(shares):
         found = {split: strategy.evaluate(model, batches) for split, batches in evaluated.items()}
+    if settings.early_stopping:
+        steps = min(steps, len(history.history["loss"]) * data.steps_per_epoch)
     return _finish(job, model, _Trained(history.history, found, progress, steps, data.steps_per_epoch))
 
 
@@ -156,7 +158,7 @@ def _finish(job: Job, model: keras.Model, trained: _Trained) -> dict[str, Any]:
         "steps": steps,
         **_speed(trained.progress, steps * settings.global_batch),
         **_wire_bytes(model),
-        **_measured(job.source.task, whole, trained),
+        **_measured(job, whole, trained),
     }
     if isinstance(job.source, TokenSource) and isinstance(model.loss, keras.losses.SparseCategoricalCrossentropy):
         result["test_bits_per_byte"] = trained.evaluated["test"]["loss"] / math.log(2)
@@ -184,9 +186,10 @@ def _wire_bytes(model: keras.Model) -> dict[str, Any]:
     return {"wire_bytes_per_step": round(sent), "dense_wire_bytes_per_step": round(whole)}
 
 
-def _measured(task: str, whole: keras.Model | None, trained: _Trained) -> dict[str, Any]:
+def _measured(job: Job, whole: keras.Model | None, trained: _Trained) -> dict[str, Any]:
     digest = collectives.broadcast_object(whole and collectives.digest(whole.weights), name="digest")
-    found: dict[str, Any] = {}
+    task, names = job.source.task, list(trained.evaluated["test"])
+    found: dict[str, Any] = {"main_metric": objectives.main_metric(task, job.settings.monitor, names)}
     for split, metrics in trained.evaluated.items():
         found |= objectives.results_of(task, split, metrics)
     return {
@@ -207,10 +210,11 @@ def _write_artifacts(job: Job, model: keras.Model, trained: _Trained, result: di
         _log.warning("%s cannot be written (%s).", workdir / "curves.png", error)
     reporting.write_json(workdir / "result.json", result)
     bits = f" ({result['test_bits_per_byte']:.3f} bits a byte)" if "test_bits_per_byte" in result else ""
-    reached = objectives.describe(job.source.task, result)
+    main = result["main_metric"]
+    reached = "" if main == "loss" else f"{objectives.describe(main, result.get(f'test_{main}'))}, "
     loss = f"{result['test_loss']:{'.4f' if result['test_loss'] < _LARGE_LOSS else '.5g'}}"
     _log.info(
-        f"{title}: {reached}, test loss {loss}{bits}; "
+        f"{title}: {reached}test loss {loss}{bits}; "
         f"{result['steps']} steps in {result['train_seconds']:.1f} s, {result['samples_per_second']:,.0f} samples/s; "
         f"weights {result['weights_sha256'][:12]} on all {result['size']} replica(s)"
     )

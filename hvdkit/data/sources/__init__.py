@@ -8,22 +8,26 @@ from hvdkit.data.sources.array_files import has_arrays, load_arrays
 from hvdkit.data.sources.arrays import ArraySource, load_breast_cancer, load_digits, synthetic
 from hvdkit.data.sources.base import Source
 from hvdkit.data.sources.folder import FolderSource, has_class_folders
+from hvdkit.data.sources.function import FunctionSource, load_function
 from hvdkit.data.sources.record_files import SUFFIXES as RECORD_SUFFIXES
 from hvdkit.data.sources.records import is_record_path, load_records
-from hvdkit.data.sources.schema import CLASSIFICATION, MULTILABEL, REGRESSION, Schema
+from hvdkit.data.sources.schema import AS_COMPILED, CLASSIFICATION, MULTILABEL, REGRESSION, Schema
 from hvdkit.data.sources.selection import FoldSource, with_validation
 from hvdkit.data.sources.table import load_table
 from hvdkit.data.sources.tfds import TfdsSource, open_named, open_prepared, open_texts
 from hvdkit.data.sources.tokens import TokenSource, load_pydoc, load_text
 from hvdkit.errors import UsageError
+from hvdkit.functions import names_function
 
 __all__ = [
+    "AS_COMPILED",
     "CLASSIFICATION",
     "MULTILABEL",
     "REGRESSION",
     "ArraySource",
     "FoldSource",
     "FolderSource",
+    "FunctionSource",
     "Schema",
     "Source",
     "TfdsSource",
@@ -40,6 +44,7 @@ def open_source(
     download: bool = False,
     image_size: int | None = None,
     schema: Schema | None = None,
+    seed: int = 0,
 ) -> Source:
     """Opens a data set by the name or path that the user gave.
 
@@ -60,16 +65,21 @@ def open_source(
               files, named `train...` and `test...`;
             - a path to a `.npz` file, a `.npy` file or a folder of these, with arrays `x_train`, `y_train`, `x_test`
               and `y_test`, or `x` and `y`, or `images` and `labels`;
+            - `path/to/file.py:function` or `package.module:function`, which returns data of any structure, see
+              `load_function`;
             - the name of a TFDS data set, prepared under `data_dir` or, with `download`, downloaded.
         data_dir: folder of the TFDS data sets; by default TFDS' own `~/tensorflow_datasets`.
         download: whether to download and prepare a data set that is not in `data_dir`.
         image_size: height and width to resize images to, if their sizes differ.
         schema: what to learn, and from which columns, where a guess would be wrong.
+        seed: the run's seed, for a function that takes it.
 
     Raises:
         UsageError: there is no such data set, its content is invalid, or it is not what the schema says.
     """
     schema = schema or Schema()
+    if _is_function(dataset):
+        return _open_function(dataset, schema, seed)
     source = _open(dataset, data_dir, schema, download=download, image_size=image_size)
     if schema.task not in ("auto", source.task):
         what = "text of which each byte is predicted" if source.kind == "tokens" else f"data for {source.task}"
@@ -78,6 +88,19 @@ def open_source(
             f"labels."
         )
     return source
+
+
+def _is_function(dataset: str) -> bool:
+    return names_function(dataset) and not dataset.startswith("text:")
+
+
+def _open_function(dataset: str, schema: Schema, seed: int) -> FunctionSource:
+    if schema != Schema():
+        raise UsageError(
+            f"--task, --encoding and the flags for columns describe tables, and --dataset={dataset} is a function: "
+            f"what it returns is learned by the loss that the model is compiled with. Leave them out."
+        )
+    return load_function(dataset, seed)
 
 
 def _open(dataset: str, data_dir: str | None, schema: Schema, *, download: bool, image_size: int | None) -> Source:

@@ -19,15 +19,15 @@ class Source(Protocol):
 
     Attributes:
         name: the name that the user gave.
-        kind: `image`, `text`, `features`: vectors of numbers; or `tokens`: windows of text in which each token's label
-            is the next token.
-        task: `classification`, `regression` or `multilabel`; see `Schema`.
+        kind: `image`, `text`, `features`: vectors of numbers; `tokens`: windows of text in which each token's label is
+            the next token; `arrays` and `stream`: examples of any structure, see `FunctionSource`.
+        task: `classification`, `regression` or `multilabel`, see `Schema`; or `compiled`: what the model is compiled
+            for.
         label_names: a name for each class, in the order of the integer labels; or for each label of a set; or for each
-            measured value. Empty for `tokens`.
+            measured value. Empty for `tokens` and examples of any structure.
         feature_names: a name for each number of a vector of features; otherwise empty.
         splits: `train`, `test`, and `validation` if there is one.
-        shape: shape of a decoded image, (height, width, channels), or of a vector, (features,); None for text and
-            tokens.
+        shape: shape of a decoded image, (height, width, channels), or of a vector, (features,); None for others.
     """
 
     name: str
@@ -45,7 +45,8 @@ class Source(Protocol):
         """Examples `start` to `stop` of a split, in a fixed order, as (encoded input, label).
 
         A label is an int64 scalar, the number of a class; for regression and several labels it is float32
-        [len(label_names)]; the label of a token window is int32 [sequence_length].
+        [len(label_names)]; the label of a token window is int32 [sequence_length]. Of examples of
+        any structure, see `FunctionSource`.
         """
 
     def locate(self, split: str, index: int) -> str:

@@ -5,6 +5,7 @@ import dataclasses
 CLASSIFICATION = "classification"
 REGRESSION = "regression"
 MULTILABEL = "multilabel"
+AS_COMPILED = "compiled"  # whatever the loss that the model is compiled with takes
 
 
 @dataclasses.dataclass(frozen=True)

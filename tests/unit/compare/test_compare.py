@@ -37,9 +37,10 @@ def test_the_table_has_the_metric_of_the_task():
     row = {"way": "single", "ranks": 1, "samples_per_second": 9.0, "train_seconds": 1.0, "core_percent": [50]}
     row |= {"peak_bytes": [2**20], "sent_bytes_per_step": 0, "test_loss": 0.5}
     for metrics, head, cell in (
-        ({"test_accuracy": 0.75}, "test accuracy", "75.00%"),
-        ({"test_accuracy": None}, "test accuracy", "unknown"),
-        ({"test_mean_absolute_error": 1.25, "test_r2_score": 0.5}, "test mean absolute error", "1.25"),
+        ({"main_metric": "accuracy", "test_accuracy": 0.75}, "test accuracy", "75.00%"),
+        ({"main_metric": "accuracy", "test_accuracy": None}, "test accuracy", "unknown"),
+        ({"main_metric": "mean_absolute_error", "test_mean_absolute_error": 1.25}, "test mean absolute error", "1.25"),
+        ({"main_metric": "iou", "test_iou": 0.5, "test_accuracy": 0.25}, "test iou", "0.5"),
     ):
         found = table({"rows": [{**row, **metrics}]})
         assert head in found

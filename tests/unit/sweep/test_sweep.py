@@ -91,6 +91,8 @@ def parse(tmp_path, *arguments):
         (["-np", "3", "--grid", "epochs=1,2", "--ranks_per_task=4"], "does not fit localhost, which has 3 slot"),
         (["--grid", "epochs=1,2"], "How many ranks?"),
         (["-np", "1", "--folds=3", "--goal=r2_score"], "--goal=r2_score is no metric of --task=auto. Use one of loss,"),
+        (["-np", "1", "--folds=3", "--goal=dice"], "Write --goal=min:dice or --goal=max:dice"),
+        (["-np", "1", "--folds=3", "--goal=up:dice"], "--goal=up:dice is not METRIC, min:METRIC or max:METRIC"),
         (["-np", "1", "--folds=3", "--goal=accuracy", "--", "--task=regression"], "Use one of loss, mean_absolute_err"),
     ],
 )
@@ -116,6 +118,16 @@ def test_the_goal_follows_from_the_task(tmp_path):
         assert (chosen.goal, chosen.direction) == expected
     chosen = parse(tmp_path, "-np", "1", "--folds=3", "--goal=mean_absolute_error", "--", "--task=regression")
     assert chosen.direction == "minimize"
+    own = ["--dataset=mine.py:data", "--model=mine.py:build"]
+    for given, expected in (
+        ([], ("loss", "minimize")),
+        (["--monitor=auc"], ("auc", "maximize")),
+        (["--monitor=dice", "--monitor-mode=max"], ("dice", "maximize")),
+    ):
+        chosen = parse(tmp_path, "-np", "1", "--folds=3", "--", *own, *given)
+        assert (chosen.goal, chosen.direction) == expected
+    chosen = parse(tmp_path, "-np", "1", "--folds=3", "--goal=max:dice", "--", *own)
+    assert (chosen.goal, chosen.direction) == ("dice", "maximize")
 
 
 @pytest.mark.parametrize("fold", ["5/5", "0/1", "1", "a/b", "-1/3"])

@@ -21,6 +21,7 @@ from hvdkit.train import flags as train_flags
 from hvdkit.train.build import (
     ModelSource,
     build_model,
+    check_batch,
     check_kind,
     check_loss,
     check_output,
@@ -239,11 +240,17 @@ def test_results_of_each_task_by_name():
     metrics = {"loss": 2.0, "mean_absolute_error": 1.5, "r2_score": 0.5}
     found = objectives.results_of("regression", "test", metrics)
     assert list(found.items()) == [("test_mean_absolute_error", 1.5), ("test_r2_score", 0.5), ("test_loss", 2.0)]
-    assert objectives.describe("regression", found) == "test mean absolute error 1.5"
+    main = objectives.main_metric("regression", None, list(metrics))
+    assert objectives.describe(main, found[f"test_{main}"]) == "test mean absolute error 1.5"
     found = objectives.results_of("classification", "test", {"loss": np.float32(2.0), "f1": np.zeros(3)})
     assert found == {"test_accuracy": None, "test_loss": 2.0}
-    assert objectives.describe("classification", found) == "test accuracy unknown"
-    assert objectives.describe("multilabel", {"test_accuracy": 0.5}) == "test accuracy 50.00%"
+    assert objectives.describe("accuracy", found["test_accuracy"]) == "test accuracy unknown"
+    assert objectives.describe("accuracy", 0.5) == "test accuracy 50.00%"
+    assert objectives.results_of("compiled", "test", {"loss": 2.0, "iou": 0.5}) == {"test_iou": 0.5, "test_loss": 2.0}
+    assert objectives.main_metric("multilabel", None, ["loss", "auc"]) == "accuracy"
+    assert objectives.main_metric("compiled", None, ["loss", "box_loss", "iou", "mae"]) == "iou"
+    assert objectives.main_metric("compiled", None, ["loss", "box_loss"]) == "loss"
+    assert objectives.main_metric("compiled", "mae", ["loss", "iou", "mae"]) == "mae"
 
 
 def test_the_models_have_the_sizes_they_should():
@@ -576,6 +583,50 @@ def test_a_model_with_several_outputs_must_be_compiled_by_its_function():
     model = keras.Model(inputs, {"a": keras.layers.Dense(3)(inputs), "b": keras.layers.Dense(1)(inputs)})
     with pytest.raises(UsageError, match="The model mine has several outputs, and each example one label"):
         check_output(model, tf.TensorSpec([4], tf.float32), 3, "mine")
+
+
+def two_outputs(loss=None, **options):
+    inputs = keras.layers.Input([4])
+    outputs = {name: keras.layers.Dense(width, name=name)(inputs) for name, width in (("box", 4), ("score", 1))}
+    model = keras.Model(inputs, outputs)
+    if loss or options:
+        model.compile(loss=loss, **options)
+    return model
+
+
+def test_a_model_must_take_the_examples_that_a_function_gives():
+    batch = np.zeros([2, 4]), {"box": np.zeros([2, 4]), "score": np.zeros([2, 1])}, np.ones(2)
+    check_batch(two_outputs({"box": "mse", "score": "mae"}), batch, "mine", "mine:data")
+    check_batch(two_outputs({"box": "mse", "score": None}), batch, "mine", "mine:data")
+    for model, given, message in (
+        (two_outputs(), batch, "The model mine is not compiled, and mine:data is a function"),
+        (two_outputs(metrics={"box": ["mae"]}), batch, "The model mine is compiled without a loss"),
+        (two_outputs({"box": "mse"}), batch, "losses for box, and none for its output score. Add 'score'"),
+        (two_outputs("mse"), (np.zeros([2, 4]), np.zeros([2, 9])), "does not take targets of mine:data of shape"),
+        (two_outputs("mse"), (np.zeros([2, 3, 5]), batch[1]), r"cannot take inputs of mine:data of shape \(2, 3, 5\)"),
+    ):
+        with pytest.raises(UsageError, match=message):
+            check_batch(model, given, "mine", "mine:data")
+    with pytest.raises(UsageError, match="is a function, whose examples may have any structure, and the model mnist"):
+        check_kind(find_model("mnist_mlp"), "arrays", "mine.py:data")
+
+
+def test_a_metric_to_monitor_must_be_there_and_say_what_is_better():
+    def dice(y_true, y_pred):
+        return keras.ops.mean(y_true * y_pred)
+
+    model = small("mean_squared_error", [dice, "mae"])
+    check_batch(model, (np.zeros([2, 4]), np.zeros([2, 3])), "mine", "mine:data")
+    assert objectives.check_monitor(model, "mae", "auto", []) == "min"
+    assert objectives.check_monitor(model, "dice", "max", []) == "max"
+    metrics = [keras.metrics.AUC(name="auc")]
+    assert objectives.check_monitor(two_outputs(), "auc", "auto", metrics) == "max"
+    with pytest.raises(UsageError, match="--monitor=auc is no metric of the model, which has loss, dice, mae"):
+        objectives.check_monitor(model, "auc", "auto", [])
+    with pytest.raises(UsageError, match="--monitor=dice: it cannot be known whether less or more of it is better"):
+        objectives.check_monitor(model, "dice", "auto", [])
+    with pytest.raises(UsageError, match="Write --monitor=auc"):
+        parse("--monitor=val_auc")
 
 
 class _Undescribed(keras.layers.Layer):
