@@ -76,6 +76,7 @@ def test_a_run_leaves_everything_behind(train, tmp_path):
         "samples_per_second",
         "wire_bytes_per_step",
         "dense_wire_bytes_per_step",
+        "main_metric",
         "test_accuracy",
         "test_loss",
         "train_loss",

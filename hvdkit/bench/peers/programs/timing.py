@@ -8,7 +8,7 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 STEPS_PER_CALL = 16
-_WINDOWS = 5
+_WINDOWS = 5  # at most: where the shortest window takes longer than a fifth of the time, there are fewer
 
 
 class Clock:
@@ -112,19 +112,22 @@ def measure(
         return clock
 
     windows(STEPS_PER_CALL, 2)  # traces and compiles
-    steps = _steps_in(
-        float(os.environ["HVDKIT_BENCH_SECONDS"]) / _WINDOWS, lambda number: agree(windows(number, 1).windows[0])
-    )
-    rates = [steps * global_batch / seconds for seconds in windows(steps, _WINDOWS).windows]
-    times = step_times(windows(steps, _WINDOWS, sees_steps=True).executions)
+    seconds = float(os.environ["HVDKIT_BENCH_SECONDS"])
+    steps, number = _windows_in(seconds, lambda steps: agree(windows(steps, 1).windows[0]))
+    rates = [steps * global_batch / taken for taken in windows(steps, number).windows]
+    times = step_times(windows(steps, number, sees_steps=True).executions)
     if rank == 0:
         found = {"workload": workload, "weights": weights, "samples_per_second": rates, "step_seconds": times}
         print("BENCH " + json.dumps(found), flush=True)
 
 
-def _steps_in(seconds: float, time_of: Callable[[int], float]) -> int:
-    """Return how many steps take about this long, a multiple of `STEPS_PER_CALL`. The first ones may be slow."""
-    steps = STEPS_PER_CALL
-    while (taken := time_of(steps)) < seconds / 4:
+def _windows_in(seconds: float, time_of: Callable[[int], float]) -> tuple[int, int]:
+    """Return the steps of a window, a multiple of `STEPS_PER_CALL`, and how many windows take about this long.
+
+    The first steps may be slow.
+    """
+    steps, wanted = STEPS_PER_CALL, seconds / _WINDOWS
+    while (taken := time_of(steps)) < wanted / 4:
         steps *= 2
-    return max(1, round(steps * seconds / taken / STEPS_PER_CALL)) * STEPS_PER_CALL
+    chosen = max(1, round(steps * wanted / taken / STEPS_PER_CALL)) * STEPS_PER_CALL
+    return chosen, min(_WINDOWS, max(1, round(seconds * steps / taken / chosen)))

@@ -26,9 +26,14 @@ def test_a_window_is_as_long_as_was_asked_for():
         asked.append(steps)
         return 2 + 0.01 * steps
 
-    assert timing._steps_in(20.0, time_of) == 16 * round(512 * 20 / 7.12 / 16)
+    assert timing._windows_in(100.0, time_of) == (16 * round(512 * 20 / 7.12 / 16), 5)
     assert asked == [16, 32, 64, 128, 256, 512]
-    assert timing._steps_in(1e-6, time_of) == 16
+
+
+def test_slow_steps_have_fewer_windows():
+    """The shortest window has 16 steps: of 0.1 s each, three take about as long as the 5 s that were asked for."""
+    assert timing._windows_in(5.0, lambda steps: 0.1 * steps) == (16, 3)
+    assert timing._windows_in(1e-6, lambda steps: 0.1 * steps) == (16, 1)
 
 
 @pytest.mark.parametrize(("joined", "expected"), [(1, [1] * 8), (4, [4, 4])])
@@ -56,12 +61,12 @@ def test_rank_0_prints_what_was_measured(monkeypatch, capsys):
     assert capsys.readouterr().out == ""
     timing.measure(run, float, rank=0, **how)
     found = json.loads(capsys.readouterr().out.removeprefix("BENCH "))
-    assert found["samples_per_second"] == [pytest.approx(80)] * 5
+    assert found["samples_per_second"] == [pytest.approx(80)] * 3
     assert found["step_seconds"] == {
         "median": pytest.approx(0.1),
         "percentile_95": pytest.approx(0.1),
         "steps_per_execution": 2,
-        "steps": 80,
+        "steps": 48,
     }
     assert (found["workload"], found["weights"]) == ("mlp", 3)
 
