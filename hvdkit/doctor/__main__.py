@@ -24,7 +24,7 @@ from hvdkit.doctor.examination import Examination, Settings
 from hvdkit.errors import UsageError
 from hvdkit.launch import hosts
 from hvdkit.launch.shells import Ssh
-from hvdkit.train.flags import TASKS
+from hvdkit.train.settings import TASKS
 
 _SSH_SECONDS = 5
 

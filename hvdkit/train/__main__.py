@@ -10,6 +10,7 @@ from hvdkit import outcome, signals, world
 from hvdkit.errors import ReplicasDiverged, UnfitSizeError, UnreadableExampleError, UsageError
 from hvdkit.train import flags
 from hvdkit.train.flags import parser as parser  # for completion in shells
+from hvdkit.train.settings import Config
 
 if TYPE_CHECKING:
     import keras
@@ -31,7 +32,7 @@ def main(argv: list[str], more_callbacks: Sequence["keras.callbacks.Callback"] =
     return _train(config, more_callbacks, tap)
 
 
-def _train(config: flags.Config, more_callbacks: Sequence["keras.callbacks.Callback"], tap: "Tap | None") -> int:
+def _train(config: Config, more_callbacks: Sequence["keras.callbacks.Callback"], tap: "Tap | None") -> int:
     # Imported here because they load TensorFlow, which takes seconds: --help and a wrong flag must not wait for it.
     with signals.exiting_at_once():
         from hvdkit import runtime, watchdog

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from hvdkit.errors import UsageError
-from hvdkit.train.flags import Settings
+from hvdkit.train.settings import Settings
 from hvdkit.world.ranks import World
 
 

@@ -13,7 +13,7 @@ from hvdkit.checkpoint.store import Checkpoint
 from hvdkit.errors import UsageError
 from hvdkit.strategies import Strategy
 from hvdkit.train.data import TrainingData
-from hvdkit.train.flags import Settings
+from hvdkit.train.settings import Settings
 
 _log = logging.getLogger(__name__)
 

@@ -16,11 +16,11 @@ from hvdkit.data import pipeline
 from hvdkit.data.sources import AS_COMPILED, Source, TokenSource
 from hvdkit.data.vocabulary import Vocabulary
 from hvdkit.optimizers.local_sgd import LocalSGD
-from hvdkit.train import flags, objectives
+from hvdkit.train import objectives
 from hvdkit.train.build import build_model, check_batch, check_loss, check_output, check_savable, make_optimizer
 from hvdkit.train.data import TrainingData
-from hvdkit.train.flags import Settings
 from hvdkit.train.job import Job
+from hvdkit.train.settings import Settings, leave_optimizer_to_model
 
 _log = logging.getLogger("hvdkit.train")  # the job's logger
 _LARGE = 10.0  # measured values, in multiples of what a new model gives
@@ -64,7 +64,7 @@ def compile_model(
     gc.collect()
     if compiled:
         rate = float(keras.ops.convert_to_numpy(model.optimizer.learning_rate))
-        settings = flags.leave_optimizer_to_model(job.config, settings, model_source.name, rate)
+        settings = leave_optimizer_to_model(job.config, settings, model_source.name, rate)
         model.optimizer = strategy.distribute(model.optimizer, **options)
     else:
         model.compile(

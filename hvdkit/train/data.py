@@ -34,7 +34,7 @@ from hvdkit.data.sources.function import describe
 from hvdkit.data.vocabulary import Vocabulary, learn_tokens
 from hvdkit.errors import UsageError
 from hvdkit.strategies import Strategy
-from hvdkit.train.flags import Config, Settings
+from hvdkit.train.settings import Config, Settings
 
 _log = logging.getLogger("hvdkit.train")  # the job's logger
 _STANDARDIZED_AT_ONCE = 8192  # examples

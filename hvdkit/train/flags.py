@@ -1,7 +1,6 @@
-"""The flags of the main job: their groups, their help, and the checks that do not need TensorFlow."""
+"""The flags of the main job: their groups and their help, and how they are parsed. settings.py has their values."""
 
 import argparse
-import ast
 import dataclasses
 import re
 import sys
@@ -9,30 +8,16 @@ from collections.abc import Sequence
 from typing import Any
 
 from absl import flags
-from hvdkit_models.recipe import Recipe
 
 from hvdkit import outcome
 from hvdkit.command.arguments import Parser, as_absl_has_them, dashed
-from hvdkit.errors import UnfitSizeError, UsageError
+from hvdkit.errors import UsageError
+from hvdkit.train import flag_checks
+from hvdkit.train.settings import STRATEGIES, TASKS, Config
 
-STRATEGIES = ("single", "horovod", "mirrored", "multiworker", "tensor", "branches", "pipeline")
-TASKS = ("auto", "classification", "regression", "multilabel")
-COMPRESSIONS = ("none", "fp16", "bf16", "int8", "onebit", "topk", "powersgd")
 _WHAT, _HOW, _MACHINE, _OUTPUT = "What to train", "How to train it", "On which machine", "What to write"
 _RESUME = "Checkpoints"
 _GROUPS = (_WHAT, _HOW, _MACHINE, _OUTPUT, _RESUME)
-_DIVIDING = ("tensor", "branches", "pipeline")
-_BELONGS_TO = {  # flags that the other strategies have no use for
-    "compression": ("horovod", *_DIVIDING),
-    "compression_guard": ("horovod",),
-    "local_steps": ("horovod",),
-    "shard_optimizer": ("horovod",),
-    "model_ranks": _DIVIDING,
-    "micro_batches": ("pipeline",),
-    "schedule": ("pipeline",),
-    "branches": ("branches",),
-}
-_LARGEST_VALIDATION = 0.5  # share of the training examples
 _HELP = {  # brackets: what applies without the flag, if its default is not a fixed value
     "model": (
         "a model of the folder models/, or your own, path/to/file.py:function; images are float32 from 0 to 255, "
@@ -149,95 +134,6 @@ _HELP = {  # brackets: what applies without the flag, if its default is not a fi
     ),
     "checkpoint_error": "when a checkpoint cannot be written: warn and continue training, or stop",
 }
-
-
-@dataclasses.dataclass(frozen=True)
-class Config:
-    """The flags' values; None if the recipe or the job decides. `config.json` has the values that were used."""
-
-    model: str
-    model_args: str | None
-    dataset: str | None
-    task: str
-    label_column: str | None
-    text_column: str | None
-    feature_columns: str | None
-    encoding: str | None
-    data_dir: str | None
-    download: bool
-    image_size: int | None
-    sequence_length: int | None
-    fold: str | None
-    validation: str
-    strategy: str
-    replicas: int | None
-    model_ranks: int | None
-    micro_batches: int
-    schedule: str
-    branches: str | None
-    epochs: int | None
-    steps: int | None
-    global_batch: int | None
-    local_batch: int | None
-    optimizer: str | None
-    learning_rate: float | None
-    lr_schedule: str | None
-    warmup_epochs: float | None
-    compression: str
-    compression_guard: int
-    local_steps: int | None
-    fragments: int
-    outer_learning_rate: float
-    outer_momentum: float
-    shard_optimizer: bool
-    precision: str
-    sampling: str
-    class_weights: bool
-    seed: int
-    threads: int | None
-    cache_gb: float
-    steps_per_execution: int | None
-    workdir: str | None
-    overwrite: bool
-    eval_every: int
-    monitor: str | None
-    monitor_mode: str
-    early_stopping: int | None
-    tensorboard: bool
-    profile: str | None
-    resume: str
-    checkpoint_every: str
-    keep: int
-    keep_best: int
-    checkpoint_error: str
-
-    @property
-    def checkpoint_steps(self) -> int | str:
-        """Steps between checkpoints, or "epoch", or "never"."""
-        return int(self.checkpoint_every) if self.checkpoint_every.isdigit() else self.checkpoint_every
-
-    @property
-    def model_arguments(self) -> dict[str, Any]:
-        """Arguments for the function that builds the model, as the user gave them."""
-        return _model_arguments(self.model_args or "")
-
-    @property
-    def folding(self) -> tuple[int, int] | None:
-        """The fold to test on, and the number of folds; None without --fold, or if its value is not valid."""
-        match = re.fullmatch(r"(\d+)/(\d+)", self.fold or "")
-        fold, folds = (int(match[1]), int(match[2])) if match else (0, 0)
-        return (fold, folds) if folds >= 2 and fold < folds else None
-
-    @property
-    def validates(self) -> bool:
-        """Whether models are compared on a validation split. With --fold, the fold serves as one."""
-        is_chosen = bool(self.eval_every or self.keep_best) if self.validation == "auto" else self.validation != "no"
-        return is_chosen and not self.fold
-
-    @property
-    def validation_share(self) -> float | None:
-        """The share of the training examples to validate on; None if it was not given."""
-        return None if self.validation in ("auto", "yes", "no") else float(self.validation)
 
 
 def define() -> None:
@@ -371,7 +267,7 @@ def parse(argv: list[str]) -> Config:
     if rest:
         raise UsageError(f"{rest[0]!r} is not a flag; flags have the form --name=value. `--help` lists all.")
     config = Config(**{field.name: flags.FLAGS[field.name].value for field in dataclasses.fields(Config)})
-    _check(config)
+    flag_checks.check(config)
     return config
 
 
@@ -384,7 +280,7 @@ def parse_for_one_strategy(argv: list[str]) -> Config:
         UsageError: see `parse`; or a flag belongs to another strategy or option.
     """
     config = parse(argv)
-    _check_strategy(config)
+    flag_checks.check_strategy(config)
     return config
 
 
@@ -403,213 +299,6 @@ def check(given: Sequence[str], one_strategy: bool = False) -> list[str]:
     """
     (parse_for_one_strategy if one_strategy else parse)(["hvdkit.train", *given])
     return spelled(list(given))
-
-
-def _check(config: Config) -> None:
-    """Raises a `UsageError` if flags exclude each other, or if a value is wrong in a way that absl does not check."""
-    for one, other in (
-        ("epochs", "steps"),
-        ("global_batch", "local_batch"),
-        ("text_column", "feature_columns"),
-    ):
-        if getattr(config, one) is not None and getattr(config, other) is not None:
-            raise UsageError(f"--{dashed(one)} and --{dashed(other)} exclude each other: give one of them.")
-    _model_arguments(config.model_args or "")
-    name, _, arguments = config.compression.partition(":")
-    if name not in COMPRESSIONS or (arguments and not re.fullmatch(r"\w+=[\d.e-]+", arguments)):
-        raise UsageError(
-            f"--compression={config.compression} is unknown. Use one of {', '.join(COMPRESSIONS)}, where topk may have "
-            f"a fraction and powersgd a rank: topk:fraction=0.01, powersgd:rank=4."
-        )
-    if config.compression_guard and name in COMPRESSIONS[:3]:
-        raise UsageError(f"--compression-guard has nothing to switch off with --compression={config.compression}.")
-    if config.shard_optimizer and (name != "none" or config.local_steps):
-        other = "--local-steps" if config.local_steps else "--compression"
-        raise UsageError(f"--shard-optimizer and {other} exclude each other: give one of them.")
-    _check_fragments(config.fragments, config.local_steps, config.compression)
-    if config.fold is not None and not config.folding:
-        raise UsageError(
-            f"--fold={config.fold} is not FOLD/FOLDS with two folds or more, numbered from 0: the first of five is "
-            f"0/5, and the last 4/5."
-        )
-    _check_validation(config.validation, config.fold)
-    _check_monitor(config.monitor or "")
-    if config.profile not in (None, "auto") and not re.fullmatch(r"\d+:\d+", config.profile or ""):
-        raise UsageError(
-            f"--profile={config.profile} is not a range of steps. The form is START:STOP, as in 32:96, or auto."
-        )
-    if config.profile and config.strategy in ("mirrored", "multiworker"):
-        raise UsageError(
-            f"--profile does not see inside tf.distribute. Use --strategy=horovod or single, or leave it out with "
-            f"--strategy={config.strategy}."
-        )
-    if config.checkpoint_steps not in ("epoch", "never") and not (
-        isinstance(config.checkpoint_steps, int) and config.checkpoint_steps
-    ):
-        raise UsageError(
-            f"--checkpoint-every={config.checkpoint_every} is neither a number of steps, 1 or more, nor epoch or never."
-        )
-
-
-def _check_strategy(config: Config) -> None:
-    """Raises a `UsageError` if the strategy has no use for a flag, or what the flag changes was not asked for."""
-    for name, strategies in _BELONGS_TO.items():
-        if getattr(config, name) != flags.FLAGS[name].default and config.strategy not in strategies:
-            raise UsageError(
-                f"--{dashed(name)} has no use with --strategy={config.strategy}: it belongs to "
-                f"{' and '.join(f'--strategy={s}' for s in strategies)}. Leave it out, or choose another strategy."
-            )
-    for name in ("outer_learning_rate", "outer_momentum"):
-        if getattr(config, name) != flags.FLAGS[name].default and not config.local_steps:
-            raise UsageError(
-                f"--{dashed(name)} changes the synchronization of --local-steps, which was not given. Give "
-                f"--local-steps, too, or leave it out."
-            )
-    if config.strategy in _DIVIDING and config.compression.partition(":")[0] not in COMPRESSIONS[:3]:
-        raise UsageError(
-            f"--strategy={config.strategy} and --compression={config.compression} exclude each other: of the "
-            f"compressions, fp16 and bf16 work with a divided model."
-        )
-    if config.local_steps and "gradient_accumulation_steps" in (config.optimizer or ""):
-        raise UsageError(
-            f"--local-steps={config.local_steps} and --optimizer={config.optimizer} exclude each other: a rank that "
-            f"trains alone accumulates nothing for others. Leave gradient_accumulation_steps out, and give more "
-            f"--local-steps."
-        )
-
-
-def _check_validation(validation: str, fold: str | None) -> None:
-    """Raises a `UsageError` if models cannot be compared on such a validation split."""
-    is_share = re.fullmatch(r"0?\.\d+", validation) and 0 < float(validation) <= _LARGEST_VALIDATION
-    if validation not in ("auto", "yes", "no") and not is_share:
-        raise UsageError(
-            f"--validation={validation} is none of auto, yes and no, and no share of the training examples from 0 to "
-            f"{_LARGEST_VALIDATION:g}, such as 0.1."
-        )
-    if fold and validation not in ("auto", "no"):
-        raise UsageError(
-            f"--fold={fold} and --validation={validation} exclude each other: the fold is what models are compared on."
-        )
-
-
-def _check_monitor(monitor: str) -> None:
-    """Raises a `UsageError` if the metric to monitor is named with its split."""
-    if monitor.startswith("val_"):
-        raise UsageError(
-            f"--monitor={monitor} names the metric with its split, which follows from --eval-every. Write "
-            f"--monitor={monitor.removeprefix('val_')}."
-        )
-
-
-def _check_fragments(fragments: int, local_steps: int | None, compression: str) -> None:
-    """Raises a `UsageError` if the model cannot be synchronized in so many fragments."""
-    if fragments == 1:
-        return
-    if not local_steps:
-        raise UsageError(
-            f"--fragments={fragments} divides the synchronization of --local-steps, which was not given: give "
-            f"--local-steps, too, for example --local-steps={25 * fragments}."
-        )
-    if fragments > local_steps:
-        raise UsageError(
-            f"--fragments={fragments} is more than --local-steps={local_steps}: a step synchronizes one fragment at "
-            f"most. Use at most --fragments={local_steps}."
-        )
-    if compression not in COMPRESSIONS[:3]:
-        raise UsageError(
-            f"--fragments and --compression={compression} exclude each other: of the compressions, fp16 and bf16 work "
-            f"with fragments."
-        )
-
-
-def _model_arguments(text: str) -> dict[str, Any]:
-    """Parses `width=256,depth=6` like the arguments of a Python call; a bare name is a string, as in `norm=layer`."""
-    try:
-        call = ast.parse(f"build({text})", mode="eval").body
-        if not isinstance(call, ast.Call) or call.args or any(word.arg is None for word in call.keywords):
-            raise ValueError("an argument has no name")
-        if len({word.arg for word in call.keywords}) < len(call.keywords):
-            raise ValueError("an argument is given twice")
-        return {
-            str(word.arg): word.value.id if isinstance(word.value, ast.Name) else ast.literal_eval(word.value)
-            for word in call.keywords
-        }
-    except (SyntaxError, ValueError) as error:
-        reason = error.msg if isinstance(error, SyntaxError) else str(error).partition(":")[0]
-        raise UsageError(
-            f"--model-args={text} cannot be read ({reason}). The form is name=value,name=value, as in "
-            f"width=256,depth=6, with numbers, names, or Python's tuples, as in hidden=(128,64)."
-        ) from None
-
-
-@dataclasses.dataclass(frozen=True)
-class Settings(Config):
-    """A `Config` in which every value that training needs is set."""
-
-    dataset: str
-    sequence_length: int
-    replicas: int
-    epochs: int
-    global_batch: int
-    local_batch: int
-    optimizer: str
-    learning_rate: float
-    lr_schedule: str
-    warmup_epochs: float
-
-
-def resolve(config: Config, recipe: Recipe, replicas: int) -> Settings:
-    """Sets what the flags leave open, from the recipe and the number of replicas.
-
-    Raises:
-        UnfitSizeError: the global batch cannot be divided over the replicas.
-    """
-    global_batch = config.local_batch * replicas if config.local_batch else config.global_batch or recipe.global_batch
-    if global_batch % replicas:
-        below = global_batch - global_batch % replicas
-        raise UnfitSizeError(
-            f"A global batch of {global_batch} cannot be divided evenly over {replicas} replicas. Use --global-batch="
-            f"{below or replicas} or {below + replicas}, or give --local-batch instead."
-        )
-    scale = 1.0 if config.learning_rate is not None else global_batch / recipe.global_batch
-    rate = recipe.learning_rate * scale if config.learning_rate is None else config.learning_rate
-    epochs = config.epochs or recipe.epochs
-    warmup = config.warmup_epochs
-    if replicas == 1:
-        warmup = 0.0  # warm-up starts at 1/replicas of the rate, which is the rate itself
-    elif warmup is None:
-        warmup = recipe.warmup_epochs or (min(5.0, epochs / 10) if scale > 1 else 0.0)
-    decided = {
-        "dataset": config.dataset or recipe.dataset,
-        "sequence_length": config.sequence_length or recipe.sequence_length,
-        "optimizer": config.optimizer or recipe.optimizer,
-        "lr_schedule": config.lr_schedule or recipe.lr_schedule,
-        "learning_rate": rate,
-        "warmup_epochs": warmup,
-        "epochs": epochs,
-        "replicas": replicas,
-        "global_batch": global_batch,
-        "local_batch": global_batch // replicas,
-    }
-    return Settings(**{**vars(config), **decided})
-
-
-def leave_optimizer_to_model(config: Config, settings: Settings, model: str, rate: float) -> Settings:
-    """The settings for a model that its function has compiled, with its own optimizer and learning rate.
-
-    Raises:
-        UsageError: a flag that would change them was given.
-    """
-    names = ("optimizer", "learning_rate", "lr_schedule", "warmup_epochs")
-    given = [name for name in names if getattr(config, name) is not None]
-    if given:
-        raise UsageError(
-            f"--{dashed(given[0])} was given, but the model {model} is compiled by its function, with an optimizer of "
-            f"its own. Leave the flag out, or return the model uncompiled."
-        )
-    return dataclasses.replace(
-        settings, optimizer="the model's", learning_rate=rate, lr_schedule="constant", warmup_epochs=0.0
-    )
 
 
 def help_text() -> str:

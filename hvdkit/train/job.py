@@ -16,10 +16,10 @@ from hvdkit.checkpoint.store import Checkpoint
 from hvdkit.collectives.agreement import together
 from hvdkit.data.sources import Source, open_source
 from hvdkit.errors import UsageError
-from hvdkit.train import artifacts, flags
+from hvdkit.train import artifacts
 from hvdkit.train import data as job_data
 from hvdkit.train.build import ModelSource, check_kind, find_model
-from hvdkit.train.flags import Config, Settings
+from hvdkit.train.settings import Config, Settings, resolve
 
 _log = logging.getLogger("hvdkit.train")  # the job's logger
 
@@ -77,7 +77,7 @@ def open_job(config: Config) -> Job:
     with together():
         check_kind(model_source, source.kind, dataset)
         recipe = model_source.recipe_for(source.name)
-        settings = flags.resolve(config, recipe, strategy.size)
+        settings = resolve(config, recipe, strategy.size)
         source = job_data.prepared(source, settings)
     keras.utils.set_random_seed(settings.seed)
     keras.config.set_dtype_policy(settings.precision)
@@ -136,7 +136,7 @@ def _go_on(config: Config, settings: Settings, recipe: Recipe, found: Checkpoint
     if config.local_batch and settings.global_batch != before["global_batch"]:
         _log.info("the global batch stays %d, so --local-batch is left out", before["global_batch"])
         kept = dataclasses.replace(config, local_batch=None, global_batch=before["global_batch"])
-        settings = flags.resolve(kept, recipe, settings.replicas)
+        settings = resolve(kept, recipe, settings.replicas)
     resuming.refuse_another_job(found, _identity(settings))
     return dataclasses.replace(settings, warmup_epochs=found.state["extra"]["warmup_epochs"])
 

@@ -14,6 +14,7 @@ from hvdkit.errors import UsageError
 from hvdkit.launch import options
 from hvdkit.launch.__main__ import launch
 from hvdkit.train import flags
+from hvdkit.train.settings import Config
 
 
 def main(argv: list[str]) -> int:
@@ -31,7 +32,7 @@ def main(argv: list[str]) -> int:
     return launch(arguments)
 
 
-def _ranks(arguments: argparse.Namespace, config: flags.Config) -> int | None:
+def _ranks(arguments: argparse.Namespace, config: Config) -> int | None:
     """How many ranks there are where the user did not say; None for all places of the hosts."""
     if arguments.hosts or arguments.hostfile or arguments.hosts_from or arguments.host_discovery_script:
         return None

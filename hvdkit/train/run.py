@@ -28,8 +28,8 @@ from hvdkit.train import data as job_data
 from hvdkit.train.callbacks import checkpoint_callback, steps_per_execution, training_callbacks
 from hvdkit.train.compiled import compile_model
 from hvdkit.train.data import TrainingData
-from hvdkit.train.flags import Config
 from hvdkit.train.job import Job, open_job
+from hvdkit.train.settings import Config
 
 _log = logging.getLogger("hvdkit.train")  # the job's logger
 _LARGE_LOSS = 1000.0  # as of measured values; shown without decimals

@@ -17,6 +17,7 @@ from hvdkit.data.sources import TokenSource, open_source
 from hvdkit.errors import UsageError
 from hvdkit.train import data, flags
 from hvdkit.train.build import check_output
+from hvdkit.train.settings import resolve
 from tests.conftest import run_command
 
 TEXT = bytes(range(65, 91)) * 4  # A to Z, so that each byte tells what comes next
@@ -110,7 +111,7 @@ def test_texts_of_a_prepared_data_set(shared_data):
 @pytest.mark.parametrize(("flag", "value"), [("sampling", "over"), ("class_weights", True)])
 def test_there_are_no_classes_to_balance(flag, value):
     source = TokenSource("letters", {"train": TEXT, "test": TEXT})
-    settings = flags.resolve(flags.parse(["train"]), Recipe(sequence_length=8), 1)
+    settings = resolve(flags.parse(["train"]), Recipe(sequence_length=8), 1)
     assert data.prepared(source, settings).sequence_length == 8
     with pytest.raises(
         UsageError, match=f"^--{flag.replace('_', '-')}.* balances classes, and the windows of letters have none"

@@ -16,8 +16,9 @@ from hvdkit import reporting
 from hvdkit.data.sources import open_source
 from hvdkit.errors import UsageError
 from hvdkit.strategies import MirroredStrategy, SingleStrategy, create
-from hvdkit.train import artifacts, callbacks, compiled, objectives
+from hvdkit.train import artifacts, callbacks, compiled, flag_checks, objectives
 from hvdkit.train import flags as train_flags
+from hvdkit.train import settings as train_settings
 from hvdkit.train.build import (
     ModelSource,
     build_model,
@@ -120,10 +121,10 @@ def test_flags_that_the_strategy_uses_are_taken(flags):
 
 def test_the_recipe_fills_in_what_the_flags_leave_open():
     recipe = Recipe("mnist", global_batch=100, learning_rate=0.1, epochs=20)
-    config = train_flags.resolve(parse(), recipe, 2)
+    config = train_settings.resolve(parse(), recipe, 2)
     assert (config.dataset, config.global_batch, config.local_batch, config.learning_rate) == ("mnist", 100, 50, 0.1)
     assert config.warmup_epochs == 0
-    config = train_flags.resolve(_with(local_batch=100), recipe, 4)
+    config = train_settings.resolve(_with(local_batch=100), recipe, 4)
     assert (config.global_batch, config.learning_rate, config.warmup_epochs) == (400, pytest.approx(0.4), 2.0)
 
 
@@ -135,7 +136,7 @@ def test_a_batch_that_cannot_be_divided():
     with pytest.raises(
         UsageError, match="global batch of 127 cannot be divided evenly over 2 replicas. Use --global-batch=126 or 128"
     ):
-        train_flags.resolve(_with(global_batch=127), Recipe(), 2)
+        train_settings.resolve(_with(global_batch=127), Recipe(), 2)
 
 
 def test_the_help_groups_all_flags():
@@ -149,7 +150,7 @@ def test_the_help_groups_all_flags():
     ]
     assert all(
         f"--{name}" in text or f"--[no-]{name}" in text
-        for name in (field.name.replace("_", "-") for field in dataclasses.fields(train_flags.Config))
+        for name in (field.name.replace("_", "-") for field in dataclasses.fields(train_settings.Config))
     )
 
 
@@ -373,7 +374,7 @@ def test_arguments_of_the_model(tmp_path):
 @pytest.mark.parametrize("wrong", ["width", "width=", "width=256;depth=6", "256", "width=2*x", "a=1,a=2", "**x"])
 def test_arguments_of_the_model_that_cannot_be_read(wrong):
     with pytest.raises(UsageError, match=r"^--model-args=.* cannot be read \(.*\)\. The form is name=value,name=value"):
-        train_flags._check(_with(model_args=wrong))
+        flag_checks.check(_with(model_args=wrong))
 
 
 def test_optimizers_by_name():
@@ -432,8 +433,8 @@ def test_steps_per_execution_that_would_run_over_an_epochs_end_are_refused():
 
 
 def test_a_compiled_models_optimizer_is_its_own():
-    settings = train_flags.resolve(_with(), Recipe(lr_schedule="cosine", warmup_epochs=1), 2)
-    left = train_flags.leave_optimizer_to_model(_with(), settings, "mine", 0.25)
+    settings = train_settings.resolve(_with(), Recipe(lr_schedule="cosine", warmup_epochs=1), 2)
+    left = train_settings.leave_optimizer_to_model(_with(), settings, "mine", 0.25)
     assert (left.optimizer, left.learning_rate, left.lr_schedule, left.warmup_epochs) == (
         "the model's",
         0.25,
@@ -441,13 +442,13 @@ def test_a_compiled_models_optimizer_is_its_own():
         0,
     )
     with pytest.raises(UsageError, match="--learning-rate was given, but the model mine is compiled by its function"):
-        train_flags.leave_optimizer_to_model(_with(learning_rate=0.1), settings, "mine", 0.25)
+        train_settings.leave_optimizer_to_model(_with(learning_rate=0.1), settings, "mine", 0.25)
 
 
 def test_the_cosine_begins_where_the_warmup_ends():
     multiplier = callbacks._cosine(0.5, 2.0)
     assert [multiplier(e) for e in (0.0, 0.5, 1.25, 2.0)] == pytest.approx([1.0, 1.0, 0.5, 0.0])
-    assert train_flags.resolve(_with(warmup_epochs=3.0), Recipe(), 1).warmup_epochs == 0
+    assert train_settings.resolve(_with(warmup_epochs=3.0), Recipe(), 1).warmup_epochs == 0
 
 
 @pytest.mark.parametrize("strategy", ["single"])
@@ -653,7 +654,7 @@ def test_a_model_that_cannot_be_saved_is_found_before_training():
 def test_values_have_no_classes_to_balance(tmp_path):
     (tmp_path / "x.csv").write_text("n,label\n" + "".join(f"{i},{i}.5\n" for i in range(10)))
     source = open_source(str(tmp_path / "x.csv"), schema=schema_of(_with(task="regression", feature_columns="n")))
-    settings = train_flags.resolve(parse(), Recipe(), 1)
+    settings = train_settings.resolve(parse(), Recipe(), 1)
     assert prepared(source, settings) is source
     with pytest.raises(UsageError, match=r"--sampling=over balances classes, and x\.csv, for regression, have none"):
         prepared(source, dataclasses.replace(settings, sampling="over"))
