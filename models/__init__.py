@@ -8,7 +8,7 @@ import importlib
 import pkgutil
 from types import ModuleType
 
-_NOT_MODELS = ("recipe",)
+_NOT_MODELS = ("boxes", "recipe")
 
 
 def names() -> list[str]:

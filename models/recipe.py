@@ -1,6 +1,7 @@
 """A recipe: a model's default settings, and the accuracy that they reach."""
 
 import dataclasses
+from collections.abc import Mapping
 
 
 @dataclasses.dataclass(frozen=True)
@@ -18,6 +19,7 @@ class Recipe:
         max_tokens: for texts, the size of the vocabulary.
         sequence_length: for texts, tokens per text; for models that predict the next token, tokens per window.
         accuracy: the test accuracy that two ranks reach, which CI checks; None if there is no claim.
+        metrics: the least values of other metrics of the test split that two ranks reach, which CI checks.
         bits_per_byte: for models that predict the next byte, the upper limit of the test loss in bits, which CI checks.
     """
 
@@ -31,4 +33,5 @@ class Recipe:
     max_tokens: int = 20_000
     sequence_length: int = 64
     accuracy: float | None = None
+    metrics: Mapping[str, float] = dataclasses.field(default_factory=dict)
     bits_per_byte: float | None = None

@@ -6,6 +6,7 @@ from hvdkit.callbacks.average_state import AverageStateCallback
 from hvdkit.callbacks.best_model_checkpoint import BestModelCheckpoint
 from hvdkit.callbacks.broadcast import BroadcastGlobalVariablesCallback
 from hvdkit.callbacks.compression_guard import CompressionGuard
+from hvdkit.callbacks.evaluation import EvaluationCallback
 from hvdkit.callbacks.learning_rate_schedule import LearningRateScheduleCallback
 from hvdkit.callbacks.learning_rate_warmup import LearningRateWarmupCallback
 from hvdkit.callbacks.metric_average import MetricAverageCallback
@@ -24,6 +25,7 @@ __all__ = [
     "BroadcastGlobalVariablesCallback",
     "CheckpointCallback",
     "CompressionGuard",
+    "EvaluationCallback",
     "LearningRateScheduleCallback",
     "LearningRateWarmupCallback",
     "MetricAverageCallback",

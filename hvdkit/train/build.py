@@ -13,6 +13,7 @@ import tensorflow as tf
 from hvdkit_models.recipe import Recipe
 
 from hvdkit import functions
+from hvdkit.callbacks.evaluation import Evaluator
 from hvdkit.errors import UsageError
 
 
@@ -27,16 +28,33 @@ class ModelSource:
             `feature_variance`, `label_mean` and `label_variance`, for which it has parameters.
         recipes: the defaults, one for each data set.
         kind: the kind of source that it learns from; None if that is not known.
+        loss: returns the loss to compile it with, called as `build` is; None for the one of the source's task.
+        evaluator: returns what judges it beside its metrics, see `hvdkit.callbacks.EvaluationCallback`.
     """
 
     name: str
     build: Callable[..., keras.Model]
     recipes: tuple[Recipe, ...]
     kind: str | None = None
+    loss: Callable[..., keras.losses.Loss] | None = None
+    evaluator: Callable[[], Evaluator] | None = None
 
     def recipe_for(self, dataset: str) -> Recipe:
         """The recipe for a data set, by its name; the first one for a data set that has none."""
         return next((recipe for recipe in self.recipes if recipe.dataset == dataset), self.recipes[0])
+
+    def make_evaluator(self) -> Evaluator | None:
+        """Creates its evaluator, if it has one.
+
+        Raises:
+            UsageError: a package that it needs is not installed.
+        """
+        try:
+            return self.evaluator() if self.evaluator else None
+        except ImportError as error:
+            raise UsageError(
+                f"To evaluate the model {self.name}, a package is missing ({error}): pip install {error.name}."
+            ) from error
 
 
 def find_model(model: str) -> ModelSource:
@@ -52,7 +70,8 @@ def find_model(model: str) -> ModelSource:
                 f"path/to/file.py:function or package.module:function."
             )
         module = hvdkit_models.load(model)
-        return ModelSource(model, module.build, module.RECIPES, module.KIND)
+        more = {"loss": getattr(module, "loss", None), "evaluator": getattr(module, "Evaluator", None)}
+        return ModelSource(model, module.build, module.RECIPES, module.KIND, **more)
     name, build = functions.find_function(model, "model")
     return ModelSource(name, build, (Recipe(),))
 
@@ -62,6 +81,7 @@ _KINDS = {
     "text": "texts with labels",
     "tokens": "text of which each byte is predicted",
     "features": "columns of numbers and categories",
+    "boxes": "images with boxes around objects",
 }
 
 
@@ -117,6 +137,11 @@ def build_model(source: ModelSource, given: dict[str, Any], chosen: Mapping[str,
             f"(keras.Model). A model of tf_keras or PyTorch has to be rewritten in Keras 3."
         )
     return model
+
+
+def accepted(function: Callable[..., Any], given: Mapping[str, Any]) -> dict[str, Any]:
+    """Returns those of the arguments for which a function has parameters."""
+    return {name: value for name, value in given.items() if name in inspect.signature(function).parameters}
 
 
 def _check_chosen(source: ModelSource, given: Mapping[str, Any], chosen: Mapping[str, Any]) -> None:

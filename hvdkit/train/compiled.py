@@ -17,7 +17,15 @@ from hvdkit.data.sources import AS_COMPILED, Source, TokenSource
 from hvdkit.data.vocabulary import Vocabulary
 from hvdkit.optimizers.local_sgd import LocalSGD
 from hvdkit.train import objectives
-from hvdkit.train.build import build_model, check_batch, check_loss, check_output, check_savable, make_optimizer
+from hvdkit.train.build import (
+    accepted,
+    build_model,
+    check_batch,
+    check_loss,
+    check_output,
+    check_savable,
+    make_optimizer,
+)
 from hvdkit.train.data import TrainingData
 from hvdkit.train.job import Job
 from hvdkit.train.settings import Settings, leave_optimizer_to_model
@@ -31,28 +39,21 @@ def compile_model(
 ) -> tuple[keras.Model, Settings]:
     """Builds and compiles the model. Returns it with the settings that it really uses."""
     settings, strategy, model_source, task = job.settings, job.strategy, job.model_source, job.source.task
-    spec = data.spec
-    given = {**_given_by_data(job.source, vocabulary, spec), **standardization}
+    given = {**_given_by_data(job.source, vocabulary, data.spec), **standardization}
     model = build_model(model_source, given, settings.model_arguments)
     _warn_of_units(job, standardization)
-    if task == AS_COMPILED:
-        check_batch(model, pipeline.first_batch(data.shares[0]), model_source.name, job.source.name)
-    else:
-        each_token = isinstance(job.source, TokenSource)
-        labels = given["vocabulary_size" if each_token else "num_classes"]
-        outputs = objectives.OUTPUTS[task]
-        check_output(model, spec, labels, model_source.name, each_token=each_token, outputs=outputs)
-        if model.compiled:
-            check_loss(model, spec, model_source.name, data.label_spec, objectives.LABELS[task])
-    check_savable(model, model_source.name)
+    _check_model(job, model, data, given)
     options: dict[str, Any] = {} if settings.compression == "none" else {"compression": by_name(settings.compression)}
     if settings.shard_optimizer:
         options["shard"] = True
     if settings.local_steps:
         names = ("local_steps", "fragments", "outer_learning_rate", "outer_momentum")
         options |= {name: getattr(settings, name) for name in names}
-    of_labels = {name: values for name, values in standardization.items() if name.startswith("label_")}
-    loss, metrics = objectives.loss_for(task, model), objectives.metrics_for(task, model, **of_labels)
+    if model_source.loss:
+        loss, metrics = model_source.loss(**accepted(model_source.loss, given)), []
+    else:
+        of_labels = {name: values for name, values in standardization.items() if name.startswith("label_")}
+        loss, metrics = objectives.loss_for(task, model), objectives.metrics_for(task, model, **of_labels)
     if settings.monitor and not tf.distribute.has_strategy():  # where metrics are built in replicas only
         mode = objectives.check_monitor(model, settings.monitor, settings.monitor_mode, metrics)
         settings = dataclasses.replace(settings, monitor_mode=mode)
@@ -82,6 +83,20 @@ def compile_model(
     return model, settings
 
 
+def _check_model(job: Job, model: keras.Model, data: TrainingData, given: Mapping[str, Any]) -> None:
+    """Raises a `UsageError` if the model does not fit the data, or could not be saved."""
+    source, name = job.source, job.model_source.name
+    if source.task != AS_COMPILED:
+        each_token = isinstance(source, TokenSource)
+        labels, outputs = given["vocabulary_size" if each_token else "num_classes"], objectives.OUTPUTS[source.task]
+        check_output(model, data.spec, labels, name, each_token=each_token, outputs=outputs)
+        if model.compiled:
+            check_loss(model, data.spec, name, data.label_spec, objectives.LABELS[source.task])
+    elif not job.model_source.loss:
+        check_batch(model, pipeline.first_batch(data.shares[0]), name, source.name)
+    check_savable(model, name)
+
+
 def _warn_of_units(job: Job, standardization: Mapping[str, tuple[float, ...]]) -> None:
     """Warns of measured values far from the first outputs of a model that does not take their mean."""
     values = zip(standardization.get("label_mean", ()), standardization.get("label_variance", ()), strict=True)
@@ -99,7 +114,8 @@ def _warn_of_units(job: Job, standardization: Mapping[str, tuple[float, ...]]) -
 def _given_by_data(source: Source, vocabulary: Vocabulary | None, spec: Any) -> dict[str, Any]:
     """The arguments that a build function may use, by name."""
     if source.task == AS_COMPILED:
-        return {"input_shape": tf.nest.map_structure(lambda leaf: tuple(leaf.shape), spec)}
+        shapes = tf.nest.map_structure(lambda leaf: tuple(leaf.shape), spec)
+        return {"input_shape": shapes} | ({"num_classes": len(source.label_names)} if source.label_names else {})
     given: dict[str, Any] = {"input_shape": tuple(spec.shape)}
     if isinstance(source, TokenSource):
         return given | {"vocabulary_size": source.vocabulary_size, "sequence_length": source.sequence_length}

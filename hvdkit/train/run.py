@@ -17,6 +17,7 @@ import keras
 import tensorflow as tf
 
 from hvdkit import callbacks, collectives, reporting, versions, world
+from hvdkit.callbacks.evaluation import judge
 from hvdkit.collectives.agreement import check_equal, together
 from hvdkit.collectives.mesh import shard_of
 from hvdkit.data.pipeline import naming_unreadable
@@ -69,6 +70,7 @@ def run(
     steps = settings.steps or settings.epochs * data.steps_per_epoch
 
     # ---- Model ----------------------------------------------------------------------------------------------------
+    evaluator, part = job.model_source.make_evaluator(), strategy.evaluation_share()[0]
     standardization = job_data.make_standardization(source)
     with together(), strategy.scope():
         model, settings = compile_model(job, vocabulary, data, standardization)
@@ -83,6 +85,7 @@ def run(
             reporting.write_json(job.workdir / "features.json", names)
 
     # ---- Training -------------------------------------------------------------------------------------------------
+    validation = evaluated.get("validation", evaluated["test"]) if settings.eval_every else None
     progress = callbacks.ProgressCallback(
         steps, data.steps_per_epoch, settings.global_batch, show=strategy.world.is_root
     )
@@ -92,9 +95,13 @@ def run(
             tap(data.batches, first_step) if tap else data.batches,
             epochs=math.ceil(steps / data.steps_per_epoch),
             steps_per_epoch=min(steps, data.steps_per_epoch),
-            validation_data=evaluated.get("validation", evaluated["test"]) if settings.eval_every else None,
+            validation_data=validation,
             validation_freq=settings.eval_every or 1,
-            callbacks=[*strategy.callbacks(), *_callbacks(job, data, steps, progress, more_callbacks)],
+            callbacks=[
+                *strategy.callbacks(),
+                *([callbacks.EvaluationCallback(evaluator, validation, part)] if evaluator and validation else []),
+                *_callbacks(job, data, steps, progress, more_callbacks),
+            ],
             shuffle=False,  # the batches are shuffled already
             verbose=0,
         )
@@ -102,6 +109,8 @@ def run(
     # ---- Results --------------------------------------------------------------------------------------------------
     with naming_unreadable(shares):
         found = {split: strategy.evaluate(model, batches) for split, batches in evaluated.items()}
+        if evaluator:
+            found = {split: found[split] | judge(model, evaluator, evaluated[split], part) for split in found}
     if settings.early_stopping:
         steps = min(steps, len(history.history["loss"]) * data.steps_per_epoch)
     return _finish(job, model, _Trained(history.history, found, progress, steps, data.steps_per_epoch))

@@ -7,6 +7,7 @@ from hvdkit.data.sources import array_files, table_files
 from hvdkit.data.sources.array_files import has_arrays, load_arrays
 from hvdkit.data.sources.arrays import ArraySource, load_breast_cancer, load_digits, synthetic
 from hvdkit.data.sources.base import Source
+from hvdkit.data.sources.boxes import CocoSource, is_coco_folder, load_digit_scenes
 from hvdkit.data.sources.folder import FolderSource, has_class_folders
 from hvdkit.data.sources.function import FunctionSource, load_function
 from hvdkit.data.sources.record_files import SUFFIXES as RECORD_SUFFIXES
@@ -53,12 +54,14 @@ def open_source(
 
             - `digits`: 1,797 real handwritten digits, 8×8 pixels, that come with scikit-learn;
             - `breast_cancer`: 569 real tumors with 30 measurements each, that come with scikit-learn;
+            - `digit_scenes`: 2,500 images, each with one to four of these digits and boxes around them;
             - `synthetic:HxWxC:CLASSES:EXAMPLES`: random images of any shape;
             - `pydoc`: the reference texts that come with Python, as bytes to predict;
             - `text:PATH`: a file, or a folder of files, as bytes to predict;
             - `text:NAME`: the texts of a TFDS data set (its name, or its prepared directory), as bytes to predict;
             - a path to a prepared TFDS directory (with `dataset_info.json`);
             - a path to a folder of images, `train/CLASS/*.png` and `test/CLASS/*.png`, or `CLASS/*.png` alone;
+            - a path to a folder in COCO's format, with `annotations/instances_train2017.json`;
             - a path to a `.csv`, `.tsv`, `.jsonl`, `.parquet` or `.arrow` file, or to a folder that Hugging Face's
               `datasets` saved, with a column of labels, and one of texts or else columns of numbers and categories;
             - a path to a `.tfrecord` or `.array_record` file with `tf.train.Example` messages, or to a folder of such
@@ -131,6 +134,7 @@ def _open(dataset: str, data_dir: str | None, schema: Schema, *, download: bool,
 
 _EMBEDDED: dict[str, Callable[[], Source]] = {
     "digits": load_digits,
+    "digit_scenes": load_digit_scenes,
     "breast_cancer": load_breast_cancer,
     "pydoc": load_pydoc,
 }
@@ -141,6 +145,8 @@ def _open_folder(dataset: str, image_size: int | None) -> Source | None:
     path = Path(dataset).expanduser()
     if (path / "dataset_info.json").is_file():
         return open_prepared(path, image_size)
+    if is_coco_folder(path):
+        return CocoSource(path, image_size)
     if has_class_folders(path):
         return FolderSource(path, image_size)
     if dataset.startswith(("/", "./", "../", "~")) or (
