@@ -24,7 +24,6 @@ _DIGITS = 4  # in a scene, at most
 _SCALES = (2, 3)  # times the digit's 8 pixels
 _TRIES = 20  # to place a digit beside the others
 _INK = 64  # of 255, from which a pixel belongs to a digit
-_NO_BOX = np.full(5, -1, np.float32)
 
 
 def load_digit_scenes() -> ArraySource:
@@ -66,8 +65,10 @@ def _scene(generator: np.random.Generator, pixels: np.ndarray, classes: np.ndarr
 
 def padded(boxes: Sequence[np.ndarray]) -> np.ndarray:
     """Returns the boxes of all images in one array, float32 [images, most boxes, 5]."""
-    most = max([1, *map(len, boxes)])
-    return np.stack([np.concatenate([one.reshape(-1, 5), [_NO_BOX] * (most - len(one))]) for one in boxes])
+    whole = np.full([len(boxes), max([1, *map(len, boxes)]), 5], -1, np.float32)
+    for rows, found in zip(whole, boxes, strict=True):
+        rows[: len(found)] = found
+    return whole
 
 
 def _source(name: str, classes: list[str], splits: dict[str, tuple[np.ndarray, np.ndarray]]) -> ArraySource:
