@@ -32,7 +32,7 @@ RECIPES = (
         optimizer="adam",
         learning_rate=2e-3,
         lr_schedule="cosine",
-        epochs=12,
+        epochs=10,
         metrics={"map_50": 0.9},
     ),
 )
@@ -45,7 +45,7 @@ _SIDES = 4
 _LEAST_SCORE, _MOST_BOXES = 0.02, 100  # of an image's detections
 
 
-def build(input_shape: tuple[int, int, int], num_classes: int, width: int = 32) -> keras.Model:
+def build(input_shape: tuple[int, int, int], num_classes: int, width: int = 24) -> keras.Model:
     """Returns the model from pixels (0 to 255, [batch, height, width, channels]) to [batch, cells, 4 + num_classes].
 
     Of each cell, row by row: the distances in pixels from its center to the left, upper, right and lower side of a box,

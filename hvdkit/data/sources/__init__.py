@@ -54,7 +54,7 @@ def open_source(
 
             - `digits`: 1,797 real handwritten digits, 8×8 pixels, that come with scikit-learn;
             - `breast_cancer`: 569 real tumors with 30 measurements each, that come with scikit-learn;
-            - `digit_scenes`: 2,500 images, each with one to four of these digits and boxes around them;
+            - `digit_scenes`: 4,500 images, each with one to four of these digits and boxes around them;
             - `synthetic:HxWxC:CLASSES:EXAMPLES`: random images of any shape;
             - `pydoc`: the reference texts that come with Python, as bytes to predict;
             - `text:PATH`: a file, or a folder of files, as bytes to predict;

@@ -19,7 +19,7 @@ from hvdkit.errors import UsageError
 
 KIND = "boxes"
 _SCENE = 64  # pixels
-_SCENES = {"train": 2000, "test": 500}
+_SCENES = {"train": 4000, "test": 500}
 _DIGITS = 4  # in a scene, at most
 _SCALES = (2, 3)  # times the digit's 8 pixels
 _TRIES = 20  # to place a digit beside the others
@@ -29,7 +29,7 @@ _INK = 64  # of 255, from which a pixel belongs to a digit
 def load_digit_scenes() -> ArraySource:
     """Composes scenes of 64×64 pixels, each with one to four of scikit-learn's real digits, enlarged 2 or 3 times.
 
-    Boxes enclose the digits' ink exactly, and do not overlap. 2,000 scenes have digits of the training split of
+    Boxes enclose the digits' ink exactly, and do not overlap. 4,000 scenes have digits of the training split of
     `digits`, and 500 those of its test split. They are the same in each process.
     """
     digits = load_digits()
