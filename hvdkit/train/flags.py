@@ -25,8 +25,9 @@ _HELP = {  # brackets: what applies without the flag, if its default is not a fi
     ),
     "model_args": "arguments of the model's function, such as width=256,depth=6 [its defaults]",
     "dataset": (
-        "digits or breast_cancer (embedded), a TFDS name, or a path: a prepared TFDS directory, a folder "
-        "train/CLASS/*.png or CLASS/*.png, a table (.csv, .jsonl, .parquet, .arrow) with a column label and either a "
+        "digits, digit_scenes or breast_cancer (embedded), a TFDS name, or a path: a prepared TFDS directory, a folder "
+        "train/CLASS/*.png or CLASS/*.png, a folder in COCO's format, a table (.csv, .jsonl, "
+        ".parquet, .arrow) with a column label and either a "
         "column text, or numbers and categories in all other columns, arrays (.npz, .npy) named x_train, y_train, "
         "x_test, y_test or x, y, or records (.tfrecord, .array_record) of tf.train.Example. Made-up data: "
         "synthetic:HxWxC:CLASSES:EXAMPLES. Your own, path/to/file.py:function, which returns (train, test), (train, "

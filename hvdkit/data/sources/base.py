@@ -20,7 +20,8 @@ class Source(Protocol):
     Attributes:
         name: the name that the user gave.
         kind: `image`, `text`, `features`: vectors of numbers; `tokens`: windows of text in which each token's label is
-            the next token; `arrays` and `stream`: examples of any structure, see `FunctionSource`.
+            the next token; `boxes`: images with boxes around objects, see `boxes.py`; `arrays` and `stream`: examples
+            of any structure, see `FunctionSource`.
         task: `classification`, `regression` or `multilabel`, see `Schema`; or `compiled`: what the model is compiled
             for.
         label_names: a name for each class, in the order of the integer labels; or for each label of a set; or for each
