@@ -164,7 +164,7 @@ def test_every_model_builds_and_has_a_recipe_and_its_command(name):
         given |= {"input_shape": (3,), "feature_mean": (1.0, 2.0, 3.0), "feature_variance": (1.0, 4.0, 9.0)}
         inputs = np.ones([2, 3], "float32")
     model = build_model(source, given)
-    assert model(inputs).shape == ((2, 12, 50) if name == "gpt" else (2, 7))
+    assert model(inputs).shape == {"gpt": (2, 12, 50), "detector": (2, 16, 4 + 7)}.get(name, (2, 7))
     header = hvdkit_models.load(name).__doc__
     assert f"launch/local.sh -np 2 --model={name}" in header
     assert "hvdkit" not in header.replace("launch/local.sh", "")
