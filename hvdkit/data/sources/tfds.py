@@ -8,12 +8,13 @@ import numpy as np
 import tensorflow as tf
 
 from hvdkit.data.sources.images import resize, to_8_bits, white_of
-from hvdkit.data.sources.schema import CLASSIFICATION
+from hvdkit.data.sources.schema import AS_COMPILED, CLASSIFICATION
 from hvdkit.data.sources.tokens import TokenSource, join
 from hvdkit.errors import UsageError
 
 _LOOKED_AT = 100  # number of images of 16 bits that tell their value of white
 _NAMES = ("train", "test", "validation")
+_MOST_BOXES = 100  # around the objects of an image; further ones are left out
 _HELD_OUT = 0.2  # fraction of `train` to use as the test split if a data set has none
 
 
@@ -38,10 +39,10 @@ class TfdsSource:
         self._builder = builder
         self._ranges = _ranges(name, builder)
         self.splits = tuple(self._ranges)
-        self._input, self._label = _keys(name, builder)
+        self._input, self._label = self._keys()
         feature = builder.info.features[self._input]
         self.kind = "image" if "Image" in type(feature).__name__ else "text"
-        self.label_names = list(builder.info.features[self._label].names)
+        self.label_names = self._class_names()
         self.feature_names: list[str] = []
         self._resize = image_size
         self._feature = feature
@@ -58,14 +59,14 @@ class TfdsSource:
         """Examples `start` to `stop` of a split, images as encoded bytes."""
         import tensorflow_datasets as tfds
 
-        decoders = {self._input: tfds.decode.SkipDecoding()} if self.kind == "image" else None
+        decoders = {self._input: tfds.decode.SkipDecoding()} if self.kind != "text" else None
         of, offset, _ = self._ranges[split]
         dataset = self._builder.as_dataset(
             split=f"{of}[{offset + start}:{offset + stop}]",
             decoders=decoders,
             shuffle_files=False,  # hvdkit determines the order, from the seed, the epoch and the shard
         )
-        return dataset.map(lambda example: (example[self._input], example[self._label]))
+        return dataset.map(lambda example: (example[self._input], self._labels(example)))
 
     def locate(self, split: str, index: int) -> str:
         """The index of an example."""
@@ -81,6 +82,15 @@ class TfdsSource:
         if self._resize:
             image = resize(image, self._resize)
         return tf.ensure_shape(image, self.shape)
+
+    def _keys(self) -> tuple[str, str]:
+        return _keys(self.name, self._builder)
+
+    def _class_names(self) -> list[str]:
+        return list(self._builder.info.features[self._label].names)
+
+    def _labels(self, example: Any) -> tf.Tensor:
+        return example[self._label]
 
     def _first_images(self) -> Iterator[np.ndarray]:
         first = self.read("train", 0, min(_LOOKED_AT, self.size("train")))
@@ -98,11 +108,52 @@ class TfdsSource:
         return height, width, channels or 3
 
 
+class TfdsBoxSource(TfdsSource):
+    """A prepared TFDS data set with boxes around objects, such as `coco` and `voc`; see `hvdkit.data.sources.boxes`.
+
+    Of each image it has a feature `image`, and of each object `bbox` and `label` in a sequence `objects`. Crowds are
+    left out.
+
+    Args: see `TfdsSource`.
+    """
+
+    task = AS_COMPILED
+
+    def __init__(self, name: str, builder: Any, image_size: int | None) -> None:
+        super().__init__(name, builder, image_size)
+        self.kind = "boxes"
+
+    def _keys(self) -> tuple[str, str]:
+        return "image", "objects"
+
+    def _class_names(self) -> list[str]:
+        return list(self._builder.info.features["objects"]["label"].names)
+
+    def _labels(self, example: Any) -> tf.Tensor:
+        objects = example["objects"]
+        height, width, _ = self.shape or ()
+        upper, left, lower, right = tf.unstack(objects["bbox"], axis=1)
+        sides = [left * width, upper * height, right * width, lower * height]
+        found = tf.stack([*sides, tf.cast(objects["label"], tf.float32)], axis=1)
+        if "is_crowd" in objects:
+            found = tf.boolean_mask(found, ~objects["is_crowd"])
+        found = found[:_MOST_BOXES]
+        return tf.ensure_shape(
+            tf.pad(found, [[0, _MOST_BOXES - tf.shape(found)[0]], [0, 0]], constant_values=-1.0), [_MOST_BOXES, 5]
+        )
+
+
+def _open(name: str, builder: Any, image_size: int | None) -> TfdsSource:
+    objects = builder.info.features.get("objects", {})
+    has_boxes = "image" in builder.info.features and hasattr(objects, "keys") and {"bbox", "label"} <= set(objects)
+    return (TfdsBoxSource if has_boxes else TfdsSource)(name, builder, image_size)
+
+
 def open_prepared(path: Path, image_size: int | None) -> TfdsSource:
     """Opens a prepared TFDS directory: the one that contains `dataset_info.json`."""
     import tensorflow_datasets as tfds
 
-    return TfdsSource(path.parent.name, tfds.builder_from_directory(str(path)), image_size)
+    return _open(path.parent.name, tfds.builder_from_directory(str(path)), image_size)
 
 
 def open_named(name: str, data_dir: str | None, *, download: bool, image_size: int | None) -> TfdsSource:
@@ -110,7 +161,7 @@ def open_named(name: str, data_dir: str | None, *, download: bool, image_size: i
 
     Reads the newest version in `data_dir`. If there is none and `download` is true, downloads it.
     """
-    return TfdsSource(name.partition(":")[0], _find(name, data_dir, download=download), image_size)
+    return _open(name.partition(":")[0], _find(name, data_dir, download=download), image_size)
 
 
 def open_texts(name: str, data_dir: str | None, *, download: bool) -> TokenSource:
