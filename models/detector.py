@@ -174,6 +174,8 @@ class Evaluator:
         ImportError: pycocotools is not installed.
     """
 
+    metrics = ("map", "map_50")
+
     def __init__(self) -> None:
         importlib.import_module("pycocotools.cocoeval")  # now, rather than at the end of a training
 

@@ -10,7 +10,13 @@ from hvdkit.compat import fit_loop
 
 
 class Evaluator(Protocol):
-    """Computes metrics that are no sums over batches, such as mean average precision."""
+    """Computes metrics that are no sums over batches, such as mean average precision.
+
+    Attributes:
+        metrics: their names.
+    """
+
+    metrics: Sequence[str]
 
     def measure(self, inputs: Any, targets: Any, outputs: Any) -> Iterable[Any]:
         """Returns what is to be kept of each example of a batch: an object that can be pickled."""

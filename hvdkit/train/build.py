@@ -57,12 +57,32 @@ class ModelSource:
             ) from error
 
 
-def find_model(model: str) -> ModelSource:
+def find_model(model: str, evaluator: str | None = None) -> ModelSource:
     """Finds a model by name, or a user's function by `path/to/file.py:function` or `package.module:function`.
+
+    Args:
+        model: the name or the function.
+        evaluator: a class of the user's, named like a function, to use in place of the model's own evaluator.
 
     Raises:
         UsageError: there is no such model, file, module or function, or it cannot be imported.
     """
+    found = _find_model(model)
+    return dataclasses.replace(found, evaluator=_find_evaluator(evaluator)) if evaluator else found
+
+
+def _find_evaluator(evaluator: str) -> Callable[[], Evaluator]:
+    _, found = functions.find_function(evaluator, "evaluator")
+    missing = [name for name in ("metrics", "measure", "summarize") if not hasattr(found, name)]
+    if missing:
+        raise UsageError(
+            f"--evaluator={evaluator} has no {missing[0]}. Give a class with measure(inputs, targets, outputs), "
+            f"summarize(kept), and metrics, the names of what it returns."
+        )
+    return found
+
+
+def _find_model(model: str) -> ModelSource:
     if ".py" not in model and ":" not in model:
         if model not in hvdkit_models.names():
             raise UsageError(

@@ -5,7 +5,7 @@ import gc
 import inspect
 import logging
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import keras
@@ -55,7 +55,7 @@ def compile_model(
         of_labels = {name: values for name, values in standardization.items() if name.startswith("label_")}
         loss, metrics = objectives.loss_for(task, model), objectives.metrics_for(task, model, **of_labels)
     if settings.monitor and not tf.distribute.has_strategy():  # where metrics are built in replicas only
-        mode = objectives.check_monitor(model, settings.monitor, settings.monitor_mode, metrics)
+        mode = objectives.check_monitor(model, settings.monitor, settings.monitor_mode, metrics, _evaluated(job))
         settings = dataclasses.replace(settings, monitor_mode=mode)
     whole, compiled = model, model.compiled
     model = strategy.divide(whole)
@@ -81,6 +81,11 @@ def compile_model(
     if isinstance(model.optimizer, LocalSGD) and strategy.world.is_root and strategy.size > 1:
         _log.info("the ranks train alone, and synchronize %s", model.optimizer.schedule())
     return model, settings
+
+
+def _evaluated(job: Job) -> Sequence[str]:
+    evaluator = job.model_source.make_evaluator()
+    return evaluator.metrics if evaluator else ()
 
 
 def _check_model(job: Job, model: keras.Model, data: TrainingData, given: Mapping[str, Any]) -> None:

@@ -117,6 +117,11 @@ _HELP = {  # brackets: what applies without the flag, if its default is not a fi
         "a metric of the model, without val_: decides what --keep-best keeps and when --early-stopping stops, and is "
         "shown in results and in tables [loss; the task's in results]"
     ),
+    "evaluator": (
+        "a class of yours, path/to/file.py:Class, for metrics that need all examples at once: measure(inputs, targets, "
+        "outputs) returns what to keep of each example of a batch, summarize(kept) the metrics of all by name, and "
+        "metrics are these names [the model's]"
+    ),
     "monitor_mode": "whether less (min) or more (max) of --monitor is better; needed only if it cannot be known",
     "early_stopping": (
         "stop after so many evaluations (--eval-every), or else epochs, in which --monitor has not improved"
@@ -194,6 +199,7 @@ def define() -> None:
     add(boolean, _OUTPUT, "overwrite", False)
     add(integer, _OUTPUT, "eval_every", 0, lower_bound=0)
     add(string, _OUTPUT, "monitor", None)
+    add(string, _OUTPUT, "evaluator", None)
     add(enum, _OUTPUT, "monitor_mode", "auto", ("auto", "min", "max"))
     add(integer, _OUTPUT, "early_stopping", None, lower_bound=1)
     add(boolean, _OUTPUT, "tensorboard", True)

@@ -65,7 +65,7 @@ def open_job(config: Config) -> Job:
 
     # ---- Model, data set and settings -----------------------------------------------------------------------------
     with together():
-        model_source = find_model(config.model)
+        model_source = find_model(config.model, config.evaluator)
         dataset = config.dataset or model_source.recipes[0].dataset
         schema = job_data.schema_of(config)
         if config.download and strategy.world.local_rank == 0:  # one rank a host; the others wait at the block's end

@@ -20,8 +20,8 @@ LABELS = {
 }
 
 _MAIN = {CLASSIFICATION: "accuracy", MULTILABEL: "accuracy", REGRESSION: "mean_absolute_error"}
-_MORE_IS_BETTER = ("acc", "auc", "f1", "precision", "recall", "iou", "r2")  # in the names of metrics
-_LESS_IS_BETTER = ("loss", "error", "mse", "mae", "entropy")
+_LESS_IS_BETTER = ("loss", "error", "mse", "mae", "mape", "entropy")  # in the names of metrics
+_MORE_IS_BETTER = ("acc", "auc", "f1", "precision", "recall", "iou", "r2", "map")
 _BARELY_POSITIVE = 1e-7  # a logit; some versions of Keras refuse 0 as a threshold
 _FAR_FROM_0 = 100.0  # square of a mean, in multiples of the variance
 
@@ -90,7 +90,13 @@ def describe(name: str, value: float | None) -> str:
     return f"test {shown} {value:.2%}" if name == "accuracy" else f"test {shown} {value:.5g}"
 
 
-def check_monitor(model: keras.Model, monitor: str, mode: str, metrics: Sequence[keras.metrics.Metric]) -> str:
+def check_monitor(
+    model: keras.Model,
+    monitor: str,
+    mode: str,
+    metrics: Sequence[keras.metrics.Metric],
+    evaluated: Sequence[str] = (),
+) -> str:
     """Checks that a model has the metric that is to be monitored; returns "min" or "max", which of them is better.
 
     Args:
@@ -98,11 +104,13 @@ def check_monitor(model: keras.Model, monitor: str, mode: str, metrics: Sequence
         monitor: the metric's name.
         mode: "min", "max" or "auto".
         metrics: the metrics of a model that is not compiled yet.
+        evaluated: names of the metrics of the model's evaluator.
 
     Raises:
         UsageError: it has no such metric, or it cannot be known whether less is better.
     """
     names = list(model.get_metrics_result()) if model.compiled else ["loss", *(metric.name for metric in metrics)]
+    names += evaluated
     if monitor not in names:
         raise UsageError(
             f"--monitor={monitor} is no metric of the model, which has {', '.join(names)}. Name one of these, or "
@@ -110,10 +118,10 @@ def check_monitor(model: keras.Model, monitor: str, mode: str, metrics: Sequence
         )
     if mode != "auto":
         return mode
-    less = less_is_better(model, monitor) if model.compiled else None
+    less = less_is_better(model, monitor) if model.compiled and monitor not in evaluated else None
     if less is not None:
         return "min" if less else "max"
-    for found, parts in (("max", _MORE_IS_BETTER), ("min", _LESS_IS_BETTER)):
+    for found, parts in (("min", _LESS_IS_BETTER), ("max", _MORE_IS_BETTER)):
         if any(part in monitor for part in parts):  # Keras does not know the names of metrics of several outputs
             return found
     raise UsageError(

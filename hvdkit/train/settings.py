@@ -65,6 +65,7 @@ class Config:
     overwrite: bool
     eval_every: int
     monitor: str | None
+    evaluator: str | None
     monitor_mode: str
     early_stopping: int | None
     tensorboard: bool
