@@ -12,8 +12,8 @@ import keras
 import tensorflow as tf
 from hvdkit_models.recipe import Recipe
 
-from hvdkit import functions
 from hvdkit.callbacks.evaluation import Evaluator
+from hvdkit.command import functions
 from hvdkit.errors import UsageError
 
 
