@@ -9,8 +9,8 @@ from pathlib import Path
 from typing import Any, Literal
 
 from hvdkit.command.arguments import Parser, dashed
+from hvdkit.command.functions import names_function
 from hvdkit.errors import UsageError
-from hvdkit.functions import names_function
 from hvdkit.launch import job
 from hvdkit.launch import options as launch_options
 from hvdkit.sweep import space

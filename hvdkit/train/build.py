@@ -12,7 +12,7 @@ import keras
 import tensorflow as tf
 from hvdkit_models.recipe import Recipe
 
-from hvdkit import functions
+from hvdkit.command import functions
 from hvdkit.errors import UsageError
 
 

@@ -3,6 +3,7 @@
 from collections.abc import Callable
 from pathlib import Path
 
+from hvdkit.command.functions import names_function
 from hvdkit.data.sources import array_files, table_files
 from hvdkit.data.sources.array_files import has_arrays, load_arrays
 from hvdkit.data.sources.arrays import ArraySource, load_breast_cancer, load_digits, synthetic
@@ -17,7 +18,6 @@ from hvdkit.data.sources.table import load_table
 from hvdkit.data.sources.tfds import TfdsSource, open_named, open_prepared, open_texts
 from hvdkit.data.sources.tokens import TokenSource, load_pydoc, load_text
 from hvdkit.errors import UsageError
-from hvdkit.functions import names_function
 
 __all__ = [
     "AS_COMPILED",

@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 import tensorflow as tf
 
-from hvdkit import functions
+from hvdkit.command import functions
 from hvdkit.data.sources.given import Examples, examples_of
 from hvdkit.data.sources.schema import AS_COMPILED
 from hvdkit.errors import UsageError
