@@ -10,7 +10,7 @@ Exit codes: 0 success, 2 wrong usage; the message says how to fix it.
 
 import os
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -87,7 +87,9 @@ def generate(
 ) -> Iterator[int]:
     """Samples tokens one after another from the model's prediction of the next token.
 
-    The model sees only the last `window` tokens of a longer text.
+    A model of `models/gpt.py` keeps what it computed for earlier tokens. When the text fills its window, it goes on
+    with the second half of it, so that it sees half a window or more. Another model computes the last `window` tokens
+    anew for each token.
 
     Args:
         model: a causal model from tokens (int [batch, window]) to logits [batch, window, vocabulary].
@@ -121,6 +123,24 @@ def _draw(
     top_k: int | None,
     generator: np.random.Generator,
 ) -> Iterator[int]:
+    predict = _prediction(model)
+    for _ in range(length):
+        token = _choose(predict(tokens).astype(np.float64), temperature, top_k, generator)
+        tokens.append(token)
+        yield token
+
+
+def _prediction(model: "keras.Model") -> Callable[[list[int]], np.ndarray]:
+    """Returns what gives the logits behind the last one of the tokens: float32 [vocabulary]."""
+    from hvdkit_models import gpt
+
+    try:
+        return _Cached(gpt.Cached(model))
+    except ValueError:
+        return _whole_windows(model)
+
+
+def _whole_windows(model: "keras.Model") -> Callable[[list[int]], np.ndarray]:
     import tensorflow as tf
 
     window = model.input_shape[1]
@@ -129,13 +149,42 @@ def _draw(
     def logits_at(places: tf.Tensor, last: tf.Tensor) -> tf.Tensor:
         return model(places[None], training=False)[0, last]
 
-    for _ in range(length):
+    def predict(tokens: list[int]) -> np.ndarray:
         seen = tokens[-window:]
-        padded = seen + [0] * (window - len(seen))  # a causal model ignores tokens after the last one
-        logits = logits_at(tf.constant(padded, tf.int32), tf.constant(len(seen) - 1)).numpy().astype(np.float64)
-        token = _choose(logits, temperature, top_k, generator)
-        tokens.append(token)
-        yield token
+        return logits_at(tf.constant(_filled_up(seen, window)), tf.constant(len(seen) - 1)).numpy()
+
+    return predict
+
+
+class _Cached:
+    """Gives the logits behind the last one of the tokens, of which there is one more at each call."""
+
+    def __init__(self, model: Any) -> None:
+        import tensorflow as tf
+
+        self._window = model.window
+        self._call = tf.function(model, jit_compile=False, autograph=False)  # traced for a window, and for one token
+        self._empty = self._kept = model.empty()
+        self._begin = self._done = 0  # the place in the text of the window's first token, and the tokens kept in it
+
+    def __call__(self, tokens: list[int]) -> np.ndarray:
+        import tensorflow as tf
+
+        if self._done and len(tokens) - self._begin <= self._window:
+            logits, self._kept = self._call(tf.constant(tokens[-1:]), tf.constant(self._done), self._kept)
+            self._done += 1
+            return logits[0].numpy()
+        self._begin = 0 if len(tokens) <= self._window else len(tokens) - self._window // 2
+        seen = tokens[self._begin :]
+        filled_up = tf.constant(_filled_up(seen, self._window))
+        logits, self._kept = self._call(filled_up, tf.constant(0), self._empty)
+        self._done = len(seen)
+        return logits[self._done - 1].numpy()
+
+
+def _filled_up(tokens: list[int], window: int) -> list[int]:
+    """Returns a whole window: a causal model ignores tokens after the last one."""
+    return tokens + [0] * (window - len(tokens))
 
 
 def _choose(logits: np.ndarray, temperature: float, top_k: int | None, generator: np.random.Generator) -> int:

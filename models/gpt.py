@@ -9,6 +9,7 @@ part, GELU. Tokens are bytes: any text works, without a learned vocabulary.
 """
 
 import keras
+import numpy as np
 from keras import layers, ops
 
 from .recipe import Recipe
@@ -98,3 +99,77 @@ def _add(x: keras.KerasTensor, y: keras.KerasTensor, dropout: float, name: str) 
     if dropout:
         y = layers.Dropout(dropout, name=f"{name}_dropout")(y)
     return layers.Add(name=f"{name}_add")([x, y])
+
+
+class Cached:
+    """A model of `build` that takes a text piece by piece: the keys and values of earlier tokens are kept.
+
+    So the next token costs one position, and not the whole window.
+
+    Args:
+        model: what `build` returned, or a file of it.
+
+    Raises:
+        ValueError: it is another model.
+    """
+
+    def __init__(self, model: keras.Model) -> None:
+        names = {layer.name for layer in model.layers}
+        depth = sum(f"block{block}_attention" in names for block in range(len(names)))
+        parts = ("attention_norm", "attention", "mlp_norm", "mlp_up", "mlp_down")
+        expected = {f"block{block}_{part}" for block in range(depth) for part in parts}
+        ends = {"embed_tokens", "embed_positions", "final_norm", "head"}
+        if not depth or not expected | ends <= names:
+            raise ValueError(f"the model {model.name} is none of models/gpt.py")
+        self.window = model.input_shape[1]
+        self._layer = model.get_layer
+        self._depth = depth
+
+    def empty(self) -> list[tuple[keras.KerasTensor, keras.KerasTensor]]:
+        """Returns the keys and values of no token, of each block: [window, heads, size]."""
+        attention = self._layer("block0_attention")
+        nothing = ops.zeros([self.window, attention.num_heads, attention.key_dim], attention.compute_dtype)
+        return [(nothing, nothing)] * self._depth
+
+    def __call__(
+        self, tokens: keras.KerasTensor, first: keras.KerasTensor, kept: list[tuple]
+    ) -> tuple[keras.KerasTensor, list[tuple]]:
+        """Returns the logits behind each of the tokens, [tokens, vocabulary], and what is kept from now on.
+
+        Args:
+            tokens: int32 [tokens].
+            first: position of the first of them in the window; the last one must lie in it, too.
+            kept: the keys and values of the positions before; later ones are overwritten.
+        """
+        positions = first + ops.arange(tokens.shape[0])
+        places = self._layer("embed_positions")(ops.one_hot(positions, self.window))
+        x = (self._layer("embed_tokens")(tokens) + places)[None]
+        is_seen = ops.arange(self.window)[None] <= positions[:, None]
+        after = []
+        for block in range(self._depth):
+            name = f"block{block}"
+            y = self._layer(f"{name}_attention_norm")(x)
+            y, *now = self._attend(self._layer(f"{name}_attention"), y, first, is_seen, *kept[block])
+            after.append(tuple(now))
+            x = x + y
+            y = self._layer(f"{name}_mlp_up")(self._layer(f"{name}_mlp_norm")(x))
+            x = x + self._layer(f"{name}_mlp_down")(y)
+        return self._layer("head")(self._layer("final_norm")(x))[0], after
+
+    def _attend(
+        self,
+        attention: layers.MultiHeadAttention,
+        y: keras.KerasTensor,
+        first: keras.KerasTensor,
+        is_seen: keras.KerasTensor,
+        keys: keras.KerasTensor,
+        values: keras.KerasTensor,
+    ) -> tuple[keras.KerasTensor, keras.KerasTensor, keras.KerasTensor]:
+        """Returns the attention of some positions to all up to each, and all keys and values."""
+        start = (first, 0, 0)
+        keys = ops.slice_update(keys, start, attention.key_dense(y)[0])
+        values = ops.slice_update(values, start, attention.value_dense(y)[0])
+        query = attention.query_dense(y)[0] * attention.key_dim**-0.5
+        scores = ops.where(is_seen[None], ops.einsum("qhd,khd->hqk", query, keys), -np.inf)
+        mixed = ops.einsum("hqk,khd->qhd", ops.softmax(scores), values)
+        return attention.output_dense(mixed[None]), keys, values

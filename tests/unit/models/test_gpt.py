@@ -200,6 +200,23 @@ def test_text_is_the_same_by_seed(alphabet):
     assert text(length=0) == b""
 
 
+def test_what_is_kept_of_earlier_tokens_changes_no_logit(alphabet):
+    """Beyond the window of 8 it goes on with the last 4 tokens, and fills the window again."""
+    predict = generate._prediction(alphabet)
+    assert isinstance(predict, generate._Cached)
+    traced = []
+    for number in range(1, 20):
+        seen = list(TEXT[:number])
+        got = predict(seen)
+        context = seen[predict._begin :]
+        padded = np.array([context + [0] * (8 - len(context))])
+        assert got == pytest.approx(alphabet(padded).numpy()[0, len(context) - 1], abs=1e-4)
+        traced.append(len(context))
+    assert traced == [*range(1, 9), *range(4, 9), *range(4, 9), 4]
+    lines = keras.Sequential([keras.Input([8], dtype="int32"), keras.layers.Embedding(256, 256)])
+    assert not isinstance(generate._prediction(lines), generate._Cached)
+
+
 @pytest.mark.parametrize("wrong", [{"length": -1}, {"temperature": -0.1}, {"top_k": 0}, {"seed": -1}])
 def test_what_cannot_be_drawn_is_refused(wrong):
     with pytest.raises(UsageError, match="top_k must be 1 or more, the others 0 or more"):
