@@ -1,0 +1,6 @@
+"""Makes a trained model smaller, and measures what that costs: `hvdkit compress`.
+
+trained.py       the run, and its test split
+variants.py      quantized and pruned models
+exports.py       other formats than Keras'
+"""

@@ -1,0 +1,56 @@
+"""`hvdkit compress` on a finished run."""
+
+import json
+
+import keras
+import pytest
+
+from tests import forked
+from tests.conftest import run_command
+
+
+@pytest.mark.slow
+def test_a_run_is_made_smaller_and_measured(tmp_path):
+    run, table = tmp_path / "run", tmp_path / "table.json"
+    trained = forked.command("-m", "hvdkit.train", "--strategy=single", f"--workdir={run}", "--notensorboard")
+    assert run_command(trained, timeout=300).code == 0
+    command = ["-m", "hvdkit.compress", run, "--quantize=int8,int4", "--prune=0.5", "--export=saved_model,litert"]
+    ended = run_command(forked.command(*command, "--json", table), timeout=400)
+    assert ended.code == 0, ended.output
+    found = json.loads(table.read_text())
+    assert found["left_out"] == []
+    rows = {row["variant"]: row for row in found["rows"]}
+    assert list(rows) == [
+        "as trained",
+        "int8",
+        "int4",
+        "pruned 0.5",
+        "pruned 0.5, int8",
+        "pruned 0.5, int4",
+        "saved_model",
+        "litert",
+    ]
+    result = json.loads((run / "result.json").read_text())
+    assert rows["as trained"]["accuracy"] == pytest.approx(result["test_accuracy"])
+    assert rows["int8"]["accuracy"] > result["test_accuracy"] - 0.02
+    assert rows["int8"]["bytes"] < 0.5 * rows["as trained"]["bytes"]
+    assert rows["pruned 0.5"]["zipped_bytes"] < 0.8 * rows["as trained"]["zipped_bytes"]
+    assert all(row["samples_per_second"] > 0 for row in rows.values())
+    keras.saving.load_model(run / "compressed" / "pruned-0.5-int8.keras")
+    assert "as trained" in ended.output
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["nowhere", "--quantize=int8"], "nowhere has no finished run. Give the --workdir of hvdkit train."),
+        (["nowhere"], "Nothing to do. Give --quantize=int8, --prune=0.8 or --export=saved_model"),
+        (["nowhere", "--quantize=int3"], "'int3': choose from int8, int4, float8"),
+        (["nowhere", "--prune=80"], "'80': give shares between 0 and 1, such as 0.5,0.8"),
+    ],
+)
+def test_mistakes_get_a_sentence(arguments, message):
+    ended = run_command(forked.command("-m", "hvdkit.compress", *arguments), timeout=60)
+    assert ended.code == 2
+    assert message in ended.output
+    assert "Traceback" not in ended.output
