@@ -40,7 +40,8 @@ def export(model: keras.Model, form: str, folder: Path) -> tuple[Path, Predict]:
 
 
 def _open_saved_model(path: Path) -> Predict:
-    return tf.saved_model.load(str(path)).serve
+    loaded = tf.saved_model.load(str(path))
+    return lambda inputs: loaded.serve(inputs)  # which keeps its variables
 
 
 def _open_litert(path: Path) -> Predict:

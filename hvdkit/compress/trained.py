@@ -88,7 +88,8 @@ def open_run(folder: Path) -> Trained:
 
 def samples_per_second(predict: Any, inputs: Any) -> float:
     """Returns the median speed of a function from a batch of inputs to outputs."""
-    examples, taken = len(keras.tree.flatten(inputs)[0]), []
+    examples = len(keras.tree.flatten(inputs)[0])
+    taken: list[float] = []
     for _ in range(_WARM_UP):
         predict(inputs)
     while len(taken) < _CALLS or sum(taken) < _SECONDS:

@@ -1,5 +1,6 @@
 """Smaller variants of a trained model: quantized by Keras, and pruned by magnitude."""
 
+import functools
 from collections.abc import Callable
 
 import keras
@@ -60,11 +61,13 @@ def pruned(model: keras.Model, share: float) -> keras.Model:
 def makers(quantizations: list[str], shares: list[float]) -> dict[str, Callable[[keras.Model], keras.Model]]:
     """Returns the variants by name: how each is made of a newly loaded model, which is changed."""
     made: dict[str, Callable[[keras.Model], keras.Model]] = {"as trained": lambda model: model}
-    made |= {mode: lambda model, m=mode: quantized(model, m) for mode in quantizations}
+    made |= {mode: functools.partial(quantized, mode=mode) for mode in quantizations}
     for share in shares:
-        made[f"pruned {share:g}"] = lambda model, s=share: pruned(model, s)
-        made |= {
-            f"pruned {share:g}, {mode}": lambda model, s=share, m=mode: quantized(pruned(model, s), m)
-            for mode in quantizations
-        }
+        made[f"pruned {share:g}"] = functools.partial(pruned, share=share)
+        for mode in quantizations:
+            made[f"pruned {share:g}, {mode}"] = functools.partial(_pruned_and_quantized, share=share, mode=mode)
     return made
+
+
+def _pruned_and_quantized(model: keras.Model, share: float, mode: str) -> keras.Model:
+    return quantized(pruned(model, share), mode)

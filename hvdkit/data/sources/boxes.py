@@ -67,7 +67,7 @@ def padded(boxes: Sequence[np.ndarray]) -> np.ndarray:
     """Returns the boxes of all images in one array, float32 [images, most boxes, 5]."""
     whole = np.full([len(boxes), max([1, *map(len, boxes)]), 5], -1, np.float32)
     for rows, found in zip(whole, boxes, strict=True):
-        rows[: len(found)] = found
+        rows[: len(found)] = found.reshape(-1, 5)
     return whole
 
 
@@ -138,7 +138,7 @@ def _annotations(path: Path, prefix: str) -> tuple[str, dict[str, Any]]:
         raise UsageError(f"{files[0]} describes images that should be in {path / folder}, which is not there.")
     try:
         content = json.loads(files[0].read_text())
-        return folder, {name: content[name] for name in ("images", "annotations", "categories")}
+        return folder, {name: list(content[name]) for name in ("images", "annotations", "categories")}
     except (ValueError, KeyError, TypeError) as error:
         raise UsageError(
             f"{files[0]} is not in COCO's format ({type(error).__name__}: {error}): a JSON object with images, "

@@ -102,8 +102,8 @@ def test_a_data_set_of_tfds_with_objects(tmp_path):
         def _info(self):
             box = {"bbox": tfds.features.BBoxFeature(), "label": tfds.features.ClassLabel(names=["cat", "dog"])}
             objects = tfds.features.Sequence({**box, "is_crowd": np.bool_})
-            image = tfds.features.Image(shape=(None, None, 3))
-            return self.dataset_info_from_configs(features=tfds.features.FeaturesDict(image=image, objects=objects))
+            features = {"image": tfds.features.Image(shape=(None, None, 3)), "objects": objects}
+            return tfds.core.DatasetInfo(builder=self, features=tfds.features.FeaturesDict(features))
 
         def _split_generators(self, manager):
             return {"train": self._examples(), "validation": self._examples()}
