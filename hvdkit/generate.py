@@ -23,6 +23,8 @@ from hvdkit import outcome
 from hvdkit.command.arguments import Parser
 from hvdkit.errors import UsageError
 
+_LONG = 256  # tokens, from which on XLA saves more time than it takes
+
 if TYPE_CHECKING:  # they load for seconds, and a wrong command line is told at once
     import keras
 
@@ -88,8 +90,8 @@ def generate(
     """Samples tokens one after another from the model's prediction of the next token.
 
     A model of `models/gpt.py` keeps what it computed for earlier tokens. When the text fills its window, it goes on
-    with the second half of it, so that it sees half a window or more. Another model computes the last `window` tokens
-    anew for each token.
+    with the second half of it, so that it sees half a window or more. For long texts XLA compiles the computation of a
+    token, which takes a second. Another model computes the last `window` tokens anew for each token.
 
     Args:
         model: a causal model from tokens (int [batch, window]) to logits [batch, window, vocabulary].
@@ -123,19 +125,19 @@ def _draw(
     top_k: int | None,
     generator: np.random.Generator,
 ) -> Iterator[int]:
-    predict = _prediction(model)
+    predict = _prediction(model, length)
     for _ in range(length):
         token = _choose(predict(tokens).astype(np.float64), temperature, top_k, generator)
         tokens.append(token)
         yield token
 
 
-def _prediction(model: "keras.Model") -> Callable[[list[int]], np.ndarray]:
-    """Returns what gives the logits behind the last one of the tokens: float32 [vocabulary]."""
+def _prediction(model: "keras.Model", length: int) -> Callable[[list[int]], np.ndarray]:
+    """Returns what gives the logits behind the last one of the tokens, float32 [vocabulary], for `length` tokens."""
     from hvdkit_models import gpt
 
     try:
-        return _Cached(gpt.Cached(model))
+        return _Cached(gpt.Cached(model), compiled=length >= _LONG)
     except ValueError:
         return _whole_windows(model)
 
@@ -159,11 +161,12 @@ def _whole_windows(model: "keras.Model") -> Callable[[list[int]], np.ndarray]:
 class _Cached:
     """Gives the logits behind the last one of the tokens, of which there is one more at each call."""
 
-    def __init__(self, model: Any) -> None:
+    def __init__(self, model: Any, compiled: bool) -> None:
         import tensorflow as tf
 
         self._window = model.window
-        self._call = tf.function(model, jit_compile=False, autograph=False)  # traced for a window, and for one token
+        self._fill = tf.function(model, jit_compile=False, autograph=False)
+        self._step = tf.function(model, jit_compile=compiled, autograph=False)
         self._empty = self._kept = model.empty()
         self._begin = self._done = 0  # the place in the text of the window's first token, and the tokens kept in it
 
@@ -171,13 +174,13 @@ class _Cached:
         import tensorflow as tf
 
         if self._done and len(tokens) - self._begin <= self._window:
-            logits, self._kept = self._call(tf.constant(tokens[-1:]), tf.constant(self._done), self._kept)
+            logits, self._kept = self._step(tf.constant(tokens[-1:]), tf.constant(self._done), self._kept)
             self._done += 1
             return logits[0].numpy()
         self._begin = 0 if len(tokens) <= self._window else len(tokens) - self._window // 2
         seen = tokens[self._begin :]
         filled_up = tf.constant(_filled_up(seen, self._window))
-        logits, self._kept = self._call(filled_up, tf.constant(0), self._empty)
+        logits, self._kept = self._fill(filled_up, tf.constant(0), self._empty)
         self._done = len(seen)
         return logits[self._done - 1].numpy()
 

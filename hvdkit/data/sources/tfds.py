@@ -144,8 +144,9 @@ class TfdsBoxSource(TfdsSource):
 
 
 def _open(name: str, builder: Any, image_size: int | None) -> TfdsSource:
-    objects = builder.info.features.get("objects", {})
-    has_boxes = "image" in builder.info.features and hasattr(objects, "keys") and {"bbox", "label"} <= set(objects)
+    features = builder.info.features
+    objects = features["objects"] if {"image", "objects"} <= set(features) else None
+    has_boxes = hasattr(objects, "keys") and {"bbox", "label"} <= set(objects.keys())
     return (TfdsBoxSource if has_boxes else TfdsSource)(name, builder, image_size)
 
 

@@ -200,9 +200,10 @@ def test_text_is_the_same_by_seed(alphabet):
     assert text(length=0) == b""
 
 
-def test_what_is_kept_of_earlier_tokens_changes_no_logit(alphabet):
+@pytest.mark.parametrize("length", [20, 1000])
+def test_what_is_kept_of_earlier_tokens_changes_no_logit(alphabet, length):
     """Beyond the window of 8 it goes on with the last 4 tokens, and fills the window again."""
-    predict = generate._prediction(alphabet)
+    predict = generate._prediction(alphabet, length)
     assert isinstance(predict, generate._Cached)
     traced = []
     for number in range(1, 20):
@@ -214,7 +215,7 @@ def test_what_is_kept_of_earlier_tokens_changes_no_logit(alphabet):
         traced.append(len(context))
     assert traced == [*range(1, 9), *range(4, 9), *range(4, 9), 4]
     lines = keras.Sequential([keras.Input([8], dtype="int32"), keras.layers.Embedding(256, 256)])
-    assert not isinstance(generate._prediction(lines), generate._Cached)
+    assert not isinstance(generate._prediction(lines, length), generate._Cached)
 
 
 @pytest.mark.parametrize("wrong", [{"length": -1}, {"temperature": -0.1}, {"top_k": 0}, {"seed": -1}])
