@@ -21,9 +21,9 @@ import numpy as np
 import tensorflow as tf
 
 from hvdkit.data import balance
-from hvdkit.data.epoch_order import Stretch, generator, shuffled, stream_seed, untouched
+from hvdkit.data.epoch_order import Stretch, generator, order_of_parts, shuffled, stream_seed, untouched
 from hvdkit.data.shard import even_share
-from hvdkit.data.sources import Source, images
+from hvdkit.data.sources import Parted, Source, edges_of, images
 from hvdkit.errors import UnreadableExampleError, UsageError
 
 _log = logging.getLogger(__name__)
@@ -65,6 +65,28 @@ class Share:
     prepare: Encode
     inputs: Any = None
     labels: Any = None
+
+    def in_epoch(self, seed: tf.Tensor) -> tf.data.Dataset:
+        """Returns the examples in the order in which an epoch reads them: its parts, if there are any, at random.
+
+        Args:
+            seed: the epoch's `stream_seed`, int64.
+        """
+        edges = edges_of(self.source, self.split)
+        if edges is None or not isinstance(self.source, Parted):
+            return self.stream
+        source, stop = self.source, self.start + self.size
+        first = np.searchsorted(edges, self.start, side="right") - 1
+        last = np.searchsorted(edges, stop, side="left")
+        begins, ends = edges[first:last], edges[first + 1 : last + 1]
+        skipped = np.maximum(self.start - begins, 0)
+        taken = np.minimum(stop, ends) - np.maximum(self.start, begins)
+
+        def examples_of(part: tf.Tensor) -> tf.data.Dataset:
+            examples = source.read_part(self.split, tf.cast(part, tf.int64) + first)
+            return examples.skip(tf.gather(skipped, part)).take(tf.gather(taken, part))
+
+        return tf.data.Dataset.from_tensor_slices(order_of_parts(len(begins), seed)).flat_map(examples_of)
 
     def buffer(self) -> int | None:
         """Returns the size of a streamed shard's shuffle buffer in examples; None for a shard in memory."""
@@ -285,7 +307,7 @@ def start_of(
         step = before.pop().steps  # continue in the same order
     if not before:
         return Start(epoch, step), []
-    places = untouched(source.size("train"), seed, epoch, global_batch, before)
+    places = untouched(source.size("train"), seed, epoch, global_batch, before, edges_of(source, "train"))
     rest = [read_rest(source, "train", places, share.share, number, encode=encode) for share in shares]
     steps = steps_per_epoch - sum(stretch.steps for stretch in before)
     return Start(epoch, step, rest, steps, len(before)), before
@@ -388,7 +410,7 @@ def _streamed_batches(
 
     def epoch_batches(epoch: tf.Tensor) -> tf.data.Dataset:
         epoch_seed = stream_seed(seed, epoch, share.share, share.shares)
-        examples = shuffled(sampling.resample(share.stream, epoch_seed), buffer, epoch_seed)
+        examples = shuffled(sampling.resample(share.in_epoch(epoch_seed), epoch_seed), buffer, epoch_seed)
         if not counted:
             return _decoded(examples, share, local_batch)
         first = tf.where(epoch == start.epoch, tf.constant(start.step, tf.int64), tf.constant(0, tf.int64))

@@ -5,7 +5,7 @@ A resumed run continues at its position in the data, also with another number of
 
 import dataclasses
 import logging
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +18,8 @@ from hvdkit.checkpoint.store import Checkpoint
 from hvdkit.collectives.agreement import together
 from hvdkit.data import balance, checks, pipeline
 from hvdkit.data.epoch_order import Stretch
-from hvdkit.data.moments import standardization
+from hvdkit.data.moments import Moments, standardization
+from hvdkit.data.shard import even_share
 from hvdkit.data.sources import (
     AS_COMPILED,
     CLASSIFICATION,
@@ -33,6 +34,7 @@ from hvdkit.data.sources import (
 from hvdkit.data.sources.function import describe
 from hvdkit.data.vocabulary import Vocabulary, learn_tokens
 from hvdkit.errors import UsageError
+from hvdkit.model.adapting import adapt
 from hvdkit.strategies import Strategy
 from hvdkit.train.flags import Config, Settings
 
@@ -90,9 +92,9 @@ def _num_classes(source: Source) -> int:
 
 
 def make_vocabulary(source: Source, settings: Settings, recipe: Recipe, workdir: Path) -> Vocabulary:
-    """Learns the vocabulary on rank 0 and broadcasts it."""
-    tokens = learn_tokens(source, recipe.max_tokens) if world.rank() == 0 else None
-    vocabulary = Vocabulary(collectives.broadcast_object(tokens, name="vocabulary"), settings.sequence_length)
+    """Learns the vocabulary of the training split: each rank counts the words of its share. A collective call."""
+    tokens = learn_tokens(source, recipe.max_tokens, world.rank(), world.size(), adapt)
+    vocabulary = Vocabulary(tokens, settings.sequence_length)
     if world.rank() == 0:
         vocabulary.save(workdir / "vocabulary.txt")
         _log.info("vocabulary: %d tokens, texts of %d tokens", vocabulary.size, vocabulary.sequence_length)
@@ -100,24 +102,32 @@ def make_vocabulary(source: Source, settings: Settings, recipe: Recipe, workdir:
 
 
 def make_standardization(source: Source) -> dict[str, tuple[float, ...]]:
-    """Computes means and variances of features and measured values on rank 0, and broadcasts them.
+    """Computes means and variances of features and measured values over the training split. A collective call.
 
-    Rank 0 reads the whole training split, so that they are the same, bit for bit, on any number of ranks.
+    Each rank reads a share. What they find in blocks of examples is added up in the order of the blocks, so that the
+    result is the same, bit for bit, on any number of ranks.
 
     Returns:
         Arguments for the function that builds the model: `feature_mean` and `feature_variance` for features,
         `label_mean` and `label_variance` for measured values.
     """
+    values_of: dict[str, Callable[[Any, Any], Any]] = {}
+    if source.kind == "features":
+        values_of["feature"] = lambda x, _: source.decode(x)
+    if source.task == REGRESSION:
+        values_of["label"] = lambda _, y: y
+    if not values_of:
+        return {}
+    size, block = source.size("train"), _STANDARDIZED_AT_ONCE
+    first, last = even_share(-(-size // block), world.rank(), world.size())
+    examples = source.read("train", min(size, first * block), min(size, last * block))
+    values = examples.map(lambda x, y: tuple(value(x, y) for value in values_of.values())).batch(block)
+    mine = [[Moments.of(value, (0,)) for value in batch] for batch in values.as_numpy_iterator()]
+    blocks = [block for rank in collectives.allgather_object(mine, name="standardization") for block in rank]
     found: dict[str, tuple[float, ...]] = {}
-    if world.rank() == 0:
-        examples = source.read("train", 0, source.size("train"))
-        if source.kind == "features":
-            vectors = examples.map(lambda x, _: source.decode(x)).batch(_STANDARDIZED_AT_ONCE)
-            found["feature_mean"], found["feature_variance"] = standardization(vectors.as_numpy_iterator())
-        if source.task == REGRESSION:
-            values = examples.map(lambda _, y: y).batch(_STANDARDIZED_AT_ONCE)
-            found["label_mean"], found["label_variance"] = standardization(values.as_numpy_iterator())
-    return collectives.broadcast_object(found, name="standardization")
+    for name, moments in zip(values_of, zip(*blocks, strict=True), strict=True):
+        found[f"{name}_mean"], found[f"{name}_variance"] = standardization(moments)
+    return found
 
 
 @dataclasses.dataclass(frozen=True)

@@ -41,9 +41,10 @@ _HELP = {  # brackets: what applies without the flag, if its default is not a fi
     "model_args": "arguments of the model's function, such as width=256,depth=6 [its defaults]",
     "dataset": (
         "digits or breast_cancer (embedded), a TFDS name, or a path: a prepared TFDS directory, a folder "
-        "train/CLASS/*.png or CLASS/*.png, a table (.csv, .jsonl, .parquet, .arrow) with a column label and either a "
-        "column text, or numbers and categories in all other columns, arrays (.npz, .npy) named x_train, y_train, "
-        "x_test, y_test or x, y, or records (.tfrecord, .array_record) of tf.train.Example. Made-up data: "
+        "train/CLASS/*.png or CLASS/*.png, a table (.csv, .jsonl, .parquet, .arrow, or a folder of the last two) with "
+        "a column label and either a column text, or numbers and categories in all other columns, arrays (.npz, .npy) "
+        "named x_train, y_train, x_test, y_test or x, y, or records (.tfrecord, .array_record) of tf.train.Example. "
+        "Made-up data: "
         "synthetic:HxWxC:CLASSES:EXAMPLES. Your own, path/to/file.py:function, which returns (train, test), (train, "
         "validation, test) or a dict with these names, each x, (x, y) or (x, y, sample_weight) with arrays in any "
         "tuples and dicts, a tf.data.Dataset, a PyDataset or a grain.MapDataset: all of it on each rank, in the same "
