@@ -15,6 +15,7 @@ from hvdkit.compression import by_name
 from hvdkit.data import pipeline
 from hvdkit.data.sources import AS_COMPILED, Source, TokenSource
 from hvdkit.data.vocabulary import Vocabulary
+from hvdkit.errors import UsageError
 from hvdkit.optimizers.local_sgd import LocalSGD
 from hvdkit.train import flags, objectives
 from hvdkit.train.build import build_model, check_batch, check_loss, check_output, check_savable, make_optimizer
@@ -44,6 +45,7 @@ def compile_model(
         check_output(model, spec, labels, model_source.name, each_token=each_token, outputs=outputs)
         if model.compiled:
             check_loss(model, spec, model_source.name, data.label_spec, objectives.LABELS[task])
+    _check_one_hot(model, model_source.name, settings)
     check_savable(model, model_source.name)
     options: dict[str, Any] = {} if settings.compression == "none" else {"compression": by_name(settings.compression)}
     if settings.shard_optimizer:
@@ -52,7 +54,8 @@ def compile_model(
         names = ("local_steps", "fragments", "outer_learning_rate", "outer_momentum")
         options |= {name: getattr(settings, name) for name in names}
     of_labels = {name: values for name, values in standardization.items() if name.startswith("label_")}
-    loss, metrics = objectives.loss_for(task, model), objectives.metrics_for(task, model, **of_labels)
+    loss = objectives.loss_for(task, model, one_hot=settings.one_hot_labels, focal=settings.focal)
+    metrics = objectives.metrics_for(task, model, **of_labels, one_hot=settings.one_hot_labels)
     if settings.monitor and not tf.distribute.has_strategy():  # where metrics are built in replicas only
         mode = objectives.check_monitor(model, settings.monitor, settings.monitor_mode, metrics)
         settings = dataclasses.replace(settings, monitor_mode=mode)
@@ -80,6 +83,16 @@ def compile_model(
     if isinstance(model.optimizer, LocalSGD) and strategy.world.is_root and strategy.size > 1:
         _log.info("the ranks train alone, and synchronize %s", model.optimizer.schedule())
     return model, settings
+
+
+def _check_one_hot(model: keras.Model, name: str, settings: Settings) -> None:
+    """Raises a `UsageError` if labels become probabilities, and the user has chosen the loss."""
+    if model.compiled and settings.one_hot_labels:
+        flag = f"--augment={settings.augment}" if settings.focal is None else f"--focal={settings.focal:g}"
+        raise UsageError(
+            f"{flag} needs a loss that takes probabilities of classes, and the model {name} is compiled by its "
+            f"function. Leave the flag out, or return the model uncompiled."
+        )
 
 
 def _warn_of_units(job: Job, standardization: Mapping[str, tuple[float, ...]]) -> None:

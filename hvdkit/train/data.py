@@ -17,6 +17,7 @@ from hvdkit import collectives, world
 from hvdkit.checkpoint.store import Checkpoint
 from hvdkit.collectives.agreement import together
 from hvdkit.data import balance, checks, pipeline
+from hvdkit.data.augmentation import Augmentation
 from hvdkit.data.epoch_order import Stretch
 from hvdkit.data.moments import Moments, standardization
 from hvdkit.data.shard import even_share
@@ -40,6 +41,7 @@ from hvdkit.train.flags import Config, Settings
 
 _log = logging.getLogger("hvdkit.train")  # the job's logger
 _STANDARDIZED_AT_ONCE = 8192  # examples
+_COLORS = 3  # channels of an image
 
 
 def schema_of(config: Config) -> Schema:
@@ -54,19 +56,63 @@ def prepared(source: Source, settings: Settings) -> Source:
     Raises:
         UsageError: a text is too short, or the settings balance classes, which the source does not have.
     """
-    if (settings.sampling != "none" or settings.class_weights) and _num_classes(source) == 0:
-        flag = "--class-weights" if settings.class_weights else f"--sampling={settings.sampling}"
+    flag = _balancing_flag(settings)
+    if flag and _num_classes(source) == 0:
         what = f"{source.name}, for {source.task},"
         if source.kind == "tokens":
             what = f"the windows of {source.name}"
         elif source.task == AS_COMPILED:
             what = f"the examples of {source.name}, a function,"
         raise UsageError(f"{flag} balances classes, and {what} have none. Leave it out.")
+    _check_augmentation(source, settings)
     if settings.folding:
         source = FoldSource(source, *settings.folding)
     elif settings.validates:
         source = with_validation(source, settings.validation_share)
     return source.cut(settings.sequence_length) if isinstance(source, TokenSource) else source
+
+
+def _balancing_flag(settings: Settings) -> str | None:
+    """Returns a flag that only data with classes have a use for, if one was given."""
+    given = {
+        "--class-weights": settings.class_weights,
+        f"--effective-number={settings.effective_number}": settings.effective_number is not None,
+        f"--focal={settings.focal}": settings.focal is not None,
+        f"--sampling={settings.sampling}": settings.sampling != "none",
+    }
+    return next((flag for flag, is_given in given.items() if is_given), None)
+
+
+def _check_augmentation(source: Source, settings: Settings) -> None:
+    """Raises a `UsageError` if what is to be augmented are no images, or not such as are needed."""
+    names = settings.augmentations
+    if not names:
+        return
+    if source.kind != "image" or source.shape is None:
+        raise UsageError(f"--augment={settings.augment} changes images, and {source.name} has none. Leave it out.")
+    if settings.one_hot_labels and source.task != CLASSIFICATION:
+        raise UsageError(
+            f"--augment={settings.augment} mixes classes, and {source.name}, for {source.task}, has none. Leave mixup "
+            f"and cutmix out."
+        )
+    if "rand" in names and source.shape[-1] != _COLORS:
+        raise UsageError(
+            f"--augment=rand changes colors, and the images of {source.name} have {source.shape[-1]} channel(s). Use "
+            f"flip and crop, or images with {_COLORS} channels."
+        )
+
+
+def _augmentation(source: Source, settings: Settings) -> Augmentation | None:
+    if not settings.augmentations or source.shape is None:
+        return None
+    return Augmentation(settings.augmentations, source.shape, settings.seed)
+
+
+def _weights(counts: np.ndarray, settings: Settings) -> np.ndarray | None:
+    """Returns the weights of the classes; None if they weigh alike."""
+    if settings.effective_number is not None:
+        return balance.effective_weights(counts, settings.effective_number)
+    return balance.class_weights(counts) if settings.class_weights else None
 
 
 def check_equal_data(source: Source) -> None:
@@ -209,8 +255,10 @@ def read_training_data(
         steps_per_epoch=steps_per_epoch,
         seed=settings.seed,
         sampling=sampling,
-        class_weights=balance.class_weights(counts) if settings.class_weights else None,
+        class_weights=_weights(counts, settings),
         start=start,
+        augmentation=_augmentation(source, settings),
+        one_hot=len(source.label_names) if settings.one_hot_labels else 0,
     )
     now = Stretch(strategy.size, 0, buffers)
     now_rest = Stretch(strategy.size, 0, _buffers(start.rest)) if handed_over else now
@@ -291,8 +339,9 @@ def _describe_classes(settings: Settings, source: Source, counts: np.ndarray) ->
     empty = checks.empty_classes(counts, source.label_names)
     if empty:
         _log.warning("No training example in %d class(es): %s", len(empty), ", ".join(empty[:10]))
-    if settings.class_weights:
-        weights = ", ".join(f"{w:.3g}" for w in balance.class_weights(counts)[:12])
+    found = _weights(counts, settings)
+    if found is not None:
+        weights = ", ".join(f"{w:.3g}" for w in found[:12])
         _log.info("class weights: %s%s", weights, ", ..." if len(counts) > 12 else "")
 
 
@@ -314,4 +363,5 @@ def read_evaluation_data(
         share = pipeline.read_share(source, split, index, shares, encode=encode, cache_bytes=cache)
         checks.check_share(share, split, len(source.label_names))
         batch = strategy.evaluation_batch(share.size, settings.global_batch)
-    return pipeline.evaluation_batches(share, batch), share
+    one_hot = len(source.label_names) if settings.one_hot_labels else 0
+    return pipeline.evaluation_batches(share, batch, one_hot), share

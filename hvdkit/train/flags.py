@@ -17,6 +17,7 @@ from hvdkit.errors import UnfitSizeError, UsageError
 
 STRATEGIES = ("single", "horovod", "mirrored", "multiworker", "tensor", "branches", "pipeline")
 TASKS = ("auto", "classification", "regression", "multilabel")
+AUGMENTATIONS = ("flip", "crop", "rand", "mixup", "cutmix")
 COMPRESSIONS = ("none", "fp16", "bf16", "int8", "onebit", "topk", "powersgd")
 _WHAT, _HOW, _MACHINE, _OUTPUT = "What to train", "How to train it", "On which machine", "What to write"
 _RESUME = "Checkpoints"
@@ -115,6 +116,15 @@ _HELP = {  # brackets: what applies without the flag, if its default is not a fi
     "precision": "Keras' dtype policy",
     "sampling": "draw small classes more often (over), or large ones less often (under)",
     "class_weights": "weight examples so that every class counts the same",
+    "effective_number": (
+        "BETA: weight classes by the effective number of their examples (Cui et al. 2019), such as 0.999; weaker than "
+        "--class-weights"
+    ),
+    "focal": "GAMMA: focal loss, such as 2: examples that the model is sure of count less (Lin et al. 2017)",
+    "augment": (
+        "NAME,NAME of flip, crop, rand (RandAugment), mixup, cutmix: change images at random, another way in each "
+        "epoch; the same on any number of ranks, but for the partners that are mixed, which are of one local batch"
+    ),
     "seed": "seed of weights, data order and dropout",
     "threads": "TensorFlow threads of each rank [its share of the cores]",
     "cache_gb": "cache a rank's decoded examples in memory up to this size; a larger shard is read again each epoch",
@@ -194,6 +204,9 @@ class Config:
     precision: str
     sampling: str
     class_weights: bool
+    effective_number: float | None
+    focal: float | None
+    augment: str | None
     seed: int
     threads: int | None
     cache_gb: float
@@ -228,6 +241,16 @@ class Config:
         match = re.fullmatch(r"(\d+)/(\d+)", self.fold or "")
         fold, folds = (int(match[1]), int(match[2])) if match else (0, 0)
         return (fold, folds) if folds >= 2 and fold < folds else None
+
+    @property
+    def augmentations(self) -> tuple[str, ...]:
+        """The names in --augment."""
+        return tuple(name.strip() for name in (self.augment or "").split(",") if name.strip())
+
+    @property
+    def one_hot_labels(self) -> bool:
+        """Whether labels become probabilities of classes, which mixing and the focal loss need."""
+        return self.focal is not None or bool({"mixup", "cutmix"} & set(self.augmentations))
 
     @property
     def validates(self) -> bool:
@@ -288,6 +311,9 @@ def define() -> None:
     add(enum, _HOW, "precision", "float32", ("float32", "mixed_float16", "mixed_bfloat16"))
     add(enum, _HOW, "sampling", "none", ("none", "over", "under"))
     add(boolean, _HOW, "class_weights", False)
+    add(number, _HOW, "effective_number", None, lower_bound=0.0, upper_bound=1 - 1e-9)
+    add(number, _HOW, "focal", None, lower_bound=0.0)
+    add(string, _HOW, "augment", None)
     add(integer, _HOW, "seed", 0, lower_bound=0, upper_bound=2**31)
 
     add(integer, _MACHINE, "threads", None, lower_bound=1)
@@ -412,8 +438,9 @@ def _check(config: Config) -> None:
         ("epochs", "steps"),
         ("global_batch", "local_batch"),
         ("text_column", "feature_columns"),
+        ("effective_number", "class_weights"),
     ):
-        if getattr(config, one) is not None and getattr(config, other) is not None:
+        if not any(getattr(config, name) is None or getattr(config, name) is False for name in (one, other)):
             raise UsageError(f"--{dashed(one)} and --{dashed(other)} exclude each other: give one of them.")
     _model_arguments(config.model_args or "")
     name, _, arguments = config.compression.partition(":")
@@ -435,6 +462,7 @@ def _check(config: Config) -> None:
         )
     _check_validation(config.validation, config.fold)
     _check_monitor(config.monitor or "")
+    _check_augment(config)
     if config.profile not in (None, "auto") and not re.fullmatch(r"\d+:\d+", config.profile or ""):
         raise UsageError(
             f"--profile={config.profile} is not a range of steps. The form is START:STOP, as in 32:96, or auto."
@@ -499,6 +527,15 @@ def _check_monitor(monitor: str) -> None:
         raise UsageError(
             f"--monitor={monitor} names the metric with its split, which follows from --eval-every. Write "
             f"--monitor={monitor.removeprefix('val_')}."
+        )
+
+
+def _check_augment(config: Config) -> None:
+    """Raises a `UsageError` if there is no such augmentation."""
+    unknown = sorted(set(config.augmentations) - set(AUGMENTATIONS))
+    if unknown:
+        raise UsageError(
+            f"--augment={config.augment}: {unknown[0]!r} is unknown. Name some of {', '.join(AUGMENTATIONS)}."
         )
 
 

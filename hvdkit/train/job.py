@@ -165,6 +165,9 @@ def _identity(settings: Settings) -> dict[str, Any]:
         "sequence_length",
         "sampling",
         "class_weights",
+        "effective_number",
+        "focal",
+        "augment",
     )
     training = (
         "seed",
