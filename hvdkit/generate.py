@@ -33,6 +33,7 @@ def main(argv: list[str]) -> int:
     """Prints the prompt and the generated text byte by byte; returns the exit code."""
     try:
         arguments = parser().parse_args(argv[1:])
+        check(arguments.prompt, arguments.length, arguments.temperature, arguments.top_k, arguments.seed)
         model = open_model(Path(arguments.run).expanduser())
         prompt = arguments.prompt.encode("utf-8", "surrogateescape")  # keep bytes that are not valid UTF-8
         draw = {"temperature": arguments.temperature, "top_k": arguments.top_k, "seed": arguments.seed}
@@ -56,14 +57,14 @@ def open_model(run: Path) -> "keras.Model":
     Raises:
         UsageError: there is no model, it cannot be opened, or it does not predict bytes.
     """
-    import keras
-
-    from hvdkit.data.sources.tokens import VOCABULARY_SIZE
-
     file = run if run.suffix == ".keras" else run / "model.keras"
     if not file.is_file():
         unfinished = " (the run is not finished: run the same command again to resume it)" if run.is_dir() else ""
         raise UsageError(f"{file} does not exist{unfinished}. Give the folder that hvdkit.train wrote (--workdir).")
+    import keras
+
+    from hvdkit.data.sources.tokens import VOCABULARY_SIZE
+
     try:
         model = keras.saving.load_model(file, compile=False)
     except Exception as error:  # any error that Keras raises for an invalid file or for a user's own layers
@@ -107,6 +108,12 @@ def generate(
     Raises:
         UsageError: an argument is out of range.
     """
+    check(prompt, length, temperature, top_k, seed)
+    return _draw(model, list(prompt), length, temperature, top_k, np.random.default_rng(seed))
+
+
+def check(prompt: bytes | str, length: int, temperature: float, top_k: int | None, seed: int) -> None:
+    """Raises a `UsageError` if an argument of `generate` is out of range."""
     if not prompt:
         raise UsageError("The prompt is empty, but the model needs a text to continue. Give a word, or a newline.")
     if length < 0 or temperature < 0 or (top_k is not None and top_k < 1) or seed < 0:
@@ -114,7 +121,6 @@ def generate(
             f"length={length}, temperature={temperature}, top_k={top_k}, seed={seed}: top_k must be 1 or more, the "
             f"others 0 or more. Correct the one that is not."
         )
-    return _draw(model, list(prompt), length, temperature, top_k, np.random.default_rng(seed))
 
 
 def _draw(

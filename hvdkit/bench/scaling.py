@@ -34,6 +34,8 @@ def measure(arguments: argparse.Namespace) -> dict[str, Any]:
         ranks = sorted({int(number) for number in arguments.ranks.split(",")})
     except ValueError:
         raise UsageError(f"--ranks={arguments.ranks} is no list of numbers, as in --ranks=1,2,4.") from None
+    if ranks[0] < 1:
+        raise UsageError(f"--ranks={arguments.ranks}: at least one rank is needed.")
     found: dict[tuple[str, int], list[float]] = {}
     for _ in range(arguments.rounds):
         for workload in workloads.named(arguments.workloads):

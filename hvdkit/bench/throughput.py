@@ -7,6 +7,7 @@ from typing import Any
 
 from hvdkit import reporting
 from hvdkit.bench import jobs, statistic, workloads
+from hvdkit.train import flags as train_flags
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -22,6 +23,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def measure(arguments: argparse.Namespace) -> dict[str, Any]:
     """Measure every case of every workload in turn, once per round."""
+    train_flags.check(arguments.flags)
     trainings = {"yours": arguments.flags}
     if not arguments.flags:
         trainings = {w.name: w.train_flags() for w in workloads.named(arguments.workloads)}

@@ -43,8 +43,14 @@ class Sampling:
         drawn = [_draw(np.flatnonzero(labels == c), target, generator) for c in np.unique(labels)]
         return generator.permutation(np.concatenate(drawn))
 
-    def resample(self, examples: tf.data.Dataset, seed: Any) -> tf.data.Dataset:
-        """Resamples a stream: repeats each example `target / count` times on average."""
+    def resample(self, examples: tf.data.Dataset, seed: Any, numbered: int = 0) -> tf.data.Dataset:
+        """Resamples a stream: repeats each example `target / count` times on average.
+
+        Args:
+            examples: pairs of an input and a label; if numbered, the input is a pair, too, that begins with a number.
+            seed: decides which examples are drawn.
+            numbered: what to add to the number for each further copy of an example; 0 if there are no numbers.
+        """
         if self.mode == "none":
             return examples
         ratio = tf.constant(self.target(self.counts) / np.maximum(self.counts, 1), tf.float32)
@@ -52,7 +58,12 @@ class Sampling:
         def repeat(place: tf.Tensor, example: tuple[tf.Tensor, tf.Tensor]) -> tf.data.Dataset:
             chance = tf.random.stateless_uniform([], seed=tf.stack([tf.cast(seed, tf.int64), place]))
             times = tf.floor(tf.gather(ratio, example[1]) + chance)
-            return tf.data.Dataset.from_tensors(example).repeat(tf.cast(times, tf.int64))
+            copies = tf.data.Dataset.from_tensors(example).repeat(tf.cast(times, tf.int64))
+            return copies.enumerate().map(_with_own_number) if numbered else copies
+
+        def _with_own_number(copy: tf.Tensor, example: Any) -> Any:
+            (number, encoded), label = example
+            return (number + copy * numbered, encoded), label
 
         return examples.enumerate().flat_map(repeat)
 
@@ -65,6 +76,20 @@ def class_weights(counts: np.ndarray) -> np.ndarray:
     """
     present = counts > 0
     return np.where(present, counts.sum() / (present.sum() * np.maximum(counts, 1)), 0.0)
+
+
+def effective_weights(counts: np.ndarray, beta: float) -> np.ndarray:
+    """Returns class weights by the effective number of examples, `(1 - beta) / (1 - beta ** count)`, float64 [classes].
+
+    They are scaled so that an example has the weight 1 on average. A class without examples gets 0. With beta 0 all
+    classes weigh alike; near 1 they approach `class_weights`.
+
+    Y. Cui, M. Jia, T.-Y. Lin, Y. Song, S. Belongie, "Class-Balanced Loss Based on Effective Number of Samples", 2019,
+    equation (2).
+    """
+    present = counts > 0
+    weights = np.where(present, (1 - beta) / (1 - np.power(beta, np.maximum(counts, 1))), 0.0)
+    return weights * counts.sum() / (weights * counts).sum()
 
 
 def describe(counts: np.ndarray, names: list[str], most: int = 12) -> str:

@@ -79,7 +79,25 @@ def shuffled(examples: tf.data.Dataset, buffer: int, seed: Any) -> tf.data.Datas
     return examples.shuffle(buffer, seed=seed)
 
 
-def untouched(examples: int, seed: int, epoch: int, global_batch: int, stretches: Sequence[Stretch]) -> np.ndarray:
+def order_of_parts(parts: int, seed: Any) -> tf.Tensor:
+    """Returns the order in which an epoch of a streamed shard takes its parts, int32 [parts]; a graph function.
+
+    Args:
+        parts: number of parts.
+        seed: the epoch's `stream_seed`, as a number or a tensor.
+    """
+    keys = tf.random.stateless_uniform([parts], tf.stack([tf.cast(seed, tf.int64), tf.constant(parts, tf.int64)]))
+    return tf.argsort(keys, stable=True)
+
+
+def untouched(
+    examples: int,
+    seed: int,
+    epoch: int,
+    global_batch: int,
+    stretches: Sequence[Stretch],
+    edges: np.ndarray | None = None,
+) -> np.ndarray:
     """Returns the indices of the examples that an epoch has not seen yet, int64, ascending.
 
     Args:
@@ -88,6 +106,7 @@ def untouched(examples: int, seed: int, epoch: int, global_batch: int, stretches
         epoch: number of the epoch.
         global_batch: examples per step.
         stretches: the steps taken so far, in order.
+        edges: those of the split's parts, if a streamed shard is read in parts; see `hvdkit.data.sources.edges_of`.
     """
     places = np.arange(examples)
     for rest, stretch in enumerate(stretches):
@@ -95,15 +114,30 @@ def untouched(examples: int, seed: int, epoch: int, global_batch: int, stretches
         taken = stretch.steps * (global_batch // stretch.shares)
         for share in range(stretch.shares):
             part = places[slice(*even_share(len(places), share, stretch.shares))]
-            seen.append(part[_order(len(part), seed, epoch, share, stretch, rest)[:taken]])
+            in_parts = None if edges is None or rest else within(edges, *even_share(examples, share, stretch.shares))
+            seen.append(part[_order(len(part), seed, epoch, share, stretch, rest, in_parts)[:taken]])
         places = np.setdiff1d(places, np.concatenate(seen), assume_unique=True)
     return places
 
 
-def _order(size: int, seed: int, epoch: int, share: int, stretch: Stretch, rest: int) -> np.ndarray:
+def within(edges: np.ndarray, start: int, stop: int) -> np.ndarray:
+    """Returns the edges, counted from `start`, of those parts that have the examples `start` to `stop`."""
+    inside = edges[(edges > start) & (edges < stop)]
+    return np.concatenate([[0], inside - start, [stop - start]])
+
+
+def _order(
+    size: int, seed: int, epoch: int, share: int, stretch: Stretch, rest: int, edges: np.ndarray | None
+) -> np.ndarray:
     if stretch.buffers is None:
         return generator(seed, epoch, share, stretch.shares).permutation(size)
     buffer = stretch.buffers[share]
-    seeds = tf.data.Dataset.from_tensors(tf.constant(stream_seed(seed, epoch, share, stretch.shares, rest), tf.int64))
-    order = seeds.flat_map(lambda s: shuffled(tf.data.Dataset.range(size), buffer, s)).batch(1 << 16)
+    epoch_seed = stream_seed(seed, epoch, share, stretch.shares, rest)
+    places = np.arange(size)
+    if edges is not None:
+        parts = order_of_parts(len(edges) - 1, epoch_seed).numpy()
+        places = np.concatenate([np.arange(edges[part], edges[part + 1]) for part in parts])
+    seeds = tf.data.Dataset.from_tensors(tf.constant(epoch_seed, tf.int64))
+    in_order = tf.data.Dataset.from_tensor_slices(places)
+    order = seeds.flat_map(lambda s: shuffled(in_order, buffer, s)).batch(1 << 16)
     return np.concatenate([np.zeros(0, np.int64), *order.as_numpy_iterator()])

@@ -37,15 +37,15 @@ class Moments:
         return Moments(count, self.mean + apart * (other.count / count), deviations)
 
 
-def standardization(batches: Iterable[np.ndarray]) -> tuple[tuple[float, ...], tuple[float, ...]]:
+def standardization(moments: Iterable[Moments]) -> tuple[tuple[float, ...], tuple[float, ...]]:
     """Returns the mean and the variance of each number in vectors, as a `keras.layers.Normalization` takes them.
 
     A number that is always the same gets the variance 1, so that another value of it does no harm later.
 
     Args:
-        batches: batches of vectors, [examples, numbers].
+        moments: those of batches of vectors, in order.
     """
-    total = sum((Moments.of(batch, (0,)) for batch in batches), Moments())
+    total = sum(moments, Moments())
     variance = np.asarray(total.deviations / total.count)
     constant = variance <= np.square(np.finfo(np.float32).eps * np.asarray(total.mean))
     return tuple(total.mean.tolist()), tuple(np.where(constant, 1.0, variance).tolist())

@@ -21,9 +21,10 @@ import numpy as np
 import tensorflow as tf
 
 from hvdkit.data import balance
-from hvdkit.data.epoch_order import Stretch, generator, shuffled, stream_seed, untouched
+from hvdkit.data.augmentation import Augmentation
+from hvdkit.data.epoch_order import Stretch, generator, order_of_parts, shuffled, stream_seed, untouched
 from hvdkit.data.shard import even_share
-from hvdkit.data.sources import Source, images
+from hvdkit.data.sources import Parted, Source, edges_of, images
 from hvdkit.errors import UnreadableExampleError, UsageError
 
 _log = logging.getLogger(__name__)
@@ -53,6 +54,7 @@ class Share:
         inputs: all decoded inputs, [size, ...], in the source's structure; None for a streamed shard.
         labels: all labels, int64 [size], or int32 [size, sequence_length] for token windows, or in the source's
             structure; None for a streamed shard.
+        numbered: the examples as ((index in the split, encoded input), label), if they are not consecutive.
     """
 
     source: Source
@@ -65,6 +67,36 @@ class Share:
     prepare: Encode
     inputs: Any = None
     labels: Any = None
+    numbered: tf.data.Dataset | None = None
+
+    def with_numbers(self) -> tf.data.Dataset:
+        """Returns the examples as ((index in the split, encoded input), label)."""
+        return self.numbered or self.stream.enumerate(self.start).map(_number)
+
+    def in_epoch(self, seed: tf.Tensor, *, with_numbers: bool = False) -> tf.data.Dataset:
+        """Returns the examples in the order in which an epoch reads them: its parts, if there are any, at random.
+
+        Args:
+            seed: the epoch's `stream_seed`, int64.
+            with_numbers: whether to return them as `with_numbers` does.
+        """
+        edges = edges_of(self.source, self.split)
+        if edges is None or not isinstance(self.source, Parted):
+            return self.with_numbers() if with_numbers else self.stream
+        source, stop = self.source, self.start + self.size
+        first = np.searchsorted(edges, self.start, side="right") - 1
+        last = np.searchsorted(edges, stop, side="left")
+        begins, ends = edges[first:last], edges[first + 1 : last + 1]
+        skipped = np.maximum(self.start - begins, 0)
+        taken = np.minimum(stop, ends) - np.maximum(self.start, begins)
+
+        def examples_of(part: tf.Tensor) -> tf.data.Dataset:
+            examples = source.read_part(self.split, tf.cast(part, tf.int64) + first)
+            if with_numbers:
+                examples = examples.enumerate(tf.gather(begins, part)).map(_number)
+            return examples.skip(tf.gather(skipped, part)).take(tf.gather(taken, part))
+
+        return tf.data.Dataset.from_tensor_slices(order_of_parts(len(begins), seed)).flat_map(examples_of)
 
     def buffer(self) -> int | None:
         """Returns the size of a streamed shard's shuffle buffer in examples; None for a shard in memory."""
@@ -73,6 +105,11 @@ class Share:
         first = tf.nest.flatten(next(iter(self.stream.take(1)))[0], expand_composites=True)
         size = max(1, sum(map(_size_of, first)))
         return int(min(self.size, max(1000, _SHUFFLE_BYTES // size)))
+
+
+def _number(number: tf.Tensor, example: Any) -> Any:
+    encoded, label = example
+    return (number, encoded), label
 
 
 def _size_of(leaf: tf.Tensor) -> int:
@@ -140,7 +177,8 @@ def read_rest(
     wanted[mine - start] = True
     stream = source.read(split, start, stop).enumerate().filter(lambda place, _: tf.gather(wanted, place))
     examples = stream.map(lambda _, example: example)
-    return Share(source, split, share, shares, start, len(mine), examples, _prepare(source, encode))
+    numbered = stream.map(lambda place, example: _number(start + place, example))
+    return Share(source, split, share, shares, start, len(mine), examples, _prepare(source, encode), numbered=numbered)
 
 
 def _prepare(source: Source, encode: Encode | None) -> Encode:
@@ -285,7 +323,7 @@ def start_of(
         step = before.pop().steps  # continue in the same order
     if not before:
         return Start(epoch, step), []
-    places = untouched(source.size("train"), seed, epoch, global_batch, before)
+    places = untouched(source.size("train"), seed, epoch, global_batch, before, edges_of(source, "train"))
     rest = [read_rest(source, "train", places, share.share, number, encode=encode) for share in shares]
     steps = steps_per_epoch - sum(stretch.steps for stretch in before)
     return Start(epoch, step, rest, steps, len(before)), before
@@ -300,6 +338,8 @@ def training_batches(
     sampling: balance.Sampling,
     class_weights: np.ndarray | None = None,
     start: Start | None = None,
+    augmentation: Augmentation | None = None,
+    one_hot: int = 0,
 ) -> tf.data.Dataset:
     """Returns an infinite data set of training batches, each of `len(shares) * local_batch` examples.
 
@@ -311,20 +351,23 @@ def training_batches(
         sampling: how often an example of each class is drawn.
         class_weights: weight of each class, float [classes]; becomes the batch's sample weights.
         start: where to begin; by default at the first step of the first epoch.
+        augmentation: changes the images.
+        one_hot: number of classes, if labels are to become their probabilities, float32 [examples, classes].
 
     Returns:
         A data set of (inputs, labels) or (inputs, labels, sample weights). Images are float32, 0 to 255.
     """
     start = start or Start()
     whole = Start(start.epoch + 1) if start.rest else start
+    form = _Form(local_batch, augmentation, one_hot)
     batches = _side_by_side(
-        _resident_batches(share, local_batch, steps_per_epoch, seed, sampling, whole)
+        _resident_batches(share, form, steps_per_epoch, seed, sampling, whole)
         if share.inputs is not None
-        else _streamed_batches(share, local_batch, steps_per_epoch, seed, sampling, whole)
+        else _streamed_batches(share, form, steps_per_epoch, seed, sampling, whole)
         for share in shares
     )
     if start.rest:
-        rests = (_rest_batches(share, local_batch, seed, start) for share in start.rest)
+        rests = (_rest_batches(share, form, seed, start) for share in start.rest)
         batches = _side_by_side(rests).concatenate(batches)
     return _finish(batches.map(_form_of(shares[0])), class_weights)
 
@@ -339,13 +382,15 @@ def _side_by_side(streams: Iterable[tf.data.Dataset]) -> tf.data.Dataset:
     )
 
 
-def evaluation_batches(share: Share, batch: int) -> tf.data.Dataset:
-    """Returns all examples of a shard once, in order; the last batch may be smaller."""
+def evaluation_batches(share: Share, batch: int, one_hot: int = 0) -> tf.data.Dataset:
+    """Returns all examples of a shard once, in order; the last batch may be smaller. `one_hot` as in training."""
     if share.inputs is not None:
         batches = tf.data.Dataset.from_tensor_slices((share.inputs, share.labels)).batch(batch)
     else:
         decoded = share.stream.map(lambda x, y: (share.prepare(x), y), num_parallel_calls=tf.data.AUTOTUNE)
         batches = decoded.batch(batch)
+    if one_hot:
+        batches = batches.map(lambda x, y: (x, tf.one_hot(y, one_hot)))
     return _finish(batches.map(_form_of(share)), None)
 
 
@@ -355,10 +400,47 @@ def first_batch(share: Share, examples: int = 2) -> tuple:
     return next(iter(pairs.map(_form_of(share))))
 
 
+@dataclasses.dataclass(frozen=True)
+class _Form:
+    """What becomes of a shard's examples.
+
+    Attributes:
+        size: examples in a local batch.
+        augmentation: changes the images; None if nothing does.
+        one_hot: number of classes, if labels become their probabilities; otherwise 0.
+    """
+
+    size: int
+    augmentation: Augmentation | None = None
+    one_hot: int = 0
+
+    def batches(self, examples: tf.data.Dataset, prepare: Encode, epoch: Any) -> tf.data.Dataset:
+        """Decodes a stream of examples, which have numbers if they are to be augmented, and forms batches."""
+        augmentation = self.augmentation
+
+        def changed(numbered: Any, label: tf.Tensor) -> tuple[tf.Tensor, ...]:
+            number, encoded = numbered
+            key = augmentation.key(epoch, number)  # type: ignore[union-attr]
+            return augmentation.image(prepare(encoded), key), self.label(label), key  # type: ignore[union-attr]
+
+        def unchanged(encoded: Any, label: tf.Tensor) -> tuple[Any, tf.Tensor]:
+            return prepare(encoded), self.label(label)
+
+        form = changed if augmentation else unchanged
+        prepared = examples.map(form, num_parallel_calls=tf.data.AUTOTUNE, deterministic=True)
+        batches = prepared.batch(self.size, drop_remainder=True)
+        return batches.map(augmentation.mix) if augmentation else batches
+
+    def label(self, label: tf.Tensor) -> tf.Tensor:
+        """Returns the label, or labels, as the model takes them."""
+        return tf.one_hot(label, self.one_hot) if self.one_hot else label
+
+
 def _resident_batches(
-    share: Share, local_batch: int, steps: int, seed: int, sampling: balance.Sampling, start: Start
+    share: Share, form: _Form, steps: int, seed: int, sampling: balance.Sampling, start: Start
 ) -> tf.data.Dataset:
     """Gathers batches by index from a shard in memory: one operation per batch, none per example."""
+    local_batch = form.size
 
     def orders() -> Iterator[np.ndarray]:
         for epoch in itertools.count(start.epoch):
@@ -369,10 +451,51 @@ def _resident_batches(
 
     with tf.device("CPU:0"):  # the input pipeline runs here, and GPU memory is for the model
         examples = tf.nest.map_structure(_held, (share.inputs, share.labels))
+    if form.augmentation:
+        return _augmented_batches(share, form, orders, examples, start.epoch)
     indices = tf.data.Dataset.from_generator(
         orders, output_signature=tf.TensorSpec([None, local_batch], tf.int64)
     ).unbatch()
-    return indices.map(lambda places: tf.nest.map_structure(lambda leaf: tf.gather(leaf, places), examples))
+    batches = indices.map(lambda places: tf.nest.map_structure(lambda leaf: tf.gather(leaf, places), examples))
+    return batches.map(lambda inputs, labels: (inputs, form.label(labels))) if form.one_hot else batches
+
+
+def _augmented_batches(
+    share: Share, form: _Form, orders: Callable[[], Iterator[np.ndarray]], examples: tuple[Any, Any], first_epoch: int
+) -> tf.data.Dataset:
+    """Takes examples one by one from a shard in memory, and augments them.
+
+    Args:
+        share: the shard.
+        form: what becomes of the examples.
+        orders: gives the batches of each epoch, from the first one on, as indices [steps, examples].
+        examples: all inputs and labels.
+        first_epoch: number of the first epoch.
+    """
+
+    def numbered() -> Iterator[tuple[int, np.ndarray, np.ndarray]]:
+        for epoch, places in enumerate(map(np.ravel, orders()), first_epoch):
+            yield epoch, places, share.start + places + _copies(places) * share.source.size(share.split)
+
+    def epoch_batches(epoch: tf.Tensor, places: tf.Tensor, numbers: tf.Tensor) -> tf.data.Dataset:
+        def example(place: tf.Tensor, number: tf.Tensor) -> tuple[tuple[tf.Tensor, tf.Tensor], tf.Tensor]:
+            inputs, label = (tf.gather(part, place) for part in examples)
+            return (number, inputs), label
+
+        return form.batches(tf.data.Dataset.from_tensor_slices((places, numbers)).map(example), lambda x: x, epoch)
+
+    specs = (tf.TensorSpec([], tf.int64), tf.TensorSpec([None], tf.int64), tf.TensorSpec([None], tf.int64))
+    return tf.data.Dataset.from_generator(numbered, output_signature=specs).flat_map(epoch_batches)
+
+
+def _copies(places: np.ndarray) -> np.ndarray:
+    """Returns for each place how often it was there before, int64."""
+    order = np.argsort(places, kind="stable")
+    ordered = places[order]
+    firsts = np.searchsorted(ordered, ordered)
+    copies = np.empty(len(places), np.int64)
+    copies[order] = np.arange(len(places)) - firsts
+    return copies
 
 
 def _held(leaf: Any) -> Any:
@@ -380,40 +503,39 @@ def _held(leaf: Any) -> Any:
 
 
 def _streamed_batches(
-    share: Share, local_batch: int, steps: int, seed: int, sampling: balance.Sampling, start: Start
+    share: Share, form: _Form, steps: int, seed: int, sampling: balance.Sampling, start: Start
 ) -> tf.data.Dataset:
     """Returns batches of a shard that is read again in each epoch. Shuffles encoded examples, then decodes them."""
+    is_numbered = form.augmentation is not None
+    copies = share.source.size(share.split) if is_numbered else 0
     buffer = share.buffer() or 1
     counted = sampling.mode == "none"  # otherwise the draw decides how many batches an epoch has, not `steps`
 
     def epoch_batches(epoch: tf.Tensor) -> tf.data.Dataset:
         epoch_seed = stream_seed(seed, epoch, share.share, share.shares)
-        examples = shuffled(sampling.resample(share.stream, epoch_seed), buffer, epoch_seed)
+        in_order = share.in_epoch(epoch_seed, with_numbers=is_numbered)
+        examples = shuffled(sampling.resample(in_order, epoch_seed, copies), buffer, epoch_seed)
         if not counted:
-            return _decoded(examples, share, local_batch)
+            return form.batches(examples, share.prepare, epoch)
         first = tf.where(epoch == start.epoch, tf.constant(start.step, tf.int64), tf.constant(0, tf.int64))
-        return _decoded(examples.skip(first * local_batch), share, local_batch).take(steps - first)
+        return form.batches(examples.skip(first * form.size), share.prepare, epoch).take(steps - first)
 
     first_epoch = start.epoch if counted else 0
     batches = tf.data.Dataset.range(first_epoch, tf.int64.max).flat_map(epoch_batches)
     return batches if counted else batches.skip(start.epoch * steps + start.step)
 
 
-def _rest_batches(share: Share, local_batch: int, seed: int, start: Start) -> tf.data.Dataset:
+def _rest_batches(share: Share, form: _Form, seed: int, start: Start) -> tf.data.Dataset:
     """Returns batches of the examples that an epoch has not seen before the number of ranks changed."""
     buffer = share.buffer() or 1
 
     def batches(rest_seed: tf.Tensor) -> tf.data.Dataset:
-        examples = shuffled(share.stream, buffer, rest_seed).skip(start.step * local_batch)
-        return _decoded(examples, share, local_batch).take(start.rest_steps - start.step)
+        stream = share.with_numbers() if form.augmentation else share.stream
+        examples = shuffled(stream, buffer, rest_seed).skip(start.step * form.size)
+        return form.batches(examples, share.prepare, start.epoch).take(start.rest_steps - start.step)
 
     rest_seed = stream_seed(seed, start.epoch, share.share, share.shares, start.handovers)
     return tf.data.Dataset.from_tensors(tf.constant(rest_seed, tf.int64)).flat_map(batches)
-
-
-def _decoded(examples: tf.data.Dataset, share: Share, local_batch: int) -> tf.data.Dataset:
-    prepared = examples.map(lambda x, y: (share.prepare(x), y), num_parallel_calls=tf.data.AUTOTUNE, deterministic=True)
-    return prepared.batch(local_batch, drop_remainder=True)
 
 
 def _form_of(share: Share) -> Callable[[Any, Any], tuple]:
@@ -428,9 +550,14 @@ def _as_input(inputs: tf.Tensor, labels: tf.Tensor) -> tuple[tf.Tensor, tf.Tenso
 def _finish(batches: tf.data.Dataset, class_weights: np.ndarray | None) -> tf.data.Dataset:
     if class_weights is not None:
         weights = tf.constant(class_weights, tf.float32)
-        batches = batches.map(lambda x, y: (x, y, tf.gather(weights, y)))
+        batches = batches.map(lambda x, y: (x, y, _weights_of(y, weights)))
     options = tf.data.Options()
     # Every rank has its own shard already: MirroredStrategy must not shard it again.
     options.experimental_distribute.auto_shard_policy = tf.data.experimental.AutoShardPolicy.OFF
     options.deterministic = True
     return batches.with_options(options).prefetch(tf.data.AUTOTUNE)
+
+
+def _weights_of(labels: tf.Tensor, weights: tf.Tensor) -> tf.Tensor:
+    """Returns the weight of each example's class, or that of the classes that it is mixed of."""
+    return tf.linalg.matvec(labels, weights) if labels.dtype.is_floating else tf.gather(weights, labels)

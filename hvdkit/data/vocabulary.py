@@ -1,12 +1,13 @@
 """From texts to token numbers, with one vocabulary that is the same on all ranks."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 import keras
 import tensorflow as tf
 
+from hvdkit.data.shard import even_share
 from hvdkit.data.sources import Source
 
 
@@ -38,7 +39,13 @@ class Vocabulary:
         path.write_text("".join(f"{token}\n" for token in self.tokens), encoding="utf-8")
 
 
-def learn_tokens(source: Source, max_tokens: int) -> list[str]:
+def learn_tokens(
+    source: Source,
+    max_tokens: int,
+    share: int = 0,
+    shares: int = 1,
+    adapt: Callable[[keras.layers.TextVectorization, tf.data.Dataset], None] = keras.layers.TextVectorization.adapt,
+) -> list[str]:
     """Returns the most frequent words of the train split, in order of decreasing frequency.
 
     Words are lower-cased. Of the punctuation, only ! and ? are kept, each as a word.
@@ -46,10 +53,14 @@ def learn_tokens(source: Source, max_tokens: int) -> list[str]:
     Args:
         source: a source of texts.
         max_tokens: size of the vocabulary, including padding and unknown words.
+        share: index of the share of the texts to read.
+        shares: number of shares.
+        adapt: lets a layer learn from texts; with several shares, from those that all ranks read.
     """
-    texts = source.read("train", 0, source.size("train")).map(lambda text, _: source.decode(text))
+    start, stop = even_share(source.size("train"), share, shares)
+    texts = source.read("train", start, stop).map(lambda text, _: source.decode(text))
     layer = _vectorizer(max_tokens, None)
-    layer.adapt(texts.batch(1024))
+    adapt(layer, texts.batch(1024))
     return layer.get_vocabulary(include_special_tokens=False)
 
 

@@ -85,13 +85,16 @@ def _parse(argv: list[str]) -> tuple[argparse.Namespace, list[str]]:
     arguments, flags = made.parse_known_args(argv[1:])
     try:
         flags = train_flags.check(flags, one_strategy=True)
-        ranks = arguments.np or (sum(host.slots for host in hosts.from_list(arguments.hosts)) if arguments.hosts else 2)
+        slots = sum(host.slots for host in hosts.from_list(arguments.hosts)) if arguments.hosts else 2
     except UsageError as error:
         made.error(str(error))
-    if not 0 <= arguments.rank < ranks or arguments.step < 1 or ranks < 1:
+    ranks = slots if arguments.np is None else arguments.np
+    if ranks < 1:
+        made.error(f"-np {ranks}: at least one rank is needed")
+    if not 0 <= arguments.rank < ranks or arguments.step < 1:
         made.error(
             f"--rank {arguments.rank} --step {arguments.step} of {ranks} rank(s): expected are a rank from 0 to "
-            f"{max(ranks, 1) - 1}, and a step from 1"
+            f"{ranks - 1}, and a step from 1"
         )
     if arguments.fault == "disk-full" and os.geteuid() != 0:
         made.error("disk-full mounts a small disk for the checkpoints, and needs root for that; run it with sudo")

@@ -15,6 +15,7 @@ from hvdkit.compression import by_name
 from hvdkit.data import pipeline
 from hvdkit.data.sources import AS_COMPILED, Source, TokenSource
 from hvdkit.data.vocabulary import Vocabulary
+from hvdkit.errors import UsageError
 from hvdkit.optimizers.local_sgd import LocalSGD
 from hvdkit.train import objectives
 from hvdkit.train.build import (
@@ -53,7 +54,8 @@ def compile_model(
         loss, metrics = model_source.loss(**accepted(model_source.loss, given)), []
     else:
         of_labels = {name: values for name, values in standardization.items() if name.startswith("label_")}
-        loss, metrics = objectives.loss_for(task, model), objectives.metrics_for(task, model, **of_labels)
+        loss = objectives.loss_for(task, model, one_hot=settings.one_hot_labels, focal=settings.focal)
+        metrics = objectives.metrics_for(task, model, **of_labels, one_hot=settings.one_hot_labels)
     if settings.monitor and not tf.distribute.has_strategy():  # where metrics are built in replicas only
         mode = objectives.check_monitor(model, settings.monitor, settings.monitor_mode, metrics, _evaluated(job))
         settings = dataclasses.replace(settings, monitor_mode=mode)
@@ -99,7 +101,18 @@ def _check_model(job: Job, model: keras.Model, data: TrainingData, given: Mappin
             check_loss(model, data.spec, name, data.label_spec, objectives.LABELS[source.task])
     elif not job.model_source.loss:
         check_batch(model, pipeline.first_batch(data.shares[0]), name, source.name)
+    _check_one_hot(model, name, job.settings)
     check_savable(model, name)
+
+
+def _check_one_hot(model: keras.Model, name: str, settings: Settings) -> None:
+    """Raises a `UsageError` if labels become probabilities, and the user has chosen the loss."""
+    if model.compiled and settings.one_hot_labels:
+        flag = f"--augment={settings.augment}" if settings.focal is None else f"--focal={settings.focal:g}"
+        raise UsageError(
+            f"{flag} needs a loss that takes probabilities of classes, and the model {name} is compiled by its "
+            f"function. Leave the flag out, or return the model uncompiled."
+        )
 
 
 def _warn_of_units(job: Job, standardization: Mapping[str, tuple[float, ...]]) -> None:

@@ -5,7 +5,7 @@ A resumed run continues at its position in the data, also with another number of
 
 import dataclasses
 import logging
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -17,8 +17,10 @@ from hvdkit import collectives, world
 from hvdkit.checkpoint.store import Checkpoint
 from hvdkit.collectives.agreement import together
 from hvdkit.data import balance, checks, pipeline
+from hvdkit.data.augmentation import Augmentation
 from hvdkit.data.epoch_order import Stretch
-from hvdkit.data.moments import standardization
+from hvdkit.data.moments import Moments, standardization
+from hvdkit.data.shard import even_share
 from hvdkit.data.sources import (
     AS_COMPILED,
     CLASSIFICATION,
@@ -33,11 +35,13 @@ from hvdkit.data.sources import (
 from hvdkit.data.sources.function import describe
 from hvdkit.data.vocabulary import Vocabulary, learn_tokens
 from hvdkit.errors import UsageError
+from hvdkit.model.adapting import adapt
 from hvdkit.strategies import Strategy
 from hvdkit.train.settings import Config, Settings
 
 _log = logging.getLogger("hvdkit.train")  # the job's logger
 _STANDARDIZED_AT_ONCE = 8192  # examples
+_COLORS = 3  # channels of an image
 
 
 def schema_of(config: Config) -> Schema:
@@ -52,19 +56,63 @@ def prepared(source: Source, settings: Settings) -> Source:
     Raises:
         UsageError: a text is too short, or the settings balance classes, which the source does not have.
     """
-    if (settings.sampling != "none" or settings.class_weights) and _num_classes(source) == 0:
-        flag = "--class-weights" if settings.class_weights else f"--sampling={settings.sampling}"
+    flag = _balancing_flag(settings)
+    if flag and _num_classes(source) == 0:
         what = f"{source.name}, for {source.task},"
         if source.kind == "tokens":
             what = f"the windows of {source.name}"
         elif source.task == AS_COMPILED:
             what = f"the examples of {source.name}, a function,"
         raise UsageError(f"{flag} balances classes, and {what} have none. Leave it out.")
+    _check_augmentation(source, settings)
     if settings.folding:
         source = FoldSource(source, *settings.folding)
     elif settings.validates:
         source = with_validation(source, settings.validation_share)
     return source.cut(settings.sequence_length) if isinstance(source, TokenSource) else source
+
+
+def _balancing_flag(settings: Settings) -> str | None:
+    """Returns a flag that only data with classes have a use for, if one was given."""
+    given = {
+        "--class-weights": settings.class_weights,
+        f"--effective-number={settings.effective_number}": settings.effective_number is not None,
+        f"--focal={settings.focal}": settings.focal is not None,
+        f"--sampling={settings.sampling}": settings.sampling != "none",
+    }
+    return next((flag for flag, is_given in given.items() if is_given), None)
+
+
+def _check_augmentation(source: Source, settings: Settings) -> None:
+    """Raises a `UsageError` if what is to be augmented are no images, or not such as are needed."""
+    names = settings.augmentations
+    if not names:
+        return
+    if source.kind != "image" or source.shape is None:
+        raise UsageError(f"--augment={settings.augment} changes images, and {source.name} has none. Leave it out.")
+    if settings.one_hot_labels and source.task != CLASSIFICATION:
+        raise UsageError(
+            f"--augment={settings.augment} mixes classes, and {source.name}, for {source.task}, has none. Leave mixup "
+            f"and cutmix out."
+        )
+    if "rand" in names and source.shape[-1] != _COLORS:
+        raise UsageError(
+            f"--augment=rand changes colors, and the images of {source.name} have {source.shape[-1]} channel(s). Use "
+            f"flip and crop, or images with {_COLORS} channels."
+        )
+
+
+def _augmentation(source: Source, settings: Settings) -> Augmentation | None:
+    if not settings.augmentations or source.shape is None:
+        return None
+    return Augmentation(settings.augmentations, source.shape, settings.seed)
+
+
+def _weights(counts: np.ndarray, settings: Settings) -> np.ndarray | None:
+    """Returns the weights of the classes; None if they weigh alike."""
+    if settings.effective_number is not None:
+        return balance.effective_weights(counts, settings.effective_number)
+    return balance.class_weights(counts) if settings.class_weights else None
 
 
 def check_equal_data(source: Source) -> None:
@@ -90,9 +138,9 @@ def _num_classes(source: Source) -> int:
 
 
 def make_vocabulary(source: Source, settings: Settings, recipe: Recipe, workdir: Path) -> Vocabulary:
-    """Learns the vocabulary on rank 0 and broadcasts it."""
-    tokens = learn_tokens(source, recipe.max_tokens) if world.rank() == 0 else None
-    vocabulary = Vocabulary(collectives.broadcast_object(tokens, name="vocabulary"), settings.sequence_length)
+    """Learns the vocabulary of the training split: each rank counts the words of its share. A collective call."""
+    tokens = learn_tokens(source, recipe.max_tokens, world.rank(), world.size(), adapt)
+    vocabulary = Vocabulary(tokens, settings.sequence_length)
     if world.rank() == 0:
         vocabulary.save(workdir / "vocabulary.txt")
         _log.info("vocabulary: %d tokens, texts of %d tokens", vocabulary.size, vocabulary.sequence_length)
@@ -100,24 +148,32 @@ def make_vocabulary(source: Source, settings: Settings, recipe: Recipe, workdir:
 
 
 def make_standardization(source: Source) -> dict[str, tuple[float, ...]]:
-    """Computes means and variances of features and measured values on rank 0, and broadcasts them.
+    """Computes means and variances of features and measured values over the training split. A collective call.
 
-    Rank 0 reads the whole training split, so that they are the same, bit for bit, on any number of ranks.
+    Each rank reads a share. What they find in blocks of examples is added up in the order of the blocks, so that the
+    result is the same, bit for bit, on any number of ranks.
 
     Returns:
         Arguments for the function that builds the model: `feature_mean` and `feature_variance` for features,
         `label_mean` and `label_variance` for measured values.
     """
+    values_of: dict[str, Callable[[Any, Any], Any]] = {}
+    if source.kind == "features":
+        values_of["feature"] = lambda x, _: source.decode(x)
+    if source.task == REGRESSION:
+        values_of["label"] = lambda _, y: y
+    if not values_of:
+        return {}
+    size, block = source.size("train"), _STANDARDIZED_AT_ONCE
+    first, last = even_share(-(-size // block), world.rank(), world.size())
+    examples = source.read("train", min(size, first * block), min(size, last * block))
+    values = examples.map(lambda x, y: tuple(value(x, y) for value in values_of.values())).batch(block)
+    mine = [[Moments.of(value, (0,)) for value in batch] for batch in values.as_numpy_iterator()]
+    blocks = [block for rank in collectives.allgather_object(mine, name="standardization") for block in rank]
     found: dict[str, tuple[float, ...]] = {}
-    if world.rank() == 0:
-        examples = source.read("train", 0, source.size("train"))
-        if source.kind == "features":
-            vectors = examples.map(lambda x, _: source.decode(x)).batch(_STANDARDIZED_AT_ONCE)
-            found["feature_mean"], found["feature_variance"] = standardization(vectors.as_numpy_iterator())
-        if source.task == REGRESSION:
-            values = examples.map(lambda _, y: y).batch(_STANDARDIZED_AT_ONCE)
-            found["label_mean"], found["label_variance"] = standardization(values.as_numpy_iterator())
-    return collectives.broadcast_object(found, name="standardization")
+    for name, moments in zip(values_of, zip(*blocks, strict=True), strict=True):
+        found[f"{name}_mean"], found[f"{name}_variance"] = standardization(moments)
+    return found
 
 
 @dataclasses.dataclass(frozen=True)
@@ -199,8 +255,10 @@ def read_training_data(
         steps_per_epoch=steps_per_epoch,
         seed=settings.seed,
         sampling=sampling,
-        class_weights=balance.class_weights(counts) if settings.class_weights else None,
+        class_weights=_weights(counts, settings),
         start=start,
+        augmentation=_augmentation(source, settings),
+        one_hot=len(source.label_names) if settings.one_hot_labels else 0,
     )
     now = Stretch(strategy.size, 0, buffers)
     now_rest = Stretch(strategy.size, 0, _buffers(start.rest)) if handed_over else now
@@ -281,8 +339,9 @@ def _describe_classes(settings: Settings, source: Source, counts: np.ndarray) ->
     empty = checks.empty_classes(counts, source.label_names)
     if empty:
         _log.warning("No training example in %d class(es): %s", len(empty), ", ".join(empty[:10]))
-    if settings.class_weights:
-        weights = ", ".join(f"{w:.3g}" for w in balance.class_weights(counts)[:12])
+    found = _weights(counts, settings)
+    if found is not None:
+        weights = ", ".join(f"{w:.3g}" for w in found[:12])
         _log.info("class weights: %s%s", weights, ", ..." if len(counts) > 12 else "")
 
 
@@ -304,4 +363,5 @@ def read_evaluation_data(
         share = pipeline.read_share(source, split, index, shares, encode=encode, cache_bytes=cache)
         checks.check_share(share, split, len(source.label_names))
         batch = strategy.evaluation_batch(share.size, settings.global_batch)
-    return pipeline.evaluation_batches(share, batch), share
+    one_hot = len(source.label_names) if settings.one_hot_labels else 0
+    return pipeline.evaluation_batches(share, batch, one_hot), share

@@ -6,7 +6,7 @@ from absl import flags
 
 from hvdkit.command.arguments import dashed
 from hvdkit.errors import UsageError
-from hvdkit.train.settings import COMPRESSIONS, Config, parse_model_arguments
+from hvdkit.train.settings import AUGMENTATIONS, COMPRESSIONS, Config, parse_model_arguments
 
 _DIVIDING = ("tensor", "branches", "pipeline")
 _BELONGS_TO = {  # flags that the other strategies have no use for
@@ -28,8 +28,9 @@ def check(config: Config) -> None:
         ("epochs", "steps"),
         ("global_batch", "local_batch"),
         ("text_column", "feature_columns"),
+        ("effective_number", "class_weights"),
     ):
-        if getattr(config, one) is not None and getattr(config, other) is not None:
+        if not any(getattr(config, name) is None or getattr(config, name) is False for name in (one, other)):
             raise UsageError(f"--{dashed(one)} and --{dashed(other)} exclude each other: give one of them.")
     parse_model_arguments(config.model_args or "")
     name, _, arguments = config.compression.partition(":")
@@ -51,6 +52,7 @@ def check(config: Config) -> None:
         )
     _check_validation(config.validation, config.fold)
     _check_monitor(config.monitor or "")
+    _check_augment(config)
     if config.profile not in (None, "auto") and not re.fullmatch(r"\d+:\d+", config.profile or ""):
         raise UsageError(
             f"--profile={config.profile} is not a range of steps. The form is START:STOP, as in 32:96, or auto."
@@ -115,6 +117,15 @@ def _check_monitor(monitor: str) -> None:
         raise UsageError(
             f"--monitor={monitor} names the metric with its split, which follows from --eval-every. Write "
             f"--monitor={monitor.removeprefix('val_')}."
+        )
+
+
+def _check_augment(config: Config) -> None:
+    """Raises a `UsageError` if there is no such augmentation."""
+    unknown = sorted(set(config.augmentations) - set(AUGMENTATIONS))
+    if unknown:
+        raise UsageError(
+            f"--augment={config.augment}: {unknown[0]!r} is unknown. Name some of {', '.join(AUGMENTATIONS)}."
         )
 
 

@@ -26,10 +26,10 @@ _HELP = {  # brackets: what applies without the flag, if its default is not a fi
     "model_args": "arguments of the model's function, such as width=256,depth=6 [its defaults]",
     "dataset": (
         "digits, digit_scenes or breast_cancer (embedded), a TFDS name, or a path: a prepared TFDS directory, a folder "
-        "train/CLASS/*.png or CLASS/*.png, a folder in COCO's format, a table (.csv, .jsonl, "
-        ".parquet, .arrow) with a column label and either a "
-        "column text, or numbers and categories in all other columns, arrays (.npz, .npy) named x_train, y_train, "
-        "x_test, y_test or x, y, or records (.tfrecord, .array_record) of tf.train.Example. Made-up data: "
+        "train/CLASS/*.png or CLASS/*.png, a folder in COCO's format, a table (.csv, .jsonl, .parquet, .arrow, or a "
+        "folder of the last two) with a column label and either a column text, or numbers and categories in all other "
+        "columns, arrays (.npz, .npy) named x_train, y_train, x_test, y_test or x, y, or records (.tfrecord, "
+        ".array_record) of tf.train.Example. Made-up data: "
         "synthetic:HxWxC:CLASSES:EXAMPLES. Your own, path/to/file.py:function, which returns (train, test), (train, "
         "validation, test) or a dict with these names, each x, (x, y) or (x, y, sample_weight) with arrays in any "
         "tuples and dicts, a tf.data.Dataset, a PyDataset or a grain.MapDataset: all of it on each rank, in the same "
@@ -100,6 +100,15 @@ _HELP = {  # brackets: what applies without the flag, if its default is not a fi
     "precision": "Keras' dtype policy",
     "sampling": "draw small classes more often (over), or large ones less often (under)",
     "class_weights": "weight examples so that every class counts the same",
+    "effective_number": (
+        "BETA: weight classes by the effective number of their examples (Cui et al. 2019), such as 0.999; weaker than "
+        "--class-weights"
+    ),
+    "focal": "GAMMA: focal loss, such as 2: examples that the model is sure of count less (Lin et al. 2017)",
+    "augment": (
+        "NAME,NAME of flip, crop, rand (RandAugment), mixup, cutmix: change images at random, another way in each "
+        "epoch; the same on any number of ranks, but for the partners that are mixed, which are of one local batch"
+    ),
     "seed": "seed of weights, data order and dropout",
     "threads": "TensorFlow threads of each rank [its share of the cores]",
     "cache_gb": "cache a rank's decoded examples in memory up to this size; a larger shard is read again each epoch",
@@ -189,6 +198,9 @@ def define() -> None:
     add(enum, _HOW, "precision", "float32", ("float32", "mixed_float16", "mixed_bfloat16"))
     add(enum, _HOW, "sampling", "none", ("none", "over", "under"))
     add(boolean, _HOW, "class_weights", False)
+    add(number, _HOW, "effective_number", None, lower_bound=0.0, upper_bound=1 - 1e-9)
+    add(number, _HOW, "focal", None, lower_bound=0.0)
+    add(string, _HOW, "augment", None)
     add(integer, _HOW, "seed", 0, lower_bound=0, upper_bound=2**31)
 
     add(integer, _MACHINE, "threads", None, lower_bound=1)

@@ -14,7 +14,7 @@ from hvdkit import collectives, reporting, strategies, world
 from hvdkit.checkpoint import resuming
 from hvdkit.checkpoint.store import Checkpoint
 from hvdkit.collectives.agreement import together
-from hvdkit.data.sources import Source, open_source
+from hvdkit.data.sources import Source, open_source, survey_source
 from hvdkit.errors import UsageError
 from hvdkit.train import artifacts
 from hvdkit.train import data as job_data
@@ -70,9 +70,19 @@ def open_job(config: Config) -> Job:
         schema = job_data.schema_of(config)
         if config.download and strategy.world.local_rank == 0:  # one rank a host; the others wait at the block's end
             open_source(dataset, config.data_dir, download=True, image_size=config.image_size, schema=schema)
+    with together():
+        survey = survey_source(dataset, schema, world.rank(), world.size())
+    surveys = [found for found in collectives.allgather_object(survey, name="surveys") if found]
     keras.utils.set_random_seed(config.seed)  # a function of --dataset may draw examples
     with together():
-        source = open_source(dataset, config.data_dir, image_size=config.image_size, schema=schema, seed=config.seed)
+        source = open_source(
+            dataset,
+            config.data_dir,
+            image_size=config.image_size,
+            schema=schema,
+            seed=config.seed,
+            surveys=surveys or None,
+        )
     job_data.check_equal_data(source)
     with together():
         check_kind(model_source, source.kind, dataset)
@@ -155,6 +165,9 @@ def _identity(settings: Settings) -> dict[str, Any]:
         "sequence_length",
         "sampling",
         "class_weights",
+        "effective_number",
+        "focal",
+        "augment",
     )
     training = (
         "seed",

@@ -5,6 +5,7 @@ from typing import Any
 
 import keras
 import numpy as np
+import tensorflow as tf
 
 from hvdkit.compat.keras3 import less_is_better
 from hvdkit.data.sources import CLASSIFICATION, MULTILABEL, REGRESSION
@@ -26,17 +27,35 @@ _BARELY_POSITIVE = 1e-7  # a logit; some versions of Keras refuse 0 as a thresho
 _FAR_FROM_0 = 100.0  # square of a mean, in multiples of the variance
 
 
-def loss_for(task: str, model: keras.Model) -> keras.losses.Loss:
-    """Returns the loss of a model that its function did not compile."""
+def loss_for(task: str, model: keras.Model, *, one_hot: bool = False, focal: float | None = None) -> keras.losses.Loss:
+    """Returns the loss of a model that its function did not compile.
+
+    Args:
+        task: see `hvdkit.data.sources.Schema`.
+        model: the model.
+        one_hot: whether labels are probabilities of classes.
+        focal: gamma of the focal loss, for such labels: T.-Y. Lin, P. Goyal, R. Girshick, K. He, P. Dollár, "Focal
+            Loss for Dense Object Detection", 2017. None for the cross-entropy.
+    """
+    is_logits = not ends_in(model, keras.activations.softmax)
+    if focal is not None:
+        return keras.losses.CategoricalFocalCrossentropy(alpha=1.0, gamma=focal, from_logits=is_logits)
+    if one_hot:
+        return keras.losses.CategoricalCrossentropy(from_logits=is_logits)
     if task == REGRESSION:
         return keras.losses.MeanSquaredError()
     if task == MULTILABEL:
         return keras.losses.BinaryCrossentropy(from_logits=not ends_in(model, keras.activations.sigmoid))
-    return keras.losses.SparseCategoricalCrossentropy(from_logits=not ends_in(model, keras.activations.softmax))
+    return keras.losses.SparseCategoricalCrossentropy(from_logits=is_logits)
 
 
 def metrics_for(
-    task: str, model: keras.Model, label_mean: Sequence[float] = (), label_variance: Sequence[float] = ()
+    task: str,
+    model: keras.Model,
+    label_mean: Sequence[float] = (),
+    label_variance: Sequence[float] = (),
+    *,
+    one_hot: bool = False,
 ) -> list[keras.metrics.Metric]:
     """Returns the metrics of a model that its function did not compile.
 
@@ -45,6 +64,7 @@ def metrics_for(
         model: the model.
         label_mean: for regression, the mean of each measured value.
         label_variance: the variance of each.
+        one_hot: whether labels are probabilities of classes.
     """
     if task == REGRESSION:
         error = keras.metrics.MeanAbsoluteError(name="mean_absolute_error")
@@ -56,7 +76,8 @@ def metrics_for(
         threshold = 0.5 if is_probability else _BARELY_POSITIVE
         accuracy = keras.metrics.BinaryAccuracy(name="accuracy", threshold=threshold)
         return [accuracy, keras.metrics.AUC(name="auc", from_logits=not is_probability)]
-    return [keras.metrics.SparseCategoricalAccuracy(name="accuracy")]
+    kind = keras.metrics.CategoricalAccuracy if one_hot else keras.metrics.SparseCategoricalAccuracy
+    return [kind(name="accuracy")]
 
 
 def results_of(task: str, split: str, metrics: Mapping[str, float]) -> dict[str, Any]:
@@ -68,6 +89,48 @@ def results_of(task: str, split: str, metrics: Mapping[str, float]) -> dict[str,
     shown |= {name: float(value) for name, value in metrics.items() if np.ndim(value) == 0}
     shown["loss"] = shown.pop("loss")  # comes last
     return {f"{split}_{name}": value for name, value in shown.items()}
+
+
+def confusion(model: keras.Model, batches: tf.data.Dataset, classes: int) -> np.ndarray | None:
+    """Counts how often an example of each class is taken for each class.
+
+    Args:
+        model: the model.
+        batches: batches of inputs, and numbers or probabilities of classes.
+        classes: number of classes.
+
+    Returns:
+        int64 [true class, predicted class]; None if the model does not give a number for each class.
+    """
+    counts = np.zeros([classes, classes], np.int64)
+    for inputs, labels in batches:
+        outputs = model.predict_on_batch(inputs)
+        if np.ndim(outputs) != 2 or outputs.shape[1] != classes:
+            return None
+        true = labels.numpy() if labels.ndim == 1 else labels.numpy().argmax(axis=1)
+        np.add.at(counts, (true, outputs.argmax(axis=1)), 1)
+    return counts
+
+
+def results_by_class(counts: np.ndarray, names: Sequence[str]) -> dict[str, Any]:
+    """Returns what `result.json` says of the classes of the test split.
+
+    The balanced accuracy is the mean recall of the classes that have examples: K. H. Brodersen et al., "The Balanced
+    Accuracy and Its Posterior Distribution", 2010, as in scikit-learn.
+
+    Args:
+        counts: see `confusion`.
+        names: the names of the classes.
+    """
+    hits, there, taken = np.diag(counts), counts.sum(axis=1), counts.sum(axis=0)
+    recall = [float(hit / number) if number else None for hit, number in zip(hits, there, strict=True)]
+    precision = [float(hit / number) if number else None for hit, number in zip(hits, taken, strict=True)]
+    by_class = {
+        name: {"examples": int(there[c]), "recall": recall[c], "precision": precision[c]}
+        for c, name in enumerate(names)
+    }
+    known = [value for value in recall if value is not None]
+    return {"test_balanced_accuracy": float(np.mean(known)), "test_classes": by_class}
 
 
 def main_metric(task: str, monitor: str | None, metrics: Sequence[str]) -> str:

@@ -21,7 +21,7 @@ from hvdkit.callbacks.evaluation import judge
 from hvdkit.collectives.agreement import check_equal, together
 from hvdkit.collectives.mesh import shard_of
 from hvdkit.data.pipeline import naming_unreadable
-from hvdkit.data.sources import TokenSource
+from hvdkit.data.sources import CLASSIFICATION, TokenSource
 from hvdkit.optimizers.distributed import DistributedOptimizer
 from hvdkit.optimizers.sharded import ShardedOptimizer
 from hvdkit.train import artifacts, objectives
@@ -33,6 +33,7 @@ from hvdkit.train.job import Job, open_job
 from hvdkit.train.settings import Config
 
 _log = logging.getLogger("hvdkit.train")  # the job's logger
+_COUNTING = ("horovod", "single")  # strategies under which each class is counted
 _LARGE_LOSS = 1000.0  # as of measured values; shown without decimals
 
 
@@ -111,9 +112,10 @@ def run(
         found = {split: strategy.evaluate(model, batches) for split, batches in evaluated.items()}
         if evaluator:
             found = {split: found[split] | judge(model, evaluator, evaluated[split], part) for split in found}
+        by_class = _by_class(job, model, evaluated["test"])
     if settings.early_stopping:
         steps = min(steps, len(history.history["loss"]) * data.steps_per_epoch)
-    return _finish(job, model, _Trained(history.history, found, progress, steps, data.steps_per_epoch))
+    return _finish(job, model, _Trained(history.history, found, by_class, progress, steps, data.steps_per_epoch))
 
 
 def _callbacks(
@@ -139,6 +141,7 @@ class _Trained:
     Attributes:
         history: values of each metric by epoch.
         evaluated: metrics on the test split, and on the validation split if there is one.
+        by_class: what `result.json` says of each class; empty without classes.
         progress: the callback that measured the speed.
         steps: total steps, including those before the run was resumed.
         steps_per_epoch: steps per epoch.
@@ -146,9 +149,23 @@ class _Trained:
 
     history: dict[str, Any]
     evaluated: dict[str, dict[str, float]]
+    by_class: dict[str, Any]
     progress: callbacks.ProgressCallback
     steps: int
     steps_per_epoch: int
+
+
+def _by_class(job: Job, model: keras.Model, test: tf.data.Dataset) -> dict[str, Any]:
+    """Counts the test examples of each class that are recognized, over all ranks. A collective call.
+
+    Only for whole models whose batches this process evaluates itself: not under tf.distribute, nor for divided models.
+    """
+    names = job.source.label_names
+    if job.source.task != CLASSIFICATION or not names or job.strategy.name not in _COUNTING:
+        return {}
+    mine = objectives.confusion(model, test, len(names))
+    everyone = collectives.allgather_object(mine, name="confusion")
+    return {} if any(counts is None for counts in everyone) else objectives.results_by_class(sum(everyone), names)
 
 
 def _finish(job: Job, model: keras.Model, trained: _Trained) -> dict[str, Any]:
@@ -203,6 +220,7 @@ def _measured(job: Job, whole: keras.Model | None, trained: _Trained) -> dict[st
         found |= objectives.results_of(task, split, metrics)
     return {
         **found,
+        **trained.by_class,
         "train_loss": [float(v) for v in trained.history["loss"]],
         "weights_sha256": digest,
         "versions": versions.installed(),

@@ -12,6 +12,7 @@ from hvdkit.errors import UnfitSizeError, UsageError
 
 STRATEGIES = ("single", "horovod", "mirrored", "multiworker", "tensor", "branches", "pipeline")
 TASKS = ("auto", "classification", "regression", "multilabel")
+AUGMENTATIONS = ("flip", "crop", "rand", "mixup", "cutmix")
 COMPRESSIONS = ("none", "fp16", "bf16", "int8", "onebit", "topk", "powersgd")
 
 
@@ -57,6 +58,9 @@ class Config:
     precision: str
     sampling: str
     class_weights: bool
+    effective_number: float | None
+    focal: float | None
+    augment: str | None
     seed: int
     threads: int | None
     cache_gb: float
@@ -92,6 +96,16 @@ class Config:
         match = re.fullmatch(r"(\d+)/(\d+)", self.fold or "")
         fold, folds = (int(match[1]), int(match[2])) if match else (0, 0)
         return (fold, folds) if folds >= 2 and fold < folds else None
+
+    @property
+    def augmentations(self) -> tuple[str, ...]:
+        """The names in --augment."""
+        return tuple(name.strip() for name in (self.augment or "").split(",") if name.strip())
+
+    @property
+    def one_hot_labels(self) -> bool:
+        """Whether labels become probabilities of classes, which mixing and the focal loss need."""
+        return self.focal is not None or bool({"mixup", "cutmix"} & set(self.augmentations))
 
     @property
     def validates(self) -> bool:

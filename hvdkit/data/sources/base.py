@@ -9,8 +9,9 @@ To add a source:
 5. Test it in `tests/unit/data`: sizes of both splits, a range of examples, and a wrong file.
 """
 
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
+import numpy as np
 import tensorflow as tf
 
 
@@ -57,3 +58,24 @@ class Source(Protocol):
         """Graph function from an encoded input to an image of `shape`, uint8 or float32 from 0 to 255; the text (a
         string); float32 features of `shape`; or int32 tokens.
         """
+
+
+@runtime_checkable
+class Parted(Protocol):
+    """A source whose examples lie in parts that are read as a whole, such as the row groups of a file.
+
+    Each epoch of a streamed shard takes its parts in another order, because neighbours in a table may be alike.
+    """
+
+    def edges(self, split: str) -> np.ndarray | None:
+        """Index of the first example of each part of a split, and the number of examples, int64, ascending; None if
+        the split has no parts.
+        """
+
+    def read_part(self, split: str, part: tf.Tensor) -> tf.data.Dataset:
+        """The examples of a part, in the order of `read`. The part's number is a scalar tensor, as in `flat_map`."""
+
+
+def edges_of(source: Source, split: str) -> np.ndarray | None:
+    """Returns the edges of the parts of a split; None if it has none."""
+    return source.edges(split) if isinstance(source, Parted) else None

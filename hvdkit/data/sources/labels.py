@@ -47,15 +47,16 @@ class Labels(Protocol):
         """
 
 
-def learn(task: str, path: Path, name: str, column: Column, places: Sequence[str]) -> Labels:
+def learn(task: str, path: Path, name: str, column: Column, places: Sequence[str], rows: int | None = None) -> Labels:
     """Returns the encoding of the labels of a training split.
 
     Args:
         task: see `Schema`.
         path: the file, for messages.
         name: name of the column of labels.
-        column: the labels of each example.
+        column: the labels of each example, or the different ones among them.
         places: what a message calls each example.
+        rows: number of examples; that of the labels unless given.
 
     Raises:
         UsageError: the labels do not fit the task.
@@ -66,7 +67,7 @@ def learn(task: str, path: Path, name: str, column: Column, places: Sequence[str
         return Values([name])
     if task == MULTILABEL:
         return LabelSets.of(path, column, places)
-    return Classes.of(path, column, places)
+    return Classes.of(path, column, places, rows)
 
 
 class Classes:
@@ -80,15 +81,15 @@ class Classes:
         self._numbers = {name: number for number, name in enumerate(names)}
 
     @classmethod
-    def of(cls, path: Path, column: Column, places: Sequence[str]) -> "Classes":
-        """Numbers classes in the sorted order of their names; whole numbers in the order of numbers.
+    def of(cls, path: Path, column: Column, places: Sequence[str], rows: int | None = None) -> "Classes":
+        """Numbers classes in the sorted order of their names; whole numbers in the order of numbers. See `learn`.
 
         Raises:
             UsageError: there is one class only, or there are so many that they are no classes.
         """
         labels = _texts(path, column, places)
         names = sorted(set(labels), key=lambda name: (not name.isdigit(), int(name) if name.isdigit() else 0, name))
-        _check_classes(path, names, len(labels))
+        _check_classes(path, names, rows or len(labels))
         return cls(names, path.name)
 
     def encode(self, path: Path, column: Column, places: Sequence[str]) -> np.ndarray:

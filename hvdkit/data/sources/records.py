@@ -1,7 +1,6 @@
 """Serialized `tf.train.Example` messages in TFRecord or ArrayRecord files."""
 
 import logging
-import re
 import time
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -17,10 +16,10 @@ from hvdkit.data.sources.record_features import Feature, features_of, input_of, 
 from hvdkit.data.sources.record_files import RecordFiles, is_record_file
 from hvdkit.data.sources.schema import CLASSIFICATION, Schema
 from hvdkit.data.sources.selection import Selection, spread
+from hvdkit.data.sources.split_files import by_split, split_of
 from hvdkit.errors import UsageError
 
 _log = logging.getLogger(__name__)
-_SPLIT = re.compile(r"(?:^|[-_.])(train|test|validation|valid|val|dev)(?![a-z])", re.IGNORECASE)
 _HELD_OUT = 0.2  # fraction of the records to use as the test split if there is none
 _READ_AT_ONCE = 1000  # records, for their labels
 
@@ -101,27 +100,10 @@ def _files(path: Path) -> dict[str, list[Path]]:
     """Returns the files of each split, `train` first; if there is one other split, it is the test split."""
     if not path.exists():
         raise UsageError(f"The data set {path} does not exist. Give the path of a file or folder of records.")
-    if not path.is_dir() and not _split_of(path):
+    if not path.is_dir() and not split_of(path):
         return {"train": [path]}
-    there = [file for file in sorted((path if path.is_dir() else path.parent).iterdir()) if is_record_file(file)]
-    found: dict[str, list[Path]] = {}
-    for file in there:
-        found.setdefault(_split_of(file), []).append(file)
-    if set(found) == {""}:
-        return {"train": found[""]}
-    if "" in found or "train" not in found:
-        names = table_files.listed([file.name for file in found.get("", there)])
-        raise UsageError(
-            f"{path}: it is not clear to which split {names} belong(s). Write train, test or validation into the name."
-        )
-    others = [found[split] for split in ("test", "validation") if split in found]
-    return {"train": found["train"], **dict(zip(("test", "validation"), others, strict=False))}
-
-
-def _split_of(file: Path) -> str:
-    match = _SPLIT.search(file.name)
-    name = match.group(1).lower() if match else ""
-    return name if name in ("", "train", "test") else "validation"
+    folder = path if path.is_dir() else path.parent
+    return by_split(path, filter(is_record_file, sorted(folder.iterdir())))
 
 
 class _Places(Sequence[str]):

@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 import tensorflow as tf
 
-from hvdkit.data.sources.base import Source
+from hvdkit.data.sources.base import Parted, Source, edges_of
 from hvdkit.data.sources.tokens import TokenSource
 from hvdkit.errors import UsageError
 
@@ -50,6 +50,25 @@ class Selection:
         wanted[mine - first] = True
         stream = self._source.read(origin, first, last).enumerate()
         return stream.filter(lambda place, _: tf.gather(wanted, place)).map(lambda _, example: example)
+
+    def edges(self, split: str) -> np.ndarray | None:
+        """Edges of the parts of a split, if the source has parts: a part has those of its examples that are chosen."""
+        origin, places = self._places[split]
+        edges = edges_of(self._source, origin)
+        return edges if edges is None or places is None else np.searchsorted(places, edges)
+
+    def read_part(self, split: str, part: tf.Tensor) -> tf.data.Dataset:
+        """The chosen examples of a part of the source."""
+        parted: Parted = self._source  # type: ignore[assignment]
+        origin, places = self._places[split]
+        examples = parted.read_part(origin, part)
+        if places is None:
+            return examples
+        wanted = np.zeros(self._source.size(origin), bool)
+        wanted[places] = True
+        first = tf.gather(parted.edges(origin), part)
+        chosen = examples.enumerate().filter(lambda place, _: tf.gather(wanted, first + place))
+        return chosen.map(lambda _, example: example)
 
     def locate(self, split: str, index: int) -> str:
         """What the source calls an example."""

@@ -1,4 +1,7 @@
-"""Texts or features, with labels, from a table: CSV, JSON lines, Parquet, Arrow, or a folder of `datasets`."""
+"""Texts or features, with labels, from a table that is read as a whole, CSV or JSON lines; and what tables are like.
+
+`parted_table` reads the other formats, in parts.
+"""
 
 import dataclasses
 import logging
@@ -44,7 +47,7 @@ def load_table(path: Path, schema: Schema | None = None) -> ArraySource:
     rows = _read(path, schema)
     labels = label_kinds.learn(schema.task, path, rows.label, rows.labels, rows.places)
     parts = {"train": rows}
-    others = _companions(path)
+    others = companions(path)
     again = Schema(labels.task, rows.label, rows.text, () if rows.text else tuple(rows.inputs), schema.encoding)
     parts |= {split: _read(other, again) for split, other in others.items()}
     targets = {split: labels.encode(part.path, part.labels, part.places) for split, part in parts.items()}
@@ -65,7 +68,7 @@ def load_table(path: Path, schema: Schema | None = None) -> ArraySource:
 
 
 @dataclasses.dataclass(frozen=True)
-class _Rows:
+class Rows:
     """Rows of a table, with the columns to learn from.
 
     Attributes:
@@ -78,33 +81,33 @@ class _Rows:
     """
 
     path: Path
-    places: list[str]
+    places: Sequence[str]
     label: str
     labels: Column
     text: str | None
     inputs: dict[str, Column]
 
 
-def _read(path: Path, schema: Schema) -> _Rows:
+def _read(path: Path, schema: Schema) -> Rows:
     chosen: list[tuple[str, str | None, list[str]]] = []
 
     def pick(names: Sequence[str], first: str) -> list[str]:
-        chosen.append(_choose(path, names, first, schema))
+        chosen.append(choose_columns(path, names, first, schema))
         return [chosen[0][0], *chosen[0][2]]
 
     table = table_files.read(path, pick, schema.encoding)
     label, text, names = chosen[0]
     if not table.places:
         raise UsageError(f"{path} has names of columns but no rows.")
-    rows = _Rows(path, table.places, label, table.columns[0], text, dict(zip(names, table.columns[1:], strict=True)))
-    _refuse_empty(rows, is_set=schema.task == MULTILABEL)
+    rows = Rows(path, table.places, label, table.columns[0], text, dict(zip(names, table.columns[1:], strict=True)))
+    refuse_empty(rows, is_set=schema.task == MULTILABEL)
     return rows
 
 
-def _refuse_empty(rows: _Rows, *, is_set: bool) -> None:
+def refuse_empty(rows: Rows, *, is_set: bool) -> None:
     """Raises a `UsageError` for rows without text, or without a label unless there may be any number of them."""
     labels = table_files.cells(rows.labels)
-    inputs = _cells_of_texts(rows) if rows.text else ["features"] * len(labels)
+    inputs = cells_of_texts(rows) if rows.text else ["features"] * len(labels)
     empty = [
         place
         for place, text, label in zip(rows.places, inputs, labels, strict=True)
@@ -115,23 +118,46 @@ def _refuse_empty(rows: _Rows, *, is_set: bool) -> None:
         raise UsageError(f"{rows.path}, {table_files.listed(empty)}: {what} is empty. Fill it in, or remove the row.")
 
 
-def _cells_of_texts(rows: _Rows) -> list[str]:
+def cells_of_texts(rows: Rows) -> list[str]:
+    """Returns the texts of rows.
+
+    Raises:
+        UsageError: one is a list.
+    """
     ((name, column),) = rows.inputs.items()
     return table_files.texts(rows.path, name, column, rows.places)
 
 
-def _texts(rows: _Rows) -> np.ndarray:
-    found = _cells_of_texts(rows)
+def _texts(rows: Rows) -> np.ndarray:
+    found = cells_of_texts(rows)
     if numbers(found) is not None:
-        raise UsageError(
-            f"{rows.path}: the column of texts, {rows.text!r}, has nothing but numbers. To learn from them, give "
-            f"--feature-columns={rows.text}; otherwise name the texts with --text-column=NAME."
-        )
+        raise UsageError(no_texts(rows.path, str(rows.text)))
     return np.asarray(found, object)
 
 
-def _choose(path: Path, names: Sequence[str], first: str, schema: Schema) -> tuple[str, str | None, list[str]]:
-    """Returns the names of the label column, of the text column if there is one, and of all columns to learn from."""
+def no_texts(path: Path, name: str) -> str:
+    """Returns the message for a column of texts that has nothing but numbers."""
+    return (
+        f"{path}: the column of texts, {name!r}, has nothing but numbers. To learn from them, give "
+        f"--feature-columns={name}; otherwise name the texts with --text-column=NAME."
+    )
+
+
+def choose_columns(path: Path, names: Sequence[str], first: str, schema: Schema) -> tuple[str, str | None, list[str]]:
+    """Chooses the columns to learn from, by the schema or by their names.
+
+    Args:
+        path: the file, for messages.
+        names: the names of its columns.
+        first: its first line or the like, for messages.
+        schema: what the user says about it.
+
+    Returns:
+        The names of the label column, of the text column if there is one, and of all columns to learn from.
+
+    Raises:
+        UsageError: there is no such column, or no label, or the label is among the others.
+    """
     twice = next((name for place, name in enumerate(names) if name in names[:place]), None)
     if twice is not None:
         raise UsageError(f"{path} has two columns named {twice!r}. Rename one of them.")
@@ -171,7 +197,7 @@ def _first_of(names: Sequence[str], wanted: Sequence[str]) -> str | None:
     return next((columns[name] for name in wanted if name in columns), None)
 
 
-def _companions(path: Path) -> dict[str, Path]:
+def companions(path: Path) -> dict[str, Path]:
     """Returns the test and the validation file beside a train file; the latter is the test file if it is alone."""
     if path.stem != "train":
         return {}

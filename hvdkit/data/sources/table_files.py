@@ -1,6 +1,5 @@
-"""Read columns of a table from a file: CSV and TSV, JSON lines, Parquet, Arrow; or a folder that `datasets` saved."""
+"""Read columns of a table from a text file, CSV, TSV or JSON lines, as a whole; and what all tables have in common."""
 
-import contextlib
 import csv
 import dataclasses
 import io
@@ -15,7 +14,7 @@ import numpy as np
 from hvdkit.errors import UsageError
 
 _DELIMITERS = ",\t;|"
-_MOST_NAMED = 10  # rows that are wrong
+MOST_NAMED = 10  # rows that are wrong
 _SAVED = "state.json"  # in a folder of datasets.Dataset.save_to_disk
 
 Pick = Callable[[Sequence[str], str], list[str]]
@@ -40,8 +39,7 @@ def read(path: Path, pick: Pick, encoding: str | None = None) -> Table:
     """Reads columns of a table.
 
     Args:
-        path: a `.csv`, `.tsv`, `.jsonl`, `.ndjson`, `.parquet`, `.arrow` or `.feather` file, or a folder of
-            `datasets.Dataset.save_to_disk`.
+        path: a `.csv`, `.tsv`, `.jsonl` or `.ndjson` file.
         pick: function from the names of all columns, and the first line or the like for a message, to the names of
             those to read.
         encoding: Python's name of a text file's encoding; by default UTF-8, or UTF-16 with a byte order mark.
@@ -50,19 +48,19 @@ def read(path: Path, pick: Pick, encoding: str | None = None) -> Table:
         UsageError: the file does not exist or cannot be read, there is no such encoding, or rows have another number of
             fields than the header.
     """
-    if is_saved_dataset(path):
-        return _read_saved_dataset(path, pick)
     if not path.is_file():
         raise UsageError(f"The data set {path} does not exist. Give the path of a file: {', '.join(SUFFIXES)}.")
-    suffix = path.suffix.lower()
-    if suffix in _TEXT_READERS:
-        return _TEXT_READERS[suffix](path, _decode(path, encoding), pick)
-    return _ARROW_READERS[suffix](path, pick)
+    return _TEXT_READERS[path.suffix.lower()](path, _decode(path, encoding), pick)
 
 
 def is_saved_dataset(path: Path) -> bool:
     """Returns whether a folder was written by `datasets.Dataset.save_to_disk`."""
     return (path / _SAVED).is_file()
+
+
+def saved_files(path: Path) -> list[Path]:
+    """Returns the Arrow files of such a folder, in order."""
+    return [path / file["filename"] for file in json.loads((path / _SAVED).read_text())["_data_files"]]
 
 
 def cells(column: Column) -> list[Any]:
@@ -93,8 +91,8 @@ def texts(path: Path, name: str, column: Column, places: Sequence[str]) -> list[
 
 def listed(items: Sequence[str]) -> str:
     """Returns the first items, and how many more there are."""
-    more = f" and {len(items) - _MOST_NAMED} more" if len(items) > _MOST_NAMED else ""
-    return ", ".join(items[:_MOST_NAMED]) + more
+    more = f" and {len(items) - MOST_NAMED} more" if len(items) > MOST_NAMED else ""
+    return ", ".join(items[:MOST_NAMED]) + more
 
 
 def _decode(path: Path, encoding: str | None) -> str:
@@ -157,7 +155,7 @@ def _read_json_lines(path: Path, content: str, pick: Pick) -> Table:
     rows = [(number, _json_object(path, number, line)) for number, line in numbered]
     keys = list(dict.fromkeys(key for _, row in rows for key in row))
     names = pick(keys, numbered[0][1][:200] if numbered else "")
-    columns: list[Column] = [[_cell(path, f"line {n}", name, row.get(name)) for n, row in rows] for name in names]
+    columns: list[Column] = [[cell_of(path, f"line {n}", name, row.get(name)) for n, row in rows] for name in names]
     return Table([f"line {number}" for number, _ in rows], columns)
 
 
@@ -171,91 +169,12 @@ def _json_object(path: Path, number: int, line: str) -> dict[str, Any]:
     return row
 
 
-# -------------------------------------------------------------------------------------------------- Parquet and Arrow
+def cell_of(path: Path, place: str, name: str, value: Any) -> str | list[str]:
+    """Returns a value of JSON or Arrow as a text or a list of texts; empty if it is null.
 
-
-def _read_parquet(path: Path, pick: Pick) -> Table:
-    import pyarrow.parquet  # tensorflow-datasets depends on it
-
-    with _readable(path, "Parquet"):
-        file = pyarrow.parquet.ParquetFile(path)
-    names = pick(file.schema_arrow.names, ", ".join(file.schema_arrow.names))
-    with _readable(path, "Parquet"):
-        return _from_arrow(path, file.read(columns=names), names)
-
-
-def _read_arrow(path: Path, pick: Pick) -> Table:
-    table = _arrow_table(path)
-    names = pick(table.column_names, ", ".join(table.column_names))
-    return _from_arrow(path, table.select(names), names)
-
-
-def _arrow_table(path: Path) -> Any:
-    """Returns the content of a file in one of Arrow's two formats, which have the same suffix."""
-    import pyarrow
-
-    with _readable(path, "Arrow"), pyarrow.memory_map(str(path)) as source:
-        try:
-            return pyarrow.ipc.open_file(source).read_all()
-        except pyarrow.ArrowInvalid:
-            source.seek(0)
-            return pyarrow.ipc.open_stream(source).read_all()
-
-
-def _read_saved_dataset(path: Path, pick: Pick) -> Table:
-    """Reads a folder of Hugging Face's `datasets`: labels become the names that its description gives them."""
-    import pyarrow
-
-    files = [path / file["filename"] for file in json.loads((path / _SAVED).read_text())["_data_files"]]
-    table = pyarrow.concat_tables([_arrow_table(file) for file in files])
-    names = pick(table.column_names, ", ".join(table.column_names))
-    found = _from_arrow(path, table.select(names), names)
-    features = json.loads((path / "dataset_info.json").read_text()).get("features") or {}
-    columns = [_named(column, features.get(name) or {}) for column, name in zip(found.columns, names, strict=True)]
-    return Table(found.places, columns)
-
-
-def _named(column: Column, feature: dict[str, Any]) -> Column:
-    """Replaces numbers of classes by the names that a description of `datasets` gives them, also in lists."""
-
-    in_list: dict[str, Any] = feature.get("feature") or {}
-    classes: list[str] = feature.get("names") or in_list.get("names") or []
-
-    def name_of(number: str) -> str:
-        return classes[int(number)] if number not in ("", "-1") else ""
-
-    if not classes:
-        return column
-    return [[*map(name_of, cell)] if isinstance(cell, list) else name_of(cell) for cell in cells(column)]
-
-
-def _from_arrow(path: Path, table: Any, names: Sequence[str]) -> Table:
-    places = [f"row {number}" for number in range(1, table.num_rows + 1)]
-    return Table(places, [_from_arrow_column(path, name, table[name], places) for name in names])
-
-
-def _from_arrow_column(path: Path, name: str, column: Any, places: Sequence[str]) -> Column:
-    import pyarrow
-
-    is_number = (pyarrow.types.is_integer, pyarrow.types.is_floating, pyarrow.types.is_boolean)
-    if any(check(column.type) for check in is_number):
-        return column.cast(pyarrow.float64(), safe=False).to_numpy() if column.null_count else column.to_numpy()
-    return [_cell(path, place, name, value) for place, value in zip(places, column.to_pylist(), strict=True)]
-
-
-@contextlib.contextmanager
-def _readable(path: Path, form: str) -> Iterator[None]:
-    """Turns Arrow's errors into one that names the file."""
-    import pyarrow
-
-    try:
-        yield
-    except (pyarrow.ArrowException, OSError) as error:
-        reason = str(error).splitlines()[0][:200]
-        raise UsageError(f"{path} cannot be read as {form} ({reason}). Is it complete? Write it again.") from None
-
-
-def _cell(path: Path, place: str, name: str, value: Any) -> str | list[str]:
+    Raises:
+        UsageError: it has a structure of its own.
+    """
     if value is None:
         return ""
     if isinstance(value, list) and not any(isinstance(item, (dict, list)) for item in value):
@@ -271,9 +190,4 @@ _TEXT_READERS: dict[str, Callable[[Path, str, Pick], Table]] = {
     ".jsonl": _read_json_lines,
     ".ndjson": _read_json_lines,
 }
-_ARROW_READERS: dict[str, Callable[[Path, Pick], Table]] = {
-    ".parquet": _read_parquet,
-    ".arrow": _read_arrow,
-    ".feather": _read_arrow,
-}
-SUFFIXES = (*_TEXT_READERS, *_ARROW_READERS)
+SUFFIXES = (*_TEXT_READERS,)

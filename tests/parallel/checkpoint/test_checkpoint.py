@@ -7,7 +7,9 @@ import sys
 
 import numpy as np
 import pytest
+import tensorflow as tf
 
+from hvdkit.data.sources import open_source
 from tests import forked
 from tests.conftest import run_command
 
@@ -48,9 +50,32 @@ def verify_resume(tmp_path, *flags):
     return ended, json.loads(ended.output.splitlines()[-1])
 
 
+def write_digits(path):
+    """Half of the embedded digits as an archive that is mapped into memory, and as records."""
+    digits = open_source("digits")
+    arrays = {}
+    for split in digits.splits:
+        images, labels = digits.read(split, 0, digits.size(split) // 2).batch(2000).get_single_element()
+        arrays |= {f"x_{split}": images.numpy(), f"y_{split}": labels.numpy()}
+        (path / "records").mkdir(exist_ok=True)
+        with tf.io.TFRecordWriter(str(path / "records" / f"{split}.tfrecord")) as writer:
+            for image, label in zip(images, labels, strict=True):
+                png = tf.io.encode_png(image).numpy()
+                feature = {
+                    "image": tf.train.Feature(bytes_list=tf.train.BytesList(value=[png])),
+                    "label": tf.train.Feature(int64_list=tf.train.Int64List(value=[int(label)])),
+                }
+                writer.write(tf.train.Example(features=tf.train.Features(feature=feature)).SerializeToString())
+    np.savez(path / "digits.npz", **arrays)
+
+
 @pytest.mark.slow
-def test_a_dense_model_goes_on_bit_for_bit_after_sigkill(tmp_path):
-    ended, outcome = verify_resume(tmp_path, "--kills=1", "--epochs=2", "--checkpoint_every=7", "--eval_every=1")
+@pytest.mark.parametrize("dataset", ["digits.npz", "records"])
+def test_a_dense_model_goes_on_bit_for_bit_after_sigkill(tmp_path, dataset):
+    """Of arrays and records that are read again in each epoch."""
+    write_digits(tmp_path)
+    flags = [f"--dataset={tmp_path}/{dataset}", "--cache_gb=0", "--kills=1", "--epochs=2", "--checkpoint_every=7"]
+    ended, outcome = verify_resume(tmp_path, *flags)
     assert outcome["equal"]
     assert outcome["kills"] == 1
     assert outcome["runs"][-1]["went_on_from"] is not None, "a resumed run was compared, not two whole ones"

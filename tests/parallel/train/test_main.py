@@ -79,6 +79,8 @@ def test_a_run_leaves_everything_behind(train, tmp_path):
         "main_metric",
         "test_accuracy",
         "test_loss",
+        "test_balanced_accuracy",
+        "test_classes",
         "train_loss",
         "weights_sha256",
         "versions",

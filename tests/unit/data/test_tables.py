@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from hvdkit.data import checks, pipeline
-from hvdkit.data.moments import standardization
+from hvdkit.data.moments import Moments, standardization
 from hvdkit.data.sources import Schema, open_source, with_validation
 from hvdkit.errors import UsageError
 
@@ -171,7 +171,7 @@ def test_an_embedded_table():
 def test_means_and_variances_do_not_depend_on_batches_and_constants_do_no_harm():
     generator = np.random.default_rng(0)
     data = (generator.standard_normal([1000, 4]) * [1, 100, 0, 1] + [0, 1e6, 0.1, -3]).astype(np.float32)
-    mean, variance = standardization(np.split(data, 10))
+    mean, variance = standardization(Moments.of(batch, (0,)) for batch in np.split(data, 10))
     exact = data.astype(np.float64)
     np.testing.assert_allclose(mean, exact.mean(axis=0), rtol=1e-12, atol=1e-12)
     np.testing.assert_allclose(variance, np.where(exact.var(axis=0) > 1e-12, exact.var(axis=0), 1), rtol=1e-9)

@@ -658,3 +658,51 @@ def test_values_have_no_classes_to_balance(tmp_path):
     assert prepared(source, settings) is source
     with pytest.raises(UsageError, match=r"--sampling=over balances classes, and x\.csv, for regression, have none"):
         prepared(source, dataclasses.replace(settings, sampling="over"))
+
+
+def test_what_cannot_be_augmented_or_weighed_is_refused(tmp_path):
+    (tmp_path / "x.csv").write_text("n,label\n" + "".join(f"{i},{i}.5\n" for i in range(10)))
+    values = open_source(str(tmp_path / "x.csv"), schema=schema_of(_with(task="regression", feature_columns="n")))
+    digits = open_source("digits")
+    for source, changed, message in (
+        (values, {"augment": "flip"}, r"--augment=flip changes images, and x\.csv has none"),
+        (values, {"focal": 2.0}, "--focal=2.0 balances classes, and x.csv, for regression, have none"),
+        (values, {"effective_number": 0.9}, "--effective-number=0.9 balances classes"),
+        (digits, {"augment": "rand"}, r"--augment=rand changes colors, and the images of digits have 1 channel\(s\)"),
+    ):
+        settings = dataclasses.replace(train_flags.resolve(parse(), Recipe(), 1), **changed)
+        with pytest.raises(UsageError, match=message):
+            prepared(source, settings)
+    with pytest.raises(UsageError, match="--effective-number and --class-weights exclude each other"):
+        parse("--effective-number=0.9", "--class-weights")
+    with pytest.raises(UsageError, match="'flop' is unknown. Name some of flip, crop, rand, mixup, cutmix"):
+        parse("--augment=flip,flop")
+    assert parse("--augment=flip,cutmix").one_hot_labels
+    assert not parse("--augment=flip,crop").one_hot_labels
+
+
+def test_the_focal_loss_and_results_by_class():
+    from sklearn.metrics import balanced_accuracy_score, precision_score
+
+    generator = np.random.default_rng(0)
+    logits, labels = generator.normal(size=[50, 4]).astype("float32"), generator.integers(3, size=50)
+    model = keras.Sequential([keras.layers.Input([4]), keras.layers.Identity()])
+    one_hot = np.eye(4, dtype="float32")[labels]
+    right = np.exp(logits)[np.arange(50), labels] / np.exp(logits).sum(axis=1)
+    for gamma in (0.0, 2.0):
+        loss = objectives.loss_for("classification", model, one_hot=True, focal=gamma)
+        assert float(loss(one_hot, logits)) == pytest.approx((-np.log(right) * (1 - right) ** gamma).mean(), rel=1e-4)
+    loss = objectives.loss_for("classification", model, one_hot=True)
+    assert float(loss(one_hot, logits)) == pytest.approx(-np.log(right).mean(), rel=1e-5)
+
+    batches = tf.data.Dataset.from_tensor_slices((logits, labels)).batch(16)
+    counts = objectives.confusion(model, batches, 4)
+    taken = logits.argmax(axis=1)
+    assert counts.sum() == 50
+    assert counts[1, 2] == ((labels == 1) & (taken == 2)).sum()
+    found = objectives.results_by_class(counts, list("abcd"))
+    assert found["test_balanced_accuracy"] == pytest.approx(balanced_accuracy_score(labels, taken))
+    precision = precision_score(labels, taken, labels=range(4), average=None, zero_division=0)
+    assert [found["test_classes"][name]["precision"] for name in "abc"] == pytest.approx(precision[:3].tolist())
+    assert found["test_classes"]["d"] == {"examples": 0, "recall": None, "precision": 0.0}
+    assert objectives.confusion(model, batches, 3) is None, "another number of outputs"
