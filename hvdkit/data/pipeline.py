@@ -24,6 +24,7 @@ from hvdkit.data import balance
 from hvdkit.data.epoch_order import Stretch, generator, shuffled, stream_seed, untouched
 from hvdkit.data.shard import even_share
 from hvdkit.data.sources import Source, images
+from hvdkit.data.sources.structure import batched
 from hvdkit.errors import UnreadableExampleError, UsageError
 
 _log = logging.getLogger(__name__)
@@ -109,7 +110,7 @@ def read_share(
     specs = stream.map(lambda x, y: (prepare(x), y)).element_spec
     where = "read again each epoch"
     if source.kind == "arrays":
-        inputs, labels = stream.batch(found.size).get_single_element()
+        inputs, labels = batched(stream, found.size).get_single_element()
         found = dataclasses.replace(found, inputs=inputs, labels=labels)
         where = "in memory"
     elif source.kind != "stream" and largest * specs[0].shape.num_elements() * specs[0].dtype.size <= cache_bytes:
@@ -345,13 +346,13 @@ def evaluation_batches(share: Share, batch: int) -> tf.data.Dataset:
         batches = tf.data.Dataset.from_tensor_slices((share.inputs, share.labels)).batch(batch)
     else:
         decoded = share.stream.map(lambda x, y: (share.prepare(x), y), num_parallel_calls=tf.data.AUTOTUNE)
-        batches = decoded.batch(batch)
+        batches = batched(decoded, batch)
     return _finish(batches.map(_form_of(share)), None)
 
 
 def first_batch(share: Share, examples: int = 2) -> tuple:
     """Returns the first examples of a shard as a batch, as `fit` takes it."""
-    pairs = share.stream.map(lambda x, y: (share.prepare(x), y)).batch(min(examples, share.size))
+    pairs = batched(share.stream.map(lambda x, y: (share.prepare(x), y)), min(examples, share.size))
     return next(iter(pairs.map(_form_of(share))))
 
 
@@ -413,7 +414,7 @@ def _rest_batches(share: Share, local_batch: int, seed: int, start: Start) -> tf
 
 def _decoded(examples: tf.data.Dataset, share: Share, local_batch: int) -> tf.data.Dataset:
     prepared = examples.map(lambda x, y: (share.prepare(x), y), num_parallel_calls=tf.data.AUTOTUNE, deterministic=True)
-    return prepared.batch(local_batch, drop_remainder=True)
+    return batched(prepared, local_batch, drop_remainder=True)
 
 
 def _form_of(share: Share) -> Callable[[Any, Any], tuple]:
