@@ -15,6 +15,7 @@ What you want to do, and what does it:
     Average gradients in model.fit         DistributedOptimizer, scaled; PartialDistributedOptimizer for layers that
                                            stay each rank's own
     ... in a training loop of your own     DistributedGradientTape, shard_loss, broadcast_variables
+    ... with a loss over all examples      whole_batch
     Add what fit needs on many ranks       callbacks.standard; callbacks has each by its name
     Learn vocabularies and statistics      adapt
     Evaluate and predict on all ranks      evaluate, predict

@@ -42,7 +42,8 @@ from hvdkit.optimizers.distributed import scaled as scaled
 from hvdkit.optimizers.local_sgd import LocalSGD as LocalSGD
 from hvdkit.optimizers.sharded import ShardedOptimizer as ShardedOptimizer
 
-# Train with a loop of your own.
+# Train with a loop, or a loss over all ranks' examples, of your own.
+from hvdkit.collectives.whole_batch import whole_batch as whole_batch
 from hvdkit.optimizers.gradient_tape import DistributedGradientTape as DistributedGradientTape
 from hvdkit.optimizers.gradient_tape import PartialDistributedGradientTape as PartialDistributedGradientTape
 from hvdkit.optimizers.weighing import shard_loss as shard_loss

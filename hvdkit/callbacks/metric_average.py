@@ -6,7 +6,7 @@ import keras
 import numpy as np
 
 from hvdkit import collectives, world
-from hvdkit.callbacks import batch_losses
+from hvdkit.callbacks import batch_losses, own_metrics
 from hvdkit.collectives.mesh import copies_of
 from hvdkit.compat import fit_loop
 
@@ -82,7 +82,7 @@ def exact_metrics(model: keras.Model, evaluated: bool = False) -> dict[str, Any]
 
     Every Keras metric is a function of sums over the examples. In a metric of your own, a variable's `aggregation`
     decides: "sum" (Keras' default for metrics) sums over ranks, "mean" averages, "only_first_replica" takes the value
-    of rank 0. Other states, for example a maximum, are not supported.
+    of rank 0. Other states, for example a maximum, are not supported; a warning names them (see `own_metrics`).
 
     Afterwards the metrics have the global state on every rank, until `reset_metrics`.
 
@@ -98,11 +98,16 @@ def exact_metrics(model: keras.Model, evaluated: bool = False) -> dict[str, Any]
     noted = batch_losses.of(model).end() if evaluated else 0
     if copies is not None and copies.size() > 1 and variables:
         # In float64: float32 values of the ranks are represented exactly, and only the sum is rounded.
+        own_metrics.warn_of_assignments(model.metrics)
         values = [_contribution(v, copies) for v in variables]
-        state = np.concatenate([*(v.ravel() for v in values), [noted]])
-        *parts, noted_by_all = np.split(
-            collectives.allreduce_sum(state, "metrics", copies), np.cumsum([v.size for v in values])
+        in_python = own_metrics.without_variables(model.metrics)
+        shown = [own_metrics.result_of(metric) for metric in in_python]
+        state = np.concatenate([*(v.ravel() for v in values), shown, [noted]])
+        *parts, shown_by_all, noted_by_all = np.split(
+            collectives.allreduce_sum(state, "metrics", copies), np.cumsum([*(v.size for v in values), len(shown)])
         )
+        for metric, mine, total in zip(in_python, shown, shown_by_all, strict=True):
+            own_metrics.warn_if_differs(metric, mine, total, copies.size())
         lacking = batch_losses.of(model).corrections(model, copies) if noted_by_all else {}
         for variable, part, value in zip(variables, parts, values, strict=True):
             variable.assign(part.reshape(value.shape) + lacking.get(id(variable), 0.0))

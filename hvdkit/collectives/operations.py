@@ -17,6 +17,8 @@ to float64 and integers in float64. Operations without a meaning (sums of bool o
 one `tensor` or `value`: both are accepted (see `hvdkit.compat.horovod_arguments`).
 """
 
+import functools
+import logging
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -29,6 +31,8 @@ from hvdkit.collectives.casting import NoneCompressor
 from hvdkit.collectives.transports.base import scaled
 from hvdkit.compat.horovod_arguments import of_both_modules
 from hvdkit.errors import UsageError
+
+_log = logging.getLogger(__name__)
 
 # Dtypes that Horovod cannot sum, and the dtype in which they are sent instead.
 _ADDED_AS = {"bfloat16": "float32", "int16": "int32", "uint16": "int32", "uint32": "int64"}
@@ -155,7 +159,8 @@ def allgather(value: Any, name: str | None = None, ignore_name_scope: bool = Fal
         process_set: the ranks that take part; by default all.
 
     Returns:
-        A tensor whose first dimension is the sum of the ranks' first dimensions.
+        A tensor whose first dimension is the sum of the ranks' first dimensions. Its gradient is Horovod's, the mean
+        over ranks, which is not that of one process; see `hvdkit.whole_batch` for losses.
     """
     return _gather([_tensor(value)], "allgather", name or wire.caller("allgather"), process_set)[0]
 
@@ -439,7 +444,29 @@ def _gather(tensors: list[tf.Tensor], kind: str, name: str, process_set: Any) ->
     if not collectives.takes_part(process_set) or not tensors:
         return tensors
     rows = _moved(lambda inputs: _run_by_dtype(inputs, kind, name, process_set), tensors)
+    rows = [_naming_its_gradient(r) if r.dtype.is_floating else r for r in rows]
     return [tf.ensure_shape(r, [None, *t.shape[1:]]) if t.shape.rank else r for r, t in zip(rows, tensors, strict=True)]
+
+
+@tf.custom_gradient
+def _naming_its_gradient(rows: tf.Tensor) -> tuple[tf.Tensor, Callable]:
+    """Returns gathered rows as they are, and warns where a loss takes their gradient."""
+
+    def gradient(upstream: Any) -> Any:
+        _warn_of_mean()
+        return upstream
+
+    return tf.identity(rows), gradient
+
+
+@functools.cache
+def _warn_of_mean() -> None:
+    if world.rank() == 0:
+        _log.warning(
+            "A loss takes the gradient of hvd.allgather, which is Horovod's: the mean over ranks. The optimizer takes "
+            "their mean once more, so what is gathered counts less than in one process, by the number of ranks. For a "
+            "loss over the examples of all ranks, gather them by hvd.whole_batch(...)."
+        )
 
 
 def _run_by_dtype(tensors: list[tf.Tensor], kind: str, name: str, process_set: Any) -> list[tf.Tensor]:

@@ -1,5 +1,6 @@
-"""`grain.DataLoader`: its arguments, which it does not show. Keras reads them in the same way."""
+"""Grain: the arguments of a `grain.DataLoader`, and what a data set was made of, which neither shows."""
 
+from collections.abc import Iterator
 from typing import Any
 
 from hvdkit.compat.lookup import private_of
@@ -30,3 +31,20 @@ def with_shard(loader: Any, rank: int, size: int) -> Any:
         read_options=private_of(loader, "_read_options", "grain"),
         enable_profiling=workers.enable_profiling,
     )
+
+
+def is_batched(data: Any) -> bool:
+    """Returns whether a data set or loader puts its examples into batches, as far as the names of its steps tell."""
+    steps = _steps(data) if hasattr(data, "parents") else private_of(data, "_operations", "grain")
+    return any("Batch" in type(step).__name__ for step in steps)
+
+
+def is_repeated(dataset: Any) -> bool:
+    """Returns whether a data set is repeated, so that it may never end."""
+    return any("Repeat" in type(step).__name__ for step in _steps(dataset))
+
+
+def _steps(dataset: Any) -> Iterator[Any]:
+    yield dataset
+    for parent in dataset.parents:
+        yield from _steps(parent)

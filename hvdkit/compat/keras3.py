@@ -239,6 +239,11 @@ def results_in_order(model: keras.Model, results: dict[str, Any]) -> list[Any] |
     return private(model, "_flatten_metrics_in_order")(results)
 
 
+def function_of_metric(metric: keras.metrics.MeanMetricWrapper) -> tuple[Callable[..., Any], dict[str, Any]]:
+    """Returns the function of a metric that averages what it returns, and its options."""
+    return private(metric, "_fn"), private(metric, "_fn_kwargs")
+
+
 def loss_tracker(model: keras.Model) -> keras.metrics.Metric:
     """Returns the metric that averages the loss of a compiled model."""
     return private(model, "_loss_tracker")

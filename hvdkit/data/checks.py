@@ -9,7 +9,7 @@ import tensorflow as tf
 from hvdkit.data import pipeline
 from hvdkit.data.pipeline import Share
 from hvdkit.data.sources import CLASSIFICATION, images
-from hvdkit.data.sources.given import named_leaves
+from hvdkit.data.sources.structure import batched, named_leaves
 from hvdkit.errors import UsageError
 
 _log = logging.getLogger(__name__)
@@ -66,7 +66,7 @@ def _check_structure(share: Share, split: str) -> None:
     if inputs is None:
         looked_at = min(_LOOKED_AT, share.size)
         try:
-            inputs, labels = next(iter(share.stream.batch(looked_at)))
+            inputs, labels = next(iter(batched(share.stream, looked_at)))
         except tf.errors.OpError as error:
             raise UsageError(
                 f"{share.source.name}: the first {looked_at} {split} examples cannot be read and put into a batch "

@@ -25,6 +25,7 @@ from hvdkit.data.augmentation import Augmentation
 from hvdkit.data.epoch_order import Stretch, generator, order_of_parts, shuffled, stream_seed, untouched
 from hvdkit.data.shard import even_share
 from hvdkit.data.sources import Parted, Source, edges_of, images
+from hvdkit.data.sources.structure import batched
 from hvdkit.errors import UnreadableExampleError, UsageError
 
 _log = logging.getLogger(__name__)
@@ -146,7 +147,7 @@ def read_share(
     specs = stream.map(lambda x, y: (prepare(x), y)).element_spec
     where = "read again each epoch"
     if source.kind == "arrays":
-        inputs, labels = stream.batch(found.size).get_single_element()
+        inputs, labels = batched(stream, found.size).get_single_element()
         found = dataclasses.replace(found, inputs=inputs, labels=labels)
         where = "in memory"
     elif source.kind != "stream" and largest * specs[0].shape.num_elements() * specs[0].dtype.size <= cache_bytes:
@@ -388,7 +389,7 @@ def evaluation_batches(share: Share, batch: int, one_hot: int = 0) -> tf.data.Da
         batches = tf.data.Dataset.from_tensor_slices((share.inputs, share.labels)).batch(batch)
     else:
         decoded = share.stream.map(lambda x, y: (share.prepare(x), y), num_parallel_calls=tf.data.AUTOTUNE)
-        batches = decoded.batch(batch)
+        batches = batched(decoded, batch)
     if one_hot:
         batches = batches.map(lambda x, y: (x, tf.one_hot(y, one_hot)))
     return _finish(batches.map(_form_of(share)), None)
@@ -396,7 +397,7 @@ def evaluation_batches(share: Share, batch: int, one_hot: int = 0) -> tf.data.Da
 
 def first_batch(share: Share, examples: int = 2) -> tuple:
     """Returns the first examples of a shard as a batch, as `fit` takes it."""
-    pairs = share.stream.map(lambda x, y: (share.prepare(x), y)).batch(min(examples, share.size))
+    pairs = batched(share.stream.map(lambda x, y: (share.prepare(x), y)), min(examples, share.size))
     return next(iter(pairs.map(_form_of(share))))
 
 
@@ -428,7 +429,7 @@ class _Form:
 
         form = changed if augmentation else unchanged
         prepared = examples.map(form, num_parallel_calls=tf.data.AUTOTUNE, deterministic=True)
-        batches = prepared.batch(self.size, drop_remainder=True)
+        batches = batched(prepared, self.size, drop_remainder=True)
         return batches.map(augmentation.mix) if augmentation else batches
 
     def label(self, label: tf.Tensor) -> tf.Tensor:

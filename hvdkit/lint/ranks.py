@@ -14,6 +14,7 @@ _SAME_ON_ALL_RANKS = {
     "hvd.broadcast",
     "hvd.broadcast_object",
     "hvd.grouped_allgather",
+    "hvd.whole_batch",
     "hvd.grouped_allreduce",
 }
 _RANKS = {"hvd.rank", "hvd.local_rank", "hvd.cross_rank"}

@@ -13,6 +13,8 @@ works in the same way. Each `fit` then
 - warns of data that no rank has divided (`same_data`);
 - ends with a callback that keeps the ranks together and checks that they allreduce gradients (`guard`).
 
+`train_on_batch` makes the models the same at its first call (`on_batch`).
+
 A model under a `tf.distribute` strategy is not changed: there TensorFlow reduces the gradients.
 """
 
@@ -25,6 +27,7 @@ import tensorflow as tf
 import wrapt
 
 from hvdkit import collectives, watchdog, world
+from hvdkit.callbacks import own_metrics
 from hvdkit.collectives.agreement import check_equal_plans
 from hvdkit.compat import preprocessing
 from hvdkit.compat.keras3 import strategy_of
@@ -36,8 +39,9 @@ from hvdkit.model.executions import Executions, may_join
 from hvdkit.model.guard import FitGuard
 from hvdkit.model.losses import weigh_in
 from hvdkit.model.marks import Marks
+from hvdkit.model.on_batch import train_on_batch
 from hvdkit.model.one_core import OneCore, inline_execution
-from hvdkit.model.user_callbacks import for_all_ranks
+from hvdkit.model.user_callbacks import check_averages, for_all_ranks
 from hvdkit.model.xla import make_train_function
 from hvdkit.optimizers import batch_sizes, heartbeat, weighing
 from hvdkit.optimizers.distributed import DistributedOptimizer, all_ranks_train
@@ -53,6 +57,7 @@ def install() -> None:
     preprocessing.watch()
     _undo.append(preprocessing.stop_watching)
     _replace(keras.Model, "fit", lambda fit: wrapt.FunctionWrapper(fit, _GuardedFit()))
+    _replace(keras.Model, "train_on_batch", lambda train: wrapt.FunctionWrapper(train, train_on_batch))
     _replace(keras.Model, "make_train_function", lambda make: wrapt.FunctionWrapper(make, make_train_function))
     # AutoGraph may convert a training step, but not functions of wrapt.
     _replace(keras.Model, "compute_loss", lambda compute: tf.autograph.experimental.do_not_convert(weigh_in(compute)))
@@ -60,6 +65,12 @@ def install() -> None:
         keras.losses.Loss, "__call__", lambda call: tf.autograph.experimental.do_not_convert(weighing.watch_calls(call))
     )
     _undo.append(replace_reduction(weighing.reduce))
+    look = own_metrics.look_at_results
+    _replace(
+        keras.metrics.MeanMetricWrapper,
+        "update_state",
+        lambda update: tf.autograph.experimental.do_not_convert(look(update)),
+    )
 
 
 def uninstall() -> None:
@@ -136,6 +147,7 @@ def _guard(model: keras.Model, optimizers: list[ExchangingOptimizer], arguments:
     if all_ranks_train(optimizers):
         check_equal_plans(_plan(arguments))
         same_layers.check(model)
+        check_averages(callbacks, optimizers)
         callbacks = [BuildFirst(), *for_all_ranks(callbacks)]
     executions, sizes = _executions(model, callbacks, optimizers), _compare_batch_sizes(optimizers)
     callbacks = [Marks(), OneCore(), *callbacks, *executions, *sizes, FitGuard(optimizers)]

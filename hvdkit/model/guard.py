@@ -52,10 +52,10 @@ class FitGuard(keras.callbacks.Callback):
         optimizer = self.model.optimizer
         if optimizer is not None and not optimizer.built and self._weights:
             optimizer.build(self.model.trainable_variables)
-        self._make_common("when training begins")
+        make_common(self.model, self._optimizers, "when training begins")
         for local in local_optimizers(self.model):
             local.start()
-        self._make_seeds_differ()
+        make_common_seeds_differ(self.model)
         set_first_epoch(self.model, collectives.broadcast_object(first_epoch(self.model), name="initial_epoch"))
 
     def on_train_batch_end(self, batch: int, logs: dict | None = None) -> None:
@@ -67,7 +67,7 @@ class FitGuard(keras.callbacks.Callback):
             self._prove(proven)
         if self._one_model and len(self.model.weights) != self._weights:  # built in the first step, by each rank
             self._weights = len(self.model.weights)
-            self._make_common("after the step that built the model")
+            make_common(self.model, self._optimizers, "after the step that built the model")
         if beat.all_stop:
             self.model.stop_training = True
         elif self._together():
@@ -94,7 +94,7 @@ class FitGuard(keras.callbacks.Callback):
         """Synchronizes the result: averages statistics; takes the root's weights where a best epoch was restored."""
         if self._one_model:
             average_state(self.model)
-            self._make_common("when training ends")
+            make_common(self.model, self._optimizers, "when training ends")
 
     def _together(self) -> bool:
         """Returns whether this rank must not exit alone: others reduce with it, if only in the model's train_step."""
@@ -112,12 +112,7 @@ class FitGuard(keras.callbacks.Callback):
             self._proven = self._exchanged = True
         elif not self._optimizers:
             self._proven = True
-            _log.warning(
-                "The optimizer of model %r is not distributed: each of the %d ranks trains a model of its own. Write "
-                "model.compile(hvdkit.DistributedOptimizer(optimizer), ...) to train one.",
-                self.model.name,
-                world.size(),
-            )
+            warn_of_no_exchange(self.model)
         elif self.model.trainable_weights and not any(e.used or e.is_alone() for e in self._exchanges):
             raise RuntimeError(
                 f"The first {self._steps} step(s) of fit exchanged no gradients, although the optimizer of model "
@@ -125,30 +120,48 @@ class FitGuard(keras.callbacks.Callback):
                 f"self.optimizer.apply(gradients, variables) in it, or use hvdkit.DistributedGradientTape."
             )
 
-    def _make_seeds_differ(self) -> None:
-        """Makes equal seeds differ between ranks, as after `keras.utils.set_random_seed(0)` on all of them."""
-        digests = [collectives.digest([v]) for v in seeds_of(self.model)]
-        everyone = collectives.allgather_object(digests, name="seeds", process_set=copies_of(self.model))
-        if any(len(set(digests)) < len(digests) for digests in zip(*everyone, strict=False)):
-            make_seeds_differ(self.model)
 
-    def _make_common(self, when: str) -> None:
-        """Compares weights and optimizer slots over the ranks, and broadcasts the root's if they differ."""
-        state = {id(v): v for owner in (self.model, *self._optimizers) for v in _variables(owner)}
-        variables = [v for v in state.values() if not any(keeps_local(o, v) for o in self._optimizers)]
-        share(self.model.weights)
-        everyone = collectives.allgather_object([collectives.digest([v]) for v in variables], name="common")
-        if all(digests == everyone[0] for digests in everyone):
-            return
-        differing = [v.path for i, v in enumerate(variables) if len({d[i] for d in everyone if i < len(d)}) > 1]
-        _log.warning(
-            "%d variable(s), %s the first, differ between the ranks %s; all take those of rank 0. A callback that one "
-            "rank alone has does this, and so does a script without hvdkit.callbacks.standard().",
-            len(differing),
-            differing[0] if differing else "of another model",
-            when,
-        )
-        collectives.broadcast_variables(variables)
+def make_common(model: keras.Model, optimizers: Sequence[ExchangingOptimizer], when: str) -> None:
+    """Compares weights and optimizer slots over the ranks, and broadcasts the root's if they differ.
+
+    Args:
+        model: the model, on all ranks.
+        optimizers: its distributed optimizers.
+        when: the moment, for the message.
+    """
+    state = {id(v): v for owner in (model, *optimizers) for v in _variables(owner)}
+    variables = [v for v in state.values() if not any(keeps_local(o, v) for o in optimizers)]
+    share(model.weights)
+    everyone = collectives.allgather_object([collectives.digest([v]) for v in variables], name="common")
+    if all(digests == everyone[0] for digests in everyone):
+        return
+    differing = [v.path for i, v in enumerate(variables) if len({d[i] for d in everyone if i < len(d)}) > 1]
+    _log.warning(
+        "%d variable(s), %s the first, differ between the ranks %s; all take those of rank 0. A callback that one "
+        "rank alone has does this, and so does a script without hvdkit.callbacks.standard().",
+        len(differing),
+        differing[0] if differing else "of another model",
+        when,
+    )
+    collectives.broadcast_variables(variables)
+
+
+def make_common_seeds_differ(model: keras.Model) -> None:
+    """Makes equal seeds differ between ranks, as after `keras.utils.set_random_seed(0)` on all of them."""
+    digests = [collectives.digest([v]) for v in seeds_of(model)]
+    everyone = collectives.allgather_object(digests, name="seeds", process_set=copies_of(model))
+    if any(len(set(digests)) < len(digests) for digests in zip(*everyone, strict=False)):
+        make_seeds_differ(model)
+
+
+def warn_of_no_exchange(model: keras.Model) -> None:
+    """Warns of a model whose optimizer is not distributed."""
+    _log.warning(
+        "The optimizer of model %r is not distributed: each of the %d ranks trains a model of its own. Write "
+        "model.compile(hvdkit.DistributedOptimizer(optimizer), ...) to train one.",
+        model.name,
+        world.size(),
+    )
 
 
 def _variables(owner: Any) -> list[Any]:

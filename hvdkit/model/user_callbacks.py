@@ -9,6 +9,7 @@ import keras
 from hvdkit import collectives, world
 from hvdkit.callbacks import AverageStateCallback, CheckpointCallback, MetricAverageCallback
 from hvdkit.errors import UsageError
+from hvdkit.optimizers.sharded import ShardedOptimizer
 
 _BY_METRICS = (keras.callbacks.EarlyStopping, keras.callbacks.ReduceLROnPlateau, keras.callbacks.ModelCheckpoint)
 # Callbacks that write files, and the attribute with the path.
@@ -42,6 +43,20 @@ def for_all_ranks(callbacks: list[Any]) -> list[Any]:
         callbacks = [AverageStateCallback(), *callbacks]
     written = {path for lower, *_ in everyone[: world.rank()] for path in lower}
     return [c for c in callbacks if not written.intersection(_paths(c))]
+
+
+def check_averages(callbacks: Iterable[Any], optimizers: Iterable[Any]) -> None:
+    """Refuses `SwapEMAWeights` where each rank keeps a part of the moving averages.
+
+    Raises:
+        UsageError: it is among the callbacks, and an optimizer is a `ShardedOptimizer`.
+    """
+    swaps = any(isinstance(c, keras.callbacks.SwapEMAWeights) for c in callbacks)
+    if swaps and any(isinstance(optimizer, ShardedOptimizer) for optimizer in optimizers):
+        raise UsageError(
+            "SwapEMAWeights swaps weights with their moving averages, of which each rank of a ShardedOptimizer keeps a "
+            "part. Use hvd.DistributedOptimizer, or leave the callback out: after fit the weights are the averages."
+        )
 
 
 def _paths(callback: Any) -> Iterable[str]:

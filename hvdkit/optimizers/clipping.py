@@ -1,9 +1,12 @@
-"""Clipping by norm for sharded models: the norm is that of the whole gradient.
+"""Clipping by norm: for sharded models, whose norm is that of the whole gradient, and in the wrong place.
 
 Keras clips the gradients it is given, but a rank of a sharded model has only parts of them. This module therefore sums
 the squared norms over the ranks that hold one model together, and then applies Keras' rule.
 """
 
+import functools
+import logging
+import re
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -13,6 +16,27 @@ import tensorflow as tf
 from hvdkit import collectives, world
 from hvdkit.collectives import wire
 from hvdkit.collectives.mesh import Shard, mesh_of, shard_of
+
+_log = logging.getLogger(__name__)
+_CLIPPED = re.compile(r"(^|/)clip_by_(global_)?norm")  # names of TensorFlow's operations
+
+
+def warn_of_clipped(grads: Sequence[Any]) -> None:
+    """Warns of gradients that were clipped by their norm before the ranks average them; seen in graphs only."""
+    if tf.executing_eagerly() or world.rank():
+        return
+    values = [grad.values if isinstance(grad, tf.IndexedSlices) else grad for grad in grads if grad is not None]
+    if any(_CLIPPED.search(value.op.name) for value in values if isinstance(value, tf.Tensor)):
+        _warn_once()
+
+
+@functools.cache
+def _warn_once() -> None:
+    _log.warning(
+        "The gradients are clipped by the norm that they have on each rank, and then averaged. One process clips the "
+        "average, and trains another model. Give the optimizer global_clipnorm=... or clipnorm=..., or average first: "
+        "tape = hvd.DistributedGradientTape(tape), with an optimizer that is not distributed."
+    )
 
 
 def clip_over_shards(

@@ -141,6 +141,7 @@ class DistributedOptimizer(ExchangingOptimizer):
             return
         call_stack.refuse_xla()
         weighing.warn_of_unweighed()
+        clipping.warn_of_clipped(grads)
         loss_scale.refuse_a_branch_of_this_rank(self.__wrapped__, exchange)
         if trainable_variables is None:
             trainable_variables = trained_variables(self.__wrapped__)

@@ -39,7 +39,7 @@ from hvdkit.compat.keras3 import (
     without_empty_gradients,
 )
 from hvdkit.errors import UsageError
-from hvdkit.optimizers import before_update, heartbeat, loss_scale, weighing
+from hvdkit.optimizers import before_update, clipping, heartbeat, loss_scale, weighing
 from hvdkit.optimizers.clipping import norm_dtype
 from hvdkit.optimizers.distributed import DistributedOptimizer, constrain
 from hvdkit.optimizers.flat import Flat
@@ -204,6 +204,7 @@ class ShardedOptimizer(DistributedOptimizer):
             return
         call_stack.refuse_xla()
         weighing.warn_of_unweighed()
+        clipping.warn_of_clipped(grads)
         exchange.used = True
         if not self._self_flats:
             self.build(list(trainable_variables or []))

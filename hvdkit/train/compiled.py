@@ -14,6 +14,7 @@ import tensorflow as tf
 from hvdkit.compression import by_name
 from hvdkit.data import pipeline
 from hvdkit.data.sources import AS_COMPILED, Source, TokenSource
+from hvdkit.data.sources.structure import example_shape
 from hvdkit.data.vocabulary import Vocabulary
 from hvdkit.errors import UsageError
 from hvdkit.optimizers.local_sgd import LocalSGD
@@ -132,7 +133,7 @@ def _warn_of_units(job: Job, standardization: Mapping[str, tuple[float, ...]]) -
 def _given_by_data(source: Source, vocabulary: Vocabulary | None, spec: Any) -> dict[str, Any]:
     """The arguments that a build function may use, by name."""
     if source.task == AS_COMPILED:
-        shapes = tf.nest.map_structure(lambda leaf: tuple(leaf.shape), spec)
+        shapes = tf.nest.map_structure(lambda leaf: tuple(example_shape(leaf)), spec)
         return {"input_shape": shapes} | ({"num_classes": len(source.label_names)} if source.label_names else {})
     given: dict[str, Any] = {"input_shape": tuple(spec.shape)}
     if isinstance(source, TokenSource):

@@ -32,7 +32,7 @@ from hvdkit.data.sources import (
     TokenSource,
     with_validation,
 )
-from hvdkit.data.sources.function import describe
+from hvdkit.data.sources.structure import describe
 from hvdkit.data.vocabulary import Vocabulary, learn_tokens
 from hvdkit.errors import UsageError
 from hvdkit.model.adapting import adapt

@@ -32,10 +32,10 @@ _HELP = {  # brackets: what applies without the flag, if its default is not a fi
         ".array_record) of tf.train.Example. Made-up data: "
         "synthetic:HxWxC:CLASSES:EXAMPLES. Your own, path/to/file.py:function, which returns (train, test), (train, "
         "validation, test) or a dict with these names, each x, (x, y) or (x, y, sample_weight) with arrays in any "
-        "tuples and dicts, a tf.data.Dataset, a PyDataset or a grain.MapDataset: all of it on each rank, in the same "
-        "order, as hvdkit divides, shuffles and batches it; arrays stay in memory, the others are read again each "
-        "epoch; it may take seed; --model must return a compiled model. To predict the next byte: pydoc (embedded), or "
-        "text:PATH of a file or a folder [the recipe's]"
+        "tuples and dicts, a tf.data.Dataset, a PyDataset, a loader of Grain or PyTorch, or a generator's function, "
+        "uncalled: all of it on each rank, in the same order, as hvdkit divides, shuffles and batches it; arrays stay "
+        "in memory, the others are read again each epoch; it may take seed; --model must return a compiled model. "
+        "To predict the next byte: pydoc (embedded), or text:PATH of a file or a folder [the recipe's]"
     ),
     "task": (
         "what to learn from labels: one of several classes, measured values (regression), or any number of labels of "

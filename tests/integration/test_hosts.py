@@ -107,33 +107,48 @@ def test_a_model_divided_over_two_hosts_is_that_of_one_process(cluster, train, t
         assert result["test_accuracy"] == pytest.approx(expected["test_accuracy"], abs=0.01), strategy
 
 
-LOSSES = ["labels to ignore", "a mask", "weights", "mean by weights", "class weights", "batches", "sum", "two losses"]
+LOSSES = ["labels to ignore", "a mask", "masked words", "weights", "mean by weights", "class weights", "batches", "sum"]
+LOSSES += ["two losses"]
+NORMALIZED = ["functional", "changed", "local"]
 
 
-def losses():
-    """How far training and evaluating are from one process, and what carries the gradients."""
+def losses_and_layers(path):
+    """How far losses and layers are from one process, and what carries the gradients: one launch for all."""
     from hvdkit.collectives import transports
     from tests.parallel.callbacks.test_batch_losses import SHORT, evaluated
+    from tests.parallel.model.test_adapting import learnt_together, trained_after_adapting
+    from tests.parallel.model.test_batch_normalization import trained_with_normalization
     from tests.parallel.optimizers.test_weighing import against_one_process, data_sets
 
     trained, (short, *_), (shown, in_fit) = against_one_process(LOSSES), data_sets(), evaluated(SHORT)
-    return trained, short, shown, in_fit, transports.in_use()[0].name
+    adapted, said = learnt_together(), trained_after_adapting()
+    normalized = trained_with_normalization(path, NORMALIZED)
+    return (trained, short, shown, in_fit), (adapted, said, normalized), transports.in_use()[0].name
 
 
 @pytest.mark.slow
-def test_each_loss_on_two_hosts_is_that_of_one_process(launch, tmp_path):
-    call = {"file": __file__, "function": "losses", "arguments": {}, "environment": {}}
+def test_each_loss_and_layer_on_two_hosts_is_that_of_one_process(launch, tmp_path):
+    from tests.parallel.model.test_adapting import check_what_fit_says, check_what_was_learnt
+    from tests.parallel.model.test_batch_normalization import check_normalization
+
+    arguments = {"path": str(tmp_path / "x.keras")}
+    call = {"file": __file__, "function": "losses_and_layers", "arguments": arguments, "environment": {}}
     (tmp_path / "call.json").write_text(json.dumps(call))
     ended = launch(*TWO, "--", *forked.command(resident.RANK_MAIN, tmp_path / "call.json"), timeout=300)
     assert ended.code == 0, ended.output
-    for rank in range(2):
-        trained, short, shown, in_fit, transport = pickle.loads((tmp_path / f"{rank}.pickle").read_bytes())
-        assert transport == "sockets"
+    losses, layers, used = zip(*(pickle.loads((tmp_path / f"{r}.pickle").read_bytes()) for r in (0, 1)), strict=True)
+    assert used == ("sockets", "sockets")
+    for trained, short, shown, in_fit in losses:
         assert len(trained) == len(LOSSES)
         assert {name: far for name, far in {**trained, **short}.items() if not max(far) < 1e-5} == {}
         for name, (alone, both, _) in shown.items():
             assert both == [{key: pytest.approx(value, rel=1e-5) for key, value in alone.items()}] * 2, name
         assert in_fit[0] == pytest.approx(in_fit[1], rel=1e-5)
+    adapted, said, normalized = zip(*layers, strict=True)
+    check_what_was_learnt(adapted)
+    check_what_fit_says(said)
+    for found in normalized:
+        check_normalization(found, NORMALIZED)
 
 
 @pytest.mark.parametrize(

@@ -1,6 +1,7 @@
 """Data of any structure that a function of the user's returns: `path/to/file.py:function`."""
 
 import inspect
+import logging
 import zlib
 from collections.abc import Mapping
 from typing import Any
@@ -9,10 +10,13 @@ import numpy as np
 import tensorflow as tf
 
 from hvdkit.command import functions
-from hvdkit.data.sources.given import Examples, examples_of
+from hvdkit.data.sources.given import Examples
+from hvdkit.data.sources.given_kinds import examples_of
 from hvdkit.data.sources.schema import AS_COMPILED
+from hvdkit.data.sources.structure import describe
 from hvdkit.errors import UsageError
 
+_log = logging.getLogger(__name__)
 _ORDER = {2: ("train", "test"), 3: ("train", "validation", "test")}
 _COMPARED = 8  # examples
 _FORM = "(train, test), (train, validation, test), or a dict with these names"
@@ -46,6 +50,7 @@ class FunctionSource:
             if not examples.size:
                 raise UsageError(f"{name} returned no {split} examples. Return some, or leave that split out.")
         self._check_structures()
+        self._warn_of_other_orders()
 
     def size(self, split: str) -> int:
         """Number of examples in a split."""
@@ -63,7 +68,7 @@ class FunctionSource:
         """Returns its input: nothing is encoded."""
         return encoded
 
-    def fingerprint(self) -> dict[str, tuple[int, int]]:
+    def fingerprint(self) -> dict[str, tuple[int, int | None]]:
         """Returns the size of each split and a checksum of its first examples, to compare over ranks."""
         return {split: (examples.size, _checksum(examples)) for split, examples in self._splits.items()}
 
@@ -74,6 +79,18 @@ class FunctionSource:
                 raise UsageError(
                     f"{self.name} returned {split} examples {_described(spec)}, and train examples "
                     f"{_described(specs['train'])}. Return the same structure, shapes and types for all splits."
+                )
+
+    def _warn_of_other_orders(self) -> None:
+        """Warns of a split whose targets change when it is read again: then an index is no longer one example."""
+        for split, examples in self._splits.items():
+            if not examples.in_memory and _checksum(examples, targets=True) != _checksum(examples, targets=True):
+                _log.warning(
+                    "The targets of the first %s examples of %s are others when they are read again. If it shuffles, "
+                    "leave that to hvdkit: validation examples may be trained on, and a resumed run does not go on "
+                    "where it stopped. Random augmentation of the targets may stay.",
+                    split,
+                    self.name,
                 )
 
 
@@ -90,13 +107,15 @@ def load_function(given: str, seed: int = 0) -> FunctionSource:
     """
     name, function = functions.find_function(given, "dataset")
     takes_seed = "seed" in inspect.signature(function).parameters
+    short = f"{name}:{given.rpartition(':')[2]}"
     try:
-        returned = function(seed=seed) if takes_seed else function()
-    except Exception as error:  # a user's function may raise anything
+        splits = _splits_of(function(seed=seed) if takes_seed else function(), given)
+        examples = {split: examples_of(data, f"{short}, {split}") for split, data in splits.items()}
+    except UsageError:
+        raise
+    except Exception as error:  # a user's function, and what it returns, may raise anything
         raise UsageError(f"--dataset={given} failed: {functions.describe(error)}.") from error
-    name = f"{name}:{given.rpartition(':')[2]}"
-    splits = _splits_of(returned, given)
-    return FunctionSource(name, {split: examples_of(data, f"{name}, {split}") for split, data in splits.items()})
+    return FunctionSource(short, examples)
 
 
 def _splits_of(returned: Any, given: str) -> dict[str, Any]:
@@ -126,20 +145,18 @@ def _described(spec: Any) -> str:
     return str(describe((inputs, *rest)))
 
 
-def describe(spec: Any) -> Any:
-    """Returns a structure of specs in a short form: shapes with dtypes."""
-    if isinstance(spec, Mapping):
-        return {name: describe(part) for name, part in spec.items()}
-    if isinstance(spec, (tuple, list)):
-        return tuple(describe(part) for part in spec)
-    return f"{spec.dtype.name}{list(spec.shape) if spec.shape.rank is not None else ''}"
+def _checksum(examples: Examples, targets: bool = False) -> int | None:
+    """Returns a checksum of the first examples, or only of their targets and weights.
 
-
-def _checksum(examples: Examples) -> int:
+    None if they cannot be read: what is wrong with them is said where they are put into batches.
+    """
     found = 0
-    for example in examples.read(0, min(_COMPARED, examples.size)):
-        for leaf in tf.nest.flatten(example, expand_composites=True):
-            found = zlib.crc32(
-                np.asarray(leaf).tobytes() if leaf.dtype != tf.string else str(leaf.numpy()).encode(), found
-            )
+    try:
+        for pair in examples.read(0, min(_COMPARED, examples.size)):
+            example = pair[1] if targets else pair
+            for leaf in tf.nest.flatten(example, expand_composites=True):
+                data = np.asarray(leaf).tobytes() if leaf.dtype != tf.string else str(leaf.numpy()).encode()
+                found = zlib.crc32(data, found)
+    except tf.errors.OpError:
+        return None
     return found

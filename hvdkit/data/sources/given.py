@@ -1,10 +1,12 @@
-"""Examples of any structure as the user's code gives them: arrays, a `tf.data.Dataset`, batches or elements by index.
+"""Examples of any structure as the user's code gives them: arrays, data sets, and loaders of batches.
 
-An example is a pair: inputs in any structure, and a tuple of what `fit` takes beside them, which is empty, targets, or
-targets and sample weights. tf.data knows tuples and dicts but no lists, so lists become tuples.
+What has elements by index is read from there on; what only yields one batch after another is read from its beginning.
 """
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+import itertools
+import logging
+import time
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any, Protocol
 
 import keras
@@ -13,10 +15,24 @@ import tensorflow as tf
 
 from hvdkit.compat.data_batches import unit_of
 from hvdkit.data.shard import length_of
+from hvdkit.data.sources.structure import (
+    FORM,
+    as_array,
+    as_pair,
+    as_tuples,
+    check_parts,
+    describe,
+    examples_in,
+    in_keras_float,
+    in_rows,
+    one_row,
+    pair_of,
+    spec_of,
+)
 from hvdkit.errors import UsageError
 
-_LARGEST_TUPLE = 3  # inputs, targets, sample weights
-_FORM = "x, (x, y) or (x, y, sample_weight), each an array or a tuple or dict of arrays"
+_log = logging.getLogger(__name__)
+_PATIENCE = 30  # seconds of counting, after which a stream may look as if it never ended
 
 
 class Examples(Protocol):
@@ -34,41 +50,13 @@ class Examples(Protocol):
         """Returns the examples `start` to `stop`, in a fixed order, as pairs (inputs, (targets, weights))."""
 
 
-def examples_of(data: Any, where: str) -> Examples:
-    """Returns the examples of what a user's function returned for a split.
-
-    Args:
-        data: arrays, a `tf.data.Dataset`, a `PyDataset` or a `grain.MapDataset`.
-        where: what a message calls it.
-
-    Raises:
-        UsageError: it is of another kind, is empty or infinite, or its arrays differ in length.
-    """
-    if isinstance(data, tf.data.Dataset):
-        return Stream(data, where)
-    if isinstance(data, keras.utils.PyDataset):
-        if data.num_batches is None:
-            raise UsageError(f"{where} is an infinite {type(data).__name__}. Give it a length: __len__.")
-        return Indexed(data, data.num_batches, where, batched=True)
-    grain_kinds = {parent.__name__ for parent in type(data).__mro__ if parent.__module__.startswith("grain")}
-    if "MapDataset" in grain_kinds:
-        return Indexed(data, len(data), where, batched=any("Batch" in kind for kind in grain_kinds))
-    if grain_kinds or isinstance(data, Iterator) or type(data).__name__ in ("DataLoader", "function"):
-        raise UsageError(
-            f"{where} is a {type(data).__module__}.{type(data).__name__}, whose examples have no index, so that ranks "
-            f"could not divide them or resume. Return arrays, a PyDataset, a grain.MapDataset, or a tf.data.Dataset, "
-            f"such as tf.data.Dataset.from_generator(...)."
-        )
-    return Arrays(data, where)
-
-
 class Arrays:
     """Arrays [examples, ...] in memory; see `Examples`.
 
     Floats become Keras' float type, as in `fit`. Memory-mapped arrays stay on disk, except for a rank's own part.
 
     Args:
-        data: see `_FORM`.
+        data: see `structure.FORM`.
         where: what a message calls it.
 
     Raises:
@@ -79,19 +67,20 @@ class Arrays:
 
     def __init__(self, data: Any, where: str) -> None:
         parts = tuple(data) if isinstance(data, (tuple, list)) else (data,)
-        _check_parts(len(parts), where)
-        self._arrays = as_pair(_as_tuples(parts, lambda leaf: _as_array(leaf, where)))
-        lengths = sorted({_length(leaf) for leaf in tf.nest.flatten(self._arrays)})
+        check_parts(len(parts), where)
+        self._arrays = as_pair(as_tuples(parts, lambda leaf: as_array(leaf, where)))
+        lengths = sorted({int(leaf.shape[0]) for leaf in tf.nest.flatten(self._arrays)})
         if len(lengths) != 1:
             raise UsageError(
                 f"The arrays of {where} have {' and '.join(map(str, lengths)) or 'no'} examples; one example needs a "
-                f"row in each. Return arrays of the same length, as {_FORM}."
+                f"row in each. Return arrays of the same length, as {FORM}."
             )
         self.size = lengths[0]
 
     def read(self, start: int, stop: int) -> tf.data.Dataset:
         """Returns a range of rows."""
-        return tf.data.Dataset.from_tensor_slices(tf.nest.map_structure(lambda a: _rows(a, start, stop), self._arrays))
+        rows = tf.nest.map_structure(lambda leaf: _rows(leaf, start, stop), self._arrays)
+        return in_rows(tf.data.Dataset.from_tensor_slices(rows))
 
 
 class Stream:
@@ -113,8 +102,8 @@ class Stream:
         if unit_of(dataset) == "batches":
             dataset = dataset.unbatch()
         if isinstance(dataset.element_spec, tuple):
-            _check_parts(len(dataset.element_spec), where)
-        self._pairs = dataset.map(lambda *parts: _in_keras_float(as_pair(parts)))
+            check_parts(len(dataset.element_spec), where)
+        self._pairs = in_rows(dataset).map(lambda *parts: in_keras_float(as_pair(parts)))
         self.size = int(length_of(dataset) or 0)
 
     def read(self, start: int, stop: int) -> tf.data.Dataset:
@@ -146,12 +135,10 @@ class Indexed:
         self._element: Callable[[int], Any] = self._batch if batched else self._row
         self._per_element = 1
         first = self._element(0)
-        self._per_element = _length(tf.nest.flatten(first)[0])
-        self.size = self._per_element * (length - 1) + _length(tf.nest.flatten(self._element(length - 1))[0])
+        self._per_element = examples_in(first)
+        self.size = self._per_element * (length - 1) + examples_in(self._element(length - 1))
         self._length = length
-        self._spec = tf.nest.map_structure(
-            lambda leaf: tf.TensorSpec([None, *leaf.shape[1:]], tf.as_dtype(leaf.dtype)), first
-        )
+        self._spec = spec_of(first)
 
     def read(self, start: int, stop: int) -> tf.data.Dataset:
         """Returns a range of examples; of batches, those that have them are made."""
@@ -159,86 +146,76 @@ class Indexed:
         elements = tf.data.Dataset.from_generator(
             lambda: (self._checked(index) for index in range(first, last)), output_signature=self._spec
         )
-        elements = elements.map(lambda *pair: _in_keras_float(pair))
-        return elements.unbatch().skip(start - first * self._per_element).take(stop - start)
+        elements = elements.map(lambda *pair: in_keras_float(pair))
+        return in_rows(elements.unbatch()).skip(start - first * self._per_element).take(stop - start)
 
     def _checked(self, index: int) -> Any:
         element = self._element(index)
-        number = _length(tf.nest.flatten(element)[0])
+        number = examples_in(element)
         if number != self._per_element and index < self._length - 1:
             raise ValueError(f"batch {index} of {self._where} has {number} examples, and batch 0 {self._per_element}")
         return element
 
     def _batch(self, index: int) -> Any:
-        parts = self._data[index]
-        parts = tuple(parts) if isinstance(parts, (tuple, list)) else (parts,)
-        _check_parts(len(parts), self._where)
-        return as_pair(_as_tuples(parts, lambda leaf: _as_array(leaf, self._where)))
+        return pair_of(self._data[index], self._where)
 
     def _row(self, index: int) -> Any:
-        parts = self._data[index]
-        parts = tuple(parts) if isinstance(parts, (tuple, list)) else (parts,)
-        _check_parts(len(parts), self._where)
-        return as_pair(_as_tuples(parts, lambda leaf: _as_array(np.asarray(leaf)[None], self._where)))
+        return pair_of(one_row(self._data[index]), self._where)
 
 
-def as_pair(parts: Sequence[Any]) -> tuple[Any, tuple]:
-    """Returns (inputs, (targets, weights)) of x, (x, y) or (x, y, sample_weight); None at the end counts as absent."""
-    kept = list(parts)
-    while len(kept) > 1 and kept[-1] is None:
-        kept.pop()
-    return kept[0], tuple(kept[1:])
+class Passes:
+    """Batches, or examples, that can only be read one after another, from the beginning; see `Examples`.
+
+    They are read once to count the examples, and in each pass a rank reads what comes before its shard.
+
+    Args:
+        elements: yields them anew each time it is iterated over; if it has a length, only so many count.
+        where: what a message calls it.
+        batched: whether elements are batches.
+
+    Raises:
+        UsageError: it is empty, or an element is no example or batch, or has another structure than the first one.
+    """
+
+    in_memory = False
+
+    def __init__(self, elements: Iterable[Any], where: str, *, batched: bool = True) -> None:
+        self._elements, self._where, self._batched = elements, where, batched
+        self._spec: Any = None
+        self.size = 0
+        hint = time.monotonic() + _PATIENCE
+        for batch in self._batches():
+            self.size += examples_in(batch)
+            if time.monotonic() > hint:
+                hint = float("inf")
+                _log.info("%s: counting, %d examples so far; what never ends must be cut off", where, self.size)
+
+    def read(self, start: int, stop: int) -> tf.data.Dataset:
+        """Returns a range of examples; those before it are read and dropped."""
+        batches = tf.data.Dataset.from_generator(self._batches, output_signature=self._spec)
+        examples = in_rows(batches.map(lambda *pair: in_keras_float(pair)).unbatch())
+        return examples.skip(start).take(stop - start)
+
+    def _batches(self) -> Iterator[Any]:
+        for number, element in enumerate(itertools.islice(self._elements, _length_of(self._elements))):
+            batch = pair_of(element if self._batched else one_row(element), self._where)
+            spec = spec_of(batch)
+            self._spec = spec if self._spec is None else self._spec
+            if spec != self._spec:
+                kind = "batch" if self._batched else "example"
+                raise UsageError(
+                    f"{kind} {number} of {self._where} is {describe(spec)}, and the first one {describe(self._spec)}. "
+                    f"Let all have the same structure, shapes and types; pad what differs in length, or make it ragged."
+                )
+            yield batch
 
 
-def named_leaves(value: Any, name: str) -> Iterator[tuple[str, Any]]:
-    """Yields the leaves of a structure, with what a message calls them: `inputs['age']` of inputs."""
-    if isinstance(value, Mapping):
-        for key, part in value.items():
-            yield from named_leaves(part, f"{name}[{key!r}]")
-    elif isinstance(value, tuple):
-        for place, part in enumerate(value):
-            yield from named_leaves(part, f"{name}[{place}]")
-    elif value is not None:
-        yield name, value
-
-
-def _check_parts(number: int, where: str) -> None:
-    if not 1 <= number <= _LARGEST_TUPLE:
-        raise UsageError(f"{where} has {number} parts, and fit takes {_FORM}. Put several inputs into a dict or tuple.")
-
-
-def _as_tuples(value: Any, convert: Callable[[Any], Any]) -> Any:
-    """Converts the leaves of a structure, with tuples in place of its lists; None stays None."""
-    if isinstance(value, Mapping):
-        return {name: _as_tuples(part, convert) for name, part in value.items()}
-    if isinstance(value, (tuple, list)):
-        return tuple(_as_tuples(part, convert) for part in value)
-    return None if value is None else convert(value)
-
-
-def _as_array(leaf: Any, where: str) -> Any:
-    if isinstance(leaf, tf.RaggedTensor):
-        return leaf
-    array = np.asarray(leaf) if hasattr(leaf, "__array__") else leaf
-    if isinstance(array, np.ndarray) and array.dtype == object and all(isinstance(one, str) for one in array.flat):
-        return array.astype(np.str_)
-    if not isinstance(array, np.ndarray) or not array.ndim or array.dtype.kind not in "biufUS":
-        what = f"an array of {array.dtype}" if isinstance(array, np.ndarray) else f"a {type(leaf).__name__}"
-        raise UsageError(
-            f"{where} has {what} where an array of numbers or texts [examples, ...] is expected. Convert it with "
-            f"numpy.asarray(...), or rows of differing length with tf.ragged.constant(...)."
-        )
-    return array
-
-
-def _in_keras_float(pair: Any) -> Any:
-    return tf.nest.map_structure(
-        lambda leaf: tf.cast(leaf, keras.config.floatx()) if leaf.dtype == tf.float64 else leaf, pair
-    )
-
-
-def _length(leaf: Any) -> int:
-    return int(leaf.shape[0])
+def _length_of(elements: Any) -> int | None:
+    """Returns a stated number of elements; loaders of PyTorch have a `__len__` that may raise."""
+    try:
+        return len(elements)
+    except TypeError:
+        return None
 
 
 def _rows(leaf: Any, start: int, stop: int) -> Any:

@@ -9,6 +9,7 @@ RULES = (
     Rule("HVD103", starting.uses_no_hvdkit),
     Rule("HVD201", optimizer.not_distributed),
     Rule("HVD202", optimizer.learning_rate_not_scaled),
+    Rule("HVD203", optimizer.clipped_too_early),
     Rule("HVD301", data.not_sharded),
     Rule("HVD302", data.shuffled_differently),
     Rule("HVD401", callbacks.nothing_broadcast),

@@ -26,6 +26,7 @@ _COLLECTIVES = {
     "join",
     "predict",
     "reducescatter",
+    "whole_batch",
 }
 _COLLECTIVE_CALLBACKS = (
     "MetricAverageCallback",

@@ -85,6 +85,39 @@ def _unscaled(script: Script, optimizer: ast.Call) -> Problem:
     )
 
 
+def clipped_too_early(script: Script) -> Iterator[Problem]:
+    """Gradients are clipped on each rank, before the optimizer averages them.
+
+    One process clips the gradient of the whole batch. The mean of gradients that each rank has clipped is another one.
+    Wrong:
+
+        optimizer = hvd.DistributedOptimizer(keras.optimizers.Adam(hvd.scaled(1e-3)))
+        gradients, norm = tf.clip_by_global_norm(tape.gradient(loss, weights), 1.0)
+        optimizer.apply_gradients(zip(gradients, weights))
+
+    Right, since the optimizer clips what it has averaged:
+
+        optimizer = hvd.DistributedOptimizer(keras.optimizers.Adam(hvd.scaled(1e-3), global_clipnorm=1.0))
+        gradients = tape.gradient(loss, weights)
+        optimizer.apply_gradients(zip(gradients, weights))
+
+    Not reported if a DistributedGradientTape averages the gradients, or if what is clipped comes from another file.
+    """
+    if not script.calls_of(*WRAPPERS) or _averages_otherwise(script):
+        return
+    for call in script.calls_of("tf.clip_by_global_norm", "tf.clip_by_norm"):
+        clipped = script.argument(call, "t_list", 0) or script.argument(call, "t", 0)
+        made_from = script.derivation(clipped).calls() if clipped else []
+        if any(isinstance(made.func, ast.Attribute) and made.func.attr == "gradient" for made in made_from):
+            option = "clipnorm" if script.called(call).endswith("clip_by_norm") else "global_clipnorm"
+            yield Problem(
+                call,
+                f"{ast.unparse(call.func)} clips this rank's gradients, and the optimizer averages what is left: "
+                f"another gradient than one process has.",
+                f"leave the clipping to the optimizer: hvd.DistributedOptimizer(keras.optimizers.Adam({option}=...)).",
+            )
+
+
 def _rate(script: Script, optimizer: ast.Call) -> ast.expr | None:
     return script.argument(optimizer, "learning_rate", 0) or script.argument(optimizer, "lr")
 

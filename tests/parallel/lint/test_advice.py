@@ -92,14 +92,22 @@ x, y = hvd.data.shard((x, y))
 model.compile("sgd", loss="mse")
 model.fit(x, y, epochs=1, callbacks=hvd.callbacks.standard())
 optimizer = hvd.DistributedOptimizer(keras.optimizers.SGD(0.1))
+with tf.GradientTape() as tape:
+    loss = tf.reduce_mean(model(x))
+grads, _ = tf.clip_by_global_norm(tape.gradient(loss, model.trainable_variables), 1.0)
+optimizer.apply(grads, model.trainable_variables)
 --- advised ---
 hvd.DistributedOptimizer(keras.optimizers.get('sgd')).
 hvd.scaled(0.1) as the learning rate
+leave the clipping to the optimizer: hvd.DistributedOptimizer(keras.optimizers.Adam(global_clipnorm=...)).
 --- fixed ---
 x, y = hvd.data.shard((x, y))
 model.compile(hvd.DistributedOptimizer(keras.optimizers.get("sgd")), loss="mse", jit_compile=False)
 model.fit(x, y, epochs=1, callbacks=hvd.callbacks.standard())
-optimizer = hvd.DistributedOptimizer(keras.optimizers.SGD(hvd.scaled(0.1)))
+optimizer = hvd.DistributedOptimizer(keras.optimizers.SGD(hvd.scaled(0.1), global_clipnorm=1.0))
+with tf.GradientTape() as tape:
+    loss = tf.reduce_mean(model(x))
+optimizer.apply(tape.gradient(loss, model.trainable_variables), model.trainable_variables)
 ==========
 HVD4 COMPILED
 x, y = hvd.data.shard((x, y))

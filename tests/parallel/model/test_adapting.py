@@ -119,7 +119,11 @@ def learnt_together():
 
 
 def test_all_ranks_learn_what_one_process_learns(ranks):
-    results = ranks(2, learnt_together)
+    check_what_was_learnt(ranks(2, learnt_together))
+
+
+def check_what_was_learnt(results):
+    """Check what two ranks return from `learnt_together`."""
     for pairs, quantiles, refused in results:
         for name, (together, alone) in pairs.items():
             assert together.keys() == alone.keys()
@@ -197,7 +201,12 @@ def trained_after_adapting():
 
 
 def test_fit_trains_one_model_or_says_which_layer_differs(ranks):
-    (first, vocabulary), (second, other) = ranks(2, trained_after_adapting)
+    check_what_fit_says(ranks(2, trained_after_adapting))
+
+
+def check_what_fit_says(results):
+    """Check what two ranks return from `trained_after_adapting`."""
+    (first, vocabulary), (second, other) = results
     assert list(vocabulary) == list(other) == ["", "[UNK]", "c", "b", "a"]
     for found in (first, second):
         refusal, _ = found.pop("own part")

@@ -48,6 +48,17 @@ def _sequences(ranks, lengths):
     return parts
 
 
+def _words(ranks):
+    """Sentences padded with 0 to one length, of other lengths on each rank; each word has a class."""
+    parts = []
+    for rank in range(ranks):
+        generator = np.random.default_rng(rank)
+        lengths = generator.integers(1, [TIME + 1, 3, 5][rank % 3], size=[STEPS * LOCAL, 1])
+        x = np.where(np.arange(TIME) < lengths, generator.integers(1, 9, size=[STEPS * LOCAL, TIME]), 0)
+        parts.append((x, x % 3))
+    return parts
+
+
 def _classes(ranks):
     """Examples of one class each, most of them of the rank's own."""
     parts = []
@@ -77,6 +88,12 @@ def _per_example(keras):
 def _masking(keras):
     layers = [keras.layers.Input([TIME, 3]), keras.layers.Masking(0.0), keras.layers.Dense(4, "tanh")]
     return keras.Sequential([*layers, keras.layers.Dense(1)])
+
+
+def _tagging(keras):
+    """An embedding, whose gradients are sparse, and a recurrent layer, both masked."""
+    layers = [keras.layers.Embedding(9, 3, mask_zero=True), keras.layers.GRU(3, return_sequences=True)]
+    return keras.Sequential([keras.layers.Input([TIME], dtype="int32"), *layers, keras.layers.Dense(3)])
 
 
 def _two_outputs(keras):
@@ -127,6 +144,7 @@ def _cases(keras, hvd):
         "labels to ignore": (_per_place, _ignoring, labels(**uneven), {}),
         "no label counts on a rank": (_per_place, _ignoring, labels(counted=[6, 0]), {}),
         "a mask": (_masking, lambda keras: "mse", lambda ranks: _sequences(ranks, [6, 1, 4]), {}),
+        "masked words": (_tagging, _cross_entropy, _words, {}),
         "weights": (_per_place, _cross_entropy, labels(weighted=True), {}),
         "weights and labels to ignore": (_per_place, _ignoring, labels(weighted=True, **uneven), {}),
         "mean by weights": (_per_place, by_weights, labels(weighted=True), {}),
@@ -203,7 +221,7 @@ _SHORT = ["labels to ignore", "a mask", "mean by weights", "batches", "sum"]
 @pytest.mark.parametrize("names", [_SHORT, pytest.param(None, marks=pytest.mark.slow)])
 def test_two_ranks_train_and_show_what_one_process_does(ranks, names):
     for found in ranks(2, against_one_process, names=names):
-        assert len(found) == (18 if names is None else 5)
+        assert len(found) == (19 if names is None else 5)
         assert {name: far for name, far in found.items() if not max(far) < 1e-5} == {}
 
 

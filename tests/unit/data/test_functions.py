@@ -1,5 +1,7 @@
 """Data of any structure that a function of the user's returns."""
 
+import itertools
+
 import keras
 import numpy as np
 import pytest
@@ -10,7 +12,7 @@ from hvdkit.data.checks import check_share
 from hvdkit.data.epoch_order import Stretch
 from hvdkit.data.sources import FoldSource, Schema, open_source, with_validation
 from hvdkit.data.sources.function import FunctionSource
-from hvdkit.data.sources.given import examples_of
+from hvdkit.data.sources.given_kinds import examples_of
 from hvdkit.errors import UsageError
 
 EXAMPLES = 23
@@ -42,6 +44,33 @@ class Batches(keras.utils.PyDataset):
     def __getitem__(self, index):
         numbers = np.arange(self.sizes[index]) + sum(self.sizes[:index])
         return numbers, numbers * 10.0
+
+
+def yields_batches():
+    """The same in batches of 4, one after another; the last one has 3."""
+    for start in range(0, EXAMPLES, 4):
+        numbers = np.arange(start, min(start + 4, EXAMPLES))
+        yield numbers, numbers * 10.0
+
+
+class Loader:
+    """Yields batches anew in each pass, and more than its length says."""
+
+    def __len__(self):
+        return -(-EXAMPLES // 4)
+
+    def __iter__(self):
+        return itertools.chain(yields_batches(), yields_batches())
+
+
+class Sequence:
+    """Batches by index, as Keras 2 has them."""
+
+    def __len__(self):
+        return len(Batches.sizes)
+
+    def __getitem__(self, index):
+        return Batches()[index]
 
 
 def source_of(train, test=None):
@@ -84,8 +113,11 @@ def test_arrays_of_any_structure_keep_their_examples_together():
         examples_of_tf_data(),
         examples_of_tf_data().batch(5),
         Batches(),
+        yields_batches,
+        Loader(),
+        Sequence(),
     ],
-    ids=["arrays", "examples", "batches", "PyDataset"],
+    ids=["arrays", "examples", "batches", "PyDataset", "generator", "iterable", "Sequence"],
 )
 def test_each_kind_is_divided_shuffled_and_resumed_alike(data):
     source = source_of(data)
@@ -115,8 +147,116 @@ def test_a_grain_data_set_is_divided_by_its_examples():
         x, y = next(iter(pipeline.evaluation_batches(shares_of(source, 2)[1], 99)))
         np.testing.assert_array_equal(x, np.arange(11, EXAMPLES))
         np.testing.assert_array_equal(y, x * 10)
-    with pytest.raises(UsageError, match=r"is a grain\..*IterDataset, whose examples have no index"):
-        source_of(rows.to_iter_dataset())
+
+
+def check_that_all_are_read(data):
+    """Check that the second of two ranks reads its half of the 23 examples."""
+    source = source_of(data)
+    assert source.size("train") == EXAMPLES
+    x, y = next(iter(pipeline.evaluation_batches(shares_of(source, 2)[1], 99)))
+    np.testing.assert_array_equal(x, np.arange(11, EXAMPLES))
+    np.testing.assert_array_equal(y, x * 10)
+
+
+def test_grain_data_are_divided_by_their_examples():
+    grain = pytest.importorskip("grain")
+    rows = grain.MapDataset.range(EXAMPLES).map(lambda n: (np.float32(n), np.float32(n * 10)))
+
+    def loader(epochs=1, batch=5, shards=1):
+        return grain.DataLoader(
+            data_source=rows,
+            sampler=grain.samplers.SequentialSampler(EXAMPLES),
+            operations=[grain.transforms.Batch(batch)] if batch else [],
+            shard_options=grain.sharding.ShardOptions(0, shards),
+        )
+
+    for data in (
+        rows,
+        rows.batch(5),
+        rows.to_iter_dataset(),
+        rows.batch(5).to_iter_dataset(),
+        loader(),
+        loader(batch=0),
+    ):
+        check_that_all_are_read(data)
+    for data, message in (
+        (rows.repeat(), "is an infinite .*MapDataset. Leave repeat"),
+        (rows.repeat().to_iter_dataset(), "is an infinite .*IterDataset. Leave repeat"),
+        (loader(shards=2), "is already divided by its shard_options"),
+    ):
+        with pytest.raises(UsageError, match=message):
+            source_of(data)
+
+
+def test_the_loaders_of_pytorch_are_divided_by_their_examples(torch):
+    class Examples(torch.utils.data.Dataset):
+        def __len__(self):
+            return EXAMPLES
+
+        def __getitem__(self, index):
+            return torch.tensor(float(index)), index * 10
+
+    class Yielded(torch.utils.data.IterableDataset):
+        def __iter__(self):
+            return ((float(n), n * 10) for n in range(EXAMPLES))
+
+    loader = torch.utils.data.DataLoader
+    for data in (loader(Examples(), batch_size=4, shuffle=True), loader(Yielded(), batch_size=4)):
+        check_that_all_are_read(data)
+    sampler = torch.utils.data.WeightedRandomSampler([1.0] * EXAMPLES, EXAMPLES)
+    with pytest.raises(UsageError, match="a DataLoader with a WeightedRandomSampler, and hvdkit chooses and orders"):
+        source_of(loader(Examples(), sampler=sampler))
+
+
+def boxes_of(start, stop):
+    """Pictures numbered from 0 to 11; picture n has n % 4 boxes of four numbers n, and words of as many n."""
+    numbers = range(start, stop)
+    boxes = tf.ragged.constant([[[n] * 4] * (n % 4) for n in numbers], ragged_rank=1, inner_shape=(4,))
+    words = tf.ragged.constant([[n] * (n % 4) for n in numbers], dtype=tf.int64)
+    return {"number": np.array(numbers), "words": words}, {"boxes": boxes}
+
+
+def yields_boxes():
+    for start in range(0, 12, 2):
+        yield boxes_of(start, start + 2)
+
+
+@pytest.mark.parametrize(
+    "data",
+    [
+        boxes_of(0, 12),
+        yields_boxes,
+        tf.data.Dataset.from_tensor_slices(boxes_of(0, 12)),
+        tf.data.Dataset.from_tensor_slices(boxes_of(0, 12)).batch(5),
+    ],
+    ids=["arrays", "generator", "examples", "batches"],
+)
+def test_examples_may_be_ragged(data):
+    source = with_validation(source_of(data), 0.25)
+    seen = []
+    for split, number in (("validation", 3), ("test", 12)):
+        share = pipeline.read_share(source, split, 0, 1, cache_bytes=0)
+        check_share(share, split, 0)
+        batches = list(pipeline.evaluation_batches(share, 5))
+        assert sum(len(inputs["number"]) for inputs, _ in batches) == number
+        seen += batches
+    shares = shares_of(source, 1)
+    seen += [*batches_of(shares, local_batch=4, steps=2).take(4), pipeline.first_batch(shares[0])]
+    for inputs, targets in seen:
+        numbers = inputs["number"].numpy().tolist()
+        assert inputs["words"].to_list() == [[n] * (n % 4) for n in numbers]
+        assert targets["boxes"].shape[1:].as_list() == [None, 4]
+        assert targets["boxes"].to_list() == [[[n] * 4] * (n % 4) for n in numbers]
+
+
+def test_targets_that_change_when_they_are_read_again_are_named(caplog):
+    noisy = examples_of_tf_data().map(lambda x, y: (tf.random.uniform([]), y))
+    source_of(noisy)
+    assert not caplog.text, "inputs may be augmented"
+    draw = np.random.default_rng(0)
+    orders = (draw.permutation(EXAMPLES) for _ in range(99))
+    source_of(lambda: (((order := next(orders)), order * 10.0) for _ in range(1)))
+    assert caplog.text.count("The targets of the first train examples of mine:data are others when they are read") == 1
 
 
 def test_streams_are_read_again_so_that_they_augment_anew():
@@ -149,6 +289,11 @@ def test_what_a_function_returns_may_have_names(tmp_path):
         "def one(): return rows(4)[0]\n"
         "def wrong(): return {'training': rows(4)}\n"
         "def fails(): return rows('4')\n"
+        "def stops():\n"
+        "    def batches():\n"
+        "        yield rows(3)\n"
+        "        raise OSError('no more')\n"
+        "    return batches, batches\n"
         "def other(): return rows(4), (np.zeros([2, 3]), np.zeros(2))\n"
         "def empty(): return rows(4), rows(0)\n"
     )
@@ -162,6 +307,7 @@ def test_what_a_function_returns_may_have_names(tmp_path):
         "one": r"returned a ndarray. Return \(train, test\), \(train, validation, test\), or a dict with these names",
         "wrong": "returned a dict with training",
         "fails": r"failed: TypeError: .* \(line 2 of .*mine.py\)",
+        "stops": r"failed: OSError: no more \(line 12 of .*mine.py\)",
         "other": r"returned test examples \('float32\[3\]', .*, and train examples \('float32\[2\]'",
         "empty": "returned no test examples",
     }.items():
@@ -183,7 +329,11 @@ def test_what_a_function_returns_may_have_names(tmp_path):
             "has an array of object where .* rows of differing length with tf.ragged",
         ),
         ((np.zeros(4),) * 4, r"mine, train has 4 parts, and fit takes x, \(x, y\) or \(x, y, sample_weight\)"),
-        (iter([1]), "whose examples have no index"),
+        (iter([1]), "is a list_iterator, which can be read once only, .* Return the function that begins it"),
+        (lambda seed: [], "is a function that needs an argument, seed. Return one without arguments"),
+        (lambda: 3, "is a function that returned a int, and batches one after another are expected"),
+        (lambda: [np.zeros([2, 3]), np.zeros([2, 4])], "batch 1 of mine, train is .*4.*, and the first one .*3.*pad"),
+        (list, "mine:data returned no train examples"),
         (examples_of_tf_data().repeat(), "is an infinite tf.data.Dataset. Leave repeat"),
     ],
 )

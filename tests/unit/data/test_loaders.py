@@ -2,8 +2,6 @@
 
 import itertools
 import pickle
-import sys
-from pathlib import Path
 
 import keras
 import numpy as np
@@ -169,15 +167,6 @@ def test_hugging_face_data_sets_are_divided_by_examples():
     ):
         with pytest.raises(UsageError, match=message):
             hvd.data.shard(data, 0, 2)
-
-
-@pytest.fixture
-def torch(monkeypatch):
-    """PyTorch, from the environment in which `hvdkit.bench peers` measures it, if it is not installed."""
-    python = f"python{sys.version_info.major}.{sys.version_info.minor}"
-    peers = Path.home() / ".cache/hvdkit/peers/torch/lib" / python / "site-packages"
-    monkeypatch.setattr(sys, "path", [*sys.path, str(peers)])
-    return pytest.importorskip("torch.utils.data") and sys.modules["torch"]
 
 
 def test_pytorch_loaders_load_only_their_batches(torch):

@@ -55,6 +55,16 @@ hvd.DistributedOptimizer(keras.optimizers.SGD(0.1))  # HVD202
 --- fixed ---
 hvd.DistributedOptimizer(keras.optimizers.SGD(hvd.scaled(0.1)))
 ==========
+opt = hvd.DistributedOptimizer(keras.optimizers.SGD(hvd.scaled(0.1)))
+grads = tape.gradient(loss, weights)
+grads, _ = tf.clip_by_global_norm(grads, 1.0)  # HVD203
+opt.apply(grads, weights)
+--- fixed ---
+opt = keras.optimizers.SGD(hvd.scaled(0.1))
+tape = hvd.DistributedGradientTape(tape)
+grads, _ = tf.clip_by_global_norm(tape.gradient(loss, weights), 1.0)
+opt.apply(grads, weights)
+==========
 rate = 1e-3
 opt = tf.keras.optimizers.Adam(learning_rate=rate)  # HVD202
 opt = hvd.DistributedOptimizer(opt)
