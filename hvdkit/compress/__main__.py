@@ -101,6 +101,8 @@ def compress(arguments: argparse.Namespace) -> dict[str, Any]:
     """
     if not (arguments.quantize or arguments.prune or arguments.export):
         raise UsageError("Nothing to do. Give --quantize=int8, --prune=0.8 or --export=saved_model, or several.")
+    if not all((arguments.run.expanduser() / name).is_file() for name in ("config.json", "result.json", "model.keras")):
+        raise UsageError(f"{arguments.run} has no finished run. Give the --workdir of hvdkit train.")
     from hvdkit.compress.trained import open_run
     from hvdkit.compress.variants import makers
 

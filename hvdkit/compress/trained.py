@@ -57,14 +57,12 @@ def open_run(folder: Path) -> Trained:
     """Opens a run.
 
     Args:
-        folder: the `--workdir` of `hvdkit train`.
+        folder: the `--workdir` of `hvdkit train`, finished.
 
     Raises:
-        UsageError: it has no finished run, or its data are not there any more.
+        UsageError: another version of hvdkit wrote it, or its data are not there any more.
     """
     config, result = (reporting.read_json(folder / name) for name in ("config.json", "result.json"))
-    if not config or not result or not (folder / "model.keras").is_file():
-        raise UsageError(f"{folder} has no finished run. Give the --workdir of hvdkit train.")
     fields = {field.name for field in dataclasses.fields(Settings)}
     if not fields <= set(config):
         raise UsageError(

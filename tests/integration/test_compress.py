@@ -38,19 +38,3 @@ def test_a_run_is_made_smaller_and_measured(tmp_path):
     assert all(row["samples_per_second"] > 0 for row in rows.values())
     keras.saving.load_model(run / "compressed" / "pruned-0.5-int8.keras")
     assert "as trained" in ended.output
-
-
-@pytest.mark.parametrize(
-    ("arguments", "message"),
-    [
-        (["nowhere", "--quantize=int8"], "nowhere has no finished run. Give the --workdir of hvdkit train."),
-        (["nowhere"], "Nothing to do. Give --quantize=int8, --prune=0.8 or --export=saved_model"),
-        (["nowhere", "--quantize=int3"], "'int3': choose from int8, int4, float8"),
-        (["nowhere", "--prune=80"], "'80': give shares between 0 and 1, such as 0.5,0.8"),
-    ],
-)
-def test_mistakes_get_a_sentence(arguments, message):
-    ended = run_command(forked.command("-m", "hvdkit.compress", *arguments), timeout=60)
-    assert ended.code == 2
-    assert message in ended.output
-    assert "Traceback" not in ended.output

@@ -354,11 +354,16 @@ NO_ARGUMENT = {  # what a command says of it; None if it begins to work
     "bench": "the following arguments are required: COMMAND",
     "compare": None,
     "plan": None,
+    "compress": "the following arguments are required: RUN_FOLDER",
 }
 MISTAKES = {
     "train --bogus=1": "Unknown command line flag 'bogus'",
     "train --epochs=0": "flag --epochs=0: 0 is not a positive integer",
     "train --augment=flop": "--augment=flop: 'flop' is unknown. Name some of flip, crop, rand, mixup, cutmix.",
+    "compress x": "Nothing to do. Give --quantize=int8, --prune=0.8 or --export=saved_model, or several.",
+    "compress nowhere --quantize=int8": "nowhere has no finished run. Give the --workdir of hvdkit train.",
+    "compress x --quantize=int3": "'int3': choose from int8, int4, float8",
+    "compress x --prune=80": "'80': give shares between 0 and 1, such as 0.5,0.8",
     "generate x --bogus": "unrecognized arguments: --bogus",
     "generate x.keras --top-k=0": "top_k=0, seed=0: top_k must be 1 or more",
     "generate nowhere.keras": "nowhere.keras does not exist. Give the folder that hvdkit.train wrote",

@@ -145,7 +145,7 @@ class TfdsBoxSource(TfdsSource):
 
 def _open(name: str, builder: Any, image_size: int | None) -> TfdsSource:
     features = builder.info.features
-    objects = features["objects"] if {"image", "objects"} <= set(features) else None
+    objects: Any = features["objects"] if {"image", "objects"} <= set(features) else {}
     has_boxes = hasattr(objects, "keys") and {"bbox", "label"} <= set(objects.keys())
     return (TfdsBoxSource if has_boxes else TfdsSource)(name, builder, image_size)
 

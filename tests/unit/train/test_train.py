@@ -670,7 +670,7 @@ def test_what_cannot_be_augmented_or_weighed_is_refused(tmp_path):
         (values, {"effective_number": 0.9}, "--effective-number=0.9 balances classes"),
         (digits, {"augment": "rand"}, r"--augment=rand changes colors, and the images of digits have 1 channel\(s\)"),
     ):
-        settings = dataclasses.replace(train_flags.resolve(parse(), Recipe(), 1), **changed)
+        settings = dataclasses.replace(train_settings.resolve(parse(), Recipe(), 1), **changed)
         with pytest.raises(UsageError, match=message):
             prepared(source, settings)
     with pytest.raises(UsageError, match="--effective-number and --class-weights exclude each other"):
