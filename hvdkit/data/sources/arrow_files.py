@@ -221,8 +221,9 @@ def _column_of(path: Path, name: str, column: Any, places: Sequence[str]) -> Col
     import pyarrow
 
     is_number = (pyarrow.types.is_integer, pyarrow.types.is_floating, pyarrow.types.is_boolean)
-    if any(check(column.type) for check in is_number):
-        return column.cast(pyarrow.float64(), safe=False).to_numpy() if column.null_count else column.to_numpy()
+    may_be_missing = column.null_count and not pyarrow.types.is_floating(column.type)  # 1 must not become 1.0
+    if any(check(column.type) for check in is_number) and not may_be_missing:
+        return column.to_numpy()
     return [cell_of(path, place, name, value) for place, value in zip(places, column.to_pylist(), strict=True)]
 
 

@@ -38,7 +38,13 @@ def is_parted_table(path: Path) -> bool:
         return _is_file(path)
     if table_files.is_saved_dataset(path) or (path / "dataset_dict.json").is_file():
         return True
-    return not (path / "dataset_info.json").is_file() and bool(files_in(path, _is_file))
+    return not (path / "dataset_info.json").is_file() and (bool(files_in(path, _is_file)) or bool(_by_value(path)))
+
+
+def _by_value(path: Path) -> str:
+    """Returns the name of a folder with tables that stands for a value, such as `city=Rome`; empty without any."""
+    folders = [folder for folder in path.glob("*=*") if folder.is_dir() and any(map(_is_file, folder.iterdir()))]
+    return folders[0].name if folders else ""
 
 
 def _is_file(path: Path) -> bool:
@@ -134,6 +140,11 @@ def _splits(path: Path) -> dict[str, tuple[Path, Sequence[Path]]]:
     if (path / "dataset_dict.json").is_file():
         path = path / "train"
     if path.is_dir() and not table_files.is_saved_dataset(path):
+        if _by_value(path) and not files_in(path, _is_file):
+            raise UsageError(
+                f"{path} is divided by the values of a column ({_by_value(path)}), which the files in it lack; hvdkit "
+                f"does not read this. Write the table as one folder of files, without partitions."
+            )
         return {split: (path, files) for split, files in by_split(path, files_in(path, _is_file)).items()}
     return {"train": (path, ()), **{split: (other, ()) for split, other in companions(path).items()}}
 

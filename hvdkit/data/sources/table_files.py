@@ -179,6 +179,13 @@ def cell_of(path: Path, place: str, name: str, value: Any) -> str | list[str]:
         return ""
     if isinstance(value, list) and not any(isinstance(item, (dict, list)) for item in value):
         return [str(item) for item in value if item is not None]
+    if isinstance(value, bytes):
+        try:
+            return value.decode()  # a text, where a writer of Parquet did not say so
+        except UnicodeDecodeError:
+            raise UsageError(
+                f"{path}, {place}: {name} has bytes that are no text. Leave the column out, or write texts or numbers."
+            ) from None
     if isinstance(value, (dict, list)):
         raise UsageError(f"{path}, {place}: {name} is a {type(value).__name__}, but must be a text or a number.")
     return str(value)

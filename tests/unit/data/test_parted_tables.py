@@ -1,5 +1,6 @@
 """Parquet and Arrow tables that are read in parts, on files that pandas, pyarrow and datasets wrote."""
 
+import decimal
 import itertools
 
 import numpy as np
@@ -182,3 +183,52 @@ def test_other_splits_must_fit_the_training_split(tmp_path, caplog):
     table(1).to_parquet(tmp_path / "one.parquet")
     with pytest.raises(UsageError, match="1 example.* cannot be split"):
         open_source(str(tmp_path / "one.parquet"))
+
+
+def test_columns_as_other_writers_have_them(tmp_path):
+    """Dictionaries of texts and of numbers, decimals, texts that are not marked as such, and integers with nulls."""
+    numbers = list(range(40))
+    columns = {
+        "kind": pyarrow.array([f"k{n % 3}" for n in numbers]).dictionary_encode(),
+        "level": pyarrow.array([n % 4 for n in numbers]).dictionary_encode(),
+        "price": pyarrow.array([decimal.Decimal(n) / 4 for n in numbers], pyarrow.decimal128(8, 2)),
+        "city": pyarrow.array([f"Zürich {n // 20}".encode() for n in numbers], pyarrow.binary()),
+        "label": pyarrow.array([None if n == 39 else n % 2 for n in numbers], pyarrow.int64()),
+    }
+    path = tmp_path / "x.parquet"
+    pyarrow.parquet.write_table(pyarrow.table(columns), path, row_group_size=10)
+    source = open_source(str(path), schema=Schema("multilabel"))
+    kinds, cities = [f"kind=k{n}" for n in range(3)], ["city=Zürich 0", "city=Zürich 1"]
+    assert source.feature_names == [*kinds, "level", "price", *cities]
+    assert source.label_names == ["0", "1"], "also in the part with a null"
+    for x, y in itertools.chain(*(source.read(split, 0, source.size(split)) for split in ("train", "test"))):
+        n = int(x[4] * 4)
+        assert x.numpy().tolist() == [*(n % 3 == k for k in range(3)), n % 4, n / 4, n < 20, n >= 20]
+        assert y.numpy().tolist() == ([0, 0] if n == 39 else [n % 2 == 0, n % 2 == 1])
+    with pytest.raises(UsageError, match="row 40: the label in column 'label' is empty"):
+        open_source(str(path))
+    columns["city"] = pyarrow.array([b"\xff\x00"] * 40, pyarrow.binary())
+    pyarrow.parquet.write_table(pyarrow.table(columns), path, row_group_size=10)
+    with pytest.raises(UsageError, match="row 1: city has bytes that are no text. Leave the column out"):
+        open_source(str(path), schema=Schema("multilabel"))
+    columns["city"] = pyarrow.array([[1.0, 2.0]] * 40)
+    pyarrow.parquet.write_table(pyarrow.table(columns), path, row_group_size=10)
+    with pytest.raises(UsageError, match="row 1: city is a list, but must be a text or a number"):
+        open_source(str(path), schema=Schema("multilabel"))
+
+
+def test_folders_as_spark_writes_them(tmp_path):
+    """One part of the table a file, beside a marker and checksums; and by the values of a column, which is refused."""
+    spark = tmp_path / "spark"
+    spark.mkdir()
+    for place in range(3):
+        table(20, 20 * place).to_parquet(spark / f"part-0000{place}-3f9-c000.snappy.parquet")
+        (spark / f".part-0000{place}-3f9-c000.snappy.parquet.crc").write_bytes(b"crc")
+    (spark / "_SUCCESS").touch()
+    source = open_source(str(spark))
+    assert (source.size("train"), source.size("test")) == (48, 12)
+    table(40).to_parquet(tmp_path / "hive", partition_cols=["city"])
+    with pytest.raises(
+        UsageError, match="hive is divided by the values of a column .city=c.*Write the table as one folder"
+    ):
+        open_source(str(tmp_path / "hive"))
