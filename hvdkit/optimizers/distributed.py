@@ -126,6 +126,8 @@ class DistributedOptimizer(ExchangingOptimizer):
         self._self_variables: list[Any] | None = None
         self._self_exchanges_inside = self._exchanges_where_accumulated()
         self._hook_into_updates()
+        if optimizer.built and mesh_of(trained := trained_variables(optimizer)) is not None:
+            self._prepare_exchange(trained)  # the model was compiled first, as Model.compile_from_config does
 
     def apply(self, grads: Sequence[Gradient], trainable_variables: Sequence[Any] | None = None) -> None:
         """Reduces `grads` over the ranks and applies the result.
@@ -169,6 +171,9 @@ class DistributedOptimizer(ExchangingOptimizer):
         if outer is not None:
             loss_scale.judge_overflow_together(outer, self._self_gradients)
         self.__wrapped__.build(variables)
+        self._prepare_exchange(variables)
+
+    def _prepare_exchange(self, variables: Sequence[Any]) -> None:
         self._self_gradients.build(variables)
         if mesh_of(variables) is not None:
             _refuse_what_looks_at_whole_variables(parts_of(self.__wrapped__), variables)

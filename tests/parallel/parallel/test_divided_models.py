@@ -363,6 +363,12 @@ def matched_by_place():
         hvd.parallel.gather(hvd.parallel.pipeline(build(6 + 2 * hvd.rank()), mesh))
     except hvd.UsageError as error:
         refusal = str(error)
+    whole, divided = build(), hvd.parallel.split_tensors(build(), mesh)
+    whole.compile(keras.optimizers.Adam(), loss="mse")
+    divided.compile_from_config(whole.get_compile_config())  # builds the optimizer
+    divided.optimizer = hvd.DistributedOptimizer(divided.optimizer)
+    assert len(divided.optimizer.variables) > 8
+    assert all(map(divided.optimizer.keeps_local, divided.optimizer.variables)), "slots of parts differ between ranks"
     return gathered, refusal, [normalized(synchronized) for synchronized in (False, True)]
 
 
