@@ -4,3 +4,9 @@ trained.py       the run, and its test split
 variants.py      quantized and pruned models
 exports.py       other formats than Keras'
 """
+
+QUANTIZATIONS = ("int8", "int4", "float8")
+"""Modes of `keras.Model.quantize`."""
+
+FORMATS = ("saved_model", "litert", "onnx")
+"""Formats to export to."""

@@ -18,13 +18,12 @@ os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
 
 from hvdkit import outcome, reporting
 from hvdkit.command.arguments import Parser, new_file
+from hvdkit.compress import FORMATS, QUANTIZATIONS
 from hvdkit.errors import UsageError
 
 if TYPE_CHECKING:  # it loads TensorFlow, and a wrong command line is told at once
     from hvdkit.compress.trained import Trained
 
-_QUANTIZATIONS = ("int8", "int4", "float8")
-_FORMATS = ("saved_model", "litert", "onnx")
 _LEAST_EQUAL = 1e-3  # largest difference between outputs that rounding explains, as a share of the largest output
 
 
@@ -51,18 +50,18 @@ def parser() -> Parser:
     add("run", metavar="RUN_FOLDER", type=Path, help="the --workdir of hvdkit train, finished")
     add(
         "--quantize",
-        type=_some_of(_QUANTIZATIONS),
+        type=_some_of(QUANTIZATIONS),
         default=[],
         metavar="MODE,MODE",
-        help=f"{', '.join(_QUANTIZATIONS)} [none]",
+        help=f"{', '.join(QUANTIZATIONS)} [none]",
     )
     add("--prune", type=_shares, default=[], metavar="SHARE,SHARE", help="share of weights to set to 0, such as 0.8")
     add(
         "--export",
-        type=_some_of(_FORMATS),
+        type=_some_of(FORMATS),
         default=[],
         metavar="FORMAT,FORMAT",
-        help=f"{', '.join(_FORMATS)}: formats to write the model in as it was trained [none]",
+        help=f"{', '.join(FORMATS)}: formats to write the model in as it was trained [none]",
     )
     add("--out", type=Path, metavar="DIR", help="where to write [RUN_FOLDER/compressed]")
     add("--json", type=new_file, metavar="FILE", help="write the results to this file, too")

@@ -10,7 +10,6 @@ import tensorflow as tf
 
 from hvdkit.errors import UsageError
 
-FORMATS = ("saved_model", "litert", "onnx")
 Predict = Callable[[Any], Any]
 
 
@@ -19,7 +18,7 @@ def export(model: keras.Model, form: str, folder: Path) -> tuple[Path, Predict]:
 
     Args:
         model: a built model.
-        form: one of `FORMATS`.
+        form: one of `hvdkit.compress.FORMATS`.
         folder: where the file, or the folder of a SavedModel, is written.
 
     Returns:

@@ -8,7 +8,6 @@ import numpy as np
 
 from hvdkit.errors import UsageError
 
-QUANTIZATIONS = ("int8", "int4", "float8")
 _MATRIX = 2  # axes of a weight that is pruned, at least: not biases and scales
 
 
@@ -17,7 +16,7 @@ def quantized(model: keras.Model, mode: str) -> keras.Model:
 
     Args:
         model: a built model.
-        mode: one of `QUANTIZATIONS`; see `keras.Model.quantize`.
+        mode: one of `hvdkit.compress.QUANTIZATIONS`; see `keras.Model.quantize`.
 
     Raises:
         UsageError: none of its layers can be quantized so.
