@@ -20,7 +20,9 @@ def summed():
     assert transports.in_use()[0].name == "sockets"
     generator = np.random.default_rng(4)
     parts = [[generator.normal(size=shape).astype("float32") for shape in SHAPES] for _ in range(me.size)]
-    reduce = tf.function(lambda x: wire.allreduce(x, "large", world.horovod().global_process_set, Scale(average=True)))
+    reduce = tf.function(
+        lambda x: wire.allreduce(x, "large", world.horovod().global_process_set, Scale(average=True)), autograph=False
+    )
     for _ in range(3):
         found = reduce([tf.constant(part) for part in parts[me.rank]])
     exact = [np.mean([p[i] for p in parts], axis=0) for i in range(len(SHAPES))]
@@ -49,7 +51,9 @@ def in_two_orders():
     me = hvd.init()
     everyone = world.horovod().global_process_set
     reduce = {
-        size: tf.function(lambda x, size=size: wire.allreduce([x], f"size.{size}", everyone, Scale())[0])
+        size: tf.function(
+            lambda x, size=size: wire.allreduce([x], f"size.{size}", everyone, Scale())[0], autograph=False
+        )
         for size in (10, 50_000, 2_000_000)
     }
     order = sorted(reduce, reverse=me.rank == 1)
@@ -73,9 +77,11 @@ def started_by_one():
 
     me = hvd.init()
     everyone = world.horovod().global_process_set
-    start = tf.function(lambda x: wire.allreduce_start([x], "large", everyone, Scale(), "slot"))
-    done = tf.function(lambda x: wire.allreduce_done([x], "large", everyone, Scale(), "slot", tf.constant(True)))
-    small = tf.function(lambda x: wire.allreduce([x], "small", everyone, Scale())[0])
+    start = tf.function(lambda x: wire.allreduce_start([x], "large", everyone, Scale(), "slot"), autograph=False)
+    done = tf.function(
+        lambda x: wire.allreduce_done([x], "large", everyone, Scale(), "slot", tf.constant(True)), autograph=False
+    )
+    small = tf.function(lambda x: wire.allreduce([x], "small", everyone, Scale())[0], autograph=False)
     x = tf.fill([2_000_000], me.rank + 1.0)
     if me.rank == 0:
         start(x)
@@ -107,8 +113,10 @@ def cancelled():
     me = hvd.init()
     everyone = world.horovod().global_process_set
     spec = tf.TensorSpec([1000])
-    start = tf.function(lambda x: wire.allreduce_start([x], "sum", everyone, Scale(), "slot"))
-    done = tf.function(lambda x: wire.allreduce_done([x], "sum", everyone, Scale(), "slot", tf.constant(True))[0])
+    start = tf.function(lambda x: wire.allreduce_start([x], "sum", everyone, Scale(), "slot"), autograph=False)
+    done = tf.function(
+        lambda x: wire.allreduce_done([x], "sum", everyone, Scale(), "slot", tf.constant(True))[0], autograph=False
+    )
     start.get_concrete_function(spec), done.get_concrete_function(spec)
     seconds, x = 0.0, tf.ones([1000])
     if me.rank == 0:
@@ -148,8 +156,10 @@ def left(how):
     me = hvd.init()
     everyone = world.horovod().global_process_set
     x = tf.zeros([2_000_000])
-    start = tf.function(lambda x: wire.allreduce_start([x], "sum", everyone, Scale(), "slot"))
-    done = tf.function(lambda x: wire.allreduce_done([x], "sum", everyone, Scale(), "slot", tf.constant(True))[0])
+    start = tf.function(lambda x: wire.allreduce_start([x], "sum", everyone, Scale(), "slot"), autograph=False)
+    done = tf.function(
+        lambda x: wire.allreduce_done([x], "sum", everyone, Scale(), "slot", tf.constant(True))[0], autograph=False
+    )
     if me.rank == 0:
         start(x)
     collectives.barrier(name="started")

@@ -61,7 +61,9 @@ def summed(transport):
             if dtype.startswith("int") and how != "sum":
                 continue
             name = f"{dtype}.{place}.{how}"
-            traced = tf.function(lambda x, n=name, r=ranks, s=scale: wire.allreduce(x, f"{n}.graph", r, s))
+            traced = tf.function(
+                lambda x, n=name, r=ranks, s=scale: wire.allreduce(x, f"{n}.graph", r, s), autograph=False
+            )
             traced(parts[me.rank])
             graph, eager = traced(parts[me.rank]), wire.allreduce(parts[me.rank], name, ranks, scale)
             factor = scale.before * scale.after / (len(members) if scale.average else 1)
@@ -151,7 +153,7 @@ def gathered(transport):
         for (place, (ranks, members)), (how, lengths) in _product(sets, LENGTHS):
             name, mine = f"{dtype}.{place}.{how}", rows(me.rank, dtype, lengths)
             whole = tf.concat([rows(rank, dtype, lengths) for rank in members], axis=0)
-            traced = tf.function(lambda x, n=name, r=ranks: wire.allgather(x, f"{n}.graph", r))
+            traced = tf.function(lambda x, n=name, r=ranks: wire.allgather(x, f"{n}.graph", r), autograph=False)
             for got in (wire.allgather(mine, name, ranks), traced(mine)):
                 if got.dtype != dtype or not np.array_equal(got, whole):
                     wrong.append((name, got.shape))
