@@ -141,7 +141,10 @@ _HELP = {  # brackets: what applies without the flag, if its default is not a fi
         "auto resumes from the newest intact checkpoint of the workdir, if there is one; never starts from the "
         "beginning; or the path of a checkpoint, or of another run's workdir"
     ),
-    "checkpoint_every": "a number of steps, epoch, or never",
+    "checkpoint_every": (
+        "a number of steps, epoch, or never; epochs so short that checkpoints would take more than 5% of the time are "
+        "passed over, but for the last, the best (--keep-best), and where a signal stops the job"
+    ),
     "keep": "how many of the newest checkpoints to keep",
     "keep_best": (
         "how many of the best to keep in addition, by --monitor on the validation split (--eval-every), or else in "

@@ -434,6 +434,26 @@ def test_states_that_keras_does_not_save_go_on_on_every_rank(ranks, tmp_path):
     assert not any("numbers of Noting" in text for text in everyone[1][3])
 
 
+def short_epochs(folder):
+    """Which steps are saved of four epochs, of which all but the first and the last are too short."""
+    import keras
+
+    import hvdkit as hvd
+    from hvdkit.checkpoint import store
+
+    hvd.init()
+    model = keras.Sequential([keras.layers.Input([2]), keras.layers.Dense(1)])
+    model.compile(hvd.DistributedOptimizer(keras.optimizers.SGD()), loss="mse", jit_compile=False)
+    # A rank that judges by itself would leave the others waiting: rank 1 has no checkpoint to wait for.
+    keeper = hvd.callbacks.CheckpointCallback(folder, keep=9, max_overhead=1e-6)
+    model.fit(np.ones([8, 2]), np.ones([8, 1]), batch_size=4, epochs=4, callbacks=[keeper], verbose=0)
+    return [int(path.name.rpartition("-")[2]) for path in store.folders(keeper.directory)]
+
+
+def test_rank_0_decides_which_epochs_are_too_short_to_be_saved(ranks, tmp_path):
+    assert ranks(2, short_epochs, folder=str(tmp_path)) == [[2, 8], [2, 8]]
+
+
 def fit_where_rank_1_lacks_the_callback(folder):
     import keras
 
