@@ -318,6 +318,12 @@ def test_the_launch_script_divides_options_from_flags():
     assert flags == ["--epochs", "3", "--model_args", "width=1", "--no-tensorboard", "--workdir=runs/w"]
 
 
+@pytest.mark.parametrize(("line", "is_quick_start"), [("", True), ("-np 1 --workdir=w", True), ("--epochs=2", False)])
+def test_without_flags_of_the_training_it_is_the_quick_start(line, is_quick_start):
+    _, flags = divided(*line.split())
+    assert (set(local.QUICK_START) <= set(flags)) is is_quick_start
+
+
 def test_launcher_and_training_share_no_option_but_the_workdir():
     launcher = {name for action in options.parser()._actions for name in action.option_strings}
     training = {name for action in train_flags.parser()._actions for name in action.option_strings}
