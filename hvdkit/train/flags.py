@@ -98,6 +98,10 @@ _HELP = {  # brackets: what applies without the flag, if its default is not a fi
     "outer_momentum": "with --local-steps: Nesterov momentum for the ranks' averaged change",
     "shard_optimizer": "each rank stores only its shard of the optimizer's state (horovod)",
     "precision": "Keras' dtype policy",
+    "long_tail": (
+        "RATIO, such as 100: train on fewer examples of each class than of the one before, exponentially, RATIO times "
+        "as many of the first as of the last (Cui et al. 2019); the validation and test splits stay as they are"
+    ),
     "sampling": "draw small classes more often (over), or large ones less often (under)",
     "class_weights": "weight examples so that every class counts the same",
     "effective_number": (
@@ -199,6 +203,7 @@ def define() -> None:
     add(number, _HOW, "outer_momentum", 0.9, lower_bound=0.0, upper_bound=0.999)
     add(boolean, _HOW, "shard_optimizer", False)
     add(enum, _HOW, "precision", "float32", ("float32", "mixed_float16", "mixed_bfloat16"))
+    add(number, _HOW, "long_tail", None, lower_bound=1.0)
     add(enum, _HOW, "sampling", "none", ("none", "over", "under"))
     add(boolean, _HOW, "class_weights", False)
     add(number, _HOW, "effective_number", None, lower_bound=0.0, upper_bound=1 - 1e-9)

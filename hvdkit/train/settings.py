@@ -56,6 +56,7 @@ class Config:
     outer_momentum: float
     shard_optimizer: bool
     precision: str
+    long_tail: float | None
     sampling: str
     class_weights: bool
     effective_number: float | None

@@ -395,6 +395,7 @@ MISTAKES = {
     "bench foo": "invalid choice: 'foo'",
     "bench throughput --json .": ". is a folder; give the name of a file",
     "bench throughput -- --foo=3": "Unknown command line flag 'foo'",
+    "bench imbalance -- --epochs=1": "Give all trainings the same steps: -- --steps=1000.",
     "bench scaling --ranks=0,1": "--ranks=0,1: at least one rank is needed",
     "compare -np 0": "-np 0: at least one rank is needed",
     "compare --ways foo": "--ways: 'foo' is not one of",
