@@ -113,6 +113,12 @@ _HELP = {  # brackets: what applies without the flag, if its default is not a fi
         "NAME,NAME of flip, crop, rand (RandAugment), mixup, cutmix: change images at random, another way in each "
         "epoch; the same on any number of ranks, but for the partners that are mixed, which are of one local batch"
     ),
+    "teacher": (
+        "a .keras file, or the workdir of a finished run: learn from the outputs of this trained model, too (knowledge "
+        "distillation, Hinton et al. 2015, by keras.distillation); each rank has a copy of it"
+    ),
+    "temperature": "with --teacher: divisor of the logits of both models; higher ones tell more of unlikely classes",
+    "student_loss_weight": "with --teacher: weight of the labels' loss, from 0 to 1; the rest is the teacher's",
     "seed": "seed of weights, data order and dropout",
     "threads": "TensorFlow threads of each rank [its share of the cores]",
     "cache_gb": "cache a rank's decoded examples in memory up to this size; a larger shard is read again each epoch",
@@ -209,6 +215,9 @@ def define() -> None:
     add(number, _HOW, "effective_number", None, lower_bound=0.0, upper_bound=1 - 1e-9)
     add(number, _HOW, "focal", None, lower_bound=0.0)
     add(string, _HOW, "augment", None)
+    add(string, _HOW, "teacher", None)
+    add(number, _HOW, "temperature", 3.0, lower_bound=1e-3)
+    add(number, _HOW, "student_loss_weight", 0.5, lower_bound=0.0, upper_bound=1.0)
     add(integer, _HOW, "seed", 0, lower_bound=0, upper_bound=2**31)
 
     add(integer, _MACHINE, "threads", None, lower_bound=1)

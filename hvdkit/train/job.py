@@ -180,6 +180,8 @@ def _identity(settings: Settings) -> dict[str, Any]:
         "precision",
         "model_args",
         "fragments",
+        "temperature",
+        "student_loss_weight",
     )
     return {name: getattr(settings, name) for name in (*data, *training)}
 

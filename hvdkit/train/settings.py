@@ -62,6 +62,9 @@ class Config:
     effective_number: float | None
     focal: float | None
     augment: str | None
+    teacher: str | None
+    temperature: float
+    student_loss_weight: float
     seed: int
     threads: int | None
     cache_gb: float
