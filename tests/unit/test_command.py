@@ -361,6 +361,7 @@ NO_ARGUMENT = {  # what a command says of it; None if it begins to work
     "compare": None,
     "plan": None,
     "compress": "the following arguments are required: RUN_FOLDER",
+    "distill": "the following arguments are required: --teacher",
 }
 MISTAKES = {
     "train --bogus=1": "Unknown command line flag 'bogus'",
@@ -368,8 +369,13 @@ MISTAKES = {
     "train --augment=flop": "--augment=flop: 'flop' is unknown. Name some of flip, crop, rand, mixup, cutmix.",
     "compress x": "Nothing to do. Give --quantize=int8, --prune=0.8 or --export=saved_model, or several.",
     "compress nowhere --quantize=int8": "nowhere has no finished run. Give the --workdir of hvdkit train.",
-    "compress x --quantize=int3": "'int3': choose from int8, int4, float8",
+    "compress x --quantize=int3": "'int3': choose from int8, int4, float8, gptq",
+    "compress x --quantize=int8 --finetune=2": "--finetune=2 is a number of epochs, 1 or more, that follow --prune.",
     "compress x --prune=80": "'80': give shares between 0 and 1, such as 0.5,0.8",
+    "distill --teacher=nowhere": "--teacher=nowhere has no model: there is no file nowhere/model.keras.",
+    "distill --teacher=x.keras --foo=3": "Unknown command line flag 'foo'",
+    "distill --teacher=x.keras -np 0": "-np 0: at least one rank is needed",
+    "distill --teacher=x.keras --class-weights": "--teacher and --class-weights exclude each other",
     "generate x --bogus": "unrecognized arguments: --bogus",
     "generate x.keras --top-k=0": "top_k=0, seed=0: top_k must be 1 or more",
     "generate nowhere.keras": "nowhere.keras does not exist. Give the folder that hvdkit.train wrote",
