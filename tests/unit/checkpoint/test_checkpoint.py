@@ -267,10 +267,13 @@ def test_fit_goes_on_bit_for_bit(tmp_path, kind):
 
 def test_a_finished_training_is_not_trained_further(tmp_path):
     whole, _ = train(tmp_path, "arrays")
+    losses = (tmp_path / "loss.csv").read_text()
+    (tmp_path / "loss.csv").unlink()  # as the main job does before it resumes
     again, keeper = train(tmp_path, "arrays")
     assert keeper.resumed.state["epoch"] == EPOCHS
     assert collectives.digest(again.weights) == collectives.digest(whole.weights), "the best epoch's, restored"
     assert again.history.history == whole.history.history
+    assert (tmp_path / "loss.csv").read_text() == losses
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1])
