@@ -74,7 +74,7 @@ def write_digits(path):
 def test_a_dense_model_goes_on_bit_for_bit_after_sigkill(tmp_path, dataset):
     """Of arrays and records that are read again in each epoch."""
     write_digits(tmp_path)
-    flags = [f"--dataset={tmp_path}/{dataset}", "--cache_gb=0", "--kills=1", "--epochs=2", "--checkpoint_every=7"]
+    flags = [f"--dataset={tmp_path}/{dataset}", "--cache_gb=0", "--kills=1", "--epochs=3", "--checkpoint_every=7"]
     ended, outcome = verify_resume(tmp_path, *flags)
     assert outcome["equal"]
     assert outcome["kills"] == 1
