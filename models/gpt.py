@@ -8,6 +8,8 @@ al., "Language models are unsupervised multitask learners", 2019 (GPT-2): learne
 part, GELU. Tokens are bytes: any text works, without a learned vocabulary.
 """
 
+import itertools
+
 import keras
 import numpy as np
 from keras import layers, ops
@@ -101,6 +103,33 @@ def _add(x: keras.KerasTensor, y: keras.KerasTensor, dropout: float, name: str) 
     return layers.Add(name=f"{name}_add")([x, y])
 
 
+def blocks(model: keras.Model) -> list[keras.Model]:
+    """Returns what comes before the blocks of a model of `build`, and each block, as models that share its layers.
+
+    Raises:
+        ValueError: it is another model.
+    """
+    tensors = [model.get_layer("block0_attention_norm").input]
+    tensors += [model.get_layer(f"block{block}_mlp_add").output for block in range(_depth(model))]
+    return [keras.Model(one, other) for one, other in itertools.pairwise([model.input, *tensors])]
+
+
+def _depth(model: keras.Model) -> int:
+    """Returns the number of blocks of a model of `build`.
+
+    Raises:
+        ValueError: it is another model.
+    """
+    names = {layer.name for layer in model.layers}
+    depth = sum(f"block{block}_attention" in names for block in range(len(names)))
+    parts = ("attention_norm", "attention", "mlp_norm", "mlp_up", "mlp_down", "mlp_add")
+    expected = {f"block{block}_{part}" for block in range(depth) for part in parts}
+    ends = {"embed_tokens", "embed_positions", "final_norm", "head"}
+    if not depth or not expected | ends <= names:
+        raise ValueError(f"the model {model.name} is none of models/gpt.py")
+    return depth
+
+
 class Cached:
     """A model of `build` that takes a text piece by piece: the keys and values of earlier tokens are kept.
 
@@ -114,16 +143,9 @@ class Cached:
     """
 
     def __init__(self, model: keras.Model) -> None:
-        names = {layer.name for layer in model.layers}
-        depth = sum(f"block{block}_attention" in names for block in range(len(names)))
-        parts = ("attention_norm", "attention", "mlp_norm", "mlp_up", "mlp_down")
-        expected = {f"block{block}_{part}" for block in range(depth) for part in parts}
-        ends = {"embed_tokens", "embed_positions", "final_norm", "head"}
-        if not depth or not expected | ends <= names:
-            raise ValueError(f"the model {model.name} is none of models/gpt.py")
+        self._depth = _depth(model)
         self.window = model.input_shape[1]
         self._layer = model.get_layer
-        self._depth = depth
 
     def empty(self) -> list[tuple[keras.KerasTensor, keras.KerasTensor]]:
         """Returns the keys and values of no token, of each block: [window, heads, size]."""

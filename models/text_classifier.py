@@ -35,16 +35,25 @@ def build(
     num_classes: int,
     label_mean: Sequence[float] = (),
     label_variance: Sequence[float] = (),
+    width: int = 128,
+    filters: int = 64,
 ) -> keras.Model:
     """Returns the model from token numbers (int [batch, sequence_length]) to logits or values [batch, num_classes].
 
-    `label_mean` and `label_variance` are those of measured values in the training split; empty for classes and labels.
+    Args:
+        vocabulary_size: number of different tokens.
+        sequence_length: tokens per text.
+        num_classes: number of classes, labels or measured values.
+        label_mean: means of measured values in the training split; empty for classes and labels.
+        label_variance: their variances.
+        width: size of a token's vector.
+        filters: filters of each convolution.
     """
     tokens = layers.Input([sequence_length], dtype="int32")
-    embedded = layers.Embedding(vocabulary_size, 128)(tokens)
+    embedded = layers.Embedding(vocabulary_size, width)(tokens)
     features = [
-        layers.GlobalMaxPooling1D()(layers.Conv1D(64, width, padding="same", activation="relu")(embedded))
-        for width in (3, 4, 5)
+        layers.GlobalMaxPooling1D()(layers.Conv1D(filters, words, padding="same", activation="relu")(embedded))
+        for words in (3, 4, 5)
     ]
     joined = layers.Dropout(0.5)(layers.Concatenate()(features))
     outputs = layers.Dense(num_classes, dtype="float32")(joined)

@@ -5,6 +5,7 @@
     scaling       N ranks compared with one
     peers         the same models with PyTorch DDP, Keras on JAX, Horovod and TensorFlow's own strategies, also on hosts
     accuracy      time to a target accuracy
+    imbalance     weights, resampling and losses for rare classes: accuracy, balanced accuracy, worst class
 
 The cases of a benchmark alternate, because the speed of a machine changes over time: compare numbers within one table,
 not between tables.
@@ -13,7 +14,7 @@ not between tables.
 import sys
 
 from hvdkit import outcome, reporting
-from hvdkit.bench import accuracy, collectives, peers, scaling, throughput
+from hvdkit.bench import accuracy, collectives, imbalance, peers, scaling, throughput
 from hvdkit.command.arguments import Parser, new_file
 from hvdkit.errors import UsageError
 
@@ -23,6 +24,7 @@ _COMMANDS = {
     "scaling": scaling,
     "peers": peers,
     "accuracy": accuracy,
+    "imbalance": imbalance,
 }
 
 

@@ -140,7 +140,7 @@ class _Guarded:
         self._mesh = mesh_of(self._shards)
         self._names = [*(v.path for v in [*self._equal, *self._seeds]), "its part of the model"]
         self._start = [_integers(v) for v in self._seeds]
-        self._prints = tf.function(self._all_prints).get_concrete_function()
+        self._prints = tf.function(self._all_prints, autograph=False).get_concrete_function()
 
     def compare(self) -> tuple[list[int], str, bool] | None:
         """Compares all ranks.
@@ -220,7 +220,7 @@ def _row_sums(bits: tf.Tensor, weights: np.ndarray) -> tf.Tensor:
 @functools.cache
 def _compiled(shape: tf.TensorShape, dtype: tf.DType) -> Any:
     """Returns a graph for all variables of one shape. Large models have hundreds of variables: trace it only once."""
-    return tf.function(fingerprint).get_concrete_function(tf.TensorSpec(shape, dtype))
+    return tf.function(fingerprint, autograph=False).get_concrete_function(tf.TensorSpec(shape, dtype))
 
 
 def _of_first_copy(prints: np.ndarray, mesh: Mesh | None) -> np.ndarray:

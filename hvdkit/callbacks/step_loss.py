@@ -60,19 +60,24 @@ class StepLossCallback(keras.callbacks.Callback):
         self._summarized = len(self.losses)
 
     def on_epoch_end(self, epoch: int, logs: dict | None = None) -> None:
+        """Writes the file."""
+        self._write()
+        if self._summaries:
+            self._summarize(self._summaries)
+
+    def on_train_end(self, logs: dict | None = None) -> None:
+        """Writes the file also where a run that resumes has no epoch left, and closes TensorBoard's file."""
+        self._write()
+        if self._writer:
+            self._writer.close()
+
+    def _write(self) -> None:
         """Writes the file. A full disk costs the file, but does not end the training."""
         try:
             with self._path.open("w", newline="", encoding="utf-8") as file:
                 csv.writer(file).writerows([("step", "loss"), *self.losses])
         except OSError as error:
             _log.warning("%s cannot be written (%s). Training continues.", self._path, error.strerror)
-        if self._summaries:
-            self._summarize(self._summaries)
-
-    def on_train_end(self, logs: dict | None = None) -> None:
-        """Closes TensorBoard's file."""
-        if self._writer:
-            self._writer.close()
 
     def _summarize(self, folder: Path) -> None:
         self._writer = self._writer or tf.summary.create_file_writer(str(folder))

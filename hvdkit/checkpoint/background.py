@@ -20,13 +20,14 @@ class Writer:
         written: the last checkpoint that was written.
         count: how many were written.
         seconds: how long writing took in total.
+        processor_seconds: processor time that the last one took, written or not.
     """
 
     def __init__(self) -> None:
         self.error: Exception | None = None
         self.written: Path | None = None
         self.count = 0
-        self.seconds = 0.0
+        self.seconds = self.processor_seconds = 0.0
         self._thread: threading.Thread | None = None
 
     @property
@@ -53,7 +54,7 @@ class Writer:
             self._thread = None
 
     def _run(self, step: int, write: Callable[[], Path]) -> None:
-        began = time.perf_counter()
+        began, used = time.perf_counter(), time.thread_time()
         try:
             self.written, self.error = write(), None
             self.count += 1
@@ -67,3 +68,5 @@ class Writer:
                 f"The checkpoint of step {step} could not be written ({why}). Training continues; {last}. Free space "
                 f"or fix the disk; the next checkpoint is tried as usual."
             )
+        finally:
+            self.processor_seconds = time.thread_time() - used

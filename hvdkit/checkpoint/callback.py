@@ -14,6 +14,7 @@ from hvdkit.checkpoint import learnt, lock, randomness, rates, resuming, store, 
 from hvdkit.checkpoint.background import Writer
 from hvdkit.checkpoint.best import Best
 from hvdkit.checkpoint.callback_state import CallbackStates, arrays_of, checksums, unlike
+from hvdkit.checkpoint.overhead import Overhead
 from hvdkit.checkpoint.plain import pack, unpack
 from hvdkit.checkpoint.preemption import Listener
 from hvdkit.checkpoint.running_fit import RunningFit
@@ -53,6 +54,9 @@ class CheckpointCallback(keras.callbacks.Callback):
     Args:
         directory: where rank 0 writes checkpoints.
         every: steps between checkpoints, or "epoch". The end of training is always saved.
+        max_overhead: with `every="epoch"`, the largest share of the training time that checkpoints may take: an epoch
+            that ends too early for the next one is not saved, unless it is one of the best or the last. None saves each
+            epoch.
         resume: "auto" resumes from the newest intact checkpoint in `directory`, if there is one; "never"; or the path
             of a checkpoint, or of a run that has some.
         keep: how many of the newest checkpoints to keep.
@@ -94,12 +98,18 @@ class CheckpointCallback(keras.callbacks.Callback):
         extra: Callable[[int, int], Any] | None = None,
         resumed: Checkpoint | None = None,
         signals: Iterable[int] = SIGNALS,
+        max_overhead: float | None = None,
     ) -> None:
         super().__init__()
         if every != "epoch" and (isinstance(every, bool) or not isinstance(every, int) or every < 1):
             raise UsageError(f"every must be 'epoch' or a number of steps, 1 or more, but is {every!r}.")
         if keep < 1 or keep_best < 0:
             raise UsageError(f"keep must be 1 or more and keep_best 0 or more, but they are {keep} and {keep_best}.")
+        if max_overhead is not None and (every != "epoch" or not 0 < max_overhead <= 1):
+            raise UsageError(
+                f"max_overhead must be a share of the time, over 0 and at most 1, and every 'epoch' with it, but they "
+                f"are {max_overhead} and {every!r}."
+            )
         for name, value, choices in (("mode", mode, ("auto", "min", "max")), ("on_error", on_error, ("warn", "stop"))):
             if value not in choices:
                 raise UsageError(f"{name} must be one of {', '.join(choices)}, but is {value!r}.")
@@ -118,6 +128,7 @@ class CheckpointCallback(keras.callbacks.Callback):
         self.resumed = resumed
         self.data_begins_there = resumed is not None
         self.signals = tuple(signals)
+        self.max_overhead = max_overhead
         self._used = False
 
     def on_train_begin(self, logs: dict | None = None) -> None:
@@ -148,6 +159,7 @@ class _Keeper(keras.callbacks.Callback):
         self._settings = settings
         self._fit = fit
         self._writer = Writer()
+        self._overhead = Overhead(settings.max_overhead)
         self._listener = Listener(settings.model, settings.signals)
         self._epoch = self._step = 0  # the position of training: `_step` steps of this epoch are done
         self._before = 0  # steps of the previous epochs
@@ -271,14 +283,14 @@ class _Keeper(keras.callbacks.Callback):
     def on_epoch_end(self, epoch: int, logs: dict | None = None) -> None:
         """Saves the start of the next epoch if it is time, training ends, or a rank received a stop request."""
         self._stop_on_error()
-        leaving = self._listener.ask_all()
+        leaving, is_due = self._listener.ask_all_whether(self._epoch_is_due())
         self._stopped = bool(self.model.stop_training)
         over = self._stopped or epoch + 1 >= self.params["epochs"]
         is_time = self._is_time()
         cut_short = self._stopped and self._fit.steps is not None and self._step < self._fit.steps
         position = (epoch, self._step) if cut_short else (epoch + 1, 0)
         is_best = self._best.takes(_numbers(logs))
-        if self._settings.every == "epoch" or is_time or over or leaving or is_best:
+        if is_due or is_time or over or leaving or is_best:
             names = self._save(*position, metrics=_numbers(logs), may_drop=not (over or leaving or is_best))
             if leaving:
                 self._leave(names)
@@ -300,6 +312,14 @@ class _Keeper(keras.callbacks.Callback):
         every, now = self._settings.every, self._before + self._step
         before, self._looked = self._looked, now
         return isinstance(every, int) and now // every > before // every
+
+    def _epoch_is_due(self) -> bool:
+        """Whether this rank wants the epoch to be saved. Of the time that it takes, rank 0 decides, which writes."""
+        if self._settings.every != "epoch" or world.rank():
+            return False
+        if self._settings.max_overhead is not None and self._writer.busy:
+            return False  # what it costs is not known yet
+        return self._overhead.allows(self._writer.processor_seconds)
 
     def _save(
         self, epoch: int, step: int, metrics: Mapping[str, float] | None = None, may_drop: bool = False
@@ -354,7 +374,9 @@ class _Keeper(keras.callbacks.Callback):
                 {name: rank[name] for name in ("callbacks", "random", "variables") if name in rank} for rank in ranks
             ],
         }
-        self._waited += time.perf_counter() - began
+        waited = time.perf_counter() - began
+        self._waited += waited
+        self._overhead.add(began, waited)
         own = [values for values, _ in everyone]
         self._writer.start(now, lambda: self._write(now, state, {**arrays, **snapshot.arrays(own)}, metrics or {}))
         return heard

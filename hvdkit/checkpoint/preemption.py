@@ -95,9 +95,14 @@ class Listener:
 
     def ask_all(self) -> bool:
         """Like `after_execution`, with an allreduce of its own. A collective call."""
-        if world.size() == 1:
-            return self.heard is not None
-        return bool(collectives.allreduce_sum(np.array([float(self.heard is not None)]), name="preemption")[0])
+        return self.ask_all_whether(False)[0]
+
+    def ask_all_whether(self, mine: bool) -> tuple[bool, bool]:
+        """Like `ask_all`, and in the same allreduce whether `mine` is true on some rank. A collective call."""
+        said = np.array([self.heard is not None, mine], np.float64)
+        if world.size() > 1:
+            said = collectives.allreduce_sum(said, name="preemption")
+        return bool(said[0]), bool(said[1])
 
     def _note(self, number: int, frame: FrameType | None) -> None:
         if self._model is not None and call_stack.locals_of("fit", self._model, ()) is None:

@@ -98,7 +98,7 @@ def _run_in_graph(function: Callable[[], Any]) -> None:
 
 def average_variables(variables: Sequence[Any], process_set: Any = None) -> None:
     """Sets float variables to their mean over the ranks; variables that are equal on all ranks do not change."""
-    if not takes_part(process_set):
+    if not variables or not takes_part(process_set):
         return
     digests = allgather_object([digest([v]) for v in variables], name="average.digests", process_set=process_set)
     differing = [v for number, v in enumerate(variables) if len({d[number] for d in digests}) > 1]

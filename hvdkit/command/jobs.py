@@ -9,6 +9,7 @@ GROUPS = {
     "Train": {
         "train": "train a Keras model in this process: a model of models/, or your own file",
         "compress": "make a trained model smaller: quantize, prune, export; size, speed and quality in a table",
+        "distill": "train a small model that also learns from a trained one; both in a table",
         "generate": "write text with a model that was trained to",
         "sweep": "search hyperparameters, cross-validate: many trainings, the best model",
     },

@@ -126,7 +126,7 @@ def note_first_batch(dataset: tf.data.Dataset, note: Callable[[list[np.ndarray]]
         tf.cond(noted, lambda: True, lambda: noted.assign(tf.numpy_function(call, leaves, tf.bool)).read_value())
         return tf.nest.pack_sequence_as(dataset.element_spec, leaves, expand_composites=True)
 
-    return dataset.map(look)
+    return dataset.map(tf.autograph.experimental.do_not_convert(look))
 
 
 def watch_first_batches(note: Callable[[list[Any]], None]) -> Callable[[], None]:

@@ -197,6 +197,24 @@ def layers_of(model: Any, include_self: bool = True) -> list[Any]:
     return private(model, "_flatten_layers")(include_self=include_self)
 
 
+def keep_policies_of_parts(model: keras.Model) -> None:
+    """Makes layers that are made of layers, such as `MultiHeadAttention`, save how these are quantized.
+
+    Their configuration has one dtype policy. A `DTypePolicyMap` has one for each part, by its path.
+    """
+    for layer in layers_of(model, include_self=False):
+        parts = {part.path: part.dtype_policy for part in layers_of(layer, include_self=False)}
+        quantized = {path: policy for path, policy in parts.items() if policy.quantization_mode}
+        if quantized and not isinstance(layer, keras.Model):
+            layer.dtype_policy = keras.dtype_policies.DTypePolicyMap(layer.dtype_policy, quantized)
+
+
+def keep_zero_points(layer: Any) -> None:
+    """Makes a layer that GPTQ has quantized save its zero points: Keras 3.15 leaves them out, and cannot open it."""
+    private(layer, "_get_kernel_with_merged_lora")
+    layer._get_kernel_with_merged_lora = lambda: (None, None, layer.kernel_zero)
+
+
 def strategy_of(model: keras.Model) -> tf.distribute.Strategy | None:
     """Returns the `tf.distribute` strategy in whose scope a model was created, or None."""
     return private(model, "_distribute_strategy")

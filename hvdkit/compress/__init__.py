@@ -2,10 +2,11 @@
 
 trained.py       the run, and its test split
 variants.py      quantized and pruned models
+gptq.py          4-bit weights by GPTQ, which needs data
 exports.py       other formats than Keras'
 """
 
-QUANTIZATIONS = ("int8", "int4", "float8")
+QUANTIZATIONS = ("int8", "int4", "float8", "gptq")
 """Modes of `keras.Model.quantize`."""
 
 FORMATS = ("saved_model", "litert", "onnx")

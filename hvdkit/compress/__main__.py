@@ -1,6 +1,6 @@
 """Makes the model of a finished run smaller, and measures size, speed and quality before and after.
 
-    hvdkit compress RUN_FOLDER --quantize=int8,int4 --prune=0.8 --export=saved_model,litert
+    hvdkit compress RUN_FOLDER --quantize=int8,int4 --prune=0.8 --finetune=2 --export=saved_model,litert
 
 Each variant is measured on the run's test split, in this process: bytes of its file, and of the file compressed by gzip
 (where zeros of a pruned model count), samples/s for a batch of the run's size, and the loss and metrics. The files are
@@ -9,6 +9,7 @@ is listed with the reason.
 """
 
 import argparse
+import functools
 import os
 import sys
 from pathlib import Path
@@ -56,6 +57,8 @@ def parser() -> Parser:
         help=f"{', '.join(QUANTIZATIONS)} [none]",
     )
     add("--prune", type=_shares, default=[], metavar="SHARE,SHARE", help="share of weights to set to 0, such as 0.8")
+    how = "epochs of training after pruning, in which the zeros stay: another variant [none]"
+    add("--finetune", type=int, default=0, metavar="EPOCHS", help=how)
     add(
         "--export",
         type=_some_of(FORMATS),
@@ -100,6 +103,11 @@ def compress(arguments: argparse.Namespace) -> dict[str, Any]:
     """
     if not (arguments.quantize or arguments.prune or arguments.export):
         raise UsageError("Nothing to do. Give --quantize=int8, --prune=0.8 or --export=saved_model, or several.")
+    if arguments.finetune < 0 or (arguments.finetune and not arguments.prune):
+        raise UsageError(
+            f"--finetune={arguments.finetune} is a number of epochs, 1 or more, that follow --prune. Give both, or "
+            f"leave it out."
+        )
     if not all((arguments.run.expanduser() / name).is_file() for name in ("config.json", "result.json", "model.keras")):
         raise UsageError(f"{arguments.run} has no finished run. Give the --workdir of hvdkit train.")
     from hvdkit.compress.trained import open_run
@@ -109,7 +117,8 @@ def compress(arguments: argparse.Namespace) -> dict[str, Any]:
     folder = (arguments.out or arguments.run / "compressed").expanduser()
     folder.mkdir(parents=True, exist_ok=True)
     rows, left_out = [], []
-    for name, make in makers(arguments.quantize, arguments.prune).items():
+    train = functools.partial(run.finetune, epochs=arguments.finetune) if arguments.finetune else None
+    for name, make in makers(arguments.quantize, arguments.prune, train, run.windows).items():
         try:
             rows.append(_measured(run, name, make(run.load()), folder))
         except UsageError as error:
@@ -119,6 +128,7 @@ def compress(arguments: argparse.Namespace) -> dict[str, Any]:
             rows.append(_exported(run, form, folder))
         except UsageError as error:
             left_out.append(str(error))
+    left_out = list(dict.fromkeys(left_out))  # of several variants for one reason
     return {"rows": rows, "left_out": left_out, "main_metric": run.main_metric, "folder": str(folder)}
 
 
@@ -127,6 +137,7 @@ def _measured(run: "Trained", name: str, model: Any, folder: Path) -> dict[str, 
 
     file = folder / f"{name.replace(', ', '-').replace(' ', '-')}.keras"
     model.save(file)
+    trained.check_opens(file, model, run.first_inputs(), name)
     speed = trained.samples_per_second(model.predict_on_batch, run.first_inputs())
     sizes = {"bytes": trained.bytes_of(file), "zipped_bytes": trained.zipped_bytes_of(file)}
     return {"variant": name, **sizes, "samples_per_second": speed, **run.judge(model)}

@@ -1,9 +1,11 @@
 """A finished run of `hvdkit train`: its model, and its test split to measure models on."""
 
+import contextlib
 import dataclasses
 import statistics
 import time
 import zlib
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -12,12 +14,18 @@ import numpy as np
 import tensorflow as tf
 
 from hvdkit import reporting, strategies
-from hvdkit.data.sources import open_source
+from hvdkit.command.functions import first_line
+from hvdkit.data.sources import Source, TokenSource, open_source
+from hvdkit.data.sources.selection import spread
 from hvdkit.data.vocabulary import Vocabulary
 from hvdkit.errors import UsageError
 from hvdkit.train import data as job_data
 from hvdkit.train.settings import Settings
 
+MATRIX = 2  # axes of a weight that is pruned, at least: not biases and scales
+_SLOWER = 10  # learning rate of a run, in multiples of that for training after pruning
+_WINDOWS = 128  # for calibration, as in the paper on GPTQ
+_LEAST_EQUAL = 1e-3  # difference of outputs that rounding explains, as a share of the largest one
 _WARM_UP, _CALLS, _SECONDS = 3, 5, 1.0  # calls before the measurement; at least so many calls, and so long
 
 
@@ -29,11 +37,17 @@ class Trained:
         file: its model, a `.keras` file.
         batches: the batches of its test split.
         main_metric: the metric that its tables show.
+        settings: its settings, for one process.
+        source: its data set.
+        vocabulary: its vocabulary, for texts.
     """
 
     file: Path
     batches: tf.data.Dataset
     main_metric: str
+    settings: Settings
+    source: Source
+    vocabulary: Vocabulary | None
 
     def load(self) -> keras.Model:
         """Opens the model, with its loss and metrics, and without the state of its optimizer."""
@@ -43,6 +57,42 @@ class Trained:
         given = {name: keras.saving.deserialize_keras_object(config.get(name)) for name in judged_by}
         model.compile("sgd", **given)
         return model
+
+    def finetune(self, model: keras.Model, epochs: int) -> keras.Model:
+        """Trains a model on the training split, and returns it: zeros in matrices and kernels stay zeros.
+
+        It uses the run's optimizer, at a constant tenth of the rate: S. Han et al., "Learning both weights and
+        connections for efficient neural networks", 2015, section 3.3.
+
+        Args:
+            model: a model of `load`; it is changed.
+            epochs: passes over the training examples.
+        """
+        source = job_data.with_long_tail(self.source, self.settings)
+        strategy = strategies.create("single", 1)
+        data = job_data.read_training_data(self.settings, strategy, source, self.vocabulary, None)
+        optimizer = keras.saving.load_model(self.file).optimizer
+        rate = self.settings.learning_rate / _SLOWER
+        model.optimizer = type(optimizer).from_config({**optimizer.get_config(), "learning_rate": rate})
+        with keeping_zeros(model):
+            model.fit(data.batches, epochs=epochs, steps_per_epoch=data.steps_per_epoch, verbose=0)
+        model.optimizer = keras.optimizers.SGD()  # whose file has no state of the other one
+        return model
+
+    def windows(self) -> np.ndarray:
+        """Returns tokens of the training split to calibrate GPTQ on, int32 [samples, sequence_length].
+
+        Raises:
+            UsageError: the run's data are no tokens.
+        """
+        if not isinstance(self.source, TokenSource):
+            raise UsageError(
+                f"gptq: Keras calibrates on windows of tokens, and {self.source.name} has none. Use int8 or int4, or "
+                f"a run with --model=gpt."
+            )
+        places = spread(self.source.size("train"), min(_WINDOWS, self.source.size("train")))
+        read = (self.source.read("train", place, place + 1) for place in places)
+        return np.concatenate([next(iter(one.batch(1)))[0].numpy() for one in read])
 
     def judge(self, model: keras.Model) -> dict[str, float]:
         """Returns loss and metrics on the test split."""
@@ -81,7 +131,27 @@ def open_run(folder: Path) -> Trained:
         tokens = (folder / "vocabulary.txt").read_text().splitlines()
         vocabulary = Vocabulary(tokens, settings.sequence_length)
     batches, _ = job_data.read_evaluation_data(settings, strategies.create("single", 1), source, vocabulary, "test")
-    return Trained(folder / "model.keras", batches, result["main_metric"])
+    return Trained(folder / "model.keras", batches, result["main_metric"], settings, source, vocabulary)
+
+
+@contextlib.contextmanager
+def keeping_zeros(model: keras.Model) -> Iterator[None]:
+    """Makes zeros in matrices and kernels of a model stay zeros, whatever optimizer updates them."""
+    kernels = [weight for weight in model.trainable_weights if len(weight.shape) >= MATRIX]
+    before = [kernel.constraint for kernel in kernels]
+    for kernel in kernels:
+        kernel.constraint = _zeros_of(kernel)
+    try:
+        yield
+    finally:
+        for kernel, constraint in zip(kernels, before, strict=True):
+            kernel.constraint = constraint
+
+
+def _zeros_of(variable: keras.Variable) -> Callable[[Any], Any]:
+    """Returns a constraint that keeps zeros of a variable zeros."""
+    kept = keras.ops.cast(keras.ops.not_equal(variable, 0), variable.dtype)
+    return lambda value: value * kept
 
 
 def samples_per_second(predict: Any, inputs: Any) -> float:
@@ -95,6 +165,19 @@ def samples_per_second(predict: Any, inputs: Any) -> float:
         predict(inputs)
         taken.append(time.perf_counter() - began)
     return examples / statistics.median(taken)
+
+
+def check_opens(file: Path, model: keras.Model, inputs: Any, name: str) -> None:
+    """Raises a `UsageError` if Keras cannot open the file of a variant, or if it computes something else."""
+    try:
+        again = keras.saving.load_model(file, compile=False)
+    except Exception as error:  # whatever a layer raises
+        file.unlink()
+        raise UsageError(f"{name}: Keras cannot open the file that it wrote ({first_line(error)}).") from error
+    expected, found = (outputs_of(one.predict_on_batch, inputs) for one in (model, again))
+    if not np.allclose(found, expected, rtol=_LEAST_EQUAL, atol=_LEAST_EQUAL * np.abs(expected).max()):
+        file.unlink()
+        raise UsageError(f"{name}: the file that Keras wrote computes something else than the model.")
 
 
 def bytes_of(path: Path) -> int:

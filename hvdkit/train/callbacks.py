@@ -16,6 +16,7 @@ from hvdkit.train.data import TrainingData
 from hvdkit.train.settings import Settings
 
 _log = logging.getLogger(__name__)
+_MAX_OVERHEAD = 0.05  # share of the training time that checkpoints of epochs may take
 
 
 def checkpoint_callback(
@@ -31,6 +32,7 @@ def checkpoint_callback(
     return callbacks.CheckpointCallback(
         workdir / "checkpoints",
         every=settings.checkpoint_steps,
+        max_overhead=_MAX_OVERHEAD if settings.checkpoint_steps == "epoch" else None,
         resume="never",  # the checkpoint is already open, in `found`
         resumed=found,
         keep=settings.keep,
@@ -88,7 +90,13 @@ def training_callbacks(
 
 
 class _TensorBoard(keras.callbacks.TensorBoard):
-    """Keras' callback, which logs the rate as `learning_rate`: the warm-up's own name for it, `lr`, is left out."""
+    """Keras' callback for epochs. Steps are those of `StepLossCallback`.
+
+    Keras logs the rate as `learning_rate`: the warm-up's own name for it, `lr`, is left out.
+    """
+
+    def on_train_batch_end(self, batch: int, logs: dict[str, Any] | None = None) -> None:
+        """Does nothing: Keras makes a summary of each log, and with `update_freq="epoch"` throws it away."""
 
     def on_epoch_end(self, epoch: int, logs: dict[str, Any] | None = None) -> None:
         super().on_epoch_end(epoch, {name: value for name, value in (logs or {}).items() if name != "lr"})

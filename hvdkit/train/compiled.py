@@ -31,6 +31,7 @@ from hvdkit.train.build import (
 from hvdkit.train.data import TrainingData
 from hvdkit.train.job import Job
 from hvdkit.train.settings import Settings, leave_optimizer_to_model
+from hvdkit.train.teacher import teach
 
 _log = logging.getLogger("hvdkit.train")  # the job's logger
 _LARGE = 10.0  # measured values, in multiples of what a new model gives
@@ -60,6 +61,8 @@ def compile_model(
     if settings.monitor and not tf.distribute.has_strategy():  # where metrics are built in replicas only
         mode = objectives.check_monitor(model, settings.monitor, settings.monitor_mode, metrics, _evaluated(job))
         settings = dataclasses.replace(settings, monitor_mode=mode)
+    if settings.teacher:
+        model = teach(model, model_source.name, job.source, vocabulary, settings)
     whole, compiled = model, model.compiled
     model = strategy.divide(whole)
     if compiled and model is not whole:

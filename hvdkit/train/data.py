@@ -30,6 +30,7 @@ from hvdkit.data.sources import (
     Schema,
     Source,
     TokenSource,
+    long_tailed,
     with_validation,
 )
 from hvdkit.data.sources.structure import describe
@@ -41,6 +42,7 @@ from hvdkit.train.settings import Config, Settings
 
 _log = logging.getLogger("hvdkit.train")  # the job's logger
 _STANDARDIZED_AT_ONCE = 8192  # examples
+_READ_AT_ONCE = 1024  # labels
 _COLORS = 3  # channels of an image
 
 
@@ -54,16 +56,17 @@ def prepared(source: Source, settings: Settings) -> Source:
     """Returns the source with its folds or its validation split, and cut into windows, as the settings require.
 
     Raises:
-        UsageError: a text is too short, or the settings balance classes, which the source does not have.
+        UsageError: a text is too short, or the settings are for classes, which the source does not have.
     """
-    flag = _balancing_flag(settings)
+    flag = _flag_for_classes(settings)
     if flag and _num_classes(source) == 0:
         what = f"{source.name}, for {source.task},"
         if source.kind == "tokens":
             what = f"the windows of {source.name}"
         elif source.task == AS_COMPILED:
             what = f"the examples of {source.name}, a function,"
-        raise UsageError(f"{flag} balances classes, and {what} have none. Leave it out.")
+        changes = "makes classes rare" if flag.startswith("--long-tail") else "balances classes"
+        raise UsageError(f"{flag} {changes}, and {what} have none. Leave it out.")
     _check_augmentation(source, settings)
     if settings.folding:
         source = FoldSource(source, *settings.folding)
@@ -72,9 +75,29 @@ def prepared(source: Source, settings: Settings) -> Source:
     return source.cut(settings.sequence_length) if isinstance(source, TokenSource) else source
 
 
-def _balancing_flag(settings: Settings) -> str | None:
+def with_long_tail(source: Source, settings: Settings) -> Source:
+    """Returns the source with the training examples that --long-tail leaves. A collective call.
+
+    Each rank reads the labels of a share.
+
+    Raises:
+        UsageError: on all ranks, if the last class would have no example.
+    """
+    if settings.long_tail is None:
+        return source
+    with together():
+        share = even_share(source.size("train"), world.rank(), world.size())
+        labels = source.read("train", *share).map(lambda _, label: label).batch(_READ_AT_ONCE)
+        mine = [*labels.as_numpy_iterator()]
+    everyone = collectives.allgather_object(mine, name="labels")
+    with together():
+        return long_tailed(source, np.concatenate([part for rank in everyone for part in rank]), settings.long_tail)
+
+
+def _flag_for_classes(settings: Settings) -> str | None:
     """Returns a flag that only data with classes have a use for, if one was given."""
     given = {
+        f"--long-tail={settings.long_tail}": settings.long_tail is not None,
         "--class-weights": settings.class_weights,
         f"--effective-number={settings.effective_number}": settings.effective_number is not None,
         f"--focal={settings.focal}": settings.focal is not None,

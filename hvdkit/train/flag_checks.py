@@ -18,6 +18,7 @@ _BELONGS_TO = {  # flags that the other strategies have no use for
     "micro_batches": ("pipeline",),
     "schedule": ("pipeline",),
     "branches": ("branches",),
+    "teacher": ("horovod", "single"),
 }
 _LARGEST_VALIDATION = 0.5  # share of the training examples
 
@@ -29,6 +30,8 @@ def check(config: Config) -> None:
         ("global_batch", "local_batch"),
         ("text_column", "feature_columns"),
         ("effective_number", "class_weights"),
+        ("teacher", "effective_number"),  # Keras' Distiller does not weigh examples
+        ("teacher", "class_weights"),
     ):
         if not any(getattr(config, name) is None or getattr(config, name) is False for name in (one, other)):
             raise UsageError(f"--{dashed(one)} and --{dashed(other)} exclude each other: give one of them.")
@@ -83,6 +86,11 @@ def check_strategy(config: Config) -> None:
             raise UsageError(
                 f"--{dashed(name)} changes the synchronization of --local-steps, which was not given. Give "
                 f"--local-steps, too, or leave it out."
+            )
+    for name in ("temperature", "student_loss_weight"):
+        if getattr(config, name) != flags.FLAGS[name].default and not config.teacher:
+            raise UsageError(
+                f"--{dashed(name)} is for learning from a --teacher, which was not given. Give one, or leave it out."
             )
     if config.strategy in _DIVIDING and config.compression.partition(":")[0] not in COMPRESSIONS[:3]:
         raise UsageError(

@@ -98,6 +98,10 @@ _HELP = {  # brackets: what applies without the flag, if its default is not a fi
     "outer_momentum": "with --local-steps: Nesterov momentum for the ranks' averaged change",
     "shard_optimizer": "each rank stores only its shard of the optimizer's state (horovod)",
     "precision": "Keras' dtype policy",
+    "long_tail": (
+        "RATIO, such as 100: train on fewer examples of each class than of the one before, exponentially, RATIO times "
+        "as many of the first as of the last (Cui et al. 2019); the validation and test splits stay as they are"
+    ),
     "sampling": "draw small classes more often (over), or large ones less often (under)",
     "class_weights": "weight examples so that every class counts the same",
     "effective_number": (
@@ -109,6 +113,12 @@ _HELP = {  # brackets: what applies without the flag, if its default is not a fi
         "NAME,NAME of flip, crop, rand (RandAugment), mixup, cutmix: change images at random, another way in each "
         "epoch; the same on any number of ranks, but for the partners that are mixed, which are of one local batch"
     ),
+    "teacher": (
+        "a .keras file, or the workdir of a finished run: learn from the outputs of this trained model, too (knowledge "
+        "distillation, Hinton et al. 2015, by keras.distillation); each rank has a copy of it"
+    ),
+    "temperature": "with --teacher: divisor of the logits of both models; higher ones tell more of unlikely classes",
+    "student_loss_weight": "with --teacher: weight of the labels' loss, from 0 to 1; the rest is the teacher's",
     "seed": "seed of weights, data order and dropout",
     "threads": "TensorFlow threads of each rank [its share of the cores]",
     "cache_gb": "cache a rank's decoded examples in memory up to this size; a larger shard is read again each epoch",
@@ -141,7 +151,10 @@ _HELP = {  # brackets: what applies without the flag, if its default is not a fi
         "auto resumes from the newest intact checkpoint of the workdir, if there is one; never starts from the "
         "beginning; or the path of a checkpoint, or of another run's workdir"
     ),
-    "checkpoint_every": "a number of steps, epoch, or never",
+    "checkpoint_every": (
+        "a number of steps, epoch, or never; epochs so short that checkpoints would take more than 5% of the time are "
+        "passed over, but for the last, the best (--keep-best), and where a signal stops the job"
+    ),
     "keep": "how many of the newest checkpoints to keep",
     "keep_best": (
         "how many of the best to keep in addition, by --monitor on the validation split (--eval-every), or else in "
@@ -196,11 +209,15 @@ def define() -> None:
     add(number, _HOW, "outer_momentum", 0.9, lower_bound=0.0, upper_bound=0.999)
     add(boolean, _HOW, "shard_optimizer", False)
     add(enum, _HOW, "precision", "float32", ("float32", "mixed_float16", "mixed_bfloat16"))
+    add(number, _HOW, "long_tail", None, lower_bound=1.0)
     add(enum, _HOW, "sampling", "none", ("none", "over", "under"))
     add(boolean, _HOW, "class_weights", False)
     add(number, _HOW, "effective_number", None, lower_bound=0.0, upper_bound=1 - 1e-9)
     add(number, _HOW, "focal", None, lower_bound=0.0)
     add(string, _HOW, "augment", None)
+    add(string, _HOW, "teacher", None)
+    add(number, _HOW, "temperature", 3.0, lower_bound=1e-3)
+    add(number, _HOW, "student_loss_weight", 0.5, lower_bound=0.0, upper_bound=1.0)
     add(integer, _HOW, "seed", 0, lower_bound=0, upper_bound=2**31)
 
     add(integer, _MACHINE, "threads", None, lower_bound=1)

@@ -89,6 +89,7 @@ def open_job(config: Config) -> Job:
         recipe = model_source.recipe_for(source.name)
         settings = resolve(config, recipe, strategy.size)
         source = job_data.prepared(source, settings)
+    source = job_data.with_long_tail(source, settings)
     keras.utils.set_random_seed(settings.seed)
     keras.config.set_dtype_policy(settings.precision)
 
@@ -163,6 +164,7 @@ def _identity(settings: Settings) -> dict[str, Any]:
         "validates",
         "validation_share",
         "sequence_length",
+        "long_tail",
         "sampling",
         "class_weights",
         "effective_number",
@@ -178,6 +180,8 @@ def _identity(settings: Settings) -> dict[str, Any]:
         "precision",
         "model_args",
         "fragments",
+        "temperature",
+        "student_loss_weight",
     )
     return {name: getattr(settings, name) for name in (*data, *training)}
 

@@ -24,7 +24,7 @@ from hvdkit.data.pipeline import naming_unreadable
 from hvdkit.data.sources import CLASSIFICATION, TokenSource
 from hvdkit.optimizers.distributed import DistributedOptimizer
 from hvdkit.optimizers.sharded import ShardedOptimizer
-from hvdkit.train import artifacts, objectives
+from hvdkit.train import artifacts, objectives, teacher
 from hvdkit.train import data as job_data
 from hvdkit.train.callbacks import checkpoint_callback, steps_per_execution, training_callbacks
 from hvdkit.train.compiled import compile_model
@@ -108,14 +108,19 @@ def run(
         )
 
     # ---- Results --------------------------------------------------------------------------------------------------
+    taught: dict[str, Any] = {}
     with naming_unreadable(shares):
+        if settings.teacher:
+            model, master = teacher.part(model, source.task, settings)
+            taught = teacher.results(model, master, strategy.evaluate(master, evaluated["test"]))
         found = {split: strategy.evaluate(model, batches) for split, batches in evaluated.items()}
         if evaluator:
             found = {split: found[split] | judge(model, evaluator, evaluated[split], part) for split in found}
         by_class = _by_class(job, model, evaluated["test"])
     if settings.early_stopping:
         steps = min(steps, len(history.history["loss"]) * data.steps_per_epoch)
-    return _finish(job, model, _Trained(history.history, found, by_class, progress, steps, data.steps_per_epoch))
+    trained = _Trained(history.history, found, {**by_class, **taught}, progress, steps, data.steps_per_epoch)
+    return _finish(job, model, trained)
 
 
 def _callbacks(
@@ -141,7 +146,7 @@ class _Trained:
     Attributes:
         history: values of each metric by epoch.
         evaluated: metrics on the test split, and on the validation split if there is one.
-        by_class: what `result.json` says of each class; empty without classes.
+        more: what `result.json` says of each class, and of the teacher; empty without them.
         progress: the callback that measured the speed.
         steps: total steps, including those before the run was resumed.
         steps_per_epoch: steps per epoch.
@@ -149,7 +154,7 @@ class _Trained:
 
     history: dict[str, Any]
     evaluated: dict[str, dict[str, float]]
-    by_class: dict[str, Any]
+    more: dict[str, Any]
     progress: callbacks.ProgressCallback
     steps: int
     steps_per_epoch: int
@@ -220,11 +225,16 @@ def _measured(job: Job, whole: keras.Model | None, trained: _Trained) -> dict[st
         found |= objectives.results_of(task, split, metrics)
     return {
         **found,
-        **trained.by_class,
+        **trained.more,
         "train_loss": [float(v) for v in trained.history["loss"]],
         "weights_sha256": digest,
         "versions": versions.installed(),
     }
+
+
+def _times(result: dict[str, Any]) -> float:
+    """How many times as many parameters the teacher has as the model."""
+    return float(result["teacher"]["parameters"] / result["parameters"])
 
 
 def _write_artifacts(job: Job, model: keras.Model, trained: _Trained, result: dict[str, Any]) -> None:
@@ -245,4 +255,7 @@ def _write_artifacts(job: Job, model: keras.Model, trained: _Trained, result: di
         f"{result['steps']} steps in {result['train_seconds']:.1f} s, {result['samples_per_second']:,.0f} samples/s; "
         f"weights {result['weights_sha256'][:12]} on all {result['size']} replica(s)"
     )
+    if "teacher" in result:
+        told = objectives.describe(main, result["teacher"].get(f"test_{main}"))
+        _log.info("its teacher, %.3g times as large: %s", _times(result), told)
     _log.info("written to %s: %s", workdir, ", ".join(sorted(p.name for p in workdir.iterdir())))

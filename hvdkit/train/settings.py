@@ -56,11 +56,15 @@ class Config:
     outer_momentum: float
     shard_optimizer: bool
     precision: str
+    long_tail: float | None
     sampling: str
     class_weights: bool
     effective_number: float | None
     focal: float | None
     augment: str | None
+    teacher: str | None
+    temperature: float
+    student_loss_weight: float
     seed: int
     threads: int | None
     cache_gb: float

@@ -14,7 +14,8 @@ def test_a_run_is_made_smaller_and_measured(tmp_path):
     run, table = tmp_path / "run", tmp_path / "table.json"
     trained = forked.command("-m", "hvdkit.train", "--strategy=single", f"--workdir={run}", "--notensorboard")
     assert run_command(trained, timeout=300).code == 0
-    command = ["-m", "hvdkit.compress", run, "--quantize=int8,int4", "--prune=0.5", "--export=saved_model,litert"]
+    command = ["-m", "hvdkit.compress", run, "--quantize=int8,int4", "--prune=0.9", "--export=saved_model,litert"]
+    command += ["--finetune=2"]
     ended = run_command(forked.command(*command, "--json", table), timeout=400)
     assert ended.code == 0, ended.output
     found = json.loads(table.read_text())
@@ -24,9 +25,10 @@ def test_a_run_is_made_smaller_and_measured(tmp_path):
         "as trained",
         "int8",
         "int4",
-        "pruned 0.5",
-        "pruned 0.5, int8",
-        "pruned 0.5, int4",
+        "pruned 0.9",
+        "pruned 0.9, finetuned",
+        "pruned 0.9, finetuned, int8",
+        "pruned 0.9, finetuned, int4",
         "saved_model",
         "litert",
     ]
@@ -34,7 +36,9 @@ def test_a_run_is_made_smaller_and_measured(tmp_path):
     assert rows["as trained"]["accuracy"] == pytest.approx(result["test_accuracy"])
     assert rows["int8"]["accuracy"] > result["test_accuracy"] - 0.02
     assert rows["int8"]["bytes"] < 0.5 * rows["as trained"]["bytes"]
-    assert rows["pruned 0.5"]["zipped_bytes"] < 0.8 * rows["as trained"]["zipped_bytes"]
+    assert rows["pruned 0.9"]["zipped_bytes"] < 0.5 * rows["as trained"]["zipped_bytes"]
+    assert rows["pruned 0.9, finetuned"]["zipped_bytes"] < 0.5 * rows["as trained"]["zipped_bytes"]
+    assert rows["pruned 0.9, finetuned"]["accuracy"] > rows["pruned 0.9"]["accuracy"] + 0.05
     assert all(row["samples_per_second"] > 0 for row in rows.values())
-    keras.saving.load_model(run / "compressed" / "pruned-0.5-int8.keras")
+    keras.saving.load_model(run / "compressed" / "pruned-0.9-finetuned-int8.keras")
     assert "as trained" in ended.output

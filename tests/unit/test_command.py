@@ -318,6 +318,12 @@ def test_the_launch_script_divides_options_from_flags():
     assert flags == ["--epochs", "3", "--model_args", "width=1", "--no-tensorboard", "--workdir=runs/w"]
 
 
+@pytest.mark.parametrize(("line", "is_quick_start"), [("", True), ("-np 1 --workdir=w", True), ("--epochs=2", False)])
+def test_without_flags_of_the_training_it_is_the_quick_start(line, is_quick_start):
+    _, flags = divided(*line.split())
+    assert (set(local.QUICK_START) <= set(flags)) is is_quick_start
+
+
 def test_launcher_and_training_share_no_option_but_the_workdir():
     launcher = {name for action in options.parser()._actions for name in action.option_strings}
     training = {name for action in train_flags.parser()._actions for name in action.option_strings}
@@ -355,6 +361,7 @@ NO_ARGUMENT = {  # what a command says of it; None if it begins to work
     "compare": None,
     "plan": None,
     "compress": "the following arguments are required: RUN_FOLDER",
+    "distill": "the following arguments are required: --teacher",
 }
 MISTAKES = {
     "train --bogus=1": "Unknown command line flag 'bogus'",
@@ -362,8 +369,13 @@ MISTAKES = {
     "train --augment=flop": "--augment=flop: 'flop' is unknown. Name some of flip, crop, rand, mixup, cutmix.",
     "compress x": "Nothing to do. Give --quantize=int8, --prune=0.8 or --export=saved_model, or several.",
     "compress nowhere --quantize=int8": "nowhere has no finished run. Give the --workdir of hvdkit train.",
-    "compress x --quantize=int3": "'int3': choose from int8, int4, float8",
+    "compress x --quantize=int3": "'int3': choose from int8, int4, float8, gptq",
+    "compress x --quantize=int8 --finetune=2": "--finetune=2 is a number of epochs, 1 or more, that follow --prune.",
     "compress x --prune=80": "'80': give shares between 0 and 1, such as 0.5,0.8",
+    "distill --teacher=nowhere": "--teacher=nowhere has no model: there is no file nowhere/model.keras.",
+    "distill --teacher=x.keras --foo=3": "Unknown command line flag 'foo'",
+    "distill --teacher=x.keras -np 0": "-np 0: at least one rank is needed",
+    "distill --teacher=x.keras --class-weights": "--teacher and --class-weights exclude each other",
     "generate x --bogus": "unrecognized arguments: --bogus",
     "generate x.keras --top-k=0": "top_k=0, seed=0: top_k must be 1 or more",
     "generate nowhere.keras": "nowhere.keras does not exist. Give the folder that hvdkit.train wrote",
@@ -389,6 +401,7 @@ MISTAKES = {
     "bench foo": "invalid choice: 'foo'",
     "bench throughput --json .": ". is a folder; give the name of a file",
     "bench throughput -- --foo=3": "Unknown command line flag 'foo'",
+    "bench imbalance -- --epochs=1": "Give all trainings the same steps: -- --steps=1000.",
     "bench scaling --ranks=0,1": "--ranks=0,1: at least one rank is needed",
     "compare -np 0": "-np 0: at least one rank is needed",
     "compare --ways foo": "--ways: 'foo' is not one of",

@@ -15,7 +15,7 @@ from hvdkit.data.sources.parted_table import Survey, is_parted_table, load_parte
 from hvdkit.data.sources.record_files import SUFFIXES as RECORD_SUFFIXES
 from hvdkit.data.sources.records import is_record_path, load_records
 from hvdkit.data.sources.schema import AS_COMPILED, CLASSIFICATION, MULTILABEL, REGRESSION, Schema
-from hvdkit.data.sources.selection import FoldSource, with_validation
+from hvdkit.data.sources.selection import FoldSource, long_tailed, with_validation
 from hvdkit.data.sources.table import load_table
 from hvdkit.data.sources.tfds import TfdsSource, open_named, open_prepared, open_texts
 from hvdkit.data.sources.tokens import TokenSource, load_pydoc, load_text
@@ -37,6 +37,7 @@ __all__ = [
     "TfdsSource",
     "TokenSource",
     "edges_of",
+    "long_tailed",
     "open_source",
     "survey_source",
     "with_validation",

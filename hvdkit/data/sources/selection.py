@@ -1,4 +1,4 @@
-"""Chosen training examples of a source: one of several folds, or a share that is held out to choose models by."""
+"""Chosen training examples of a source: a fold, a share that is held out to choose models by, or a long tail."""
 
 import logging
 from collections.abc import Mapping
@@ -137,6 +137,38 @@ def with_validation(source: Source, share: float | None) -> Source:
         )
     rest = np.setdiff1d(np.arange(size), held_out, assume_unique=True)
     return Selection(source, {"train": ("train", rest), "validation": ("train", held_out), "test": ("test", None)})
+
+
+def long_tailed(source: Source, labels: np.ndarray, ratio: float) -> Source:
+    """Returns a source whose training examples are fewer in each class than in the one before, exponentially.
+
+    Of C classes, class c keeps `n * ratio ** (-c / (C - 1))` examples, where n is the size of the smallest class, so
+    that classes that differed before do not change the ratio. They are the same ones in every run, and spread evenly
+    over the source's order.
+
+    Y. Cui, M. Jia, T.-Y. Lin, Y. Song, S. Belongie, "Class-Balanced Loss Based on Effective Number of Samples", 2019,
+    section 5.1.
+
+    Args:
+        source: a source with two classes or more; its other splits stay as they are.
+        labels: the classes of its training examples, int64 [examples].
+        ratio: how many times as many examples the first class has as the last one.
+
+    Raises:
+        UsageError: the last class would have no example.
+    """
+    classes = len(source.label_names)
+    smallest = int(np.bincount(labels, minlength=classes).min())
+    numbers = np.round(smallest * ratio ** -np.linspace(0, 1, classes)).astype(int)
+    if numbers[-1] < 1:
+        raise UsageError(
+            f"--long-tail={ratio:g} would leave no training example of the last class: {source.name} has {smallest} of "
+            f"its smallest class. Use at most --long-tail={max(1, smallest)}, or leave it out."
+        )
+    kept = [np.flatnonzero(labels == c) for c in range(classes)]
+    kept = [places[spread(len(places), number)] for places, number in zip(kept, numbers, strict=True)]
+    rest = {split: (split, None) for split in source.splits if split != "train"}
+    return Selection(source, {"train": ("train", np.sort(np.concatenate(kept))), **rest})
 
 
 def assign(size: int, folds: int) -> np.ndarray:

@@ -74,7 +74,7 @@ def write_digits(path):
 def test_a_dense_model_goes_on_bit_for_bit_after_sigkill(tmp_path, dataset):
     """Of arrays and records that are read again in each epoch."""
     write_digits(tmp_path)
-    flags = [f"--dataset={tmp_path}/{dataset}", "--cache_gb=0", "--kills=1", "--epochs=2", "--checkpoint_every=7"]
+    flags = [f"--dataset={tmp_path}/{dataset}", "--cache_gb=0", "--kills=1", "--epochs=3", "--checkpoint_every=7"]
     ended, outcome = verify_resume(tmp_path, *flags)
     assert outcome["equal"]
     assert outcome["kills"] == 1
@@ -432,6 +432,27 @@ def test_states_that_keras_does_not_save_go_on_on_every_rank(ranks, tmp_path):
     assert {name for name in first if first[name] != second[name]} == differing
     assert sum("numbers of Noting (an iterator)" in text for text in everyone[0][3]) == 3, "once for each fit"
     assert not any("numbers of Noting" in text for text in everyone[1][3])
+
+
+def short_epochs(folder):
+    """Which steps are saved of four epochs, of which all but the first and the last are too short."""
+    import keras
+
+    import hvdkit as hvd
+    from hvdkit.checkpoint import store
+
+    hvd.init()
+    model = keras.Sequential([keras.layers.Input([2]), keras.layers.Dense(1)])
+    model.compile(hvd.DistributedOptimizer(keras.optimizers.SGD()), loss="mse", jit_compile=False)
+    # A rank that judges by itself would leave the others waiting: rank 1 has no checkpoint to wait for.
+    keeper = hvd.callbacks.CheckpointCallback(folder, keep=9, max_overhead=1e-6)
+    model.fit(np.ones([8, 2]), np.ones([8, 1]), batch_size=4, epochs=4, callbacks=[keeper], verbose=0)
+    hvd.barrier()  # until rank 0 has written the last one
+    return [int(path.name.rpartition("-")[2]) for path in store.folders(keeper.directory)]
+
+
+def test_rank_0_decides_which_epochs_are_too_short_to_be_saved(ranks, tmp_path):
+    assert ranks(2, short_epochs, folder=str(tmp_path)) == [[2, 8], [2, 8]]
 
 
 def fit_where_rank_1_lacks_the_callback(folder):

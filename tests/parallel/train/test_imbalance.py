@@ -1,6 +1,8 @@
-"""Augmentation, focal loss and class weights on two ranks: the numbers of one process."""
+"""A long tail, augmentation, focal loss and class weights on two ranks: the numbers of one process."""
 
 import json
+import re
+import types
 
 import keras
 import numpy as np
@@ -10,6 +12,7 @@ from hvdkit.data import balance, pipeline
 from hvdkit.data.augmentation import Augmentation
 from hvdkit.data.sources import open_source
 from hvdkit.train import objectives
+from hvdkit.train.data import with_long_tail
 
 
 def train_on_rare_classes(shares):
@@ -17,10 +20,10 @@ def train_on_rare_classes(shares):
     import hvdkit as hvd
 
     hvd.init()
-    source = open_source("digits")
+    source = with_long_tail(open_source("digits"), types.SimpleNamespace(long_tail=5.0))
     here = [share for share in range(shares) if share % hvd.size() == hvd.rank()]
     read = [pipeline.read_share(source, "train", share, shares, cache_bytes=1e9) for share in here]
-    counts = np.array([10 * 2**c for c in range(10)])
+    counts = np.bincount([label for _, label in source.read("train", 0, source.size("train")).as_numpy_iterator()])
     batches = pipeline.training_batches(
         read,
         local_batch=8,
@@ -43,12 +46,14 @@ def train_on_rare_classes(shares):
     test = pipeline.read_share(source, "test", hvd.rank(), hvd.size(), cache_bytes=1e9)
     judged = pipeline.evaluation_batches(test, 50, 10)
     confusion = objectives.confusion(model, judged, 10)
-    return model.get_weights(), fitted.history["loss"], np.sum(hvd.allgather_object(confusion), axis=0)
+    return model.get_weights(), fitted.history["loss"], np.sum(hvd.allgather_object(confusion), axis=0), counts.tolist()
 
 
 def test_two_ranks_train_and_count_classes_like_one_process(ranks):
-    ((weights, losses, counts),) = ranks(1, train_on_rare_classes, shares=2)
-    for ours, our_losses, our_counts in ranks(2, train_on_rare_classes, shares=2):
+    ((weights, losses, counts, tail),) = ranks(1, train_on_rare_classes, shares=2)
+    assert (tail[0], tail[-1]) == (139, 28)
+    for ours, our_losses, our_counts, our_tail in ranks(2, train_on_rare_classes, shares=2):
+        assert our_tail == tail
         for one, other in zip(ours, weights, strict=True):
             np.testing.assert_allclose(one, other, rtol=1e-4, atol=1e-6)
         assert our_losses == pytest.approx(losses, rel=1e-5)
@@ -58,10 +63,14 @@ def test_two_ranks_train_and_count_classes_like_one_process(ranks):
 
 @pytest.mark.slow
 def test_the_main_job_augments_and_says_how_each_class_is_recognized(train, tmp_path):
-    flags = ["--augment=crop,mixup", "--focal=1", "--effective-number=0.99", "--epochs=8", "--eval-every=4"]
+    flags = ["--augment=crop,mixup", "--focal=1", "--effective-number=0.99", "--epochs=12", "--eval-every=4"]
+    flags += ["--long-tail=3"]
     ended = train(2, *flags, "--workdir=w", "--no-tensorboard")
     assert ended.code == 0, ended.output
     assert "class weights: " in ended.output
+    found = re.search(r"digits: (\d+) training examples: 0 (\d+), .*, 9 (\d+)", ended.output)
+    assert 700 < int(found[1]) < 1000
+    assert int(found[2]) / int(found[3]) == pytest.approx(3, rel=0.02)
     result = json.loads((tmp_path / "w" / "result.json").read_text())
     assert result["test_accuracy"] > 0.8
     classes = result["test_classes"]

@@ -18,7 +18,7 @@ import tensorflow as tf
 
 from hvdkit import collectives
 from hvdkit.callbacks import CheckpointCallback, LearningRateScheduleCallback, StepLossCallback
-from hvdkit.checkpoint import lock, plain, rates, store, variables
+from hvdkit.checkpoint import lock, overhead, plain, rates, store, variables
 from hvdkit.checkpoint.preemption import _EarlyNotice
 from hvdkit.errors import UsageError
 from hvdkit.optimizers.state import COMMON, Kept
@@ -267,10 +267,13 @@ def test_fit_goes_on_bit_for_bit(tmp_path, kind):
 
 def test_a_finished_training_is_not_trained_further(tmp_path):
     whole, _ = train(tmp_path, "arrays")
+    losses = (tmp_path / "loss.csv").read_text()
+    (tmp_path / "loss.csv").unlink()  # as the main job does before it resumes
     again, keeper = train(tmp_path, "arrays")
     assert keeper.resumed.state["epoch"] == EPOCHS
     assert collectives.digest(again.weights) == collectives.digest(whole.weights), "the best epoch's, restored"
     assert again.history.history == whole.history.history
+    assert (tmp_path / "loss.csv").read_text() == losses
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1])
@@ -540,9 +543,37 @@ def test_the_learning_rate_and_mixed_precision_go_on(tmp_path):
     assert collectives.digest(broken.variables) == collectives.digest(whole.variables)
 
 
+def test_checkpoints_take_no_more_than_their_share_of_the_time(monkeypatch):
+    now = types.SimpleNamespace(seconds=100.0)
+    monkeypatch.setattr(overhead.time, "perf_counter", lambda: now.seconds)
+    limited = overhead.Overhead(0.05)
+    assert limited.allows(0.0), "the first one, of which nobody knows what it costs"
+    limited.add(100.0, 0.25)
+    for seconds, is_allowed in ((119.9, False), (120.1, True)):
+        now.seconds = seconds
+        assert limited.allows(0.75) is is_allowed, "(0.25 s + 0.75 s) / 0.05 = 20 s"
+    unlimited = overhead.Overhead(None)
+    unlimited.add(100.0, 1e9)
+    assert unlimited.allows(1e9)
+
+
+@pytest.mark.parametrize(
+    ("limit", "kept"),
+    [({}, [6, 12, 18, 24, 30]), ({"max_overhead": 1e-6}, [6, 18, 30])],
+)
+def test_short_epochs_are_passed_over_but_for_the_first_the_best_and_the_last(tmp_path, limit, kept):
+    trained = of_two_layers(keras.optimizers.SGD(0.01), "a", "b")
+    keeper = CheckpointCallback(tmp_path, keep=9, keep_best=1, monitor="score", mode="max", **limit)
+    said = Said(score=[0.5, 0.1, 0.9, 0.3, 0.2])
+    trained.fit(INPUTS, INPUTS, batch_size=10, epochs=5, verbose=0, callbacks=[said, keeper])
+    assert steps_in(tmp_path) == kept
+
+
 def test_wrong_arguments():
     for arguments, message in (
         ({"every": 0}, "every must be 'epoch' or a number of steps"),
+        ({"max_overhead": 0}, "max_overhead must be a share of the time, over 0 and at most 1"),
+        ({"max_overhead": 0.1, "every": 5}, "and every 'epoch' with it, but they are 0.1 and 5"),
         ({"keep": 0}, "keep must be 1 or more"),
         ({"mode": "best"}, "mode must be one of auto, min, max"),
     ):

@@ -3,6 +3,7 @@
 import keras
 import numpy as np
 import pytest
+from hvdkit_models import gpt
 
 from hvdkit.compress import exports, trained, variants
 from hvdkit.errors import UsageError
@@ -44,6 +45,73 @@ def test_the_smallest_weights_of_all_layers_together_are_pruned():
     assert all(np.abs(old[new == 0]).max() <= least for old, new in kernels)
     assert all((new[new != 0] == old[new != 0]).all() for old, new in kernels)
     assert list(variants.makers(["int8"], [0.5])) == ["as trained", "int8", "pruned 0.5", "pruned 0.5, int8"]
+
+
+def test_a_pruned_model_is_trained_once_and_its_zeros_stay():
+    trainings = []
+
+    def train(model):
+        trainings.append(model)
+        model.compile(keras.optimizers.Adam(0.1), "mse", jit_compile=False)
+        with trained.keeping_zeros(model):
+            model.fit(INPUTS, np.ones([5, 4]), epochs=3, verbose=0)
+        return model
+
+    made = variants.makers(["int8"], [0.5], train)
+    assert list(made)[2:] == ["pruned 0.5", "pruned 0.5, finetuned", "pruned 0.5, finetuned, int8"]
+    pruned, finetuned = (made[name](small()).get_weights()[::2] for name in list(made)[2:4])
+    for before, after in zip(pruned, finetuned, strict=True):
+        np.testing.assert_array_equal(before == 0, after == 0)
+        assert (before != after).sum() > 0.5 * (before != 0).sum()
+    made["pruned 0.5, finetuned, int8"](small())
+    assert len(trainings) == 1
+    assert all(weight.constraint is None for weight in trainings[0].weights)
+
+
+def small_gpt(depth):
+    keras.utils.set_random_seed(3)
+    return gpt.build(sequence_length=8, vocabulary_size=20, width=16, depth=depth, heads=2)
+
+
+TOKENS = np.random.default_rng(0).integers(20, size=[6, 8]).astype("int32")
+
+
+def test_the_blocks_of_a_gpt_make_the_whole_model():
+    model = small_gpt(2)
+    first, *blocks = gpt.blocks(model)
+    assert len(blocks) == 2
+    x = first(TOKENS)
+    for block in blocks:
+        x = block(x)
+    whole = model.predict(TOKENS, verbose=0)
+    np.testing.assert_allclose(model.get_layer("head")(model.get_layer("final_norm")(x)), whole, atol=1e-5)
+
+
+def test_parts_of_layers_are_quantized_in_the_file_too(tmp_path):
+    model = variants.quantized(small_gpt(1), "int8")
+    model.save(tmp_path / "small.keras")
+    trained.check_opens(tmp_path / "small.keras", model, np.zeros([2, 8], np.int32), "int8")
+    again = keras.saving.load_model(tmp_path / "small.keras")
+    assert again.get_layer("block0_attention").key_dense.quantization_mode == "int8"
+    again.get_layer("head").bias.assign(np.ones(20))
+    with pytest.raises(UsageError, match="int8: the file that Keras wrote computes something else than the model"):
+        trained.check_opens(tmp_path / "small.keras", again, np.zeros([2, 8], np.int32), "int8")
+    assert not (tmp_path / "small.keras").exists()
+
+
+def test_gptq_quantizes_the_blocks_of_a_gpt_and_no_other_model(tmp_path):
+    model = small_gpt(1)
+    expected = model.predict(TOKENS, verbose=0)
+    variants.quantized(model, "gptq", lambda: TOKENS)
+    model.save(tmp_path / "small.keras")
+    again = keras.saving.load_model(tmp_path / "small.keras")
+    got = again.predict(TOKENS, verbose=0)
+    assert 0 < np.abs(got - expected).max() < 0.5 * np.abs(expected).max()
+    np.testing.assert_allclose(model.predict(TOKENS, verbose=0), got, atol=1e-5)
+    modes = {layer.name: layer.dtype_policy.quantization_mode for layer in again.layers}
+    assert (modes["block0_mlp_up"], modes["head"], modes["embed_positions"]) == ("gptq", None, None)
+    with pytest.raises(UsageError, match="gptq: Keras quantizes by GPTQ block by block, and this model does not tell"):
+        variants.quantized(small(), "gptq", lambda: TOKENS)
 
 
 def test_zeros_are_smaller_when_they_are_zipped(tmp_path):

@@ -1,7 +1,7 @@
 import numpy as np
 import pytest
 
-from hvdkit.data.sources import FoldSource, open_source, with_validation
+from hvdkit.data.sources import FoldSource, long_tailed, open_source, with_validation
 from hvdkit.data.sources.arrays import ArraySource
 from hvdkit.data.sources.selection import assign
 from hvdkit.data.sources.tokens import TokenSource
@@ -96,3 +96,25 @@ def test_a_text_is_validated_on_its_end():
 def test_too_few_examples_to_validate_on_are_refused():
     with pytest.raises(UsageError, match="has 3 training examples, too few to hold out a share of 0.1"):
         with_validation(numbered(3), None)
+
+
+def test_a_long_tail_falls_exponentially_from_class_to_class():
+    digits = open_source("digits")
+    labels = np.array([label for _, label in digits.read("train", 0, digits.size("train")).as_numpy_iterator()])
+    tailed = long_tailed(digits, labels, 100.0)
+    kept = [(image.tobytes(), int(label)) for image, label in tailed.read("train", 0, 999).as_numpy_iterator()]
+    counts = np.bincount([label for _, label in kept])
+    smallest = np.bincount(labels).min()
+    np.testing.assert_array_equal(counts, np.round(smallest * 100 ** (-np.arange(10) / 9)))
+    assert counts.sum() == tailed.size("train") == len(set(kept)), "each example once"
+    assert tailed.size("test") == digits.size("test")
+    assert long_tailed(digits, labels, 1.0).size("train") == 10 * smallest, "balanced"
+
+
+def test_a_tail_without_examples_is_refused():
+    digits = open_source("digits")
+    labels = np.repeat(np.arange(10), 7)
+    with pytest.raises(
+        UsageError, match="would leave no training example of the last class: .* Use at most --long-t.*=7"
+    ):
+        long_tailed(digits, labels, 100.0)

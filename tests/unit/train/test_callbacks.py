@@ -46,3 +46,10 @@ def test_the_cosine_begins_where_the_warmup_ends():
 def test_the_step_at_which_a_run_goes_on_is_reached():
     found = types.SimpleNamespace(state={"step_in_epoch": 6})
     assert callbacks.steps_per_execution(None, 220, 44, found) == 2
+
+
+@pytest.mark.parametrize(("flags", "share"), [((), 0.05), (("--checkpoint-every=9",), None)])
+def test_checkpoints_of_epochs_are_limited_and_those_of_steps_are_not(tmp_path, flags, share):
+    settings = train_settings.resolve(parse(*flags), Recipe(), 1)
+    made = callbacks.checkpoint_callback(settings, types.SimpleNamespace(size=1), tmp_path, {}, None, None)
+    assert made.max_overhead == share

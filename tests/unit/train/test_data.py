@@ -37,6 +37,7 @@ def test_what_cannot_be_augmented_or_weighed_is_refused(tmp_path):
         (values, {"augment": "flip"}, r"--augment=flip changes images, and x\.csv has none"),
         (values, {"focal": 2.0}, "--focal=2.0 balances classes, and x.csv, for regression, have none"),
         (values, {"effective_number": 0.9}, "--effective-number=0.9 balances classes"),
+        (values, {"long_tail": 9.0}, "--long-tail=9.0 makes classes rare, and x.csv, for regression, have none"),
         (digits, {"augment": "rand"}, r"--augment=rand changes colors, and the images of digits have 1 channel\(s\)"),
     ):
         settings = dataclasses.replace(train_settings.resolve(parse(), Recipe(), 1), **changed)
