@@ -10,7 +10,7 @@ class Overhead:
     processor time of the thread that wrote it. Time that the thread waited for the disk costs training nothing.
 
     After J. Mohan, A. Phanishayee and V. Chidambaram, "CheckFreq: Frequent, Fine-Grained DNN Checkpointing", 2021,
-    section 4.3, which chooses the frequency of checkpoints by a limit to their overhead.
+    which chooses the frequency of checkpoints by a limit to their overhead.
 
     Args:
         most: the largest share of the training time, over 0; None for no limit.

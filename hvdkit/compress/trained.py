@@ -62,7 +62,7 @@ class Trained:
         """Trains a model on the training split, and returns it: zeros in matrices and kernels stay zeros.
 
         It uses the run's optimizer, at a constant tenth of the rate: S. Han et al., "Learning both weights and
-        connections for efficient neural networks", 2015, section 3.3.
+        connections for efficient neural networks", 2015.
 
         Args:
             model: a model of `load`; it is changed.

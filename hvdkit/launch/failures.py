@@ -4,10 +4,14 @@ The rank that the watchdog names as the cause is determined in `hvdkit.watchdog.
 """
 
 import dataclasses
+import importlib.util
 import itertools
+import re
 import signal
 from collections.abc import Mapping, Sequence
 from pathlib import PurePath
+
+_NOT_FOUND = re.compile(r"ModuleNotFoundError: No module named '(hvdkit|horovod|keras|tensorflow)'")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -74,3 +78,9 @@ def python_program(command: Sequence[str]) -> str | None:
             return following
         has_python |= PurePath(word).name.startswith("python")
     return None
+
+
+def missing_package(lines: Sequence[str]) -> str | None:
+    """Returns the package that a program did not find, by its last lines, and that this Python has; else None."""
+    found = _NOT_FOUND.search(lines[-1]) if lines else None
+    return found[1] if found and importlib.util.find_spec(found[1]) else None

@@ -551,6 +551,12 @@ class Job:
             say(f"the last lines of rank {first.rank}{log}:")
             with contextlib.suppress(OSError):
                 print(*(f"    {line}" for line in lines), sep="\n", file=sys.stderr)
+        if package := failures.missing_package(lines):
+            program = shlex.quote(self.settings.command[0])
+            say(
+                f"the Python of `{program}` has no {package}; the launcher runs in {sys.prefix}, which has. Activate "
+                f"that environment, or give {sys.executable} in the command."
+            )
         say(f"rank {first.rank} on host {self.host_of(first.rank)} {self._words(first)}.")
 
 

@@ -67,6 +67,13 @@ def test_all_is_well():
     assert (ended.code, sorted(ended.output.splitlines())) == (0, ["0 of 2", "[1] 1 of 2"])
 
 
+def test_the_python_of_another_environment_is_named():
+    ended = launch("-np", 2, "--", sys.executable, "-S", "-c", "import keras")  # -S: without site-packages
+    assert ended.code == 1
+    assert f"has no keras; the launcher runs in {sys.prefix}, which has. Activate that environment" in ended.output
+    assert "has no keras" not in launch("-np", 1, "--", sys.executable, "-S", "-c", "import nothing").output
+
+
 def test_the_first_rank_to_fail_has_the_last_word(tmp_path):
     program = """
 import os, sys, time

@@ -12,7 +12,7 @@ import pytest
 from hvdkit import UsageError, outcome
 from hvdkit.launch import binding, environment, failures, hosts, options
 from hvdkit.launch.console import Console
-from hvdkit.launch.failures import Failure, python_program
+from hvdkit.launch.failures import Failure, missing_package, python_program
 from hvdkit.launch.hosts import Host
 from hvdkit.launch.rendezvous import MOST_BYTES, Rendezvous
 from hvdkit.launch.restarts import run_script
@@ -404,6 +404,20 @@ def test_who_failed_first(known, cause, known_before, expected):
 )
 def test_which_python_program_a_command_runs(command, program):
     assert python_program(command.split()) == program
+
+
+@pytest.mark.parametrize(
+    ("last", "package"),
+    [
+        ("ModuleNotFoundError: No module named 'keras'", "keras"),
+        ("ModuleNotFoundError: No module named 'keras.nothing'", None),  # keras is there
+        ("ModuleNotFoundError: No module named 'my_models'", None),
+        ("ValueError: no such label: 17", None),
+    ],
+)
+def test_which_package_of_the_environment_a_program_lacks(last, package):
+    assert missing_package(["Traceback (most recent call last):", last]) == package
+    assert missing_package([]) is None
 
 
 def test_failures_in_words():
