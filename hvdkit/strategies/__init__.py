@@ -9,6 +9,7 @@ from hvdkit.strategies.horovod import HorovodStrategy
 from hvdkit.strategies.mirrored import MirroredStrategy
 from hvdkit.strategies.multiworker import MultiWorkerStrategy
 from hvdkit.strategies.single import SingleStrategy
+from hvdkit.strategies.tpu import TPUStrategy
 
 __all__ = [
     "DividedStrategy",
@@ -18,6 +19,7 @@ __all__ = [
     "MultiWorkerStrategy",
     "SingleStrategy",
     "Strategy",
+    "TPUStrategy",
     "create",
 ]
 
@@ -26,6 +28,7 @@ _BY_NAME: dict[str, Callable[[int | None], Strategy]] = {
     "horovod": HorovodStrategy,
     "mirrored": MirroredStrategy,
     "multiworker": MultiWorkerStrategy,
+    "tpu": TPUStrategy,
 }
 
 
@@ -33,8 +36,8 @@ def create(name: str, replicas: int | None = None, division: Division | None = N
     """Creates a strategy and configures its devices. Call it before TensorFlow makes its first tensor.
 
     Args:
-        name: `single`, `horovod`, `mirrored` or `multiworker` for data parallelism; `tensor`, `branches` or `pipeline`
-            for model parallelism.
+        name: `single`, `horovod`, `mirrored`, `multiworker` or `tpu` for data parallelism; `tensor`, `branches` or
+            `pipeline` for model parallelism.
         replicas: for `mirrored`, the number of devices (default: all GPUs, or 2 logical CPUs). For `single`, the number
             of ranks whose data order to emulate. The others take it from the launcher.
         division: how to divide the model, for model parallelism.

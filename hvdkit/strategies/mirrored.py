@@ -33,11 +33,15 @@ class MirroredStrategy(Strategy):
         refuse_many_processes(self.name)
         self.world = world.enter(world.World.single())
         fit.install()  # which weighs the replicas' losses
-        devices = _devices(replicas)
-        self.size = len(devices)
+        self._strategy = self._over_devices(replicas)
+        self.size = self._strategy.num_replicas_in_sync
         self.shares: Sequence[int] = range(self.size)
+
+    def _over_devices(self, replicas: int | None) -> tf.distribute.Strategy:
+        """Configures the devices, and returns TensorFlow's strategy over them."""
+        devices = _devices(replicas)
         # On CPUs, reduce on one device: it adds up the copies from all devices in a fixed order.
-        self._strategy = tf.distribute.MirroredStrategy(
+        return tf.distribute.MirroredStrategy(
             devices, cross_device_ops=None if "GPU" in devices[0] else tf.distribute.ReductionToOneDevice()
         )
 
@@ -59,8 +63,8 @@ class MirroredStrategy(Strategy):
         for name in ("gradient_accumulation_steps", "ema_overwrite_frequency"):
             if getattr(optimizer, name, None):
                 raise UsageError(
-                    f"The optimizer's {name} does not work under tf.distribute.MirroredStrategy (Keras sums gradients "
-                    f"inside a condition). Remove it, or use --strategy=horovod."
+                    f"The optimizer's {name} does not work with --strategy={self.name} (Keras sums gradients inside a "
+                    f"condition, where tf.distribute cannot). Remove it, or use --strategy=horovod."
                 )
         optimizer = with_loss_scale(optimizer)
         for part in parts_of(optimizer):

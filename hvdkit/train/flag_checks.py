@@ -60,7 +60,7 @@ def check(config: Config) -> None:
         raise UsageError(
             f"--profile={config.profile} is not a range of steps. The form is START:STOP, as in 32:96, or auto."
         )
-    if config.profile and config.strategy in ("mirrored", "multiworker"):
+    if config.profile and config.strategy in ("mirrored", "multiworker", "tpu"):
         raise UsageError(
             f"--profile does not see inside tf.distribute. Use --strategy=horovod or single, or leave it out with "
             f"--strategy={config.strategy}."

@@ -55,7 +55,7 @@ _HELP = {  # brackets: what applies without the flag, if its default is not a fi
     ),
     "strategy": (
         "data parallelism in several processes: horovod, or multiworker (tf.distribute); in one process on this host's "
-        "devices: mirrored (tf.distribute). Model parallelism: tensor, branches, or pipeline (by layers)"
+        "devices: mirrored, or tpu (tf.distribute). Model parallelism: tensor, branches, or pipeline (by layers)"
     ),
     "replicas": (
         "mirrored: number of devices [all GPUs, or 2 logical CPUs]; single: number of ranks whose data order to imitate"

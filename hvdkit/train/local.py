@@ -42,7 +42,7 @@ def _ranks(arguments: argparse.Namespace, config: Config) -> int | None:
     """How many ranks there are where the user did not say; None for all places of the hosts."""
     if arguments.hosts or arguments.hostfile or arguments.hosts_from or arguments.host_discovery_script:
         return None
-    return 1 if config.strategy in ("single", "mirrored") else 2
+    return 1 if config.strategy in ("single", "mirrored", "tpu") else 2
 
 
 if __name__ == "__main__":

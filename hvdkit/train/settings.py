@@ -10,7 +10,7 @@ from hvdkit_models.recipe import Recipe
 from hvdkit.command.arguments import dashed
 from hvdkit.errors import UnfitSizeError, UsageError
 
-STRATEGIES = ("single", "horovod", "mirrored", "multiworker", "tensor", "branches", "pipeline")
+STRATEGIES = ("single", "horovod", "mirrored", "multiworker", "tpu", "tensor", "branches", "pipeline")
 TASKS = ("auto", "classification", "regression", "multilabel")
 AUGMENTATIONS = ("flip", "crop", "rand", "mixup", "cutmix")
 COMPRESSIONS = ("none", "fp16", "bf16", "int8", "onebit", "topk", "powersgd")

@@ -33,10 +33,16 @@ def _fitted(build, loss, inputs, labels, wrap, callbacks=(), batch_size=8):
     return weighing._flat(model), history["loss"][0]
 
 
-def mirrored_losses():
+def losses_of_replicas(name):
+    import tensorflow as tf
+
     from hvdkit import strategies
 
-    strategy = strategies.create("mirrored", 2)
+    if name == "tpu":  # without one: the same code on two devices that are there
+        over_cpus = strategies.MirroredStrategy._over_devices
+        strategies.tpu._connected = lambda tpu: tpu
+        tf.distribute.TPUStrategy = lambda resolver: over_cpus(None, 2)
+    strategy = strategies.create(name, 2)
     cases, (build, loss, (inputs, labels)) = _cases()
     found = {}
     for name, case in cases.items():
@@ -51,8 +57,9 @@ def mirrored_losses():
 
 
 @pytest.mark.slow
-def test_mirrored_trains_and_shows_what_one_process_does(ranks):
-    (found,) = ranks(1, mirrored_losses, fresh=True)
+@pytest.mark.parametrize("name", ["mirrored", "tpu"])
+def test_replicas_train_and_show_what_one_process_does(ranks, name):
+    (found,) = ranks(1, losses_of_replicas, fresh=True, name=name)
     assert len(found) == len(CASES) + 1
     assert {name: far for name, far in found.items() if not max(far) < 1e-5} == {}
 

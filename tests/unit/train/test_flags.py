@@ -19,7 +19,7 @@ def parse(*flags):
         (["--modle=mnist_mlp"], "Unknown command line flag 'modle'"),
         (["mnist_mlp"], "'mnist_mlp' is not a flag"),
         (["--epochs=0"], "flag --epochs=0: 0 is not"),
-        (["--strategy=magic"], "single|horovod|mirrored|multiworker"),
+        (["--strategy=magic"], "single|horovod|mirrored|multiworker|tpu"),
         (["--epochs=1", "--steps=3"], "--epochs and --steps exclude each other"),
         (["--global_batch=8", "--local_batch=3"], "--global-batch and --local-batch exclude each other"),
         (["--shard_optimizer", "--compression=fp16"], "--shard-optimizer and --compression exclude each other"),
