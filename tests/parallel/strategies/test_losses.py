@@ -33,16 +33,23 @@ def _fitted(build, loss, inputs, labels, wrap, callbacks=(), batch_size=8):
     return weighing._flat(model), history["loss"][0]
 
 
-def losses_of_replicas(name):
+def _strategy(name):
+    """The strategy with two replicas on CPUs; for `tpu`, its code over the devices of `mirrored`."""
     import tensorflow as tf
 
     from hvdkit import strategies
 
-    if name == "tpu":  # without one: the same code on two devices that are there
+    if name != "tpu":
+        return strategies.create(name, 2)
+    with pytest.MonkeyPatch.context() as patch:
         over_cpus = strategies.MirroredStrategy._over_devices
-        strategies.tpu._connected = lambda tpu: tpu
-        tf.distribute.TPUStrategy = lambda resolver: over_cpus(None, 2)
-    strategy = strategies.create(name, 2)
+        patch.setattr(strategies.tpu, "_connected", lambda tpu: tpu)
+        patch.setattr(tf.distribute, "TPUStrategy", lambda resolver: over_cpus(None, 2))
+        return strategies.create(name, 2)
+
+
+def losses_of_replicas(name):
+    strategy = _strategy(name)
     cases, (build, loss, (inputs, labels)) = _cases()
     found = {}
     for name, case in cases.items():
